@@ -1,0 +1,115 @@
+"""What every config model shares: strictness, loading with overrides, and errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of all config models: frozen, unknown keys refused, every value validated (defaults too)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """A parameter file or override that cannot be used; the message says which key and what is allowed."""
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    return data
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of `values` with `a.b.c=value` overrides set; each value is read as YAML.
+
+    Raises:
+        ConfigError: an override without `=`, or one whose path runs through something that is not a mapping.
+    """
+    result = _copy(dict(values))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, for example pretrain.steps=100")
+        *parents, leaf = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+            node = child
+        node[leaf] = _yaml_value(text)
+    return result
+
+
+def validate(model: type[ConfigT], values: Mapping[str, Any], origin: str) -> ConfigT:
+    """Build `model` from `values`.
+
+    Raises:
+        ConfigError: one line for each problem, naming the key, what was given and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, origin, dict(item)) for item in error.errors())) from None
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 2e-4 as text; a person who types it means the number.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(node: Any) -> Any:
+    return {key: _copy(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+
+def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path) or "(whole file)"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{origin}: {key}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{origin}: {key}: required, but not given"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+    return f"{origin}: {key}: {message}{given}"
+
+
+def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    """Names of the fields of the config model found by walking `path` from `model`."""
+    current: Any = model
+    for part in path:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(part)
+            current = field.annotation if field else None
+        candidates = [current, *getattr(current, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(current.model_fields) if current is not None else []
