@@ -1,0 +1,164 @@
+"""The one definition of the manifests: what is known of each image, and how it is read and written as Parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+MANIFEST = "manifest.parquet"
+REJECTED = "rejected.parquet"
+
+POOL_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # SHA-256 of the encoded bytes, hex
+        pa.field("shard", pa.string(), nullable=False),  # file name inside the snapshot folder
+        pa.field("offset", pa.int64(), nullable=False),  # of the image's bytes inside the tar
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF rotation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("source_version", pa.string(), nullable=False),
+        pa.field("license", pa.string(), nullable=False),
+        pa.field("ingested_at", pa.timestamp("s", tz="UTC"), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("split", pa.string()),  # train | test, evaluation sets only
+    ]
+)
+
+CURATED_SCHEMA = pa.schema(
+    [
+        *POOL_SCHEMA,
+        pa.field("origin", pa.string(), nullable=False),  # seed | retrieved | balanced
+        pa.field("query_id", pa.string()),  # the seed image that retrieved this one
+        pa.field("similarity", pa.float32()),  # cosine to that seed
+        pa.field("group_id", pa.string(), nullable=False),  # image_id kept for this component of duplicates
+        pa.field("cluster_path", pa.string()),
+    ]
+)
+
+# Why ingest did not take a file; image_id is null where the bytes could not be read at all.
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("image_id", pa.string()),
+    ]
+)
+
+# Why curation left an image of the pool out.
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("duplicate_of", pa.string()),
+        pa.field("similarity", pa.float32()),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+class ManifestError(ValueError):
+    """A manifest that is missing, or does not have the columns, types or values that its schema demands."""
+
+
+def write_manifest(table: pa.Table, path: Path) -> None:
+    """Write a pool or curated manifest; equal rows give equal bytes."""
+    write_table(table, manifest_schema(table.column_names, path), path)
+
+
+def read_manifest(path: Path) -> pa.Table:
+    """Read a pool or curated manifest, in its stored order, with its schema checked."""
+    table = _read(path)
+    return _conform(table, manifest_schema(table.column_names, path), path)
+
+
+def read_collection(root: Path) -> pa.Table:
+    """All images below `root`, with `shard` relative to `root`.
+
+    Args:
+        root: a collection of snapshots (`<root>/<source>/<snapshot>/manifest.parquet`, taken in sorted order), or a
+            folder that holds one `manifest.parquet` itself, such as the curated set.
+
+    Returns:
+        The rows of all manifests; an empty pool table where there is none yet.
+    """
+    if (root / MANIFEST).is_file():
+        return read_manifest(root / MANIFEST)
+    tables = []
+    for path in snapshot_manifests(root):
+        table = read_manifest(path)
+        prefix = path.parent.relative_to(root).as_posix()
+        shards = pc.binary_join_element_wise(pa.scalar(prefix), table["shard"], "/")  # pyright: ignore[reportAttributeAccessIssue]
+        tables.append(table.set_column(table.schema.get_field_index("shard"), POOL_SCHEMA.field("shard"), shards))
+    return pa.concat_tables(tables) if tables else POOL_SCHEMA.empty_table()
+
+
+def snapshot_manifests(root: Path) -> list[Path]:
+    """Manifests of the finished snapshots below a collection, sorted; names with a leading dot are unfinished."""
+    found = (path for path in root.glob(f"*/*/{MANIFEST}") if path.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
+def write_table(table: pa.Table, schema: pa.Schema, path: Path) -> None:
+    """Write rows of a known schema as zstd Parquet; the file appears whole, and equal rows give equal bytes."""
+    conformed = _conform(table, schema, path).combine_chunks()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        pq.write_table(conformed, aside, compression="zstd")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file and check it against `schema`."""
+    return _conform(_read(path), schema, path)
+
+
+def manifest_schema(columns: list[str], path: Path) -> pa.Schema:
+    """The schema, pool or curated, that has exactly these columns."""
+    for schema in (POOL_SCHEMA, CURATED_SCHEMA):
+        if set(columns) == set(schema.names):
+            return schema
+    nearest = POOL_SCHEMA if "origin" not in columns else CURATED_SCHEMA
+    missing = sorted(set(nearest.names) - set(columns))
+    unknown = sorted(set(columns) - set(nearest.names))
+    raise ManifestError(f"{path}: not a manifest: missing columns {missing}, unknown columns {unknown}")
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ManifestError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _conform(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
+    """The same rows in the schema's column order and types (Parquet keeps seconds as milliseconds)."""
+    if set(table.column_names) != set(schema.names):
+        missing = sorted(set(schema.names) - set(table.column_names))
+        unknown = sorted(set(table.column_names) - set(schema.names))
+        raise ManifestError(f"{path}: missing columns {missing}, unknown columns {unknown}")
+    columns = []
+    for field in schema:
+        column = table[field.name]
+        if not field.nullable and column.null_count:
+            raise ManifestError(f"{path}: column {field.name!r} has {column.null_count} empty values; none are allowed")
+        try:
+            columns.append(column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            message = f"{path}: column {field.name!r} holds {column.type}, expected {field.type}: {error}"
+            raise ManifestError(message) from None
+    return pa.Table.from_arrays(columns, schema=schema)

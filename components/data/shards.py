@@ -1,0 +1,292 @@
+"""Shards: uncompressed tars of original image bytes, equal bytes for equal images, read by offset; and decoding."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import threading
+import warnings
+from collections import OrderedDict
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+BLOCK = 512  # bytes, the unit of the tar format
+RECORD = 20 * BLOCK  # a tar's length is a multiple of this, as POSIX and GNU tar write it
+OPEN_SHARDS = 64  # descriptors kept by one reader
+
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif", "PPM": "ppm"}
+MAX_PIXELS = 50_000_000
+EXIF_ORIENTATION = 0x0112
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# First bytes of the formats that we read: a file that begins so and cannot be opened is a damaged image.
+ALLOWED_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
+# First bytes (and where they stand) of image formats that we do not read.
+OTHER_MAGIC = (
+    (4, b"ftyp", "HEIC or AVIF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"DDS ", "DDS"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+)
+
+# The pixel limit of decode_image is stricter than the size at which Pillow starts to warn.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(ValueError):
+    """Bytes that are not an image we take: `reason` is one word for tables, `detail` says it to a person."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return ImageError, (self.reason, self.detail)
+
+
+class ShardError(ValueError):
+    """A shard that is missing or too short, or a place in it that cannot be right."""
+
+
+class ShardWriter:
+    """Writes `00000.tar`, `00001.tar`, ... with members `<image_id>.<extension>` in sorted order.
+
+    A shard is closed before it would pass `max_bytes`; an image larger than that has a shard of its own.
+    Members have no times or owners, so the same images give the same bytes.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        if max_bytes < 1:
+            raise ShardError(f"a shard of at most {max_bytes} bytes can hold no image; give a positive size")
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._file: BinaryIO | None = None
+        self._written = 0  # bytes in the open shard
+        self._num_shards = 0
+        self._last_id = ""
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._finish()
+
+    def add(self, image_id: str, extension: str, data: bytes) -> tuple[str, int, int]:
+        """Append one image; returns its shard's file name, and the offset and length of its bytes in there.
+
+        Raises:
+            ShardError: images that do not come in strictly ascending order of their id.
+        """
+        if image_id <= self._last_id:
+            raise ShardError(f"images must be added in ascending order of id: {image_id} came after {self._last_id}")
+        self._last_id = image_id
+        member = tarfile.TarInfo(f"{image_id}.{extension}")
+        member.size = len(data)
+        member.mode = 0o644
+        header = member.tobuf(tarfile.USTAR_FORMAT)
+        padding = -len(data) % BLOCK
+        if self._file is not None and self._written + len(header) + len(data) + padding + RECORD > self._max_bytes:
+            self._finish()
+        file = self._file or self._open()
+        offset = self._written + len(header)
+        file.write(header)
+        file.write(data)
+        file.write(bytes(padding))
+        self._written = offset + len(data) + padding
+        return self._name(), offset, len(data)
+
+    def _name(self) -> str:
+        return f"{self._num_shards:05d}.tar"
+
+    def _open(self) -> BinaryIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self._folder / self._name()).open("xb")
+        self._written = 0
+        return self._file
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        end = 2 * BLOCK  # a tar ends with two empty blocks
+        self._file.write(bytes(end + -(self._written + end) % RECORD))
+        self._file.close()
+        self._file = None
+        self._num_shards += 1
+
+
+class _Descriptor:
+    """An open file that closes when its last user lets go: a thread may read on while the cache drops it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.number).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class ShardReader:
+    """Reads images of the shards below `root` by offset; safe to share between threads, to fork and to pickle."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._start()
+
+    def __getstate__(self) -> Path:
+        return self._root
+
+    def __setstate__(self, root: Path) -> None:
+        self.__init__(root)
+
+    def read(self, shard: str, offset: int, length: int) -> bytes:
+        """The `length` bytes at `offset` of a shard named relative to the root.
+
+        Raises:
+            ShardError: the shard is missing, lies outside the root, or is shorter than offset + length.
+        """
+        file = self._descriptor(shard)
+        if offset < 0 or length < 0 or offset + length > file.size:
+            place = f"bytes {offset} to {offset + length}"
+            raise ShardError(f"{self._root / shard}: {place} are not inside its {file.size} bytes")
+        parts = []
+        while length > 0:  # one call may return less than asked, and never more than 2 GiB
+            part = os.pread(file.number, length, offset)
+            if not part:
+                raise ShardError(f"{self._root / shard}: became shorter while it was read")
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _start(self) -> None:
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def _descriptor(self, shard: str) -> _Descriptor:
+        if self._pid != os.getpid():  # in a forked child: the lock may have been held by a thread that is not here
+            self._start()
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                file = self._open[shard] = self._open_shard(shard)
+                if len(self._open) > OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(shard)
+            return file
+
+    def _open_shard(self, shard: str) -> _Descriptor:
+        # Names are checked, links are not followed by hand: DVC may link a tracked file to its cache.
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ShardError(f"shard {shard!r} does not lie inside {self._root}")
+        try:
+            return _Descriptor(self._root / path)
+        except OSError as error:
+            raise ShardError(f"{self._root / shard}: {error.strerror or error}") from None
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one image to RGB, upright (EXIF), with transparency laid over white.
+
+    Args:
+        data: encoded bytes, from anyone: nothing in them is trusted.
+        max_pixels: an image with more is refused before its pixels are decoded.
+
+    Returns:
+        An RGB image, whose `format` is the format of `data`.
+
+    Raises:
+        ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `animated` (more
+            than one frame) or `unsupported_format`.
+    """
+    if not data:
+        raise ImageError("not_an_image", "the file is empty")
+    image = _open_image(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels} are decoded")
+    name = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with previews or a gain map behind it
+    try:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ImageError("animated", f"{name} with more than one frame")
+        image.load()
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+        raise ImageError("truncated", f"{name}: {_first_line(error)}") from None
+    upright = _to_rgb(_rotate(image))
+    upright.format = name
+    return upright
+
+
+def _open_image(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", _first_line(error)) from None
+    except Exception as error:  # Pillow's parsers raise many types on hostile bytes
+        for place, magic, name in OTHER_MAGIC:
+            if data[place : place + len(magic)] == magic:
+                raise ImageError("unsupported_format", f"{name}; allowed: {', '.join(ALLOWED_FORMATS)}") from None
+        if data.startswith(ALLOWED_MAGIC):
+            raise ImageError("truncated", f"begins like an image: {_first_line(error)}") from None
+        raise ImageError("not_an_image", f"begins with {data[:8]!r}") from None
+
+
+def _rotate(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        orientation = None
+    method = TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide_gray(image)
+    try:
+        if image.has_transparency_data:
+            pixels = image.convert("RGBA")
+            white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, pixels).convert("RGB")
+        return image.convert("RGB")
+    except (ValueError, OSError) as error:
+        raise ImageError("unsupported_format", f"{image.mode} pixels: {_first_line(error)}") from None
+
+
+def _from_wide_gray(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits a pixel by its upper 8 bits; Pillow's own conversion would clip at 255."""
+    pixels = np.asarray(image)  # [H, W]
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ImageError("unsupported_format", f"{image.mode} pixels without a known range; 8 or 16 bits are read")
+    return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
