@@ -1,0 +1,402 @@
+"""What happened, told to MLflow: one run a stage, nested in its pipeline run; nothing at all where no server is named.
+
+MLflow is imported on first use. `MLFLOW_TRACKING_URI` decides: when it is not set, every call here does nothing
+(`download_weights` excepted), so that `dvc repro` works with no server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import hashlib
+import logging
+import math
+import os
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.core.metric_queue import MetricPoint, MetricQueue
+from components.core.weights_cache import WeightsError, keep_weights
+
+log = logging.getLogger(__name__)
+
+PARENT_STAGE = "flow"  # value of the tag pedigree.stage on a pipeline run
+WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of its model.safetensors
+_MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+_MAX_KEY, _MAX_VALUE = 250, 6000  # MLflow refuses longer keys and parameter values
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
+_MAX_DIGEST = 36
+_HEALTH_TIMEOUT_SECONDS = 5.0
+# MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
+_HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be reached or refuses; the message names its address and what to do."""
+
+
+@dataclass
+class StageRun:
+    """The MLflow run of one stage; `run_id` is None when tracking is off."""
+
+    run_id: str | None
+    client: Any = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics = MetricQueue(self._send, TrackingError)
+
+    def log_result(self, result: Mapping[str, Any]) -> None:
+        """Keep the stage's result; its numbers become metrics when the stage ends well."""
+        self.result = result
+
+    def _send(self, points: Sequence[MetricPoint]) -> None:
+        from mlflow.entities import Metric
+
+        with _reported():
+            for start in range(0, len(points), _MAX_METRICS):
+                batch = points[start : start + _MAX_METRICS]
+                metrics = [Metric(_key(p.name), p.value, p.milliseconds, p.step) for p in batch]
+                self.client.log_batch(self.run_id, metrics=metrics)
+
+
+_OPEN: list[StageRun] = []  # this process's run, innermost last
+
+
+@contextmanager
+def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Iterator[StageRun]:
+    """Record one stage as an MLflow run nested in its pipeline run.
+
+    The stage's own section of `params` is logged at the start; the numbers of `log_result` and the files of
+    `root/reports/<stage>[/<item>]` at the end. An exception marks the run FAILED (an interrupt KILLED) and passes on.
+
+    Raises:
+        TrackingError: MLflow does not answer at the start or the end.
+    """
+    if not enabled():
+        yield StageRun(None)
+        return
+    run = _open_stage(stage, item, params, root)
+    _OPEN.append(run)
+    os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
+    try:
+        yield run
+        run.metrics.add(flatten_numbers(run.result), step=0)
+        run.metrics.flush()
+        reports = root / "reports" / stage / (item or "")
+        with _reported():
+            if reports.is_dir():
+                run.client.log_artifacts(run.run_id, str(reports))
+            run.client.set_terminated(run.run_id, "FINISHED")
+    except BaseException as error:
+        _close_failed(run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    finally:
+        _OPEN.remove(run)
+        os.environ.pop("MLFLOW_RUN_ID", None)
+
+
+def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None:
+    """Create (or take up again) the MLflow run of a whole pipeline run, and return its MLflow id.
+
+    Args:
+        run_id: the pipeline run, as in the branch `runs/<run_id>`.
+        name: the model's name, which is the experiment.
+        params: the whole recipe; its top-level values are logged (sections are logged by their stages).
+    """
+    if not enabled():
+        return None
+    with _reported():
+        client = _client()
+        experiment = _experiment(client, name)
+        found = _find_parent(client, experiment, run_id)
+        if found:
+            client.update_run(found, status="RUNNING")
+            return found
+        tags = {"pedigree.run": run_id, "pedigree.stage": PARENT_STAGE, "mlflow.user": getpass.getuser()}
+        created = client.create_run(experiment, run_name=run_id, tags=tags).info.run_id
+        _log_params(client, created, {key: value for key, value in params.items() if not isinstance(value, Mapping)})
+        return created
+
+
+def close_parent(mlflow_run_id: str | None, status: str) -> None:
+    """End a pipeline run with FINISHED, FAILED or KILLED; None is a run that tracking never opened."""
+    if mlflow_run_id is not None and enabled():
+        with _reported():
+            _client().set_terminated(mlflow_run_id, status)
+
+
+def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+    """Queue metrics of a training step; costs microseconds, and nothing where no run is open."""
+    run = _active()
+    if run is not None:
+        run.metrics.add(flatten_numbers(metrics), step)
+
+
+def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context: str) -> None:
+    """Record a dataset that the open stage run reads.
+
+    Args:
+        name: the dataset, for example `data/curated`.
+        digest: at most 36 characters: DVC's `<md5>.dir` fits. SHA-256 goes into `tags`.
+        uri: where its bytes are.
+        tags: for example `{"sha256": ...}`.
+        context: what for: `training`, `evaluation`.
+    """
+    if len(digest) > _MAX_DIGEST:
+        raise ValueError(
+            f"dataset digest {digest!r}: longer than {_MAX_DIGEST} characters; give the DVC md5, not SHA-256"
+        )
+    run = _active()
+    if run is None:
+        return
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    # A record only: building one of MLflow's dataset objects would load the data.
+    dataset = Dataset(name=name, digest=digest, source_type="dvc", source=f'{{"uri": "{uri}"}}')
+    labels = [InputTag("mlflow.data.context", context), *(InputTag(key, value) for key, value in tags.items())]
+    with _reported():
+        run.client.log_inputs(run.run_id, datasets=[DatasetInput(dataset, labels)])
+
+
+def download_weights(uri: str, root: Path = Path()) -> Path:
+    """Fetch a registered model's weights: a folder with model.safetensors and config.json, checked by SHA-256.
+
+    A version is fetched once and kept under `root/.pedigree/cache/models`; the kept files are hashed again at each use.
+
+    Args:
+        uri: `models:/NAME/3` or `models:/NAME@alias`.
+        root: the workspace.
+
+    Raises:
+        TrackingError: no server is set, it does not answer, the version does not exist, or its bytes are not what
+            was registered.
+    """
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        raise TrackingError(f"{uri}: not a registered model; write models:/NAME/VERSION or models:/NAME@ALIAS")
+    if not _uri():
+        raise TrackingError(f"{uri}: MLFLOW_TRACKING_URI is not set; run 'pedigree up', or set it")
+    with _reported():
+        client = _client()
+        name, alias, version = match["name"], match["alias"], match["version"]
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        # Two servers may both have a version 1 of the same name.
+        origin = hashlib.sha256(f"{found.source} {found.creation_timestamp}".encode()).hexdigest()[:12]
+        folder = root / ".pedigree" / "cache" / "models" / f"{name}-{found.version}-{origin}"
+        model = f"models:/{name}/{found.version}"
+
+        def fetch(target: Path) -> Path:
+            from mlflow.artifacts import download_artifacts
+
+            return Path(download_artifacts(artifact_uri=model, dst_path=str(target), tracking_uri=_uri()))
+
+        try:
+            keep_weights(folder, fetch, found.tags.get(WEIGHTS_SHA256_TAG))
+        except WeightsError as error:
+            raise TrackingError(f"{model}: {error}") from None
+    return folder
+
+
+def run_url(mlflow_run_id: str | None) -> str | None:
+    """Address of a run's page; None when tracking is off or the store has no pages."""
+    uri = _uri()
+    if mlflow_run_id is None or not uri or not uri.startswith("http"):
+        return None
+    with _reported():
+        experiment = _client().get_run(mlflow_run_id).info.experiment_id
+    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
+
+
+def enabled() -> bool:
+    """Whether this process reports: a server is named, and it is the first rank."""
+    if os.environ.get("RANK", "0") != "0":
+        return False
+    if not _uri():
+        log.info("MLFLOW_TRACKING_URI is not set: this run is not tracked")
+        return False
+    return True
+
+
+def flatten_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Finite numbers of nested dicts under dotted names; everything else is left out."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> StageRun:
+    run_id, commit, dirty = _git(root)
+    run_name = f"{run_id}/{stage}" + (f"@{item}" if item else "")
+    tags = {
+        "pedigree.stage": stage,
+        "pedigree.run": run_id,
+        "pedigree.commit": commit,
+        "pedigree.dirty": str(dirty).lower(),
+        "mlflow.source.git.commit": commit,
+        "mlflow.user": getpass.getuser(),
+    }
+    with _reported():
+        client = _client()
+        experiment = _experiment(client, params["name"])
+        parent = _find_parent(client, experiment, run_id)
+        if item:
+            tags["pedigree.item"] = item
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        same = f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'"
+        for lost in client.search_runs([experiment], same):
+            client.set_terminated(lost.info.run_id, "KILLED")  # its process died without a word
+        created = client.create_run(experiment, run_name=run_name, tags=tags).info.run_id
+        _log_params(client, created, {stage: params.get(stage) or {}, "seed": params.get("seed")})
+    return StageRun(created, client)
+
+
+def _close_failed(run: StageRun, status: str) -> None:
+    try:
+        run.metrics.flush()
+        with _reported():
+            run.client.set_terminated(run.run_id, status)
+    except TrackingError as error:  # the stage's own error matters more
+        log.warning("run %s could not be marked %s: %s", run.run_id, status, error)
+
+
+def _active() -> StageRun | None:
+    inherited = os.environ.get("MLFLOW_RUN_ID")
+    if not _OPEN and inherited and enabled():  # a rank that a stage started
+        with _reported():
+            run = StageRun(inherited, _client())
+        _OPEN.append(run)
+        atexit.register(run.metrics.flush)
+    return _OPEN[-1] if _OPEN else None
+
+
+def _uri() -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+_CLIENTS: dict[str, Any] = {}
+
+
+def _client() -> Any:
+    """One checked MLflow client for each address."""
+    uri = _uri()
+    assert uri, "callers check enabled()"
+    if uri not in _CLIENTS:
+        for key, value in _HTTP_LIMITS.items():
+            os.environ.setdefault(key, value)
+        _check_health(uri)
+        from mlflow import MlflowClient
+
+        _CLIENTS[uri] = MlflowClient(tracking_uri=uri)
+    return _CLIENTS[uri]
+
+
+def _check_health(uri: str) -> None:
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # something answers; a gateway need not know /health
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(_advice(str(reason))) from None
+
+
+def _advice(reason: str) -> str:
+    return (
+        f"MLflow at {_uri()} does not answer ({reason}); start the local stack with 'pedigree up', "
+        "or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
+    )
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn what MLflow and its transport raise into one line."""
+    import requests
+
+    try:
+        yield
+    except TrackingError:
+        raise
+    except (requests.exceptions.RequestException, ConnectionError, TimeoutError) as error:
+        raise TrackingError(_advice(type(error).__name__)) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in {"mlflow", "botocore", "boto3", "sqlalchemy"}:
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Max retries exceeded" in first or "Connection" in first:
+            raise TrackingError(_advice(type(error).__name__)) from error
+        raise TrackingError(f"MLflow at {_uri()} refuses: {first}") from error
+
+
+def _experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # a stage beside this one was quicker
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def _find_parent(client: Any, experiment: str, run_id: str) -> str | None:
+    query = f"tags.`pedigree.run` = '{run_id}' AND tags.`pedigree.stage` = '{PARENT_STAGE}'"
+    found = client.search_runs([experiment], query, max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    flat = [Param(_key(key), str(value)[:_MAX_VALUE]) for key, value in _flatten(params).items()]
+    for start in range(0, len(flat), _MAX_PARAMS):
+        client.log_batch(run_id, params=flat[start : start + _MAX_PARAMS])
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. /:]", "_", name)[:_MAX_KEY]
+
+
+def _git(root: Path) -> tuple[str, str, bool]:
+    """(pipeline run, commit, whether tracked files other than dvc.lock differ from it)."""
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = ask("rev-parse", "HEAD") or "none"
+    branch = ask("symbolic-ref", "--short", "HEAD") or commit[:12]
+    dirty = bool(ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
+    return branch.removeprefix("runs/"), commit, dirty

@@ -1,0 +1,60 @@
+"""Weights fetched from elsewhere, kept on disk and hashed again whenever they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from components.core.storage import atomic_dir, sha256_file, write_json
+
+FILES = ("model.safetensors", "config.json")
+
+
+class WeightsError(RuntimeError):
+    """What was fetched is not one set of weights, or not the bytes that were promised."""
+
+
+def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: str | None) -> None:
+    """Make `folder` hold model.safetensors and config.json, fetching them unless they are there and unchanged.
+
+    Args:
+        folder: where the weights are kept.
+        fetch: downloads into the empty folder it is given and returns what it downloaded, a folder that has the two
+            files side by side at some depth.
+        expected_sha256: of model.safetensors, where it is known.
+
+    Raises:
+        WeightsError: no such pair, more than one, or another SHA-256 than expected.
+    """
+    digest = _kept_sha256(folder)
+    if digest is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            fetched = fetch(Path(temporary))
+            found = [path.parent for path in fetched.rglob(FILES[0]) if (path.parent / FILES[1]).is_file()]
+            if len(found) != 1:
+                raise WeightsError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
+            digest = sha256_file(found[0] / FILES[0])
+            _check(digest, expected_sha256)
+            with atomic_dir(folder) as aside:
+                for name in FILES:
+                    shutil.copyfile(found[0] / name, aside / name)
+                write_json(aside / "sha256.json", {name: sha256_file(aside / name) for name in FILES})
+    _check(digest, expected_sha256)
+
+
+def _check(digest: str, expected: str | None) -> None:
+    if expected and digest != expected:
+        raise WeightsError(f"its weights have SHA-256 {digest}, but {expected} was registered; do not use them")
+
+
+def _kept_sha256(folder: Path) -> str | None:
+    """SHA-256 of the kept weights, if they are still the bytes that were fetched."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads((folder / "sha256.json").read_text())
+        if all(sha256_file(folder / name) == known[name] for name in FILES):
+            return known[FILES[0]]
+    return None
