@@ -1,0 +1,225 @@
+"""The audit log: who did what to which model, as hash-chained objects in an object-locked S3 bucket.
+
+One object an event, `events/<name>/<sequence>.json`. Each holds the hash of the one before, so that no event can be
+changed, dropped or put in between without a reader noticing. Events are written with `If-None-Match: *`: two writers can
+never both be number 7. Retention is the bucket's own default (the bucket's owner decides mode and length, not the
+writer); a bucket without one is refused, because what is written there could be deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
+GENESIS = "0" * 64
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ATTEMPTS = 20
+
+
+class AuditError(RuntimeError):
+    """The audit log cannot be reached, or it is not what it was; the message names the bucket or the entry."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person or a program did: `actor` did `action` to `subject`, a version of the model `name`."""
+
+    name: str
+    action: str
+    subject: str
+    actor: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event as it stands in the log; `hash` is the SHA-256 of the canonical JSON of all other fields."""
+
+    name: str
+    sequence: int
+    previous: str
+    time: str
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]
+    hash: str
+
+
+class AuditLog:
+    """The events of all models in one bucket.
+
+    Args:
+        bucket: name of the object-locked bucket; the endpoint and credentials are the standard AWS variables.
+    """
+
+    def __init__(self, bucket: str) -> None:
+        self.bucket = bucket
+        self._client: Any = boto3.client(
+            "s3", config=ClientConfig(connect_timeout=5, read_timeout=30, retries={"mode": "standard"})
+        )
+        self._retention: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> AuditLog:
+        """The log in the bucket that PEDIGREE_AUDIT_BUCKET names.
+
+        Raises:
+            AuditError: the variable is not set.
+        """
+        bucket = os.environ.get(BUCKET_VARIABLE)
+        if not bucket:
+            raise AuditError(f"{BUCKET_VARIABLE} is not set: name the object-locked bucket, or run `pedigree up`")
+        return cls(bucket)
+
+    def append(self, event: Event) -> Entry:
+        """Write `event` at the end of its model's chain, after the chain before it has been verified.
+
+        Raises:
+            AuditError: the chain is broken, the bucket keeps nothing locked, or S3 refuses.
+        """
+        self._require_retention()
+        for _ in range(ATTEMPTS):
+            entries = self.read(event.name)
+            entry = _next_entry(event, entries[-1] if entries else None)
+            if self._put(entry):
+                return entry
+        raise AuditError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
+
+    def read(self, name: str) -> list[Entry]:
+        """All events of the model `name`, oldest first, verified; empty when there are none.
+
+        Raises:
+            AuditError: an entry was changed, replaced, deleted or is out of its place; the message names it.
+        """
+        objects = self._objects(f"events/{_checked(name)}/")
+        entries: list[Entry] = []
+        for number, (key, version) in enumerate(objects, start=1):
+            if key != _key(name, number):
+                raise self._broken(_key(name, number), f"missing; the next one found is {key}")
+            body = self._get(key, version)
+            entries.append(self._verified(key, body, entries[-1] if entries else None))
+        return entries
+
+    def _verified(self, key: str, body: bytes, before: Entry | None) -> Entry:
+        try:
+            entry = Entry(**json.loads(body))
+        except (ValueError, TypeError):
+            raise self._broken(key, "not an audit entry") from None
+        if entry.hash != _hash(entry):
+            raise self._broken(key, f"its content no longer matches its hash {entry.hash[:12]}")
+        if entry.previous != (before.hash if before else GENESIS):
+            raise self._broken(key, "does not continue the entry before it")
+        if _key(entry.name, entry.sequence) != key:
+            raise self._broken(key, f"says that it is entry {entry.sequence} of {entry.name}")
+        return entry
+
+    def _broken(self, key: str, what: str) -> AuditError:
+        return AuditError(f"audit log broken at s3://{self.bucket}/{key}: {what}")
+
+    def _objects(self, prefix: str) -> list[tuple[str, str]]:
+        """(key, version id) of every object, in order; a second version or a delete marker is tampering."""
+        found: dict[str, str] = {}
+        with self._errors():
+            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
+                for marker in page.get("DeleteMarkers", []):
+                    raise self._broken(marker["Key"], f"deleted on {marker['LastModified']:%Y-%m-%d %H:%M:%S}")
+                for item in page.get("Versions", []):
+                    if item["Key"] in found:
+                        raise self._broken(item["Key"], "overwritten: it has more than one version")
+                    found[item["Key"]] = item["VersionId"]
+        return sorted(found.items())
+
+    def _get(self, key: str, version: str) -> bytes:
+        with self._errors():
+            return self._client.get_object(Bucket=self.bucket, Key=key, VersionId=version)["Body"].read()
+
+    def _put(self, entry: Entry) -> bool:
+        """Write the object unless the key is taken; taken by these very bytes (a resent request) counts as written."""
+        key, body = _key(entry.name, entry.sequence), _canonical(dataclasses.asdict(entry))
+        with self._errors():
+            try:
+                self._client.put_object(
+                    Bucket=self.bucket, Key=key, Body=body, ContentType="application/json", IfNoneMatch="*"
+                )
+            except ClientError as error:
+                # 409: on AWS, another conditional put of the same key was under way.
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
+                    raise
+                return self._is(key, body)
+        return True
+
+    def _is(self, key: str, body: bytes) -> bool:
+        try:
+            return self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read() == body
+        except self._client.exceptions.NoSuchKey:
+            return False
+
+    def _require_retention(self) -> None:
+        if self._retention:
+            return
+        with self._errors():
+            try:
+                answer = self._client.get_object_lock_configuration(Bucket=self.bucket)["ObjectLockConfiguration"]
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in {"ObjectLockConfigurationNotFoundError", "NoSuchObjectLock"}:
+                    raise
+                answer = {}
+        self._retention = answer.get("Rule", {}).get("DefaultRetention", {}).get("Mode")
+        if not self._retention:
+            raise AuditError(
+                f"s3://{self.bucket} has no default object lock retention, so an event could be deleted: "
+                "make the audit bucket with object lock and a default retention"
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError) as error:
+            raise AuditError(f"audit log s3://{self.bucket}: {str(error).splitlines()[0]}") from error
+
+
+def _next_entry(event: Event, before: Entry | None) -> Entry:
+    values = {
+        **dataclasses.asdict(event),
+        "details": dict(event.details),
+        "sequence": before.sequence + 1 if before else 1,
+        "previous": before.hash if before else GENESIS,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    }
+    entry = Entry(**values, hash="")
+    return dataclasses.replace(entry, hash=_hash(entry))
+
+
+def _hash(entry: Entry) -> str:
+    values = dataclasses.asdict(entry)
+    del values["hash"]
+    return hashlib.sha256(_canonical(values)).hexdigest()
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _checked(name: str) -> str:
+    if not NAME_PATTERN.fullmatch(name):
+        raise AuditError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
+    return name
+
+
+def _key(name: str, sequence: int) -> str:
+    return f"events/{_checked(name)}/{sequence:08d}.json"
