@@ -1,0 +1,199 @@
+"""Weights folders: `model.safetensors`, optional `heads.safetensors`, and a `config.json` that says all about them.
+
+Nothing here is ever unpickled. Tensors are float32 under the parameter names of the published DINOv2 weights, so
+`model.safetensors` also loads into the released DINOv2 code as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from components.core.config import Config, ConfigError, validate
+from components.core.storage import atomic_dir, write_json
+from components.model.config import HeadConfig, ViTConfig
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+
+FORMAT_VERSION = 1
+BACKBONE_FILE = "model.safetensors"
+HEADS_FILE = "heads.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class WeightsError(ValueError):
+    """A weights folder that cannot be used; one line says what is wrong and what to do."""
+
+
+class _HeadDescription(HeadConfig):
+    in_dim: int = Field(ge=1, le=16384)
+
+
+class _WeightsDescription(Config):
+    """Content of `config.json`."""
+
+    format_version: Literal[1]
+    backbone: ViTConfig
+    heads: dict[Literal["dino", "ibot"], _HeadDescription] | None = None
+    provenance: dict[str, Any]
+
+
+def save_weights(
+    folder: Path,
+    backbone: VisionTransformer,
+    heads: Mapping[str, ProjectionHead] | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a weights folder, whole or not at all; equal weights and provenance give equal bytes.
+
+    Args:
+        folder: replaced if it exists.
+        backbone: saved in float32.
+        heads: by name, `dino` and `ibot`; None leaves heads out.
+        provenance: JSON-able facts about where the weights come from; no times of day, or bytes will differ.
+
+    Raises:
+        WeightsError: a weight is NaN or infinite, or `provenance` is not JSON.
+    """
+    description: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "backbone": backbone.config.model_dump(),
+        "provenance": dict(provenance),
+    }
+    states = {BACKBONE_FILE: to_dinov2(backbone)}
+    if heads is not None:
+        description["heads"] = {name: {"in_dim": h.in_dim, **h.config.model_dump()} for name, h in heads.items()}
+        states[HEADS_FILE] = _plain_state(nn.ModuleDict(heads))
+    validate(_WeightsDescription, description, str(folder / CONFIG_FILE))
+    for name, state in states.items():
+        _check_finite(state, f"{folder / name}: not written", "training has diverged, export an earlier checkpoint")
+    with atomic_dir(folder) as aside:
+        for name, state in states.items():
+            save_file(state, aside / name)
+        try:
+            write_json(aside / CONFIG_FILE, description)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{folder}: not written: provenance must be plain JSON values: {error}") from None
+
+
+def load_backbone(folder: Path) -> VisionTransformer:
+    """Read the backbone of a weights folder, in evaluation mode, on CPU. The global random state is not touched.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the tensors are not those that `config.json` describes.
+    """
+    description = _read_description(folder)
+    with torch.device("meta"):
+        backbone = VisionTransformer(description.backbone)
+    _fill(backbone, folder / BACKBONE_FILE)
+    return backbone.eval()
+
+
+def load_heads(folder: Path) -> dict[str, ProjectionHead]:
+    """Read the projection heads of a weights folder by name (`dino`, `ibot`), in evaluation mode, on CPU.
+
+    Raises:
+        WeightsError: the folder has no heads, or as for `load_backbone`.
+    """
+    description = _read_description(folder)
+    if description.heads is None:
+        raise WeightsError(f"{folder}: holds no projection heads; use weights that training wrote with heads")
+    heads = nn.ModuleDict()
+    with torch.device("meta"):
+        for name, values in description.heads.items():
+            config = HeadConfig(**values.model_dump(exclude={"in_dim"}))
+            heads[name] = ProjectionHead(values.in_dim, config)
+    _fill(heads, folder / HEADS_FILE)
+    return {name: head for name, head in heads.eval().items() if isinstance(head, ProjectionHead)}
+
+
+def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a published DINOv2 state into the parameter names of `VisionTransformer`.
+
+    Takes hub weights (`blocks.7.norm1.weight`), training checkpoints with chunked blocks (`blocks.1.7.norm1.weight`;
+    the second number is the block's own) and their `backbone.` prefix; heads beside such a backbone are left out.
+
+    Raises:
+        WeightsError: two names become one.
+    """
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            continue
+        short = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name.removeprefix(prefix))
+        if short in renamed:
+            raise WeightsError(f"two tensors of the given state are named {short} once chunk numbers are dropped")
+        renamed[short] = tensor
+    return renamed
+
+
+def to_dinov2(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """State of a backbone in the published DINOv2 names: float32 copies on CPU that share no memory."""
+    return _plain_state(backbone)
+
+
+def _plain_state(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _read_description(folder: Path) -> _WeightsDescription:
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise WeightsError(f"{path}: no such file; give a folder that training or `dvc pull` has filled") from None
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not valid JSON ({error}); restore the folder with `dvc checkout`") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: expected a JSON object; restore the folder with `dvc checkout`")
+    try:
+        return validate(_WeightsDescription, values, str(path))
+    except ConfigError as error:
+        problems = "; ".join(str(error).splitlines())
+        raise WeightsError(f"{problems}; restore the folder with `dvc checkout` or export it again") from None
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Give memory to a module built on the meta device and copy the file's tensors into it, once all of them fit.
+
+    Comparing shapes first means that a config.json with absurd numbers costs no memory.
+    """
+    restore = "restore the folder with `dvc checkout` or export it again"
+    try:
+        state = load_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise WeightsError(f"{path}: no such file; {restore}") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); {restore}") from None
+    expected = module.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    problems += [f"{name} is unknown" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {state[name].dtype} {list(state[name].shape)}, expected torch.float32 {list(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape or state[name].dtype != torch.float32
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise WeightsError(f"{path}: does not match {CONFIG_FILE} beside it: {shown}; {restore}")
+    _check_finite(state, str(path), restore)
+    module.to_empty(device="cpu").load_state_dict(state)
+
+
+def _check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    broken = sorted(name for name, tensor in state.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise WeightsError(f"{what}: NaN or infinite values in {len(broken)} tensors, first {broken[0]}; {remedy}")

@@ -1,0 +1,55 @@
+"""The projection head that turns tokens into logits over prototypes."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.model.config import HeadConfig
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows have a direction `weight_v` and a trainable length `weight_g`.
+
+    Weight normalisation (arXiv 1602.07868). DINOv2, unlike DINO, leaves the length trainable.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # torch's default for linear layers, as in DINOv2
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in_dim] to [..., out_dim]."""
+        length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return F.linear(inputs, self.weight_v * (self.weight_g / length))
+
+
+class ProjectionHead(nn.Module):
+    """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes (`dinov2/layers/dino_head.py`)."""
+
+    def __init__(self, in_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.config = config
+        widths = [in_dim, *[config.hidden_dim] * (config.num_layers - 1), config.bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = WeightNormLinear(config.bottleneck_dim, config.num_prototypes)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits over prototypes: [N, in_dim] to [N, K]; each is a cosine times the prototype's length."""
+        bottleneck = self.mlp(tokens)
+        eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # the smaller one is 0 in half precision
+        return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps))

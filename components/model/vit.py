@@ -1,0 +1,165 @@
+"""The vision transformer of DINOv2, with register tokens, for images of any size that its patches tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.model.config import ViTConfig
+from components.model.layers import NORM_EPS, Block
+
+
+@dataclass(frozen=True)
+class ViTOutput:
+    """Tokens after the last norm.
+
+    Attributes:
+        cls_token: [B, D].
+        register_tokens: [B, R, D].
+        patch_tokens: [B, P, D], rows of the patch grid one after another.
+    """
+
+    cls_token: Tensor
+    register_tokens: Tensor
+    patch_tokens: Tensor
+
+
+# Wrappers that look for tensors in a module's output (sharding, checkpointing, export) walk it as a pytree.
+torch.export.register_dataclass(ViTOutput)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each (`dinov2/layers/patch_embed.py`)."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed patches: [B, 3, H, W] to [B, P, D].
+
+        Raises:
+            ValueError: not an RGB batch, or a side that patches do not tile.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [batch, 3, height, width], got {list(images.shape)}")
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise ValueError(
+                f"image is {height}x{width} (height x width), but both sides must be multiples of the patch size "
+                f"{self.patch_size}; resize or crop it first"
+            )
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """ViT backbone (`dinov2/models/vision_transformer.py`); parameters carry the published names."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid_size = config.image_size // config.patch_size
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, config.dim))
+        # Published models without registers have no such parameter, rather than an empty one.
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_registers, config.dim)) if config.num_registers else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self._init_weights()
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> ViTOutput:
+        """Encode images into class, register and patch tokens after the last norm.
+
+        Args:
+            images: [B, 3, H, W], normalised; H and W multiples of the patch size.
+            masks: [B, P] bool; true patches are replaced by the mask token before the first block.
+
+        Raises:
+            ValueError: an image or mask shape that does not fit.
+        """
+        tokens = self._embed(images, masks)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self._output(tokens)
+
+    def intermediate(self, images: Tensor, n: int) -> list[ViTOutput]:
+        """Tokens after each of the last `n` blocks, first to last, all through the final norm.
+
+        `get_intermediate_layers(n, norm=True)` of DINOv2, which linear and dense evaluation read.
+
+        Args:
+            images: [B, 3, H, W].
+            n: 1 to depth.
+
+        Raises:
+            ValueError: `n` outside 1 to depth, or an image shape that does not fit.
+        """
+        if not 1 <= n <= self.config.depth:
+            raise ValueError(f"intermediate: n must be 1 to {self.config.depth} (the number of blocks), got {n}")
+        tokens = self._embed(images, None)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index >= self.config.depth - n:
+                outputs.append(self._output(tokens))
+        return outputs
+
+    def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """[B, 3, H, W] to [B, 1 + R + P, D]; the order of the steps is that of `prepare_tokens_with_masks`."""
+        patches = self.patch_embed(images)  # [B, P, D]
+        if masks is not None:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks must be {list(patches.shape[:2])} (images, patches), got {list(masks.shape)}")
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        batch, _, height, width = images.shape
+        tokens = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1)  # [B, 1 + P, D]
+        grid = height // self.config.patch_size, width // self.config.patch_size
+        tokens = tokens + self._position_embedding(*grid).to(tokens.dtype)
+        if self.register_tokens is None:
+            return tokens
+        registers = self.register_tokens.expand(batch, -1, -1).to(tokens.dtype)
+        return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)  # registers carry no position
+
+    def _position_embedding(self, rows: int, columns: int) -> Tensor:
+        """Position embedding for a grid of patches, [1, 1 + rows * columns, D], resampled in float32."""
+        stored = self.grid_size
+        if (rows, columns) == (stored, stored):
+            return self.pos_embed
+        embedding = self.pos_embed.float()
+        patches = embedding[:, 1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # [1, D, stored, stored]
+        # Weights trained with an offset were resampled by a scale factor, which samples at slightly other points than
+        # the output size does; they must go on so (METHOD: "historic rounding work-around").
+        offset = self.config.interpolate_offset
+        patches = F.interpolate(
+            patches,
+            size=None if offset else (rows, columns),
+            scale_factor=[(rows + offset) / stored, (columns + offset) / stored] if offset else None,
+            mode="bicubic",
+            antialias=self.config.interpolate_antialias,
+        )
+        assert patches.shape[2:] == (rows, columns), f"resampled to {list(patches.shape[2:])}, not {[rows, columns]}"
+        return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def _output(self, tokens: Tensor) -> ViTOutput:
+        normed = self.norm(tokens)
+        first_patch = 1 + self.config.num_registers
+        return ViTOutput(normed[:, 0], normed[:, 1:first_patch], normed[:, first_patch:])
+
+    def _init_weights(self) -> None:
+        """Initial values of `init_weights` in DINOv2: the patch convolution keeps torch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,176 @@
+"""The backbone against numbers of the released DINOv2 code, and what holds for any ViT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from components.model.config import ViTConfig
+from components.model.export import from_dinov2
+from components.model.layers import add_to_subset
+from components.model.vit import VisionTransformer
+
+REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "dinov2.safetensors")
+SMALL = ViTConfig(dim=32, depth=3, num_heads=2, image_size=70)
+MODELS = {
+    "vit_mlp_reg4": SMALL,
+    "vit_swiglu_noreg": ViTConfig(
+        **(SMALL.model_dump() | {"ffn": "swiglu", "num_registers": 0})
+        | {"interpolate_antialias": False, "interpolate_offset": 0.1}
+    ),
+}
+
+
+def reference_model(name: str) -> VisionTransformer:
+    prefix = f"{name}/state/"
+    state = {key.removeprefix(prefix): value for key, value in REFERENCE.items() if key.startswith(prefix)}
+    model = VisionTransformer(MODELS[name]).eval()
+    model.load_state_dict(from_dinov2(state))
+    return model
+
+
+@pytest.mark.parametrize("size", ["70x70", "98x98", "56x112"])
+@pytest.mark.parametrize("name", MODELS)
+def test_features_equal_the_released_code(name, size):
+    model = reference_model(name)
+    image, mask = REFERENCE[f"{name}/image_{size}"], REFERENCE[f"{name}/mask_{size}"].bool()
+
+    def check(actual, key):
+        torch.testing.assert_close(actual, REFERENCE[f"{name}/{key}_{size}"], rtol=0, atol=1e-4)
+
+    with torch.no_grad():
+        plain, masked, layers = model(image), model(image, mask), model.intermediate(image, 2)
+    check(plain.cls_token, "cls")
+    check(plain.patch_tokens, "patches")
+    check(masked.cls_token, "masked_cls")
+    check(masked.patch_tokens, "masked_patches")
+    check(layers[0].cls_token, "layer_minus2_cls")
+    check(layers[0].patch_tokens, "layer_minus2_patches")
+    assert torch.equal(layers[1].cls_token, plain.cls_token)
+    if model.config.num_registers:
+        check(plain.register_tokens, "registers")
+    else:
+        assert plain.register_tokens.shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ({"dim": 384, "depth": 12, "num_heads": 6, "num_registers": 0}, 22_056_576),  # hub dinov2_vits14
+        ({"dim": 768, "depth": 12, "num_heads": 12, "num_registers": 0}, 86_580_480),  # hub dinov2_vitb14
+        ({"num_registers": 0}, 304_368_640),  # hub dinov2_vitl14
+        ({"dim": 1536, "depth": 40, "num_heads": 24, "num_registers": 0, "ffn": "swiglu"}, 1_136_480_768),  # vitg14
+    ],
+)
+def test_parameter_counts_of_the_published_sizes(shape, parameters):
+    with torch.device("meta"):
+        model = VisionTransformer(ViTConfig(**shape))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_masked_patches_do_not_reach_the_tokens():
+    model = reference_model("vit_mlp_reg4")
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, 70, 70, generator=generator)
+    other = image.clone()
+    other[:, :, :14, 14:28] += 5.0  # second patch of the first row
+    mask = torch.zeros(1, 25, dtype=torch.bool)
+    mask[0, 1] = True
+    with torch.no_grad():
+        assert torch.equal(model(image, mask).patch_tokens, model(other, mask).patch_tokens)
+        assert not torch.equal(model(image).patch_tokens, model(other).patch_tokens)
+
+
+def test_non_square_position_embedding_follows_height_then_width():
+    # The stored grid holds its row number in every channel; resampled, rows differ and columns do not.
+    model = VisionTransformer(SMALL)
+    with torch.no_grad():
+        model.pos_embed[0, 1:] = torch.arange(5.0).repeat_interleave(5)[:, None].expand(25, 32)
+    grid = model._position_embedding(4, 8)[0, 1:].reshape(4, 8, 32)
+    assert torch.allclose(grid, grid[:, :1].expand_as(grid), atol=1e-5)
+    assert (grid[1:, 0, 0] > grid[:-1, 0, 0]).all()
+    assert torch.equal(model._position_embedding(5, 5), model.pos_embed)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 70, 75), (1, 3, 13, 14), (1, 3, 0, 14)])
+def test_image_side_that_patches_do_not_tile(shape):
+    with pytest.raises(ValueError, match="multiples of the patch size 14"):
+        VisionTransformer(SMALL)(torch.zeros(shape))
+
+
+def test_wrong_shapes_are_named():
+    model = VisionTransformer(SMALL)
+    images = torch.zeros(2, 3, 28, 28)
+    with pytest.raises(ValueError, match=r"masks must be \[2, 4\]"):
+        model(images, torch.zeros(2, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="batch, 3, height, width"):
+        model(images[:, :1])
+    with pytest.raises(ValueError, match="1 to 3"):
+        model.intermediate(images, 4)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(dim=128, depth=2, num_heads=2, image_size=224))
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[1].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert 0 < model.cls_token.abs().max() < 1e-5
+    assert 0 < model.register_tokens.abs().max() < 1e-5
+    assert not model.mask_token.any()
+    assert not model.blocks[0].attn.qkv.bias.any()
+    assert (model.blocks[0].ls1.gamma == 1e-5).all()
+
+
+def test_gradient_reaches_every_parameter():
+    model = VisionTransformer(SMALL)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    mask[0, 0] = True
+    output = model(torch.randn(2, 3, 28, 28), mask)
+    (output.cls_token.sum() + output.patch_tokens.square().sum() + output.register_tokens.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_subset_stochastic_depth_is_unbiased():
+    torch.manual_seed(0)
+    tokens = torch.randn(5, 2, 3)
+    kept = []
+
+    def branch(x):
+        kept.append(len(x))
+        return 2 * x
+
+    draws = torch.stack([add_to_subset(tokens, branch, 0.4) for _ in range(4000)])
+    assert set(kept) == {3}  # floor(5 * 0.6)
+    # One image gets 0 or 5/3 of its branch; over 4000 draws the mean's standard error is below 1.3 % of the branch.
+    torch.testing.assert_close(draws.mean(0), 3 * tokens, rtol=0.05, atol=1e-3)
+    assert torch.equal(add_to_subset(tokens[:1], branch, 0.9), 3 * tokens[:1])
+
+
+def test_stochastic_depth_only_in_training():
+    config = ViTConfig(**(SMALL.model_dump() | {"drop_path": 0.5, "layer_scale_init": 1.0}))
+    torch.manual_seed(0)
+    model = VisionTransformer(config)
+    images = torch.randn(4, 3, 28, 28)
+    with torch.no_grad():
+        assert not torch.equal(model(images).cls_token, model(images).cls_token)
+        model.eval()
+        assert torch.equal(model(images).cls_token, model(images).cls_token)
+
+
+def test_runs_under_bfloat16_autocast():
+    config = ViTConfig(**(SMALL.model_dump() | {"drop_path": 0.5}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = VisionTransformer(config)(torch.randn(4, 3, 42, 28))
+    assert torch.isfinite(output.patch_tokens).all()
+    assert output.patch_tokens.shape == (4, 6, 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"dim": 30, "num_heads": 4}, "multiple of num_heads"), ({"image_size": 500}, "multiple of patch_size")],
+)
+def test_config_whose_shapes_do_not_divide(values, message):
+    with pytest.raises(ValidationError, match=message):
+        ViTConfig(**values)
