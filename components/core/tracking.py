@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.metric_queue import MetricPoint, MetricQueue
-from components.core.weights_cache import WeightsError, keep_weights
+from components.core.weights_cache import FetchError, keep_weights
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
 
         try:
             keep_weights(folder, fetch, found.tags.get(WEIGHTS_SHA256_TAG))
-        except WeightsError as error:
+        except FetchError as error:
             raise TrackingError(f"{model}: {error}") from None
     return folder
 

@@ -14,7 +14,7 @@ from components.core.storage import atomic_dir, sha256_file, write_json
 FILES = ("model.safetensors", "config.json")
 
 
-class WeightsError(RuntimeError):
+class FetchError(RuntimeError):
     """What was fetched is not one set of weights, or not the bytes that were promised."""
 
 
@@ -28,7 +28,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
         expected_sha256: of model.safetensors, where it is known.
 
     Raises:
-        WeightsError: no such pair, more than one, or another SHA-256 than expected.
+        FetchError: no such pair, more than one, or another SHA-256 than expected.
     """
     digest = _kept_sha256(folder)
     if digest is None:
@@ -36,7 +36,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
             fetched = fetch(Path(temporary))
             found = [path.parent for path in fetched.rglob(FILES[0]) if (path.parent / FILES[1]).is_file()]
             if len(found) != 1:
-                raise WeightsError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
+                raise FetchError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
             digest = sha256_file(found[0] / FILES[0])
             _check(digest, expected_sha256)
             with atomic_dir(folder) as aside:
@@ -48,7 +48,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
 
 def _check(digest: str, expected: str | None) -> None:
     if expected and digest != expected:
-        raise WeightsError(f"its weights have SHA-256 {digest}, but {expected} was registered; do not use them")
+        raise FetchError(f"its weights have SHA-256 {digest}, but {expected} was registered; do not use them")
 
 
 def _kept_sha256(folder: Path) -> str | None:

@@ -1,0 +1,73 @@
+"""Parameters of the evaluation. No torch here, so that the CLI starts fast."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from components.core.config import Config
+
+# 10^-6 to 10^5 in 45 steps: C_POWER_RANGE of dinov2/eval/log_regression.py.
+PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
+
+
+class KnnConfig(Config):
+    """Nearest-neighbour classification (dinov2/eval/knn.py)."""
+
+    neighbours: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
+    reported: PositiveInt = 20  # its accuracy is `knn_top1`; "20 usually works best", says the code's help text
+    temperature: PositiveFloat = 0.07
+    resize_size: PositiveInt = 256  # pixels of the shorter side, before the centre crop
+
+    @model_validator(mode="after")
+    def _reported_is_measured(self) -> Self:
+        if self.reported not in self.neighbours:
+            raise ValueError(f"reported must be one of neighbours {list(self.neighbours)}, not {self.reported}")
+        return self
+
+
+class LinearConfig(Config):
+    """Logistic regression on frozen features (dinov2/eval/log_regression.py)."""
+
+    c_grid: tuple[PositiveFloat, ...] = Field(default=PAPER_C_GRID, min_length=1)  # inverse strengths of the L2 penalty
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of train, at random, to choose C on
+    max_iterations: PositiveInt = 1000
+    tolerance: PositiveFloat = 1e-12
+    resize_size: PositiveInt = 224  # pixels of the shorter side, before the centre crop
+
+
+class InstanceConfig(Config):
+    """Retrieval of an image by an augmented view of it: what is measured where there are no labels."""
+
+    num_queries: PositiveInt = 2000  # at most; images drawn at random
+    crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area that a view shows
+    jitter: float = Field(default=0.3, ge=0, lt=1)  # brightness, contrast and saturation change by up to this factor
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _scale_is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be two shares of the area, 0 < low <= high <= 1")
+        return value
+
+
+class EvaluateConfig(Config):
+    """Measures of a frozen backbone on data/evaluation. Defaults: METHOD of DINOv2 (arXiv:2304.07193, App. B)."""
+
+    crop_size: PositiveInt = 224  # pixels; a multiple of the backbone's patch size
+    batch_size: PositiveInt = 256
+    num_workers: int = Field(default=8, ge=0)  # processes that decode images; 0 decodes in the stage's own
+    champion: str | None = Field(default=None, pattern=r"^models:/[^/@]+/\d+$")  # None compares with no champion
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+    instance: InstanceConfig = InstanceConfig()
+    bootstrap_resamples: PositiveInt = 1000
+    num_pictures: int = Field(default=8, ge=1, le=32)  # images in each picture
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        smallest = min(self.knn.resize_size, self.linear.resize_size)
+        if self.crop_size > smallest:
+            raise ValueError(f"crop_size {self.crop_size} is larger than the smallest resize_size {smallest}")
+        return self

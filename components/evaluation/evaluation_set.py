@@ -1,0 +1,100 @@
+"""The evaluation set: its images, and their classes and splits where it has labels."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from components.data.manifest import read_collection
+
+log = logging.getLogger(__name__)
+
+TEST_SHARE = 5  # without given splits, one labelled image in five is a test image
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made; the message says of what and what to do."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes of the labelled images, as indices into the evaluation set's images."""
+
+    classes: tuple[str, ...]
+    targets: NDArray[np.int64]  # [N] class of each image; -1 where it has none
+    train: NDArray[np.int64]  # indices of train images
+    test: NDArray[np.int64]  # indices of test images, each of a class that train has
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Images in the order of their id, each once; `labels` is None where classes cannot be measured."""
+
+    root: Path  # that the shards are relative to
+    images: pa.Table
+    labels: Labels | None
+
+    def take(self, indices: NDArray[np.int64]) -> EvaluationSet:
+        """Some of the images, without labels."""
+        return EvaluationSet(self.root, self.images.take(pa.array(indices)), None)
+
+
+def read_evaluation_set(root: Path) -> EvaluationSet:
+    """Read all of `root` (data/evaluation).
+
+    Raises:
+        EvaluationError: no images, or labels with a train split and no test image.
+    """
+    table = read_collection(root)
+    if table.num_rows == 0:
+        raise EvaluationError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
+    _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)
+    table = table.take(pa.array(first))
+    names = np.array([name or "" for name in table["label"].to_pylist()])
+    if not (names != "").any():
+        log.warning("%s has no labels: measuring retrieval of augmented views and effective rank instead", root)
+        return EvaluationSet(root, table, None)
+    return EvaluationSet(root, table, _read_labels(root, table, names))
+
+
+def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels | None:
+    classes, inverse = np.unique(names[names != ""], return_inverse=True)
+    targets = np.full(len(names), -1)
+    targets[names != ""] = inverse
+    splits = _splits(root, table, targets >= 0)
+    train = np.flatnonzero((splits == "train") & (targets >= 0))
+    test = np.flatnonzero((splits == "test") & (targets >= 0))
+    known = np.isin(targets[test], targets[train])
+    if not known.all():
+        unseen = [str(name) for name in classes[np.unique(targets[test][~known])]]
+        log.warning("%d test images left out: no train image of %s", (~known).sum(), ", ".join(unseen))
+        test = test[known]
+    if len(np.unique(targets[train])) < 2 or len(test) == 0:
+        log.warning(
+            "%s: %d train images of %d classes and %d test images of these classes do not measure classes (at least "
+            "two classes, each with two images or more): measuring retrieval of augmented views instead",
+            *(root, len(train), len(np.unique(targets[train])), len(test)),
+        )
+        return None
+    return Labels(tuple(str(name) for name in classes), targets, train, test)
+
+
+def _splits(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> NDArray[np.str_]:
+    given = np.array([split or "" for split in table["split"].to_pylist()])
+    present = set(given[labelled]) - {""}
+    if not present:
+        log.info("%s has labels and no splits: one image in %d is a test image, by its hash", root, TEST_SHARE)
+        digits = [int(image_id[:8], 16) for image_id in table["image_id"].to_pylist()]
+        return np.where(np.array(digits) % TEST_SHARE == 0, "test", "train")
+    missing = {"train", "test"} - present
+    if missing:
+        raise EvaluationError(
+            f"{root}: labelled images with split {sorted(present)}, none with {sorted(missing)}; "
+            "ingest both splits, or leave the split empty to have one made"
+        )
+    return given

@@ -1,0 +1,131 @@
+"""Frozen features, extracted once: every image is decoded a single time and shown to all models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from components.core.progress import progress
+from components.data.shards import ShardReader, decode_image
+from components.evaluation.config import EvaluateConfig, InstanceConfig
+from components.evaluation.descriptor import describe
+from components.evaluation.evaluation_set import EvaluationSet
+from components.model.vit import VisionTransformer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ASPECT = (3 / 4, 4 / 3)  # of augmented views, as in RandomResizedCrop
+
+Extractor = Callable[[Tensor], NDArray[np.float32]]  # [B, S, S, 3] uint8 -> [B, D]
+Features = dict[str, NDArray[np.float32]]  # by model, [N, D]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How an image becomes a view of itself; the draws depend on the seed and the image's place only."""
+
+    config: InstanceConfig
+    seed: int
+
+
+class EvaluationImages(Dataset[Tensor]):
+    """Images as [S, S, 3] uint8: shorter side to `resize_size` (bicubic), centre crop, or an augmented view."""
+
+    def __init__(
+        self, images: EvaluationSet, resize_size: int, crop_size: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self._reader = ShardReader(images.root)
+        columns = (images.images[name].to_pylist() for name in ("shard", "offset", "length"))
+        self._places = list(zip(*columns, strict=True))
+        self._resize, self._crop, self._augmentation = resize_size, crop_size, augmentation
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = decode_image(self._reader.read(*self._places[index]))
+        if self._augmentation is None:
+            image = centre_crop(image, self._resize, self._crop)
+        else:
+            generator = np.random.default_rng([self._augmentation.seed, index])
+            image = augmented_view(image, self._crop, self._augmentation.config, generator)
+        return torch.from_numpy(np.array(image))
+
+
+def centre_crop(image: Image.Image, resize_size: int, crop_size: int) -> Image.Image:
+    """Resize the shorter side to `resize_size` pixels (bicubic, antialiased) and cut the middle."""
+    scale = resize_size / min(image.size)
+    width, height = (max(resize_size, round(side * scale)) for side in image.size)
+    left, top = (width - crop_size) // 2, (height - crop_size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + crop_size, top + crop_size))
+
+
+def augmented_view(
+    image: Image.Image, size: int, config: InstanceConfig, generator: np.random.Generator
+) -> Image.Image:
+    """A random part of the image, mirrored or not, with brightness, contrast and saturation changed."""
+    area = image.width * image.height * generator.uniform(*config.crop_scale)
+    aspect = np.exp(generator.uniform(*np.log(ASPECT)))
+    width = min(image.width, max(1, round((area * aspect) ** 0.5)))
+    height = min(image.height, max(1, round((area / aspect) ** 0.5)))
+    left = int(generator.integers(image.width - width + 1))
+    top = int(generator.integers(image.height - height + 1))
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    if generator.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        view = enhance(view).enhance(1 + generator.uniform(-config.jitter, config.jitter))
+    return view
+
+
+def normalise(images: Tensor) -> Tensor:
+    """[B, S, S, 3] uint8 to [B, 3, S, S] float32 with ImageNet's mean and deviation."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device)
+    std = torch.tensor(IMAGENET_STD, device=images.device)
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def backbone_extractor(backbone: VisionTransformer) -> Extractor:
+    """Class tokens after the last norm, float32."""
+    device = next(backbone.parameters()).device
+
+    @torch.inference_mode()
+    def extract(images: Tensor) -> NDArray[np.float32]:
+        return backbone(normalise(images.to(device))).cls_token.float().cpu().numpy()  # [B, D]
+
+    return extract
+
+
+def descriptor_extractor(images: Tensor) -> NDArray[np.float32]:
+    """The training-free descriptor of each image, [B, 452]."""
+    return np.stack([describe(image) for image in images.numpy()])
+
+
+@torch.inference_mode()
+def patch_features(backbone: VisionTransformer, images: Tensor) -> NDArray[np.float32]:
+    """Patch tokens after the last norm, [B, P, D], for pictures."""
+    device = next(backbone.parameters()).device
+    return backbone(normalise(images.to(device))).patch_tokens.float().cpu().numpy()
+
+
+def extract_features(
+    extractors: Mapping[str, Extractor], images: EvaluationImages, config: EvaluateConfig, what: str
+) -> Features:
+    """Features of all images by each extractor, in the order of the images."""
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
+    # Its own generator keeps the loader from drawing on the global one.
+    loader = DataLoader(images, config.batch_size, num_workers=config.num_workers, generator=torch.Generator())
+    with progress(what, len(images)) as advance:
+        for batch in loader:  # [B, S, S, 3]
+            for name, extract in extractors.items():
+                parts[name].append(extract(batch))
+            advance(len(batch))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -1,0 +1,36 @@
+"""Retrieval of images by augmented views of them, which needs no labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_CHUNK = 1024  # queries compared at once
+
+
+def retrieval_ranks(
+    queries: NDArray[np.floating], gallery: NDArray[np.floating], targets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Place of each query's own image among all of the gallery by cosine similarity, 1 is first.
+
+    Images that are as similar as the right one count before it: features that are all the same win nothing.
+    With one right answer a query, average precision is 1 / rank.
+
+    Args:
+        queries: [Q, D] features of the views.
+        gallery: [N, D] features of the images.
+        targets: [Q] the row of each view's image in the gallery.
+
+    Returns:
+        [Q], between 1 and N.
+    """
+    views, images = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (queries, gallery))
+    images = torch.nn.functional.normalize(images, dim=1)
+    ranks = []
+    for start in range(0, len(views), _CHUNK):
+        part = torch.nn.functional.normalize(views[start : start + _CHUNK], dim=1)
+        similarities = part @ images.T  # [q, N]
+        own = similarities.gather(1, torch.from_numpy(targets[start : start + _CHUNK])[:, None])
+        ranks.append((similarities >= own).sum(dim=1))
+    return torch.cat(ranks).numpy()

@@ -1,0 +1,74 @@
+"""Classification by the weighted vote of nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_CHUNK = 1024  # test images compared at once
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Neighbours of each query, nearest first: cosines and gallery rows, [Q, count] each."""
+
+    similarities: NDArray[np.float64]
+    indices: NDArray[np.int64]
+
+
+def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count: int) -> Nearest:
+    """Cosine similarities and indices of the `count` nearest gallery rows of each query, nearest first.
+
+    In float64: tokens of a network that is not trained differ by less than float32 cosines can tell.
+
+    Args:
+        queries: [Q, D].
+        gallery: [N, D], N >= count.
+        count: neighbours of each query.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = _normalised(gallery).to(device)  # [N, D]
+    parts = [torch.topk(part.to(device) @ base.T, count, dim=1) for part in _normalised(queries).split(_CHUNK)]
+    similarities = torch.cat([part.values.cpu() for part in parts])
+    return Nearest(similarities.numpy(), torch.cat([part.indices.cpu() for part in parts]).numpy())
+
+
+def knn_predictions(
+    nearest_similarities: NDArray[np.float64],
+    nearest_targets: NDArray[np.int64],
+    neighbours: Collection[int],
+    temperature: float,
+) -> dict[int, NDArray[np.int64]]:
+    """Class of each test image by the vote of its k nearest train images, for several k.
+
+    dinov2/eval/knn.py: a vote weighs softmax(similarity / temperature), over the most neighbours of all k; the votes of
+    the first k are added for each class. The weights of a smaller k so add up to less than 1, which moves no maximum.
+
+    Args:
+        nearest_similarities: [T, K] cosines, nearest first.
+        nearest_targets: [T, K] classes of these train images.
+        neighbours: values of k, each at most K.
+        temperature: of the softmax.
+
+    Returns:
+        For each k, [T] classes; of classes with equal votes the first.
+    """
+    logits = nearest_similarities / temperature
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))  # [T, K]
+    weights /= weights.sum(axis=1, keepdims=True)
+    votes = np.zeros((len(weights), int(nearest_targets.max()) + 1))
+    rows = np.arange(len(weights))
+    predictions: dict[int, NDArray[np.int64]] = {}
+    for rank in range(max(neighbours)):
+        votes[rows, nearest_targets[:, rank]] += weights[:, rank]
+        if rank + 1 in neighbours:
+            predictions[rank + 1] = votes.argmax(axis=1)
+    return predictions
+
+
+def _normalised(features: NDArray[np.floating]) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(features, dtype=np.float64)), dim=1)

@@ -1,0 +1,70 @@
+"""Logistic regression on frozen features."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from components.core.metrics import top1_accuracy
+from components.core.progress import track
+from components.evaluation.config import LinearConfig
+
+log = logging.getLogger(__name__)
+
+SPLIT_SEED = 0  # dinov2/eval/log_regression.py draws the validation split with this seed, whatever the run's
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """Class of each test image [T], and the C that was chosen."""
+
+    predictions: NDArray[np.int64]
+    c: float
+
+
+def linear_predictions(
+    train: NDArray[np.floating], targets: NDArray[np.int64], test: NDArray[np.floating], config: LinearConfig, name: str
+) -> LinearResult:
+    """Fit by L-BFGS with an L2 penalty; C is chosen on a random part of train, then all of train is fitted.
+
+    dinov2/eval/log_regression.py (the protocol of the 12 fine-grained sets, arXiv:2304.07193, Table 8), float64.
+
+    Args:
+        train: [N, D] features.
+        targets: [N] classes, two or more.
+        test: [T, D] features.
+        config: grid and solver.
+        name: of the features, for progress.
+    """
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    with warnings.catch_warnings():
+        # With a tolerance of 1e-12 the solver always ends at its iteration limit or at machine precision.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        c = _choose_c(train, targets, config, name)
+        predictions = _solver(config, c).fit(train, targets).predict(test)
+    return LinearResult(predictions, c)
+
+
+def _choose_c(train: NDArray[np.float64], targets: NDArray[np.int64], config: LinearConfig, name: str) -> float:
+    grid = sorted(config.c_grid)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(targets))
+    held, kept = np.split(order, [max(1, round(len(targets) * config.validation_fraction))])
+    if len(np.unique(targets[kept])) < 2:
+        log.warning("too few train images to hold some out: C is the middle of its grid")
+        return grid[len(grid) // 2]
+    model = _solver(config, grid[0]).set_params(warm_start=True)  # the optimum does not depend on where it starts
+    scores = []
+    for c in track(grid, f"logistic regression of {name}", len(grid), "values of C"):
+        model.set_params(C=c).fit(train[kept], targets[kept])
+        scores.append(top1_accuracy(np.asarray(model.predict(train[held])), targets[held]))
+    return grid[int(np.argmax(scores))]  # the strongest penalty among equals
+
+
+def _solver(config: LinearConfig, c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, solver="lbfgs", tol=config.tolerance, max_iter=config.max_iterations)

@@ -1,0 +1,115 @@
+"""Metrics of several models on one evaluation set, each with its value on every test image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.core.metrics import Interval, bootstrap_interval, effective_rank, feature_std, top1_accuracy
+from components.evaluation.config import EvaluateConfig, KnnConfig
+from components.evaluation.evaluation_set import EvaluationSet, Labels
+from components.evaluation.features import Augmentation, EvaluationImages, Extractor, Features, extract_features
+from components.evaluation.instance import retrieval_ranks
+from components.evaluation.knn import knn_predictions, nearest
+from components.evaluation.linear import linear_predictions
+
+
+@dataclass
+class Scores:
+    """Metrics of one model; `by_image` holds the values on single images whose mean a metric is, for intervals."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)  # [T] each
+
+    def add(self, metric: str, by_image: NDArray[np.floating]) -> None:
+        """Add a metric that is a mean over images."""
+        self.by_image[metric] = by_image
+        self.metrics[metric] = float(by_image.mean())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of each model, and the features [N, D] that they were measured on."""
+
+    scores: dict[str, Scores]
+    features: Features
+
+
+def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[str, Extractor], seed: int) -> Measured:
+    """Score every model: by classes where the set has labels, else by retrieval of augmented views."""
+    crops = EvaluationImages(images, config.knn.resize_size, config.crop_size)
+    features = extract_features(extractors, crops, config, "features")
+    if images.labels is None:
+        scores = _instance_scores(config, images, extractors, features, seed)
+    else:
+        linear_features = features
+        if config.linear.resize_size != config.knn.resize_size:
+            crops = EvaluationImages(images, config.linear.resize_size, config.crop_size)
+            linear_features = extract_features(extractors, crops, config, "features for logistic regression")
+        scores = {name: knn_scores(config.knn, features[name], images.labels) for name in features}
+        for name, values in scores.items():
+            _add_linear(values, config, linear_features[name], images.labels, name)
+    for name, values in scores.items():
+        values.metrics |= {"effective_rank": effective_rank(features[name]), "feature_std": feature_std(features[name])}
+    return Measured(scores, features)
+
+
+def knn_scores(config: KnnConfig, features: NDArray[np.float32], labels: Labels) -> Scores:
+    """Accuracy of nearest neighbours for every k; in a train set of fewer than k images all of them vote."""
+    counts = {k: min(k, len(labels.train)) for k in config.neighbours}
+    found = nearest(features[labels.test], features[labels.train], max(counts.values()))
+    votes = labels.targets[labels.train][found.indices]  # [T, K]
+    predictions = knn_predictions(found.similarities, votes, set(counts.values()), config.temperature)
+    targets = labels.targets[labels.test]
+    scores = Scores()
+    scores.add("knn_top1", (predictions[counts[config.reported]] == targets).astype(np.float64))
+    for k, count in counts.items():
+        scores.metrics[f"knn_top1_k{k}"] = top1_accuracy(predictions[count], targets)
+    return scores
+
+
+def differences(
+    scores: Mapping[str, Scores], model: str, num_resamples: int, seed: int
+) -> dict[str, dict[str, Interval]]:
+    """For each other model, `model` minus it by metric: the mean over the same images and its 95 % interval."""
+    generator = np.random.default_rng(seed)
+    return {
+        other: {
+            metric: bootstrap_interval(values - scores[other].by_image[metric], generator, num_resamples)
+            for metric, values in scores[model].by_image.items()
+        }
+        for other in scores
+        if other != model
+    }
+
+
+def _add_linear(
+    scores: Scores, config: EvaluateConfig, features: NDArray[np.float32], labels: Labels, name: str
+) -> None:
+    train, test = features[labels.train], features[labels.test]
+    linear = linear_predictions(train, labels.targets[labels.train], test, config.linear, name)
+    scores.add("linear_top1", (linear.predictions == labels.targets[labels.test]).astype(np.float64))
+    scores.metrics["linear_c"] = linear.c
+
+
+def _instance_scores(
+    config: EvaluateConfig,
+    images: EvaluationSet,
+    extractors: Mapping[str, Extractor],
+    gallery: Features,
+    seed: int,
+) -> dict[str, Scores]:
+    order = np.random.default_rng(seed).permutation(images.images.num_rows)
+    chosen = np.sort(order[: config.instance.num_queries])
+    augmentation = Augmentation(config.instance, seed)
+    views = EvaluationImages(images.take(chosen), config.knn.resize_size, config.crop_size, augmentation)
+    queries = extract_features(extractors, views, config, "features of augmented views")
+    scores = {name: Scores() for name in gallery}
+    for name, values in scores.items():
+        ranks = retrieval_ranks(queries[name], gallery[name], chosen)
+        values.add("instance_recall_at_1", (ranks == 1).astype(np.float64))
+        values.add("instance_map", 1 / ranks)
+    return scores

@@ -1,0 +1,106 @@
+"""Evaluate one model: its frozen features beside those of untrained ones and of the champion, on the same images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from components.core.storage import atomic_dir
+from components.core.tracking import download_weights
+from components.evaluation.config import EvaluateConfig
+from components.evaluation.evaluation_set import EvaluationError, EvaluationSet, read_evaluation_set
+from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
+from components.evaluation.pictures import choose_queries, draw_neighbours, draw_pca, neighbour_rows
+from components.evaluation.report import write_comparison, write_report
+from components.evaluation.scores import differences, measure
+from components.model.export import load_backbone
+from components.model.vit import VisionTransformer
+
+log = logging.getLogger(__name__)
+
+TEACHER = "teacher"
+RANDOM, DESCRIPTOR, CHAMPION = "random", "descriptor", "champion"
+
+
+def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, Any]:
+    """Measure a model on data/evaluation and write reports/evaluate/<model>.
+
+    Args:
+        config: the section `evaluate`.
+        root: the workspace.
+        seed: of the random-weights model, the augmented views, the resampling and the choice of pictures.
+        model: `teacher` (models/adapted) or the name of a student.
+
+    Returns:
+        The model's metrics; those of `random`, `descriptor` and `champion` under their names; differences with
+        intervals under `minus_<name>`; and counts.
+
+    Raises:
+        EvaluationError: no evaluation images, no test images, or a crop that does not fit a model.
+    """
+    images = read_evaluation_set(root / "data" / "evaluation")
+    backbones = _backbones(config, root, seed, model)
+    extractors = {name: backbone_extractor(backbone) for name, backbone in backbones.items()}
+    measured = measure(config, images, {**extractors, DESCRIPTOR: descriptor_extractor}, seed)
+    metrics = {name: scores.metrics for name, scores in measured.scores.items()}
+    compared = differences(measured.scores, model, config.bootstrap_resamples, seed)
+    counts = _counts(images)
+
+    with atomic_dir(root / "reports" / "evaluate" / model) as folder:
+        pixels = EvaluationImages(images, config.knn.resize_size, config.crop_size)
+        queries = choose_queries(images, config.num_pictures, seed)
+        shown = torch.stack([pixels[index] for index in queries])
+        patches = {name: patch_features(backbone, shown) for name, backbone in backbones.items()}
+        draw_pca(shown.numpy(), patches).save(folder / "pca.jpg", quality=90)
+        rows = neighbour_rows(images, pixels, measured.features[model], queries)
+        draw_neighbours(rows).save(folder / "neighbours.jpg", quality=90)
+        write_comparison(folder / "comparison.csv", metrics)
+        write_report(folder / "report.html", f"Evaluation of {model}", _facts(config, counts), metrics, compared)
+
+    others = {name: values for name, values in metrics.items() if name != model}
+    intervals = {f"minus_{name}": {k: asdict(v) for k, v in values.items()} for name, values in compared.items()}
+    log.info("%s: %s", model, ", ".join(f"{name} {value:.4g}" for name, value in metrics[model].items()))
+    return {**metrics[model], **others, **intervals, **counts}
+
+
+def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, VisionTransformer]:
+    """The candidate (first), the champion where one is named, and an untrained network of the candidate's shape."""
+    candidate = load_backbone(root / "models" / ("adapted" if model == TEACHER else f"students/{model}"))
+    found = {model: candidate}
+    if config.champion is not None:
+        found[CHAMPION] = load_backbone(download_weights(config.champion, root))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found[RANDOM] = VisionTransformer(candidate.config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, backbone in found.items():
+        patch = backbone.config.patch_size
+        if config.crop_size % patch:
+            raise EvaluationError(
+                f"evaluate.crop_size {config.crop_size} is not a multiple of {patch}, the patch size of {name}"
+            )
+        backbone.eval().to(device)
+    return found
+
+
+def _counts(images: EvaluationSet) -> dict[str, int]:
+    if images.labels is None:
+        return {"num_images": images.images.num_rows}
+    labels = images.labels
+    num_classes = len(np.unique(labels.targets[labels.train]))
+    return {"num_train": len(labels.train), "num_test": len(labels.test), "num_classes": num_classes}
+
+
+def _facts(config: EvaluateConfig, counts: Mapping[str, int]) -> list[str]:
+    facts = [
+        ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in counts.items()),
+        f"Frozen class tokens after the last norm, {config.crop_size} pixel centre crops.",
+        f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and colour histograms, no network.",
+    ]
+    return facts + ([f"{CHAMPION}: {config.champion}."] if config.champion else [])
