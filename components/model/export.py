@@ -79,6 +79,7 @@ def save_weights(
     with atomic_dir(folder) as aside:
         for name, state in states.items():
             save_file(state, aside / name)
+            (aside / name).chmod(0o644)  # save_file lets only the owner read
         try:
             write_json(aside / CONFIG_FILE, description)
         except (TypeError, ValueError) as error:

@@ -77,6 +77,7 @@ def test_config_json_says_all(folder):
     assert described["provenance"] == PROVENANCE
     assert ViTConfig(**described["backbone"]) == VIT
     assert described["heads"]["dino"] == {"in_dim": 16, **HEAD.model_dump()}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
 def test_half_precision_is_saved_as_float32(tmp_path, models):
