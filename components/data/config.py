@@ -1,0 +1,76 @@
+"""How images become training crops and masks. No torch here, so that the CLI starts fast."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from components.core.config import Config
+
+
+class MaskingConfig(Config):
+    """Which patches the student does not see. Defaults: `ibot` of DINOv2's `ssl_default_config.yaml`."""
+
+    mask_probability: float = Field(default=0.5, ge=0, le=1)  # of the global crops of a batch, how many are masked
+    mask_ratio_min: float = Field(default=0.1, ge=0, le=1)  # of a masked crop's patches
+    mask_ratio_max: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ratios_in_order(self) -> Self:
+        if self.mask_ratio_min > self.mask_ratio_max:
+            raise ValueError(
+                f"mask_ratio_min must not exceed mask_ratio_max, but {self.mask_ratio_min} > {self.mask_ratio_max}"
+            )
+        return self
+
+
+class BlurProbability(Config):
+    """How often a crop is really blurred, for each kind of crop.
+
+    dinov2/data/transforms.py hands 1 - p to RandomApply, so that the p = 1.0, 0.1 and 0.5 of augmentations.py mean
+    0.0, 0.9 and 0.5; all released weights were trained with these (dinov3 issue 286).
+    """
+
+    global1: float = Field(default=0.0, ge=0.0, le=1.0)
+    global2: float = Field(default=0.9, ge=0.0, le=1.0)
+    local: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class CropConfig(Config):
+    """Two global crops and several local ones of each image (dinov2/data/augmentations.py)."""
+
+    global_size: PositiveInt = 224  # pixels
+    local_size: PositiveInt = 98  # 96 with patches of 16
+    num_local: int = Field(default=8, ge=0)
+    global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    flip_probability: float = Field(default=0.5, ge=0.0, le=1.0)
+    color_jitter_probability: float = Field(default=0.8, ge=0.0, le=1.0)
+    brightness: float = Field(default=0.4, ge=0.0, le=1.0)
+    contrast: float = Field(default=0.4, ge=0.0, le=1.0)
+    saturation: float = Field(default=0.2, ge=0.0, le=1.0)
+    hue: float = Field(default=0.1, ge=0.0, le=0.5)
+    grayscale_probability: float = Field(default=0.2, ge=0.0, le=1.0)
+    blur_probability: BlurProbability = BlurProbability()
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_probability: float = Field(default=0.2, ge=0.0, le=1.0)  # second global crop only
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high <= 1.0:
+                raise ValueError(f"{name} is {low} to {high}; allowed: 0 < from <= to <= 1 (share of the image's area)")
+        low, high = self.blur_sigma
+        if not 0.0 < low <= high:
+            raise ValueError(f"blur_sigma is {low} to {high}; allowed: 0 < from <= to")
+        return self
+
+
+class StreamConfig(Config):
+    """How the curated set is read."""
+
+    num_workers: int = Field(default=10, ge=0)  # processes that read, decode and crop; 0: the training process itself
+    window_shards: PositiveInt = 16  # images are shuffled inside windows of so many shuffled shards
+    max_bad_images: int = Field(default=100, ge=0)  # images that cannot be decoded are skipped, up to so many different ones
