@@ -1,8 +1,8 @@
 """The audit log: who did what to which model, as hash-chained objects in an object-locked S3 bucket.
 
 One object an event, `events/<name>/<sequence>.json`. Each holds the hash of the one before, so that no event can be
-changed, dropped or put in between without a reader noticing. Events are written with `If-None-Match: *`: two writers can
-never both be number 7. Retention is the bucket's own default (the bucket's owner decides mode and length, not the
+changed, dropped or put in between without a reader noticing. Events are written with `If-None-Match: *`: two writers
+can never both be number 7. Retention is the bucket's own default (the bucket's owner decides mode and length, not the
 writer); a bucket without one is refused, because what is written there could be deleted.
 """
 

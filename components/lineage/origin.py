@@ -1,0 +1,143 @@
+"""Where a model's weights come from, as a registered version states it: collected once, kept in the version's tags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from components.core.storage import sha256_file
+from components.core.tracking import WEIGHTS_SHA256_TAG
+from components.data.manifest import MANIFEST
+from components.lineage.record import Record, RecordError, folder_id, git
+
+CURATED = "data/curated"
+POOL = "data/pool"
+EVALUATION = "data/evaluation"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Tag(StrEnum):
+    """Tags of a registered version. On candidates they are the training side's claim; the audit log quotes them."""
+
+    COMMIT = "pedigree.git_commit"
+    BRANCH = "pedigree.run_branch"
+    DIRTY = "pedigree.git_dirty"
+    LOCK_SHA256 = "pedigree.dvc_lock_sha256"
+    WEIGHTS_PATH = "pedigree.weights_path"
+    WEIGHTS_DVC = "pedigree.weights_dvc"
+    WEIGHTS_SHA256 = WEIGHTS_SHA256_TAG
+    POOL = "pedigree.pool"
+    EVALUATION = "pedigree.evaluation"
+    CURATED = "pedigree.curated"
+    VALIDATION = "pedigree.validation"
+    PARENT = "pedigree.parent"
+    PARENT_SHA256 = "pedigree.parent_sha256"
+    DIGEST = "pedigree.digest"
+    FILES = "pedigree.files"
+    CANDIDATE = "pedigree.candidate"
+    AUDIT = "pedigree.audit"
+
+
+@dataclass(frozen=True)
+class DataVersion:
+    """One version of a data folder: its place in the workspace, its DVC id (`<md5>.dir`) and its manifest's SHA-256."""
+
+    path: str
+    dvc: str
+    manifest_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a set of weights was made from.
+
+    Attributes:
+        weights_path: folder of the weights in the workspace.
+        weights_dvc: its DVC id in `dvc.lock`, which was checked against the bytes.
+        weights_sha256: of model.safetensors.
+        dirty: tracked files other than `dvc.lock` and `params.yaml` (whose values are in it) differed from the commit.
+    """
+
+    commit: str
+    branch: str
+    dirty: bool
+    lock_sha256: str
+    weights_path: str
+    weights_dvc: str
+    weights_sha256: str
+    pool: tuple[DataVersion, ...]
+    evaluation: tuple[DataVersion, ...]
+    curated: DataVersion
+
+    def tags(self) -> dict[str, str]:
+        """The origin as tags of a model version."""
+        return {
+            Tag.COMMIT: self.commit,
+            Tag.BRANCH: self.branch,
+            Tag.DIRTY: str(self.dirty).lower(),
+            Tag.LOCK_SHA256: self.lock_sha256,
+            Tag.WEIGHTS_PATH: self.weights_path,
+            Tag.WEIGHTS_DVC: self.weights_dvc,
+            Tag.WEIGHTS_SHA256: self.weights_sha256,
+            Tag.POOL: _dump(self.pool),
+            Tag.EVALUATION: _dump(self.evaluation),
+            Tag.CURATED: _dump((self.curated,)),
+        }
+
+
+def collect_origin(root: Path, weights_path: str) -> Origin:
+    """Read where the weights in `root/weights_path` come from, and check that they are what `dvc.lock` records.
+
+    Raises:
+        RecordError: no git commit, no `dvc.lock`, an output that it does not name, or weights that are not its bytes.
+    """
+    record = Record(root)
+    commit = git(root, "rev-parse", "HEAD")
+    if commit is None:
+        raise RecordError(f"{root}: not in a git repository with a commit, so no commit can be named as the origin")
+    weights_dvc = _recorded(record, weights_path)
+    if folder_id(root / weights_path) != weights_dvc:
+        raise RecordError(
+            f"{root / weights_path}: not the bytes that dvc.lock records ({weights_dvc[:12]}); "
+            "run the stage that makes it again, or `dvc checkout`"
+        )
+    return Origin(
+        commit=commit,
+        branch=git(root, "branch", "--show-current") or "(none)",
+        dirty=bool(git(root, "status", "--porcelain", "-uno", "--", ".", ":!dvc.lock", ":!params.yaml")),
+        lock_sha256=record.lock_sha256(),
+        weights_path=weights_path,
+        weights_dvc=weights_dvc,
+        weights_sha256=sha256_file(root / weights_path / WEIGHTS_FILE),
+        pool=_data(root, record.tracked(POOL)),
+        evaluation=_data(root, record.tracked(EVALUATION)),
+        curated=_data(root, {CURATED: _recorded(record, CURATED)})[0],
+    )
+
+
+def data_versions(tags: Mapping[str, str], tag: Tag) -> tuple[DataVersion, ...]:
+    """The data versions that a version's tag names."""
+    return tuple(DataVersion(**item) for item in json.loads(tags.get(tag, "[]")))
+
+
+def _recorded(record: Record, path: str) -> str:
+    dvc_id = record.output(path)
+    if dvc_id is None:
+        raise RecordError(f"{record.root / 'dvc.lock'}: no stage has the output {path}; run the stage that makes it")
+    return dvc_id
+
+
+def _data(root: Path, found: Mapping[str, str]) -> tuple[DataVersion, ...]:
+    versions = []
+    for path, dvc_id in found.items():
+        manifest = root / path / MANIFEST
+        versions.append(DataVersion(path, dvc_id, sha256_file(manifest) if manifest.is_file() else None))
+    return tuple(versions)
+
+
+def _dump(versions: tuple[DataVersion, ...]) -> str:
+    return json.dumps([dataclasses.asdict(v) for v in versions], sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,143 @@
+"""The written record of a workspace or a commit: `dvc.lock`, `*.dvc` and the remote's address, read as plain YAML.
+
+An auditor needs this to work for any old commit, with no checkout and no DVC: everything comes from git objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+LOCK = "dvc.lock"
+REGISTER_STAGE = "register"
+
+
+class RecordError(RuntimeError):
+    """The record lacks something, or contradicts what is on disk; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one commit (or, with `revision=None`, the workspace as it is on disk) says about its stages and data."""
+
+    root: Path
+    revision: str | None = None
+
+    def read(self, path: str) -> bytes | None:
+        """A file's bytes at the revision; None when it is not there."""
+        if self.revision is None:
+            file = self.root / path
+            return file.read_bytes() if file.is_file() else None
+        done = subprocess.run(
+            ["git", "-C", str(self.root), "show", f"{self.revision}:./{path}"], capture_output=True, check=False
+        )
+        return done.stdout if done.returncode == 0 else None
+
+    def stages(self) -> dict[str, Any]:
+        """The stages of `dvc.lock`: name -> {cmd, deps, params, outs}.
+
+        Raises:
+            RecordError: there is no readable `dvc.lock`.
+        """
+        data = self.read(LOCK)
+        where = f"{LOCK} at {self.revision[:12]}" if self.revision else str(self.root / LOCK)
+        if data is None:
+            raise RecordError(f"{where}: no such file, so nothing says what made this model; run `dvc repro`")
+        try:
+            return dict(yaml.safe_load(data)["stages"])
+        except (yaml.YAMLError, TypeError, KeyError):
+            raise RecordError(f"{where}: not a DVC lock file") from None
+
+    def lock_sha256(self) -> str:
+        """SHA-256 of the stages of `dvc.lock` as canonical JSON.
+
+        The register stages are left out: they are written after the registration that quotes this number.
+        """
+        stages = {name: s for name, s in self.stages().items() if name.split("@")[0] != REGISTER_STAGE}
+        return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def output(self, path: str) -> str | None:
+        """DVC id of a stage's output, by its path."""
+        return next(
+            (out["md5"] for s in self.stages().values() for out in s.get("outs", []) if out["path"] == path), None
+        )
+
+    def tracked(self, folder: str) -> dict[str, str]:
+        """The `dvc add`ed snapshots below `folder`: path -> DVC id, in path order."""
+        found = {}
+        for file in self._dvc_files(folder):
+            for out in yaml.safe_load(self.read(file) or b"").get("outs", []):
+                found[(PurePosixPath(file).parent / out["path"]).as_posix()] = out["md5"]
+        return found
+
+    def remote_url(self) -> str | None:
+        """Address of the default DVC remote: from `.dvc/config` at the revision, else from this machine's settings."""
+        texts = [self.read(".dvc/config"), Record(self.root).read(".dvc/config.local")]
+        urls = [_remote_url(text.decode()) for text in texts if text]
+        return next((url.rstrip("/") for url in urls if url), None)
+
+    def _dvc_files(self, folder: str) -> list[str]:
+        if self.revision is None:
+            found = (p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*.dvc") if p.is_file())
+        else:
+            # Relative to `root`, which may lie below the top of its git repository.
+            listing = git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
+            found = (line for line in listing.splitlines() if line.endswith(".dvc"))
+        return sorted(found)
+
+
+def _remote_url(config: str) -> str | None:
+    parser = ConfigParser()
+    try:
+        parser.read_string(config)
+        name = parser["core"]["remote"]
+        section = next(s for s in parser.sections() if s.strip("'") == f'remote "{name}"')
+        return parser[section]["url"]
+    except (ConfigParserError, KeyError, StopIteration):
+        return None
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """Output of a git command in `root`; None when it fails."""
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def folder_id(folder: Path) -> str:
+    """The DVC id of a folder's present content: md5 over the JSON list of its files' md5s, by path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = [{"md5": _md5(p), "relpath": p.relative_to(folder).as_posix()} for p in files]
+    listing = json.dumps(sorted(entries, key=lambda e: e["relpath"]), sort_keys=True)
+    return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def upstream(stages: Mapping[str, Any], path: str) -> list[str]:
+    """Names of the stages that made `path`, and of all that made what those read; the last one first."""
+    wanted, found = [path], []
+    while wanted:
+        target = wanted.pop(0)
+        for name, stage in stages.items():
+            makes = any(_overlap(out["path"], target) for out in stage.get("outs", []))
+            if makes and name not in found:
+                found.append(name)
+                wanted += [dep["path"] for dep in stage.get("deps", [])]
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    a, b = PurePosixPath(one), PurePosixPath(other)
+    return a == b or a in b.parents or b in a.parents
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,232 @@
+"""Put weights into the MLflow registry as a version that anyone can load: weights, code, passport, tags, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+from components.core.storage import sha256_file
+from components.core.tracking import flatten_numbers
+from components.lineage.origin import Origin, Tag
+
+SOURCE = Path(__file__).parents[2]
+# What `pyfunc_model.py` imports of ours; a test loads the model with nothing else of this repository in reach.
+CODE = (
+    "components/__init__.py",
+    "components/core/__init__.py",
+    "components/core/config.py",
+    "components/core/storage.py",
+    "components/data/__init__.py",
+    "components/data/shards.py",
+    "components/model/__init__.py",
+    "components/model/config.py",
+    "components/model/export.py",
+    "components/model/head.py",
+    "components/model/layers.py",
+    "components/model/vit.py",
+)
+REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow")
+WEIGHTS = ("model.safetensors", "config.json")
+META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
+
+
+class RegistryError(RuntimeError):
+    """The registry cannot do what was asked; the message says what was given and what to do."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be registered.
+
+    Attributes:
+        name: registered model, for example `demo-candidates`.
+        weights: folder with model.safetensors and config.json.
+        origin: where the weights come from.
+        tags: what else the version states.
+        card: the model's passport as markdown.
+        evaluation: nested results; their numbers become metrics of the model.
+        example: one encoded image.
+        resolution: pixels a side when the caller gives none.
+    """
+
+    name: str
+    weights: Path
+    origin: Origin
+    tags: Mapping[str, str]
+    card: str
+    evaluation: Mapping[str, Any]
+    example: bytes
+    resolution: int
+
+
+def registry_client() -> MlflowClient:
+    """MLflow's client at MLFLOW_TRACKING_URI.
+
+    Raises:
+        RegistryError: the variable is not set.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise RegistryError("MLFLOW_TRACKING_URI is not set: a model is registered on a server; run `pedigree up`")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each copied file, else
+    mlflow.set_tracking_uri(uri)
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what MLflow and its transport raise into a RegistryError of one line."""
+    import requests
+
+    try:
+        yield
+    except (MlflowException, requests.exceptions.RequestException) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RegistryError(f"MLflow at {mlflow.get_tracking_uri()}: {first}") from error
+
+
+def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVersion:
+    """Register a candidate, or find the version that has the same weights from the same commit.
+
+    The version appears with all its tags in one request, so a version without its origin cannot exist. MLflow itself
+    keeps the alias `latest`: it is the newest version, and nobody can move it.
+    """
+    ensure_registered_model(client, candidate.name)
+    version = _existing(client, candidate)
+    if version is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            version = _register(client, candidate, run_id, folder)
+    return version
+
+
+def ensure_registered_model(client: MlflowClient, name: str) -> None:
+    """Create the registered model unless it is there."""
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(name)
+
+
+def versions(client: MlflowClient, name: str, **tags: str) -> list[ModelVersion]:
+    """All versions of a registered model whose tags have these values (keys are names of `Tag`)."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name='{name}'", max_results=200, page_token=token)
+        found += [v for v in page if all(v.tags.get(Tag[key]) == value for key, value in tags.items())]
+        token = page.token
+        if not token:
+            return found
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder, by path."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.name != META_FILE}
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The digest of a model: SHA-256 over the lines `path sha256`, sorted by path."""
+    return hashlib.sha256("".join(f"{path} {files[path]}\n" for path in sorted(files)).encode()).hexdigest()
+
+
+def _existing(client: MlflowClient, candidate: Candidate) -> ModelVersion | None:
+    origin = candidate.origin
+    same = versions(client, candidate.name, WEIGHTS_SHA256=origin.weights_sha256, COMMIT=origin.commit)
+    return max((v for v in same if v.status == "READY"), key=lambda v: int(v.version), default=None)
+
+
+def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: Path) -> ModelVersion:
+    run = client.get_run(run_id)
+    model = client.create_logged_model(
+        run.info.experiment_id, name=candidate.name, source_run_id=run_id, model_type="embedding"
+    )
+    save_model(candidate, folder, Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id))
+    files = file_digests(folder)
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    _log_metrics(client, run_id, model.model_id, candidate.evaluation)
+    stated = {Tag.DIGEST: digest_of(files), Tag.FILES: json.dumps(files, separators=(",", ":"))}
+    return client.create_model_version(
+        candidate.name,
+        source=f"models:/{model.model_id}",
+        run_id=run_id,
+        model_id=model.model_id,
+        tags={**candidate.origin.tags(), **candidate.tags, **stated},
+        description=candidate.card,
+    )
+
+
+def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
+    """Write the MLflow model: weights, the code that reads them, passport, signature, pinned requirements."""
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*type hints")  # they would replace our signature
+        parts = Path(temporary)
+        for name in CODE:
+            _copy(SOURCE / name, parts / name)
+        for name in WEIGHTS:
+            _copy(candidate.weights / name, parts / "weights" / name)
+        (parts / "card.md").write_text(candidate.card)
+        dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]
+        example = (pd.DataFrame({"image": [candidate.example]}), {"resolution": candidate.resolution})
+        mlflow.pyfunc.save_model(
+            path=folder,
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            model_config={"resolution": candidate.resolution},
+            artifacts={"weights": str(parts / "weights"), "card": str(parts / "card.md")},
+            code_paths=[str(parts / "components")],
+            signature=_signature(dim, candidate.resolution),
+            input_example=example,
+            pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            mlflow_model=model,
+        )
+    for cache in folder.rglob("__pycache__"):
+        shutil.rmtree(cache)
+
+
+def _signature(dim: int, resolution: int) -> ModelSignature:
+    return ModelSignature(
+        inputs=Schema([ColSpec("binary", "image")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, dim))]),
+        params=ParamSchema([ParamSpec("resolution", "integer", resolution)]),
+    )
+
+
+def _log_metrics(client: MlflowClient, run_id: str, model_id: str, evaluation: Mapping[str, Any]) -> None:
+    timestamp = client.get_run(run_id).info.start_time
+    metrics = [Metric(key, value, timestamp, 0, model_id) for key, value in flatten_numbers(evaluation).items()]
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]  # the index has no torch 2.13.0+cpu
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,87 @@
+"""Released models on S3: the bytes of an approved model under a prefix that training does not write."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from components.registry.publish import RegistryError
+
+BUCKET_VARIABLE = "PEDIGREE_MODELS_BUCKET"
+MAX_PUT_BYTES = 5 * 1024**3  # S3's limit of one conditional put
+
+
+class Released:
+    """The released models of the bucket that PEDIGREE_MODELS_BUCKET names.
+
+    Raises:
+        RegistryError: the variable is not set.
+    """
+
+    def __init__(self) -> None:
+        bucket = os.environ.get(BUCKET_VARIABLE)
+        if not bucket:
+            raise RegistryError(
+                f"{BUCKET_VARIABLE} is not set: name the bucket of released models, or run `pedigree up`"
+            )
+        self.bucket = bucket
+        self._client: Any = boto3.client("s3", config=ClientConfig(connect_timeout=5, retries={"mode": "standard"}))
+
+    def copy_in(self, folder: Path, files: Mapping[str, str], name: str, digest: str) -> str:
+        """Write the files under `released/<name>/<digest>/` and return that URI; what is there already is compared.
+
+        Args:
+            folder: the verified model.
+            files: its files by path, with their SHA-256.
+            name: registered model.
+            digest: of the whole model.
+
+        Raises:
+            RegistryError: S3 refuses, or holds other bytes there.
+        """
+        prefix = f"released/{name}/{digest}"
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda path: self._put(folder / path, f"{prefix}/{path}", files[path]), files))
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
+            found = {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
+        if found != set(files):
+            raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model: {found - set(files)}")
+        return f"s3://{self.bucket}/{prefix}"
+
+    def _put(self, file: Path, key: str, sha256: str) -> None:
+        if file.stat().st_size > MAX_PUT_BYTES:
+            raise RegistryError(f"{file.name}: more than 5 GiB in one file; export the weights in parts")
+        with self._errors():
+            try:
+                with file.open("rb") as body:
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=body, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
+                    raise
+            if self._sha256(key) != sha256:  # read back: also what an earlier, interrupted promotion wrote
+                raise RegistryError(
+                    f"s3://{self.bucket}/{key}: holds other bytes than the candidate; nothing was promoted"
+                )
+
+    def _sha256(self, key: str) -> str:
+        digest = hashlib.sha256()
+        for chunk in self._client.get_object(Bucket=self.bucket, Key=key)["Body"].iter_chunks(1024**2):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError) as error:
+            raise RegistryError(f"released models s3://{self.bucket}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,168 @@
+"""The register stage: the adapted model and each student become candidates in the registry, with their passports."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from components.core import tracking
+from components.core.storage import sha256_file, write_json
+from components.data.manifest import ManifestError, read_manifest
+from components.data.shards import ShardReader
+from components.lineage.origin import CURATED, WEIGHTS_FILE, DataVersion, Origin, Tag, collect_origin
+from components.registry.card import CardFacts, render_card
+from components.registry.config import RegisterConfig
+from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
+
+log = logging.getLogger(__name__)
+
+PRETRAINED = "models/pretrained"
+TEACHER = "models/adapted"
+STUDENTS = "models/students"
+REGISTERED = "reports/register/registered.json"
+
+
+def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, Any]:
+    """Register `models/adapted` as NAME-candidates and each `models/students/S` as NAME-S-candidates.
+
+    Returns:
+        For `teacher` and each student: registered name, version, URI, and digests.
+
+    Raises:
+        RegistryError: no server, or it refuses; weights or data that should be registered are missing.
+        RecordError: the weights are not what `dvc.lock` records.
+    """
+    client = registry_client()
+    if not os.environ.get("MLFLOW_RUN_ID"):  # called without components/cli.py, which opens the stage's run
+        params = {"name": name, "seed": seed, "register": config.model_dump()}
+        with tracking.stage_run("register", None, params, root):
+            return run(config, root, seed, name)
+    register = _Register(client, config, root, seed, os.environ["MLFLOW_RUN_ID"])
+    with one_line_errors():
+        pretrained = root / PRETRAINED / WEIGHTS_FILE
+        teacher = register(f"{name}-candidates", TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
+        parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
+        done = {"teacher": teacher}
+        for folder in sorted(p for p in (root / STUDENTS).glob("[!.]*") if p.is_dir()):
+            path = f"{STUDENTS}/{folder.name}"
+            done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, parent)
+    result = {item: _summary(version) for item, version in done.items()}
+    write_json(root / REGISTERED, result)
+    return result
+
+
+class _Register:
+    """What the registrations of one run have in common."""
+
+    def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, run_id: str) -> None:
+        self.client, self.config, self.root, self.seed, self.run_id = client, config, root, seed, run_id
+        try:
+            self.curated = read_manifest(root / CURATED / "manifest.parquet")
+        except ManifestError as error:
+            raise RegistryError(f"the training set cannot be named: {error}") from None
+        self.inputs_logged = False
+
+    def __call__(self, name: str, path: str, item: str, parent: tuple[str, str]) -> ModelVersion:
+        """Register one weights folder; `item` is its name among the evaluation reports."""
+        _sha256(self.root / path / WEIGHTS_FILE)
+        origin = collect_origin(self.root, path)
+        if not self.inputs_logged:
+            log_inputs(origin)
+            self.inputs_logged = True
+        weights = self.root / path
+        evaluation = _evaluation(self.root, item)
+        validation = _validation(self.root, origin)
+        facts = CardFacts(
+            name=name,
+            origin=origin,
+            parent=parent,
+            backbone=json.loads((weights / "config.json").read_text())["backbone"],
+            curated=self.curated,
+            validation=validation,
+            evaluation=evaluation,
+            resolution=self.config.resolution,
+            seed=self.seed,
+        )
+        candidate = Candidate(
+            name=name,
+            weights=weights,
+            origin=origin,
+            tags={Tag.PARENT: parent[0], Tag.PARENT_SHA256: parent[1], Tag.VALIDATION: validation},
+            card=render_card(facts),
+            evaluation=evaluation,
+            example=_smallest_image(self.curated, self.root / CURATED),
+            resolution=self.config.resolution,
+        )
+        version = publish(self.client, candidate, self.run_id)
+        log.info("%s version %s: %s", name, version.version, version.tags[Tag.WEIGHTS_SHA256])
+        return version
+
+
+def log_inputs(origin: Origin) -> None:
+    """Tell MLflow which data versions the open run's models come from."""
+    _log_input(origin.curated, "training")
+    for version in origin.pool:
+        _log_input(version, "pool")
+    for version in origin.evaluation:
+        _log_input(version, "evaluation")
+
+
+def _log_input(version: DataVersion, context: str) -> None:
+    tags = {"sha256": version.manifest_sha256} if version.manifest_sha256 else {}
+    bucket = os.environ.get("PEDIGREE_DATA_BUCKET")
+    md5 = version.dvc
+    uri = f"s3://{bucket}/files/md5/{md5[:2]}/{md5[2:]}" if bucket else version.path
+    tracking.log_input(version.path, md5, uri, tags, context)
+
+
+def _summary(version: ModelVersion) -> dict[str, str]:
+    return {
+        "name": version.name,
+        "version": str(version.version),
+        "uri": f"models:/{version.name}/{version.version}",
+        "digest": version.tags[Tag.DIGEST],
+        "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
+    }
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise RegistryError(f"{path}: no such file; run the stage that makes it, for example `dvc repro`")
+    return sha256_file(path)
+
+
+def _evaluation(root: Path, item: str) -> dict[str, Any]:
+    path = root / "reports" / "evaluate" / item / "result.json"
+    if not path.is_file():
+        raise RegistryError(f"{path}: no such file; a candidate is registered with its evaluation: run `dvc repro`")
+    return json.loads(path.read_text())
+
+
+def _smallest_image(curated: pa.Table, folder: Path) -> bytes:
+    """The training image with the fewest bytes: the registered model's input example."""
+    if not curated.num_rows:
+        raise RegistryError(f"{folder}: the curated set is empty")
+    row = curated.sort_by([("length", "ascending"), ("image_id", "ascending")]).slice(0, 1).to_pylist()[0]
+    return ShardReader(folder).read(row["shard"], row["offset"], row["length"])
+
+
+def _validation(root: Path, origin: Origin) -> str:
+    """Outcome of the data checks of the pool's snapshots, as ingest left it beside each manifest."""
+    outcomes = [_validated(root / version.path) for version in origin.pool]
+    if not outcomes:
+        return "no tracked pool"
+    names = {True: "passed", False: "failed", None: "not recorded"}
+    counts = {text: outcomes.count(key) for key, text in names.items() if key in outcomes}
+    return ", ".join(f"{text} for {count} of {len(outcomes)} snapshots" for text, count in counts.items())
+
+
+def _validated(snapshot: Path) -> bool | None:
+    path = snapshot / "validation.json"
+    return bool(json.loads(path.read_text())["success"]) if path.is_file() else None

@@ -1,0 +1,136 @@
+"""A finished run's workspace: tiny weights, a curated set of real photographs, reports, a DVC record, a git commit."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import json
+import subprocess
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import skimage.data
+import torch
+import yaml
+from PIL import Image
+
+from components.data.manifest import CURATED_SCHEMA, POOL_SCHEMA, write_manifest
+from components.data.shards import ShardWriter
+from components.lineage.record import folder_id
+from components.model.config import ViTConfig
+from components.model.export import save_weights
+from components.model.vit import VisionTransformer
+
+PATCH = 7
+NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+
+
+def encoded(image: np.ndarray, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).resize(size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOGRAPHS = [
+    encoded(skimage.data.astronaut(), (70, 70)),
+    encoded(skimage.data.chelsea(), (90, 60)),
+    encoded(skimage.data.coffee(), (50, 80)),
+]
+
+
+def weights(folder: Path, seed: int, dim: int) -> None:
+    torch.manual_seed(seed)
+    config = ViTConfig(patch_size=PATCH, dim=dim, depth=2, num_heads=2, image_size=28, num_registers=1)
+    save_weights(folder, VisionTransformer(config), None, {"seed": seed})
+
+
+def write_data(folder: Path, curated: bool) -> None:
+    folder.mkdir(parents=True)
+    rows = []
+    with ShardWriter(folder, 1 << 20) as writer:
+        for data in sorted(PHOTOGRAPHS, key=lambda d: hashlib.sha256(d).hexdigest()):
+            image_id = hashlib.sha256(data).hexdigest()
+            shard, offset, length = writer.add(image_id, "png", data)
+            row = {"image_id": image_id, "shard": shard, "offset": offset, "length": length, "format": "PNG"}
+            row |= {"width": 50, "height": 50, "source": "photos", "source_uri": f"file://{image_id}"}
+            row |= {"source_version": "1", "license": "CC0-1.0", "ingested_at": NOW, "label": None, "split": None}
+            if curated:
+                row |= {"origin": "balanced", "query_id": None, "similarity": None, "group_id": image_id}
+                row |= {"cluster_path": "0"}
+            rows.append(row)
+    schema = CURATED_SCHEMA if curated else POOL_SCHEMA
+    write_manifest(pa.Table.from_pylist(rows, schema=schema), folder / "manifest.parquet")
+
+
+def record(root: Path) -> None:
+    """Write `dvc.lock` and the pool's `.dvc` file for what is on disk, in DVC's form."""
+
+    def out(path: str) -> dict[str, str]:
+        return {"path": path, "hash": "md5", "md5": folder_id(root / path)}
+
+    curated, teacher = [out("data/curated")], [out("models/adapted")]
+    stages = {
+        "curate": {"cmd": "python -m components curate", "outs": curated},
+        "adapt": {"cmd": "python -m components adapt", "deps": curated, "outs": teacher},
+        "distill@small": {"cmd": "python -m components distill small", "deps": teacher},
+    }
+    stages["distill@small"]["outs"] = [out("models/students/small")]
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    snapshot = {"md5": folder_id(root / "data/pool/photos/ab12"), "hash": "md5", "path": "ab12"}
+    (root / "data/pool/photos/ab12.dvc").write_text(yaml.safe_dump({"outs": [snapshot]}))
+
+
+def git(root: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    subprocess.run(["git", *identity, "-C", str(root), *arguments], check=True, capture_output=True)
+
+
+def commit(root: Path, message: str) -> None:
+    git(root, "add", "dvc.lock", "data/pool/photos/ab12.dvc")
+    git(root, "commit", "-q", "-m", message)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    root = tmp_path / "workspace"
+    write_data(root / "data/pool/photos/ab12", curated=False)
+    (root / "data/pool/photos/ab12/validation.json").write_text('{"success": true}')
+    write_data(root / "data/curated", curated=True)
+    weights(root / "models/pretrained", 1, 32)
+    weights(root / "models/adapted", 2, 32)
+    weights(root / "models/students/small", 3, 16)
+    for item, top1 in (("teacher", 0.75), ("small", 0.5)):
+        report = root / "reports/evaluate" / item / "result.json"
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps({"knn": {"top1": top1}, "note": "not a number"}))
+    git(tmp_path, "init", "-q", "-b", "runs/test", str(root))
+    record(root)
+    commit(root, "A run")
+    return root
+
+
+@pytest.fixture
+def retrain(workspace: Path) -> Callable[[int], None]:
+    """Make other teacher weights in the workspace, as another run would, and commit the record."""
+
+    def make(seed: int) -> None:
+        weights(workspace / "models/adapted", seed, 32)
+        record(workspace)
+        commit(workspace, f"A run with seed {seed}")
+
+    return make
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture
+def photographs() -> list[bytes]:
+    return PHOTOGRAPHS

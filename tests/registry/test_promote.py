@@ -1,0 +1,173 @@
+"""Promotion on the real services: bytes, aliases, audit, and what happens when it dies half way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import boto3
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from components.core.storage import write_bytes
+from components.lineage.audit_log import AuditLog
+from components.lineage.origin import Tag
+from components.registry import promote as promotion
+from components.registry import stage
+from components.registry.config import RegisterConfig
+from components.registry.promote import promote
+from components.registry.publish import RegistryError
+from components.registry.release import Released
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def candidate(stack, workspace: Path, name: str) -> dict[str, str]:
+    return stage.run(RegisterConfig(resolution=28), workspace, 7, name)["teacher"]
+
+
+@pytest.fixture
+def second(candidate, workspace: Path, name: str, retrain) -> dict[str, str]:
+    promote(f"{name}@latest", "the first")
+    retrain(11)
+    return stage.run(RegisterConfig(resolution=28), workspace, 7, name)["teacher"]
+
+
+def state(name: str) -> dict[str, object]:
+    """Everything a promotion changes: aliases, versions, events."""
+    client = MlflowClient()
+    return {
+        "aliases": {k: str(v) for k, v in client.get_registered_model(name).aliases.items()},
+        "versions": len(client.search_model_versions(f"name='{name}'")),
+        "events": [(e.sequence, e.subject) for e in AuditLog.from_environment().read(name)],
+    }
+
+
+def test_champion_loads_from_released_bytes(candidate, name: str, photographs, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "rita")
+    done = promote(f"{name}@latest", "better on every test")
+    assert (done.changed, done.version, done.previous) == (True, "1", None)
+    assert done.candidate == f"{name}-candidates/1"
+    assert done.digest == candidate["digest"]
+    assert done.source == f"s3://{os.environ['PEDIGREE_MODELS_BUCKET']}/released/{name}/{candidate['digest']}"
+    frame = pd.DataFrame({"image": photographs})
+    champion = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    trained = mlflow.pyfunc.load_model(candidate["uri"])
+    np.testing.assert_array_equal(champion.predict(frame), trained.predict(frame))
+    (entry,) = AuditLog.from_environment().read(name)
+    assert (entry.actor, entry.action, entry.subject) == ("rita", "promote", f"{name}/1")
+    assert entry.details["actor_from"] == "MLflow user (MLFLOW_TRACKING_USERNAME)"
+    assert entry.details["reason"] == "better on every test"
+    assert entry.details["digest"] == candidate["digest"]
+    version = MlflowClient().get_model_version(name, "1")
+    assert version.tags[Tag.AUDIT] == f"1:{entry.hash}"
+    assert version.tags[Tag.CANDIDATE] == f"{name}-candidates/1"
+    assert version.tags[Tag.COMMIT]
+
+
+def test_previous_keeps_the_champion_before(second, name: str):
+    done = promote(f"{name}/2", "the second")
+    assert (done.version, done.previous) == ("2", "1")
+    assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
+    back = promote(f"{name}/1", "the second was worse")
+    assert (back.version, back.previous) == ("1", "2")
+    events = [(1, f"{name}/1"), (2, f"{name}/2"), (3, f"{name}/1")]
+    assert state(name) == {"aliases": {"champion": "1", "previous": "2"}, "versions": 2, "events": events}
+
+
+def test_champion_already(candidate, name: str):
+    promote(f"{name}@latest", "first")
+    before = state(name)
+    again = promote(f"{name}/1", "again")
+    assert (again.changed, again.event, again.version) == (False, None, "1")
+    assert state(name) == before
+
+
+class Killed(BaseException):
+    """As SIGKILL: no handler of the code under test sees it."""
+
+
+STEPS = [
+    (Released, "_put", 5),
+    (Released, "copy_in", 1),
+    (promotion, "_released_version", 1),
+    (promotion, "_record", 1),
+    (MlflowClient, "set_model_version_tag", 1),
+    (MlflowClient, "set_registered_model_alias", 1),
+    (MlflowClient, "set_registered_model_alias", 2),
+]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_any_step_and_run_again(second, name: str, after: bool):
+    """The first call dies before, or right after, each step in turn; the last one is left alone."""
+    for owner, function, count in STEPS:
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, owner, function, count, after)
+            with pytest.raises(Killed):
+                promote(f"{name}@latest", "the second")
+    promote(f"{name}@latest", "the second")
+    events = [(1, f"{name}/1"), (2, f"{name}/2")]
+    assert state(name) == {"aliases": {"champion": "2", "previous": "1"}, "versions": 2, "events": events}
+
+
+def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int, after: bool) -> None:
+    original, calls = getattr(owner, function), 0
+
+    def dying(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if calls == count:
+            raise Killed
+        return result
+
+    patch.setattr(owner, function, dying)
+
+
+def test_alias_moves_only_after_the_event(candidate, name: str, monkeypatch):
+    monkeypatch.setattr(AuditLog, "append", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        promote(f"{name}@latest", "reason")
+    assert MlflowClient().get_registered_model(name).aliases == {}
+
+
+def test_tampered_candidate_is_refused_and_the_file_named(candidate, name: str, workspace: Path):
+    client = MlflowClient()
+    model_id = client.get_model_version(f"{name}-candidates", "1").source.removeprefix("models:/")
+    other = workspace / "models/pretrained"
+    write_bytes(other / "model.safetensors", (other / "model.safetensors").read_bytes())
+    client.log_model_artifacts(model_id, str(other), "artifacts/weights")
+    with pytest.raises(RegistryError, match=r"artifacts/weights/model\.safetensors") as error:
+        promote(f"{name}@latest", "reason")
+    assert len(str(error.value).splitlines()) == 1
+    assert AuditLog.from_environment().read(name) == []
+    assert not client.search_registered_models(f"name='{name}'")
+
+
+def test_other_bytes_at_the_released_place_are_refused(candidate, name: str):
+    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{candidate['digest']}/MLmodel"
+    boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"other")
+    with pytest.raises(RegistryError, match=r"MLmodel: holds other bytes than the candidate"):
+        promote(f"{name}@latest", "reason")
+
+
+def test_bad_requests_have_one_clear_line(candidate, name: str, monkeypatch):
+    for reference, reason, message in [
+        (f"{name}@latest", " ", "needs a reason"),
+        (name, "r", "write NAME@latest or NAME/NUMBER"),
+        (f"{name}/9", "r", f"no such candidate; {name}-candidates has versions 1"),
+        (f"{name}@best", "r", "no such candidate"),
+        ("no-such-model@latest", "r", "no-such-model-candidates has no versions"),
+    ]:
+        with pytest.raises(RegistryError, match=message):
+            promote(reference, reason)
+    monkeypatch.delenv("PEDIGREE_MODELS_BUCKET")
+    with pytest.raises(RegistryError, match="PEDIGREE_MODELS_BUCKET is not set"):
+        promote(f"{name}@latest", "r")

@@ -1,0 +1,161 @@
+"""Registering on the real services: what the version states, and that anyone can load and run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from components.core.storage import sha256_file
+from components.lineage.origin import Tag, data_versions
+from components.lineage.record import RecordError, folder_id
+from components.model.export import load_backbone
+from components.registry import stage
+from components.registry.config import RegisterConfig
+from components.registry.publish import RegistryError
+
+pytestmark = pytest.mark.stack
+CONFIG = RegisterConfig(resolution=28)
+
+
+@pytest.fixture
+def registered(stack, workspace: Path, name: str) -> dict[str, dict[str, str]]:
+    return stage.run(CONFIG, workspace, 7, name)
+
+
+def independent_embedding(weights: Path, image: Image.Image, resolution: int) -> np.ndarray:
+    """Crop first, then scale, with torch's arithmetic: the way in is not the one under test."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        tokens = load_backbone(weights)(((pixels - mean[:, None, None]) / std[:, None, None])[None])
+    return tokens.cls_token[0].numpy()
+
+
+def test_version_states_its_origin(registered, workspace: Path, name: str):
+    client = MlflowClient()
+    teacher = client.get_model_version_by_alias(f"{name}-candidates", "latest")
+    student = client.get_model_version_by_alias(f"{name}-small-candidates", "latest")
+    head = subprocess.check_output(["git", "-C", str(workspace), "rev-parse", "HEAD"], text=True).strip()
+    assert teacher.tags[Tag.COMMIT] == head
+    assert teacher.tags[Tag.BRANCH] == "runs/test"
+    assert teacher.tags[Tag.DIRTY] == "false"
+    assert teacher.tags[Tag.WEIGHTS_SHA256] == sha256_file(workspace / "models/adapted/model.safetensors")
+    assert teacher.tags[Tag.PARENT_SHA256] == sha256_file(workspace / "models/pretrained/model.safetensors")
+    assert student.tags[Tag.PARENT] == f"{name}-candidates/{teacher.version}"
+    assert student.tags[Tag.PARENT_SHA256] == teacher.tags[Tag.WEIGHTS_SHA256]
+    assert teacher.tags[Tag.VALIDATION] == "passed for 1 of 1 snapshots"
+    (pool,) = data_versions(teacher.tags, Tag.POOL)
+    snapshot = workspace / "data/pool/photos/ab12"
+    assert (pool.path, pool.dvc) == ("data/pool/photos/ab12", folder_id(snapshot))
+    assert pool.manifest_sha256 == sha256_file(snapshot / "manifest.parquet")
+    assert teacher.description.startswith(f"# {name}-candidates")
+    assert "| photos | CC0-1.0 | 3 |" in teacher.description
+
+
+def test_run_has_inputs_and_metrics_of_each_model(registered, workspace: Path, name: str):
+    client = MlflowClient()
+    version = client.get_model_version(f"{name}-candidates", "1")
+    run = client.get_run(version.run_id)
+    inputs = {item.dataset.name: item for item in run.inputs.dataset_inputs}
+    assert inputs["data/curated"].dataset.digest == folder_id(workspace / "data/curated")
+    assert sha256_file(workspace / "data/curated/manifest.parquet") in {t.value for t in inputs["data/curated"].tags}
+    metrics = {}
+    for item in ("candidates", "small-candidates"):
+        source = client.get_model_version(f"{name}-{item}", "1").source
+        model = client.get_logged_model(source.removeprefix("models:/"))
+        metrics[item] = {m.key: m.value for m in model.metrics}
+    assert metrics == {"candidates": {"knn.top1": 0.75}, "small-candidates": {"knn.top1": 0.5}}
+    written = json.loads((workspace / "reports/register/registered.json").read_text())
+    assert written == registered
+    assert registered["teacher"]["uri"] == f"models:/{name}-candidates/1"
+
+
+def test_loads_in_a_fresh_process_without_this_repository(registered, workspace: Path, tmp_path: Path, photographs):
+    """A copy of the interpreter's packages is in reach, our code is not: an import hook would give us away."""
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, json, importlib.util\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', str(f))]\n"
+        "assert importlib.util.find_spec('components') is None, 'this repository is in reach'\n"
+        "import mlflow, numpy as np, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "frame = pd.DataFrame({'image': [open(p, 'rb').read() for p in sys.argv[3:]]})\n"
+        "out = [model.predict(frame), model.predict(frame, params={'resolution': 49})]\n"
+        "import components.model.vit\n"
+        "assert 'site-packages' not in components.model.vit.__file__\n"
+        "np.save(sys.argv[2], np.stack(out))\n"
+    )
+    for number, data in enumerate(photographs):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    images = [tmp_path / f"{number}.png" for number in range(len(photographs))]
+    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "MLFLOW_RUN_ID"}}
+    command = [sys.executable, str(script), registered["teacher"]["uri"], str(tmp_path / "out.npy"), *map(str, images)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "out.npy")  # [resolution, image, D]
+    assert found.dtype == np.float32
+    for resolution, embeddings in zip((28, 49), found, strict=True):
+        for path, embedding in zip(images, embeddings, strict=True):
+            expected = independent_embedding(workspace / "models/adapted", Image.open(path), resolution)
+            np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_pickle_and_a_working_example(registered, tmp_path: Path):
+    import mlflow
+
+    (tmp_path / "model").mkdir()
+    folder = Path(mlflow.artifacts.download_artifacts(registered["small"]["uri"], dst_path=str(tmp_path / "model")))
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".py", ".json", ".yaml", ".txt", ".md", ".safetensors", ""}
+    assert not [p for p in files if p.read_bytes()[:1] == b"\x80" or p.read_bytes()[:2] == b"PK"]
+    assert (folder / "artifacts/card.md").read_text().startswith("# test-")
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements)
+    assert {"torch", "safetensors", "pillow", "numpy"} <= {line.split("==")[0] for line in requirements}
+    model = mlflow.pyfunc.load_model(str(folder))
+    example, params = model.input_example, None
+    frame = example[0] if isinstance(example, tuple) else example
+    assert model.predict(frame, params=params).shape == (1, 16)
+    with pytest.raises(ValueError, match="row 1: not a usable image"):
+        model.predict(pd.DataFrame({"image": [frame["image"][0], b"text"]}))
+    with pytest.raises(ValueError, match="resolution 30: must be a multiple of the patch size, 7"):
+        model.predict(frame, params={"resolution": 30})
+
+
+def test_same_weights_and_commit_are_the_same_version(registered, workspace: Path, name: str, retrain):
+    assert stage.run(CONFIG, workspace, 7, name) == registered
+    retrain(9)
+    again = stage.run(CONFIG, workspace, 7, name)
+    assert again["teacher"]["version"] == "2"
+    assert MlflowClient().get_model_version_by_alias(f"{name}-candidates", "latest").version == "2"
+
+
+def test_refuses_weights_that_are_not_the_recorded_ones(stack, workspace: Path, name: str):
+    (workspace / "models/adapted/config.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"not the bytes that dvc\.lock records"):
+        stage.run(CONFIG, workspace, 7, name)
+
+
+def test_refuses_without_evaluation(stack, workspace: Path, name: str):
+    (workspace / "reports/evaluate/teacher/result.json").unlink()
+    with pytest.raises(RegistryError, match=r"result\.json: no such file"):
+        stage.run(CONFIG, workspace, 7, name)
+
+
+def test_refuses_without_a_server(workspace: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI is not set"):
+        stage.run(CONFIG, workspace, 7, name)
