@@ -1,0 +1,224 @@
+"""Where one local stack lives: its folder, ports, credentials, and the variables that lead to its services."""
+
+from __future__ import annotations
+
+import configparser
+import io
+import json
+import os
+import random
+import secrets
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.core.storage import write_bytes, write_json
+
+DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET = "pedigree-data", "pedigree-models", "pedigree-audit"
+REGION = "us-east-1"
+HOST = "127.0.0.1"
+PORTS = {"s3": ("s3", "master", "volume", "filer", "admin"), "mlflow": ("mlflow",), "prefect": ("prefect",)}
+# SeaweedFS takes a second port for gRPC, this much above each. Both lie below the range from which Linux takes the
+# ports of outgoing connections, so that a remembered port stays free while the stack is down.
+GRPC_OFFSET = 10_000
+PORT_RANGE = range(15_000, 22_000)
+# The analytics of Prefect, DVC, Great Expectations and MLflow are switched off here, and nowhere else.
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+
+
+class StackError(RuntimeError):
+    """Something about the stack that a user can mend; the message is one line that says how."""
+
+
+@dataclass
+class Site:
+    """One stack: `folder` is the real `.pedigree` folder below the checkout `root`."""
+
+    root: Path
+    folder: Path
+    credentials: dict[str, str] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    services: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> pid, created, fingerprint
+
+    @classmethod
+    def load(cls, root: Path) -> Site:
+        """Read what is remembered of the stack of `root`; a stack that never ran has no ports and no credentials."""
+        root = root.resolve()
+        folder = (root / ".pedigree").resolve()
+        site = cls(root, folder)
+        try:
+            if (folder / "stack.json").exists():
+                remembered = json.loads((folder / "stack.json").read_text())
+                site.ports, site.services = remembered["ports"], remembered["services"]
+            if (folder / "credentials.env").exists():
+                lines = (folder / "credentials.env").read_text().splitlines()
+                site.credentials = dict(line.split("=", 1) for line in lines if "=" in line)
+        except (OSError, ValueError, KeyError) as error:
+            raise StackError(
+                f"the state of the stack in {folder} cannot be read ({error}); mend or delete it"
+            ) from error
+        return site
+
+    def save(self) -> None:
+        """Remember ports and processes."""
+        write_json(self.folder / "stack.json", {"ports": self.ports, "services": self.services})
+
+    def log(self, service: str) -> Path:
+        """The log file of a service."""
+        return self.folder / "logs" / f"{service}.log"
+
+    def url(self, service: str) -> str:
+        """The address of a service."""
+        return f"http://{HOST}:{self.ports[service]}"
+
+    def storage_variables(self) -> dict[str, str]:
+        """The variables that lead to the S3 server alone."""
+        return {
+            "AWS_ENDPOINT_URL": self.url("s3"),
+            "AWS_ACCESS_KEY_ID": self.credentials["AWS_ACCESS_KEY_ID"],
+            "AWS_SECRET_ACCESS_KEY": self.credentials["AWS_SECRET_ACCESS_KEY"],
+            "AWS_DEFAULT_REGION": REGION,
+            "PEDIGREE_DATA_BUCKET": DATA_BUCKET,
+            "PEDIGREE_MODELS_BUCKET": MODELS_BUCKET,
+            "PEDIGREE_AUDIT_BUCKET": AUDIT_BUCKET,
+        }
+
+    def variables(self) -> dict[str, str]:
+        """Everything that a client of this stack needs in its environment."""
+        return {
+            **self.storage_variables(),
+            "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_TRACKING_USERNAME": self.credentials["MLFLOW_TRACKING_USERNAME"],
+            "MLFLOW_TRACKING_PASSWORD": self.credentials["MLFLOW_TRACKING_PASSWORD"],
+            "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            "PREFECT_API_AUTH_STRING": self.credentials["PREFECT_API_AUTH_STRING"],
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            **QUIET,
+        }
+
+
+def settle(site: Site, running: set[str]) -> list[str]:
+    """Make the folder, credentials, ports and the files that carry them, and keep all that is still good.
+
+    Args:
+        site: filled in place.
+        running: services whose ports are their own and stay as they are.
+
+    Returns:
+        A line for each port that another program has taken since the last time.
+    """
+    try:
+        (site.folder / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        site.folder.chmod(0o700)
+        _settle_credentials(site)
+        lines = _settle_ports(site, running)
+        _write_client_files(site)
+        site.save()
+    except OSError as error:
+        raise StackError(
+            f"cannot write the state of the stack into {site.folder}: {error.strerror or error}"
+        ) from error
+    return lines
+
+
+def _settle_credentials(site: Site) -> None:
+    """Make every credential that is missing; they never change by themselves."""
+    wanted = {
+        "AWS_ACCESS_KEY_ID": "PEDIGREE" + secrets.token_hex(6).upper(),
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": secrets.token_urlsafe(18),
+        "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_urlsafe(18)}",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        "WEED_JWT_SIGNING_KEY": secrets.token_hex(32),
+        "WEED_JWT_FILER_SIGNING_KEY": secrets.token_hex(32),
+        "WEED_JWT_FILER_SIGNING_READ_KEY": secrets.token_hex(32),
+    }
+    site.credentials = {key: site.credentials.get(key, new) for key, new in wanted.items()}
+    _write_private(site.folder / "credentials.env", "".join(f"{k}={v}\n" for k, v in site.credentials.items()))
+
+
+def _settle_ports(site: Site, running: set[str]) -> list[str]:
+    """Keep each port that is free or ours, and choose another where someone else took it."""
+    lines: list[str] = []
+    taken = set(site.ports.values())
+    for service, names in PORTS.items():
+        for name in names:
+            old = site.ports.get(name)
+            if old is not None and (service in running or is_free(old)):
+                continue
+            free = (port for port in random.SystemRandom().sample(PORT_RANGE, 500) if port not in taken)
+            site.ports[name] = next((port for port in free if is_free(port)), 0)
+            if not site.ports[name]:
+                raise StackError(f"no free port between {PORT_RANGE.start} and {PORT_RANGE.stop} for {name}: free some")
+            taken.add(site.ports[name])
+            if old is not None:
+                lines.append(f"port {old} of {name} was taken by another program: {name} moves to {site.ports[name]}")
+    return lines
+
+
+def is_free(port: int) -> bool:
+    """Whether servers could listen on this port of the loopback interface and on its gRPC sister."""
+    for number in (port, port + GRPC_OFFSET):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, number))
+            except OSError:
+                return False
+    return True
+
+
+def _write_client_files(site: Site) -> None:
+    """Write the AWS-format credentials, MLflow's auth settings, and DVC's local remote where there is a DVC project."""
+    keys = site.credentials
+    credentials = site.folder / "s3-credentials"
+    _write_private(
+        credentials,
+        f"[default]\naws_access_key_id = {keys['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {keys['AWS_SECRET_ACCESS_KEY']}\n",
+    )
+    auth = {
+        "default_permission": "READ",
+        "database_uri": f"sqlite:///{site.folder / 'mlflow-auth.db'}",
+        "admin_username": keys["MLFLOW_TRACKING_USERNAME"],
+        "admin_password": keys["MLFLOW_TRACKING_PASSWORD"],
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "auth_cache_ttl_seconds": "60",
+    }
+    lines = [f"{key} = {value}".replace("%", "%%") for key, value in auth.items()]
+    _write_private(site.folder / "basic_auth.ini", "\n".join(["[mlflow]", *lines, ""]))
+    if (site.root / ".dvc").is_dir():
+        local, file = configparser.ConfigParser(interpolation=None), site.root / ".dvc" / "config.local"
+        local.read(file)
+        local["'remote \"storage\"'"] = {
+            "endpointurl": site.url("s3"),
+            "credentialpath": str(credentials),
+            "region": REGION,
+        }
+        text = io.StringIO()
+        local.write(text)
+        _write_private(file, text.getvalue())
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, unless it says just that already."""
+    if not path.exists() or path.read_text() != text or path.stat().st_mode & 0o077:
+        write_bytes(path, text.encode(), mode=0o600)
+
+
+def without_proxy(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """The variables that keep calls to the loopback interface away from a proxy that `environ` names."""
+    if not any(environ.get(name) for proxy in ("http_proxy", "all_proxy") for name in (proxy, proxy.upper())):
+        return {}
+    hosts = (environ.get("no_proxy") or environ.get("NO_PROXY") or "").split(",")
+    value = ",".join(dict.fromkeys([*filter(None, hosts), HOST, "localhost"]))
+    return {"no_proxy": value, "NO_PROXY": value}
