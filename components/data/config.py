@@ -73,4 +73,6 @@ class StreamConfig(Config):
 
     num_workers: int = Field(default=10, ge=0)  # processes that read, decode and crop; 0: the training process itself
     window_shards: PositiveInt = 16  # images are shuffled inside windows of so many shuffled shards
-    max_bad_images: int = Field(default=100, ge=0)  # images that cannot be decoded are skipped, up to so many different ones
+    max_bad_images: int = Field(
+        default=100, ge=0
+    )  # images that cannot be decoded are skipped, up to so many different ones

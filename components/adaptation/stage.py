@@ -1,0 +1,31 @@
+"""Adapt the pretrained model to a higher resolution: the same training, on larger crops, for a short time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from components.adaptation.config import AdaptConfig
+from components.data.stream import ImageStream
+from components.training.config import check_crops_fit
+from components.training.delivery import Delivery, train_and_deliver
+from components.training.loop import Job
+from components.training.networks import load_network, self_distillation
+from components.training.parallelize import launch
+
+
+def run(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
+    """Train models/pretrained on data/curated; write models/adapted and reports/adapt; return the run's figures."""
+    return launch(adapt, config.num_processes, config, root, seed)
+
+
+def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
+    """What one rank does."""
+    pretrained = root / "models" / "pretrained"
+    student = load_network(pretrained)
+    check_crops_fit(config.crops, student.backbone.config.patch_size)
+    # Another seed than pretraining's, or the run would begin with the same images in the same crops.
+    stream = ImageStream(root / "data" / "curated", config.stream, seed + 1)
+    job = Job("adapt", config, self_distillation(student), stream, config.masking, seed + 1)
+    outputs = Delivery(root, root / "models" / "adapted", root / "reports" / "adapt", {"initial_weights": pretrained})
+    return train_and_deliver(job, outputs)

@@ -1,0 +1,132 @@
+"""Batches of crops and masks, made ahead of the training step in worker processes.
+
+A batch is a pure function of (seed, step, rank, number of ranks), and all ranks' batches of a step together of
+(seed, step) alone: neither the number of workers nor a restart changes what is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from components.data.config import CropConfig, MaskingConfig, StreamConfig
+from components.data.crops import NUM_GLOBAL, sample_crops
+from components.data.masking import sample_masks
+from components.data.shards import ShardError
+from components.data.stream import BadImage, ImageStream, StreamError, too_many_bad
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_MASKS = 1_000_000  # third number of the masks' generators, out of the way of the crops' numbers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step: B images; crop-major, so that row g * B + i is crop g of image i."""
+
+    global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalised
+    local_crops: Tensor  # [L*B, 3, h, w] likewise
+    masks: Tensor | None  # [G*B, P] bool, True where the student sees the mask token; None: nothing is masked
+    skipped: list[BadImage]
+
+    def normalize(self, device: torch.device) -> Batch:
+        """The batch on `device`, with ImageNet's mean and standard deviation."""
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        crops = [to_input(c.to(device, non_blocking=True)) for c in (self.global_crops, self.local_crops)]
+        return replace(self, global_crops=crops[0], local_crops=crops[1], masks=masks)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What determines the batches of one rank."""
+
+    seed: int
+    batch_size: int  # images over all ranks
+    patch_size: int
+    crops: CropConfig
+    masking: MaskingConfig | None
+    rank: int = 0
+    num_ranks: int = 1
+
+
+class TrainingBatches(Dataset[Batch | Exception]):
+    """This rank's batch of each step. Rank r takes the r-th equal part of the step's positions."""
+
+    def __init__(self, stream: ImageStream, plan: BatchPlan) -> None:
+        if len(stream) < plan.batch_size:
+            raise StreamError(
+                f"the curated set has {len(stream)} images, fewer than one batch of {plan.batch_size}: "
+                "lower batch_size, or ingest more images"
+            )
+        self._stream, self._plan = stream, plan
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        """The batch of `step`; what makes it impossible is returned, because a worker would wrap what it raises."""
+        try:
+            return self._batch(step)
+        except (StreamError, ShardError) as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
+        plan = self._plan
+        share = plan.batch_size // plan.num_ranks
+        first = step * plan.batch_size + plan.rank * share
+        images = [self._stream.image(position) for position in range(first, first + share)]
+        crops = [sample_crops(item.image, plan.crops, plan.seed, first + i) for i, item in enumerate(images)]
+        return Batch(
+            global_crops=_stack([c.global_crops for c in crops]),
+            local_crops=_stack([c.local_crops for c in crops]),
+            masks=self._masks(step, share),
+            skipped=[bad for item in images for bad in item.skipped],
+        )
+
+    def _masks(self, step: int, share: int) -> Tensor | None:
+        """This rank's part of the step's masks: drawn for all ranks together, so that their number is immaterial."""
+        plan = self._plan
+        if plan.masking is None:
+            return None
+        side = plan.crops.global_size // plan.patch_size
+        generator = np.random.default_rng([plan.seed, step, _MASKS])
+        drawn = sample_masks(NUM_GLOBAL * plan.batch_size, (side, side), plan.masking, generator)
+        mine = drawn.reshape(NUM_GLOBAL, plan.num_ranks, share, side * side)[:, plan.rank]  # [G, B, P]
+        return torch.from_numpy(np.ascontiguousarray(mine).reshape(NUM_GLOBAL * share, side * side))
+
+
+def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range) -> Iterator[Batch]:
+    """Yield the batches of `steps` in order, prepared ahead by `config.num_workers` processes.
+
+    Raises:
+        StreamError, ShardError: the curated set is unusable, or more than `max_bad_images` of it.
+    """
+    options: dict[str, Any] = {}
+    if config.num_workers:
+        # Forked: a worker starts at once, without a second import of torch; it uses neither threads nor the device.
+        options = {"num_workers": config.num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+    loader = DataLoader(batches, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available(), **options)
+    bad: dict[str, BadImage] = {}
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        bad.update({item.image_id: item for item in batch.skipped})
+        if len(bad) > config.max_bad_images:
+            raise too_many_bad(list(bad.values()), config)
+        yield batch
+
+
+def to_input(crops: Tensor) -> Tensor:
+    """Normalise [N, 3, H, W] uint8 images by ImageNet's mean and standard deviation; float32."""
+    mean = torch.tensor(IMAGENET_MEAN, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=crops.device).view(3, 1, 1)
+    return (crops.float() / 255 - mean) / std
+
+
+def _stack(crops: list[np.ndarray]) -> Tensor:
+    """[n, H, W, 3] arrays of B images as one crop-major [n*B, 3, H, W] tensor."""
+    stacked = np.stack(crops, axis=1)  # [n, B, H, W, 3]
+    return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]).transpose(0, 3, 1, 2).copy())

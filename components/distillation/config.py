@@ -1,0 +1,47 @@
+"""Distillation of the adapted model into smaller ones (arXiv:2304.07193, sec. 5 and Table 16)."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from components.core.config import Config
+from components.model.config import ViTConfig
+from components.training.config import OptimizerConfig, TrainingConfig, check_crops_fit
+
+
+class StudentConfig(Config):
+    """What is one student's own. Its heads have the teacher's shapes, since both speak of the same prototypes."""
+
+    backbone: ViTConfig = ViTConfig()  # L/14, MLP, no stochastic depth: Table 16
+
+    @model_validator(mode="after")
+    def _no_drop_path(self) -> Self:
+        if self.backbone.drop_path:
+            raise ValueError(f"backbone.drop_path is {self.backbone.drop_path}; distillation trains whole depth: use 0")
+        return self
+
+
+class DistillConfig(TrainingConfig):
+    """A frozen teacher with its heads; no masking; the moving average of the student ships."""
+
+    students: dict[str, StudentConfig] = Field(min_length=1)
+    batch_size: PositiveInt = 2_048  # Table 16
+    optimizer: OptimizerConfig = OptimizerConfig(base_lr=1e-3 / math.sqrt(2))  # Table 16: 1e-3 at 2048
+
+    @model_validator(mode="after")
+    def _students_fit(self) -> Self:
+        for name, student in self.students.items():
+            if name == "teacher" or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+                raise ValueError(
+                    f"students: {name!r} cannot name a student; allowed: lower-case letters, digits, - and _, "
+                    "but not 'teacher', which names the adapted model"
+                )
+            try:
+                check_crops_fit(self.crops, student.backbone.patch_size)
+            except ValueError as error:
+                raise ValueError(f"students.{name}: {error}") from None
+        return self

@@ -1,0 +1,109 @@
+"""What every kind of training shares: length, batch, optimiser, schedules, crops and objective.
+
+Defaults are those of ViT-L/14 on ImageNet-22k: dinov2/configs/train/vitl14.yaml at commit b8931f7, and
+arXiv:2304.07193, Table 16.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from components.core.config import Config
+from components.data.config import CropConfig, StreamConfig
+from components.objective.config import ObjectiveConfig
+
+
+class OptimizerConfig(Config):
+    """AdamW with layer-wise decay, and its schedules."""
+
+    base_lr: PositiveFloat = 2e-4  # for 1024 images; scaled by sqrt(batch_size / 1024): 3.5e-4 at 3072
+    min_lr: float = Field(default=1e-6, ge=0.0)
+    warmup_steps: int = Field(default=100_000, ge=0)  # 80 epochs of 1,250
+    weight_decay_start: float = Field(default=0.04, ge=0.0)
+    weight_decay_end: float = Field(default=0.2, ge=0.0)
+    layer_decay: float = Field(
+        default=1.0, gt=0.0, le=1.0
+    )  # learning rate x layer_decay for each block further from the head
+    patch_embed_lr_factor: PositiveFloat = 0.2
+    freeze_last_layer_steps: int = Field(default=1_250, ge=0)  # 1 epoch
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    clip_grad_norm: PositiveFloat | None = 3.0  # for backbone and each head by itself; None clips nothing
+
+
+class TeacherConfig(Config):
+    """Sharpening of the teacher's targets: a linear warm-up of the temperature, then constant."""
+
+    temp_start: float = Field(default=0.04, gt=0.0, le=1.0)
+    temp_end: float = Field(default=0.07, gt=0.0, le=1.0)
+    temp_warmup_steps: int = Field(default=37_500, ge=0)  # 30 epochs
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.temp_start > self.temp_end:
+            raise ValueError(f"temp_start {self.temp_start} is above temp_end {self.temp_end}; it may only rise")
+        return self
+
+
+class EmaConfig(Config):
+    """Cosine schedule of the momentum with which the average follows the student."""
+
+    momentum_start: float = Field(default=0.994, ge=0.0, le=1.0)
+    momentum_end: float = Field(default=1.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.momentum_start > self.momentum_end:
+            raise ValueError(f"momentum_start {self.momentum_start} is above momentum_end {self.momentum_end}")
+        return self
+
+
+class TrainingConfig(Config):
+    """One training run; counts are in steps, and in images over all ranks together."""
+
+    steps: PositiveInt = 625_000
+    batch_size: PositiveInt = 3_072  # images a step, over all ranks
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # released: float16 with a loss scaler; bfloat16 needs none
+    num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
+    checkpoint_every_steps: PositiveInt = 3_750  # 3 epochs
+    log_every_steps: PositiveInt = 10
+    stream: StreamConfig = StreamConfig()
+    crops: CropConfig = CropConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    ema: EmaConfig = EmaConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        check_divisible("batch_size", self.batch_size, "num_processes", self.num_processes)
+        if self.objective.koleo_weight and self.batch_size < 2 * self.num_processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbour: "
+                f"use {2 * self.num_processes} or more, or set objective.koleo_weight to 0"
+            )
+        for name, steps in (
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
+            ("optimizer.freeze_last_layer_steps", self.optimizer.freeze_last_layer_steps),
+            ("teacher.temp_warmup_steps", self.teacher.temp_warmup_steps),
+        ):
+            if steps > self.steps:
+                raise ValueError(f"{name} is {steps}, more than the {self.steps} steps of the run")
+        if self.optimizer.min_lr > self.optimizer.base_lr:
+            raise ValueError(f"optimizer.min_lr {self.optimizer.min_lr} is above base_lr {self.optimizer.base_lr}")
+        return self
+
+
+def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise ValueError unless `divisor` divides `value`, naming both and the nearest value that would do."""
+    if value % divisor:
+        nearest = max(divisor, round(value / divisor) * divisor)
+        raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}; use for example {nearest}")
+
+
+def check_crops_fit(crops: CropConfig, patch_size: int) -> None:
+    """Raise ValueError unless both crop sizes are multiples of the patch size."""
+    check_divisible("crops.global_size", crops.global_size, "backbone.patch_size", patch_size)
+    check_divisible("crops.local_size", crops.local_size, "backbone.patch_size", patch_size)

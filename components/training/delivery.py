@@ -1,0 +1,95 @@
+"""From a job to its outputs: take up or start the run, train, then write weights, provenance and report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from components.core.distributed import barrier, rank
+from components.core.storage import sha256_dir, write_json
+from components.data.batch import TrainingBatches
+from components.model.export import save_weights
+from components.training.checkpoint import Checkpoints, run_key
+from components.training.loop import Job, train
+from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where a run's outputs go, and what it started from."""
+
+    root: Path  # workspace
+    weights: Path
+    report: Path
+    parents: dict[str, Path] = field(default_factory=dict)  # weights folders that it starts from or learns from
+
+
+def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
+    """Train the job and write its outputs; return its figures.
+
+    Before the first step the resolved configuration is logged and kept beside the checkpoints, which are deleted once
+    the outputs stand.
+    """
+    facts = {
+        "seed": job.seed,
+        "dataset_sha256": job.stream.digest,
+        **{f"{name}_sha256": sha256_dir(path) for name, path in delivery.parents.items()},
+    }
+    key = run_key(job.name, job.config, facts)
+    folder = delivery.root / ".pedigree" / "checkpoints" / key
+    provenance = {
+        "stage": job.name,
+        "config": job.config.model_dump(mode="json"),
+        **facts,
+        "git_commit": _git_commit(delivery.root),
+        "run_key": key,
+    }
+    if rank() == 0:
+        write_json(folder / "config.json", provenance)
+        logger.info("%s: %s", job.name, json.dumps(provenance, sort_keys=True))
+    images = sample_images(job.stream, job.config.crops.global_size)
+    before = pca_colors(job.networks.ema.backbone, images)
+    _draw_first_batch(job, delivery.report)
+
+    rows = train(job, folder)
+
+    if rank() == 0:
+        steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
+        provenance |= {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
+        save_weights(delivery.weights, job.networks.ema.backbone, job.networks.ema.heads, provenance)
+        after = pca_colors(job.networks.ema.backbone, images)
+        save_picture(draw_pca(images, [before, after]), delivery.report / "pca.jpg")
+        shutil.copyfile(folder / "loss.csv", delivery.report / "loss.csv")
+        Checkpoints(folder).remove()
+    barrier()
+    return _figures(job, rows)
+
+
+def _draw_first_batch(job: Job, report: Path) -> None:
+    """Picture of the crops of the stream's first images, as they are trained on, and masks as drawn for so few."""
+    if rank() == 0:
+        plan = replace(job.batch_plan(), batch_size=min(NUM_IMAGES, len(job.stream)), rank=0, num_ranks=1)
+        batch = TrainingBatches(job.stream, plan)[0]
+        if isinstance(batch, Exception):
+            raise batch
+        save_picture(draw_crops(batch, plan.patch_size), report / "crops.jpg")
+
+
+def _figures(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run's length, and the last row that the monitor wrote."""
+    config = job.config
+    last = rows[-1] if rows else {}
+    return {"steps": config.steps, "images_seen": config.steps * config.batch_size, "last": last}
+
+
+def _git_commit(root: Path) -> str | None:
+    """Commit of the workspace; None outside of a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -1,0 +1,116 @@
+"""The training loop that pretraining, adaptation and distillation share, from its first step to its outputs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.core.distributed import all_reduce_sum, rank, world_size
+from components.core.progress import progress
+from components.data.batch import BatchPlan, TrainingBatches, iterate_batches
+from components.data.config import MaskingConfig
+from components.data.stream import ImageStream
+from components.training.checkpoint import Checkpoints
+from components.training.config import TrainingConfig
+from components.training.monitors import Monitor
+from components.training.networks import Networks
+from components.training.parallelize import EXIT_INTERRUPTED, training_device
+from components.training.schedules import Schedules
+from components.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. `networks` are as at its start, and as trained after it."""
+
+    name: str  # stage, and item if it has one
+    config: TrainingConfig
+    networks: Networks
+    stream: ImageStream
+    masking: MaskingConfig | None  # None: the student sees everything (distillation)
+    seed: int
+
+    def batch_plan(self) -> BatchPlan:
+        """What determines this rank's batches."""
+        patch_size = self.networks.student.backbone.config.patch_size
+        config = self.config
+        return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
+
+
+def train(job: Job, folder: Path) -> list[dict[str, Any]]:
+    """Train to the last step, from the newest checkpoint in `folder` if there is one; return the monitor's rows.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite.
+        SystemExit: with EXIT_INTERRUPTED after SIGTERM, once a checkpoint is saved.
+    """
+    config, device = job.config, training_device()
+    batches = TrainingBatches(job.stream, job.batch_plan())
+    training = TrainingStep(job.networks.to(device), config, job.seed, device)
+    schedules = Schedules(config)
+    checkpoints = Checkpoints(folder)
+    steps_done = checkpoints.load_newest(training)
+    monitor = Monitor(folder / "loss.csv", config.log_every_steps, config.batch_size, steps_done)
+    coming = iterate_batches(batches, config.stream, range(steps_done, config.steps))
+
+    with _stop_request() as stop_requested, _progress(job, steps_done) as advance:
+        for step in range(steps_done, config.steps):
+            asked = time.monotonic()
+            batch = next(coming)
+            monitor.waited(time.monotonic() - asked)
+
+            values = schedules.at(step)
+            output = training(batch.normalize(device), step, values)
+            steps_done = step + 1
+            monitor.record(output, values, steps_done)
+            advance(config.batch_size)
+
+            stop = _on_any_rank(stop_requested.is_set(), device)
+            if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
+                checkpoints.save(training, steps_done)
+            if stop and steps_done < config.steps:
+                logger.warning("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
+                raise SystemExit(EXIT_INTERRUPTED)
+    return monitor.rows
+
+
+@contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that a step is finished and saved before the process ends."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
+        yield requested
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(job: Job, steps_done: int) -> Iterator[Callable[[int], None]]:
+    if rank() > 0:
+        yield lambda count: None
+        return
+    size = job.config.batch_size
+    with progress(job.name, job.config.steps * size, start=steps_done * size) as advance:
+        yield advance
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says yes: signals reach ranks at different steps, and all must stop at the same one."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)))

@@ -1,0 +1,124 @@
+"""Student, teacher and moving average: which networks train, teach and ship."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from components.model.export import load_backbone, load_heads
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+from components.objective.total import StudentLogits, TeacherLogits
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What the objective needs of the student."""
+
+    logits: StudentLogits
+    cls_tokens: Tensor  # [G*B, D] of the global crops, before the head
+
+
+class Network(nn.Module):
+    """A backbone with one head for class tokens and another for patch tokens (untied: arXiv:2304.07193, sec. 4)."""
+
+    def __init__(self, backbone: VisionTransformer, heads: Mapping[str, ProjectionHead]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = heads["dino"]
+        self.ibot_head = heads["ibot"]
+
+    @property
+    def heads(self) -> dict[str, ProjectionHead]:
+        """The heads under the names they are saved by."""
+        return {"dino": self.dino_head, "ibot": self.ibot_head}
+
+    def forward(
+        self, global_crops: Tensor, local_crops: Tensor, input_masks: Tensor | None, loss_masks: Tensor
+    ) -> StudentOutput:
+        """The student's view: masked global crops, and local crops.
+
+        Args:
+            global_crops: [G*B, 3, H, W].
+            local_crops: [L*B, 3, h, w]; may have no rows.
+            input_masks: [G*B, P] bool, patches hidden from the student; None hides none.
+            loss_masks: [G*B, P] bool, the M patches whose logits are asked for.
+        """
+        seen = self.backbone(global_crops, input_masks)
+        cls_tokens = [seen.cls_token]
+        if len(local_crops):
+            cls_tokens.append(self.backbone(local_crops).cls_token)
+        logits = self.dino_head(torch.cat(cls_tokens))  # [(G+L)*B, K]
+        global_logits, local_logits = logits.split([len(global_crops), len(local_crops)])
+        patch_logits = self.ibot_head(seen.patch_tokens[loss_masks])  # [M, K]
+        return StudentOutput(StudentLogits(global_logits, local_logits, patch_logits), seen.cls_token)
+
+    @torch.no_grad()
+    def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
+        """The teacher's view: whole global crops.
+
+        Args:
+            global_crops: [G*B, 3, H, W].
+            loss_masks: [G*B, P] bool, the M patches whose logits are asked for.
+        """
+        seen = self.backbone(global_crops)
+        return TeacherLogits(self.dino_head(seen.cls_token), self.ibot_head(seen.patch_tokens[loss_masks]))
+
+    @torch.no_grad()
+    def follow(self, student: Network, momentum: float) -> None:
+        """Move every parameter to momentum * own + (1 - momentum) * the student's."""
+        own: list[Tensor] = list(self.parameters())
+        theirs: list[Tensor] = list(student.parameters())
+        torch._foreach_lerp_(own, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one run. In self-distillation `teacher` and `ema` are the same network.
+
+    Attributes:
+        student: is trained.
+        teacher: sets the targets.
+        ema: moving average of the student, which ships.
+    """
+
+    student: Network
+    teacher: Network
+    ema: Network
+
+    def to(self, device: torch.device) -> Networks:
+        """Move all networks; returns itself."""
+        for network in (self.student, self.teacher, self.ema):
+            network.to(device)
+        return self
+
+
+def load_network(folder: Path) -> Network:
+    """Backbone and heads of a weights folder.
+
+    Raises:
+        WeightsError: the folder is missing, damaged or without heads.
+    """
+    return Network(load_backbone(folder), load_heads(folder))
+
+
+def self_distillation(student: Network) -> Networks:
+    """A student taught by its own moving average, which starts as its copy."""
+    ema = _frozen(copy.deepcopy(student))
+    return Networks(student.train(), teacher=ema, ema=ema)
+
+
+def distillation(student: Network, teacher: Network) -> Networks:
+    """A student taught by a frozen network; a spare moving average ships (arXiv:2304.07193, sec. 5)."""
+    # The student sees everything, so its mask token never has a gradient, which a parallel wrapper would wait for.
+    student.backbone.mask_token.requires_grad_(False)
+    return Networks(student.train(), teacher=_frozen(teacher), ema=_frozen(copy.deepcopy(student)))
+
+
+def _frozen(network: Network) -> Network:
+    return network.eval().requires_grad_(False)

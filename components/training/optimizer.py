@@ -1,0 +1,78 @@
+"""AdamW whose learning rate and weight decay depend on what a parameter is (dinov2/utils/param_groups.py)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from components.training.config import OptimizerConfig
+from components.training.networks import Network
+from components.training.schedules import StepValues
+
+EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")
+
+
+@dataclass(frozen=True)
+class ParameterRole:
+    """How the optimiser treats a parameter; parameters of one role form one group."""
+
+    lr_factor: float
+    decays: bool
+    last_layer: bool
+
+
+def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterRole:
+    """Role of the parameter `name` of a `Network` with `depth` blocks.
+
+    Layers count from the embeddings (0) over the blocks (1 to depth) to the last norm and the heads (depth + 1), and
+    the learning rate falls by `layer_decay` for each layer below the highest.
+    """
+    layer = depth + 1
+    if name.startswith("backbone."):
+        part = name.removeprefix("backbone.")
+        if part.startswith(EMBEDDINGS):
+            layer = 0
+        elif part.startswith("blocks."):
+            layer = int(part.split(".")[1]) + 1
+    factor = config.layer_decay ** (depth + 1 - layer)
+    if "patch_embed" in name:
+        factor *= config.patch_embed_lr_factor
+    decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
+    return ParameterRole(factor, decays, last_layer="last_layer" in name)
+
+
+def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with one group for each role; `set_values` gives every step its rates."""
+    groups: defaultdict[ParameterRole, list[Tensor]] = defaultdict(list)
+    depth = len(network.backbone.blocks)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter_role(name, depth, config)].append(parameter)
+    described = [{"params": parameters, "role": role} for role, parameters in groups.items()]
+    return torch.optim.AdamW(described, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+
+
+def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+    """Give every group its learning rate and weight decay of this step."""
+    for group in optimizer.param_groups:
+        role: ParameterRole = group["role"]
+        group["lr"] = (values.last_layer_lr if role.last_layer else values.lr) * role.lr_factor
+        group["weight_decay"] = values.weight_decay if role.decays else 0.0
+
+
+def clip_gradients(network: nn.Module, max_norm: float | None) -> dict[str, Tensor]:
+    """Scale each sub-module's gradient down to `max_norm` (backbone and each head by itself); return the norms before.
+
+    dinov2/train/train.py clips sub-module by sub-module, so that a wild head does not slow the backbone.
+    """
+    norms: dict[str, Tensor] = {}
+    for name, module in network.named_children():
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        if max_norm is None:
+            norms[name] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norms

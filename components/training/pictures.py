@@ -1,0 +1,104 @@
+"""Pictures of a training run: the crops that it really trains on, and the colours of its patch features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from components.data.batch import Batch, to_input
+from components.data.crops import NUM_GLOBAL
+from components.data.stream import ImageStream
+from components.model.vit import VisionTransformer
+
+NUM_IMAGES = 8
+TILE = 96  # pixels on the page
+GAP = 4
+GRAY = 96  # colour of what is hidden from the student
+
+
+def draw_crops(batch: Batch, patch_size: int) -> Image.Image:
+    """One row an image of the batch: its global crops, grey where masked, then its local crops in true proportion."""
+    images = len(batch.global_crops) // NUM_GLOBAL
+    side = batch.global_crops.shape[-1]
+    shown = batch.global_crops.clone()
+    if batch.masks is not None:
+        grid = side // patch_size
+        hidden = batch.masks.view(-1, 1, grid, grid)
+        hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+        shown = torch.where(hidden, GRAY, shown)
+    rows = []
+    for i in range(min(images, NUM_IMAGES)):
+        global_tiles = [_tile(crop, TILE) for crop in shown[i::images]]
+        local_side = max(TILE * batch.local_crops.shape[-1] // side, 1)
+        rows.append([*global_tiles, *(_tile(crop, local_side) for crop in batch.local_crops[i::images])])
+    return _page(rows)
+
+
+def sample_images(stream: ImageStream, size: int) -> Tensor:
+    """The first images of the stream, squeezed to squares: [N, 3, size, size] normalised, N at most `NUM_IMAGES`."""
+    positions = range(min(NUM_IMAGES, len(stream)))
+    squares = [stream.image(p).image.resize((size, size), Image.Resampling.BICUBIC) for p in positions]
+    return to_input(torch.from_numpy(np.stack([np.asarray(s) for s in squares]).transpose(0, 3, 1, 2).copy()))
+
+
+@torch.no_grad()
+def pca_colors(backbone: VisionTransformer, images: Tensor) -> np.ndarray:
+    """First three principal components of all images' patch features as colours.
+
+    Args:
+        backbone: in evaluation mode.
+        images: [N, 3, H, W] normalised, H = W.
+
+    Returns:
+        [N, grid, grid, 3] uint8.
+    """
+    device = next(backbone.parameters()).device
+    tokens = backbone(images.to(device)).patch_tokens.float().cpu()  # [N, P, D]
+    flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(dim=0)
+    directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
+    # A direction's sign is free; fixed, the same weights always have the same colours.
+    directions = directions * torch.sign(directions.sum(dim=1, keepdim=True))
+    scores = flat @ directions.T  # [N * P, 3]
+    low, high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
+    colors = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 255
+    grid = round(tokens.shape[1] ** 0.5)
+    return colors.round().byte().numpy().reshape(len(images), grid, grid, 3)
+
+
+def draw_pca(images: Tensor, columns: list[np.ndarray]) -> Image.Image:
+    """One column an image; top row the image, then one row for each set of colours (such as before and after)."""
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    pixels = ((images - low) / (high - low).clamp(min=1e-12) * 255).byte()
+    rows = [[_tile(image, TILE) for image in pixels]]
+    rows += [[Image.fromarray(c).resize((TILE, TILE), Image.Resampling.NEAREST) for c in colors] for colors in columns]
+    return _page(rows)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a JPEG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=90)
+
+
+def _tile(crop: Tensor, size: int) -> Image.Image:
+    """[3, H, W] uint8 as an image of `size` pixels."""
+    image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+    return image.resize((size, size), Image.Resampling.NEAREST)
+
+
+def _page(rows: list[list[Image.Image]]) -> Image.Image:
+    width = max(sum(tile.width + GAP for tile in row) for row in rows) + GAP
+    height = sum(max(tile.height for tile in row) + GAP for row in rows) + GAP
+    page = Image.new("RGB", (width, height), "white")
+    top = GAP
+    for row in rows:
+        left = GAP
+        for tile in row:
+            page.paste(tile, (left, top))
+            left += tile.width + GAP
+        top += max(tile.height for tile in row) + GAP
+    return page
