@@ -12,6 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+ATTEMPTS = 4  # of one request, with growing pauses between
+MISSING = ("404", "NoSuchKey", "NotFound")
+
+
+class StorageError(RuntimeError):
+    """The object store did not do what was asked: not there, not answering, or not allowing it."""
+
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
@@ -60,3 +69,76 @@ def sha256_dir(path: Path) -> str:
     """SHA-256 over the sorted (relative path, SHA-256) pairs of all files below `path`, in hex."""
     lines = (f"{p.relative_to(path).as_posix()} {sha256_file(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def s3_client() -> Any:
+    """A boto3 S3 client by the standard AWS variables (endpoint, keys, region); boto3's clients are untyped.
+
+    Path addressing and plain checksums, which every S3 server understands.
+    """
+    import boto3
+    from botocore.config import Config as ClientConfig
+
+    settings = ClientConfig(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    with s3_errors("S3"):
+        return boto3.client("s3", config=settings)
+
+
+@contextmanager
+def s3_errors(what: str) -> Iterator[None]:
+    """Turn any error of botocore inside the block into one clear line about `what`, such as `s3://bucket/key`.
+
+    Raises:
+        StorageError: instead of the botocore error.
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        raise StorageError(f"{what}: {_explain_refusal(error.response.get('Error', {}))}") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(_explain_silence(error)) from error
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key (or prefix, perhaps empty) of `s3://bucket/key`.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket:
+        raise ValueError(f"{uri}: expected s3://BUCKET/PREFIX")
+    return bucket, key
+
+
+def _explain_refusal(answer: Mapping[str, Any]) -> str:
+    code, message = str(answer.get("Code", "")), str(answer.get("Message", ""))
+    if code == "NoSuchBucket":
+        return "no such bucket; check its name and AWS_ENDPOINT_URL"
+    if code in MISSING:
+        return "no such object"
+    if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+        return f"access denied ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return f"{message or 'refused'} ({code})"
+
+
+def _explain_silence(error: Exception) -> str:
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or start `pedigree up`"
+    reason = str(error).splitlines()[0]
+    advice = "start it with `pedigree up` or set AWS_ENDPOINT_URL"
+    return f"S3 at {endpoint or 'AWS (AWS_ENDPOINT_URL is not set)'} does not answer: {reason}; {advice}"

@@ -1,0 +1,307 @@
+"""Take a source into a collection: examine every file, keep each image once, and say why the rest was left out.
+
+A snapshot holds only what the collection did not hold before, in order of `image_id`, and appears when it is validated.
+The metadata of all files of one ingest is held in memory (about 1 KB a file); their pixels never are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from components.core.engine import map_shards
+from components.core.progress import track
+from components.core.storage import atomic_dir
+from components.data import expectations, sources, summary
+from components.data.ingest_config import IngestError, IngestRequest
+from components.data.manifest import (
+    MANIFEST,
+    POOL_SCHEMA,
+    QUARANTINE_SCHEMA,
+    REJECTED,
+    read_collection,
+    write_manifest,
+    write_table,
+)
+from components.data.shards import EXTENSIONS, ImageError, ShardWriter, decode_image
+
+logger = logging.getLogger(__name__)
+
+SMALL_SOURCE_BYTES = 256 * 1024**2  # starting worker processes costs more than reading so little
+UNFINISHED = re.compile(r"\.[0-9a-f]{12}\..+")  # a snapshot whose ingest was killed
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one file (or row, or archive member) turned out to be."""
+
+    uri: str
+    label: str | None = None
+    split: str | None = None
+    image_id: str | None = None
+    reason: str | None = None  # why it is not taken
+    detail: str = ""
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    path: str = ""  # the local file that holds its bytes
+    offset: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What one ingest did. seen = stored + held_out + already_present + all rejected."""
+
+    seen: int
+    stored: int  # in the pool, or in the evaluation set where the whole source is one
+    held_out: int  # in the evaluation set, of a pool's source
+    already_present: int
+    rejected: dict[str, int]  # reason -> files
+    ignored: int  # hidden files and the like
+    bytes_stored: int
+    source_version: str
+    pool_snapshot: Path | None  # the new folder; None if nothing was new for it
+    evaluation_snapshot: Path | None
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items()) or "none"
+        held_out = f", {self.held_out} held out for evaluation" if self.held_out else ""
+        stored = f"{self.stored} new images stored"
+        if self.pool_snapshot is None and self.evaluation_snapshot is None:
+            stored = "nothing new, no snapshot made"
+        return f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, rejected: {reasons}"
+
+
+@dataclass(frozen=True)
+class _Account:
+    """All findings of a source, each in its place."""
+
+    pool: list[Finding]  # sorted by image_id, as is evaluation
+    evaluation: list[Finding]
+    rejected: list[Finding]
+    version: str  # of the source
+    when: datetime
+    facts: expectations.SnapshotFacts
+
+
+def ingest(request: IngestRequest) -> IngestReport:
+    """Store what is new of a source as validated snapshots.
+
+    Args:
+        request: what to read and where to put it.
+
+    Raises:
+        IngestError: a source that is not there, has no image in it, or changes while it is read.
+        ExpectationsFailed: what was read does not add up; nothing is stored.
+        StorageError: S3 does not answer.
+    """
+    home = request.evaluation if request.as_evaluation else request.pool
+    held = {home, request.evaluation} if request.holdout else {home}
+    with ExitStack() as stack:
+        for collection in sorted(held):
+            stack.enter_context(_exclusive(collection))
+        spool = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=home))
+        listing = sources.list_source(request.source, Path(spool), request.as_evaluation)
+        findings = _examine(listing, request)
+        if not any(finding.reason is None for finding in findings):
+            raise IngestError(_no_images(request.source, findings))
+        account = _settle(findings, request)
+        # Both are written and validated before the first is renamed into its place, at the end of the block.
+        pool = _write_snapshot(request.pool, account.pool, account, request, stack)
+        evaluation = _write_snapshot(request.evaluation, account.evaluation, account, request, stack)
+    report = IngestReport(
+        seen=account.facts.seen,
+        stored=len(account.evaluation if request.as_evaluation else account.pool),
+        held_out=0 if request.as_evaluation else len(account.evaluation),
+        already_present=account.facts.already_present,
+        rejected=dict(sorted(Counter(str(finding.reason) for finding in account.rejected).items())),
+        ignored=listing.num_ignored,
+        bytes_stored=sum(finding.length for finding in (*account.pool, *account.evaluation)),
+        source_version=account.version,
+        pool_snapshot=pool,
+        evaluation_snapshot=evaluation,
+    )
+    logger.info("%s: %s", request.source, report)
+    return report
+
+
+@contextmanager
+def _exclusive(collection: Path) -> Iterator[None]:
+    """Hold a collection, so that two ingests cannot both store one image; what a killed ingest left is removed."""
+    collection.mkdir(parents=True, exist_ok=True)
+    handle = os.open(collection, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise IngestError(f"{collection}: another ingest is writing here; wait until it has ended") from None
+        left = [*collection.glob(".ingest-*"), *(p for p in collection.glob("*/.*") if UNFINISHED.fullmatch(p.name))]
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _examine(listing: sources.Listing, request: IngestRequest) -> list[Finding]:
+    workers = request.workers or (1 if listing.num_bytes < SMALL_SOURCE_BYTES else None)
+    look = partial(examine_batch, max_pixels=request.max_pixels)
+    batches = map_shards(look, listing.batches, workers=workers, what="examine", unit="batches")
+    refused = [Finding(item.uri, reason=item.reason, detail=item.detail) for item in listing.refusals]
+    return [*(finding for batch in batches for finding in batch), *refused]
+
+
+def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
+    """Decode every image of a batch; images that cannot be read again cheaply are copied to the batch's spool file."""
+    with ExitStack() as stack:
+        spool = stack.enter_context(batch.spool.open("wb")) if batch.spool else None
+        return [_examine_entry(entry, data, max_pixels, spool) for entry, data in sources.read_batch(batch)]
+
+
+def _examine_entry(
+    entry: sources.Entry, data: bytes | sources.Refusal, max_pixels: int, spool: BinaryIO | None
+) -> Finding:
+    finding = Finding(entry.uri, entry.label, entry.split)
+    if isinstance(data, sources.Refusal):
+        return replace(finding, reason=data.reason, detail=data.detail)
+    finding = replace(finding, image_id=hashlib.sha256(data).hexdigest(), length=len(data))
+    try:
+        image = decode_image(data, max_pixels=max_pixels)
+    except ImageError as error:
+        return replace(finding, reason=error.reason, detail=error.detail)
+    path, offset = entry.path, entry.offset
+    if spool is not None:
+        path, offset = spool.name, spool.tell()
+        spool.write(data)
+    size = {"width": image.width, "height": image.height}
+    return replace(finding, format=str(image.format), path=path, offset=offset, **size)
+
+
+def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
+    """Decide for each finding: rejected, a copy, already there, for the pool, or for the evaluation set."""
+    home = request.evaluation if request.as_evaluation else request.pool
+    present = _ids_in(home) | (_ids_in(request.evaluation) if request.holdout else set())
+    first: dict[str, Finding] = {}
+    rejected = []
+    for finding in findings:
+        if finding.reason is not None:
+            rejected.append(finding)
+        elif (original := first.setdefault(str(finding.image_id), finding)) is not finding:
+            rejected.append(replace(finding, reason="exact_copy", detail=f"the same bytes as {original.uri}"))
+    pool, evaluation = [], []
+    for image_id in sorted(first.keys() - present):
+        finding, place = first[image_id], _place(image_id)
+        if not request.as_evaluation and (request.holdout is None or place >= request.holdout):
+            pool.append(finding)
+        else:
+            # Another part of the hash decides, so that the splits do not depend on the share held out.
+            split = finding.split or ("train" if int(image_id[32:48], 16) % 2 == 0 else "test")
+            evaluation.append(replace(finding, split=split))
+    stored = len(pool) + len(evaluation)
+    facts = expectations.SnapshotFacts(request.name, len(findings), stored, already_present=len(first) - stored)
+    version = request.source_version or _digest_of(findings)
+    when = request.ingested_at or datetime.now(UTC).replace(microsecond=0)
+    return _Account(pool, evaluation, rejected, version, when, facts)
+
+
+def _ids_in(collection: Path) -> set[str]:
+    return set(read_collection(collection)["image_id"].to_pylist())
+
+
+def _place(image_id: str) -> float:
+    """A number in [0, 1), uniform over images, and the same for an image wherever it comes from."""
+    return int(image_id[48:], 16) / 16**16
+
+
+def _snapshot_name(taken: list[Finding]) -> str:
+    return hashlib.sha256("\n".join(str(finding.image_id) for finding in taken).encode()).hexdigest()[:12]
+
+
+def _digest_of(findings: Iterable[Finding]) -> str:
+    """The version of a source that names none: a digest of all its names and bytes."""
+    lines = sorted(f"{finding.uri} {finding.image_id or finding.reason}\n" for finding in findings)
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_snapshot(
+    collection: Path, taken: list[Finding], account: _Account, request: IngestRequest, stack: ExitStack
+) -> Path | None:
+    """Write and validate one snapshot aside; it gets its name when `stack` ends well."""
+    if not taken:
+        return None
+    folder = collection / request.name / _snapshot_name(taken)
+    aside = stack.enter_context(atomic_dir(folder))
+    with ShardWriter(aside, request.shard_bytes) as shards:
+        places = [
+            shards.add(str(finding.image_id), EXTENSIONS[finding.format], _read_again(finding))
+            for finding in track(taken, "store", len(taken))
+        ]
+    shard, offset, length = zip(*places, strict=True)
+    columns = {
+        **_columns(taken, "image_id", "format", "width", "height", "label", "split"),
+        "shard": shard,
+        "offset": offset,
+        "length": length,
+        "source": [request.name] * len(taken),
+        "source_uri": [finding.uri for finding in taken],
+        "source_version": [account.version] * len(taken),
+        "license": [request.license] * len(taken),
+        "ingested_at": [account.when] * len(taken),
+    }
+    write_manifest(pa.table(columns, schema=POOL_SCHEMA), aside / MANIFEST)
+    _write_rejected(aside, account.rejected, request.name)
+    title = f"{collection.name}-{request.name}-{folder.name}"
+    validation = expectations.validate_snapshot(aside, account.facts, request.docs_folder / title)
+    summary.write_summary(aside, title, account.facts, validation)
+    return folder
+
+
+def _columns(findings: list[Finding], *names: str) -> dict[str, list[Any]]:
+    return {name: [getattr(finding, name) for finding in findings] for name in names}
+
+
+def _read_again(finding: Finding) -> bytes:
+    try:
+        with Path(finding.path).open("rb") as file:
+            file.seek(finding.offset)
+            data = file.read(finding.length)
+    except OSError as error:
+        raise IngestError(f"{finding.uri}: {error.strerror or error} after it had been read; ingest again") from None
+    if hashlib.sha256(data).hexdigest() != finding.image_id:
+        raise IngestError(f"{finding.uri}: changed while it was read; ingest again when nothing writes to it")
+    return data
+
+
+def _write_rejected(folder: Path, rejected: list[Finding], source: str) -> None:
+    ordered = sorted(rejected, key=lambda finding: (finding.uri, str(finding.reason)))
+    columns = {
+        **_columns(ordered, "reason", "detail", "image_id"),
+        "source_uri": [finding.uri for finding in ordered],
+        "source": [source] * len(ordered),
+    }
+    write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), QUARANTINE_SCHEMA, folder / REJECTED)
+
+
+def _no_images(source: str, findings: list[Finding]) -> str:
+    if not findings:
+        return f"{source}: its archives hold no images"
+    reasons = Counter(str(finding.reason) for finding in findings)
+    found = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    example = findings[0]
+    return f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"

@@ -1,0 +1,62 @@
+"""What an ingest is asked to do; checked before anything is read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from components.core.config import Config, ConfigError, validate
+
+GIB = 1024**3
+
+
+class IngestError(ValueError):
+    """A source that cannot be ingested; one line says what was found and what is allowed."""
+
+
+def _whole_seconds_utc(when: datetime) -> datetime:
+    return (when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)).replace(microsecond=0)
+
+
+def _stripped(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text.strip()
+
+
+class IngestRequest(Config):
+    """One source and the collection that takes it up."""
+
+    source: Annotated[
+        str, AfterValidator(_stripped)
+    ]  # folder, s3://bucket/prefix, .tar or .parquet, or a folder of these
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the source: small letters, digits and hyphens
+    license: Annotated[str, AfterValidator(_stripped)]  # under which the images may be used, such as CC-BY-4.0
+    pool: Path = Path("data/pool")
+    evaluation: Path = Path("data/evaluation")
+    holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share held out into the evaluation set, by content
+    as_evaluation: bool = False  # the whole source is an evaluation set
+    max_pixels: int = Field(50_000_000, gt=0)
+    source_version: str | None = None  # None: a digest of all bytes that were seen
+    ingested_at: Annotated[datetime, AfterValidator(_whole_seconds_utc)] | None = None  # None: now
+    shard_bytes: int = Field(GIB, gt=0)
+    workers: int | None = Field(None, ge=1)  # processes; None: one a core, or this one if the source is small
+    docs_folder: Path = Path(".pedigree/data-docs")
+
+    @classmethod
+    def parse(cls, **values: Any) -> IngestRequest:
+        """Build a request.
+
+        Raises:
+            IngestError: one line for each value that is missing or not allowed.
+        """
+        try:
+            request = validate(cls, values, "ingest")
+        except ConfigError as error:
+            raise IngestError(str(error)) from None
+        if request.as_evaluation and request.holdout is not None:
+            raise IngestError("ingest: holdout is for a pool; as_evaluation already takes the whole source")
+        return request
