@@ -1,7 +1,7 @@
 """What happened, told to MLflow: one run a stage, nested in its pipeline run; nothing at all where no server is named.
 
-MLflow is imported on first use. `MLFLOW_TRACKING_URI` decides: when it is not set, every call here does nothing
-(`download_weights` excepted), so that `dvc repro` works with no server.
+MLflow is imported on first use. Without `MLFLOW_TRACKING_URI` every call but `download_weights` does nothing, so that
+`dvc repro` works with no server.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 PARENT_STAGE = "flow"  # value of the tag pedigree.stage on a pipeline run
 WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of its model.safetensors
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
-_MAX_KEY, _MAX_VALUE = 250, 6000  # MLflow refuses longer keys and parameter values
+_MAX_KEY, _MAX_VALUE, _MAX_DIGEST = 250, 6000, 36  # characters; MLflow refuses longer ones
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
-_MAX_DIGEST = 36
 _HEALTH_TIMEOUT_SECONDS = 5.0
 # MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
 _HTTP_LIMITS = {
@@ -244,7 +243,8 @@ def flatten_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, fl
 def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> StageRun:
     run_id, commit, dirty = _git(root)
     run_name = f"{run_id}/{stage}" + (f"@{item}" if item else "")
-    tags = {
+    tags = {"pedigree.item": item} if item else {}
+    tags |= {
         "pedigree.stage": stage,
         "pedigree.run": run_id,
         "pedigree.commit": commit,
@@ -256,8 +256,6 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
         client = _client()
         experiment = _experiment(client, params["name"])
         parent = _find_parent(client, experiment, run_id)
-        if item:
-            tags["pedigree.item"] = item
         if parent:
             tags["mlflow.parentRunId"] = parent
         same = f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'"
@@ -314,7 +312,7 @@ def _check_health(uri: str) -> None:
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # something answers; a gateway need not know /health
+        pass  # something answers; a gateway need not know /health
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise TrackingError(_advice(str(reason))) from None

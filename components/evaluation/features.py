@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from components.core.progress import progress
+from components.data.batch import to_input
+from components.data.crops import crop_box
 from components.data.shards import ShardReader, decode_image
 from components.evaluation.config import EvaluateConfig, InstanceConfig
 from components.evaluation.descriptor import describe
 from components.evaluation.evaluation_set import EvaluationSet
 from components.model.vit import VisionTransformer
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-ASPECT = (3 / 4, 4 / 3)  # of augmented views, as in RandomResizedCrop
 
 Extractor = Callable[[Tensor], NDArray[np.float32]]  # [B, S, S, 3] uint8 -> [B, D]
 Features = dict[str, NDArray[np.float32]]  # by model, [N, D]
@@ -72,25 +70,13 @@ def augmented_view(
     image: Image.Image, size: int, config: InstanceConfig, generator: np.random.Generator
 ) -> Image.Image:
     """A random part of the image, mirrored or not, with brightness, contrast and saturation changed."""
-    area = image.width * image.height * generator.uniform(*config.crop_scale)
-    aspect = np.exp(generator.uniform(*np.log(ASPECT)))
-    width = min(image.width, max(1, round((area * aspect) ** 0.5)))
-    height = min(image.height, max(1, round((area / aspect) ** 0.5)))
-    left = int(generator.integers(image.width - width + 1))
-    top = int(generator.integers(image.height - height + 1))
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    box = crop_box(image.width, image.height, config.crop_scale, generator)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if generator.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         view = enhance(view).enhance(1 + generator.uniform(-config.jitter, config.jitter))
     return view
-
-
-def normalise(images: Tensor) -> Tensor:
-    """[B, S, S, 3] uint8 to [B, 3, S, S] float32 with ImageNet's mean and deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)
-    std = torch.tensor(IMAGENET_STD, device=images.device)
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def backbone_extractor(backbone: VisionTransformer) -> Extractor:
@@ -99,7 +85,7 @@ def backbone_extractor(backbone: VisionTransformer) -> Extractor:
 
     @torch.inference_mode()
     def extract(images: Tensor) -> NDArray[np.float32]:
-        return backbone(normalise(images.to(device))).cls_token.float().cpu().numpy()  # [B, D]
+        return backbone(to_input(images.to(device).permute(0, 3, 1, 2))).cls_token.float().cpu().numpy()  # [B, D]
 
     return extract
 
@@ -113,7 +99,7 @@ def descriptor_extractor(images: Tensor) -> NDArray[np.float32]:
 def patch_features(backbone: VisionTransformer, images: Tensor) -> NDArray[np.float32]:
     """Patch tokens after the last norm, [B, P, D], for pictures."""
     device = next(backbone.parameters()).device
-    return backbone(normalise(images.to(device))).patch_tokens.float().cpu().numpy()
+    return backbone(to_input(images.to(device).permute(0, 3, 1, 2))).patch_tokens.float().cpu().numpy()
 
 
 def extract_features(

@@ -1,0 +1,204 @@
+import csv
+import datetime as dt
+import hashlib
+import io
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+
+from components.core.storage import sha256_dir
+from components.data.manifest import POOL_SCHEMA, write_manifest
+from components.data.shards import ShardWriter
+from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConfig, LinearConfig
+from components.evaluation.evaluation_set import EvaluationError, read_evaluation_set
+from components.evaluation.features import Augmentation, EvaluationImages, centre_crop
+from components.evaluation.pictures import pca_colours
+from components.evaluation.stage import run
+from components.model.config import ViTConfig
+from components.model.export import save_weights
+from components.model.vit import VisionTransformer
+
+CONFIG = EvaluateConfig(
+    crop_size=32,
+    batch_size=16,
+    num_workers=0,
+    knn=KnnConfig(neighbours=(3, 200), reported=3, resize_size=36),
+    linear=LinearConfig(c_grid=(0.1, 10.0), resize_size=32, max_iterations=100, tolerance=1e-4),
+    instance=InstanceConfig(num_queries=20),
+    bootstrap_resamples=100,
+    num_pictures=4,
+)
+
+
+def tiles(per_class=12):
+    """(label, split, image) of real photographs: every third tile is a test image."""
+    for name in ("astronaut", "coffee", "brick"):
+        photo = Image.fromarray(np.asarray(getattr(photographs, name)())).convert("RGB")
+        for number in range(per_class):
+            left, top = 90 * (number % 4), 90 * (number // 4)
+            tile = photo.crop((left, top, left + 64, top + 48))
+            yield name, "test" if number % 3 == 0 else "train", tile
+
+
+def write_set(root, items):
+    folder = root / "data" / "evaluation" / "sample" / "0123456789ab"
+    encoded = []
+    for label, split, image in items:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        encoded.append((hashlib.sha256(file.getvalue()).hexdigest(), file.getvalue(), label, split))
+    facts = {"format": "PNG", "width": 64, "height": 48, "source": "sample", "source_uri": "test", "license": "CC0"}
+    facts |= {"source_version": "1", "ingested_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
+    rows = []
+    with ShardWriter(folder, 10**8) as writer:
+        for image_id, content, label, split in sorted(encoded, key=lambda item: item[0]):
+            place = zip(("shard", "offset", "length"), writer.add(image_id, "png", content), strict=True)
+            rows.append({"image_id": image_id, **dict(place), "label": label, "split": split, **facts})
+    write_manifest(pa.Table.from_pylist(rows, schema=POOL_SCHEMA), folder / "manifest.parquet")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    torch.manual_seed(1)
+    backbone = VisionTransformer(ViTConfig(patch_size=8, dim=48, depth=2, num_heads=3, image_size=32))
+    save_weights(tmp_path / "models" / "students" / "small", backbone, None, {})
+    return tmp_path
+
+
+def test_labelled_set(workspace):
+    write_set(workspace, tiles())
+    before = torch.random.get_rng_state()
+    result = run(CONFIG, workspace, 0, "small")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert (result["num_train"], result["num_test"], result["num_classes"]) == (24, 12, 3)
+    for values in (result, result["random"], result["descriptor"]):
+        assert 0 <= values["knn_top1"] == values["knn_top1_k3"] <= 1
+        assert {"linear_top1", "effective_rank", "knn_top1_k200"} <= set(values)
+    assert result["descriptor"]["linear_top1"] > 0.8  # colours tell these three photographs apart
+    difference = result["minus_random"]["knn_top1"]
+    assert difference["mean"] == pytest.approx(result["knn_top1"] - result["random"]["knn_top1"])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+
+    folder = workspace / "reports" / "evaluate" / "small"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "comparison.csv",
+        "neighbours.jpg",
+        "pca.jpg",
+        "report.html",
+    ]
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert {row["model"] for row in rows} == {"small", "random", "descriptor"}
+    assert float(next(r["value"] for r in rows if r["metric"] == "linear_top1")) == result["linear_top1"]
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert not re.search(r"https?://", page)
+
+    first = sha256_dir(folder)
+    assert run(CONFIG, workspace, 0, "small") == result
+    assert sha256_dir(folder) == first
+
+
+def test_set_without_labels(workspace, caplog):
+    write_set(workspace, ((None, None, image) for _, _, image in tiles()))
+    result = run(CONFIG, workspace, 0, "small")
+    assert "no labels" in caplog.text
+    assert result["num_images"] == 36
+    assert "knn_top1" not in result
+    assert 0 < result["instance_recall_at_1"] <= result["instance_map"] <= 1
+    by_chance = (1 / np.arange(1, 37)).mean()
+    assert result["descriptor"]["instance_map"] > 2 * by_chance
+    assert (workspace / "reports" / "evaluate" / "small" / "neighbours.jpg").is_file()
+
+
+def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
+    write_set(workspace, tiles())
+    asked = []
+    folder = workspace / "models" / "students" / "small"
+    monkeypatch.setattr(
+        "components.evaluation.stage.download_weights", lambda uri, root: asked.append((uri, root)) or folder
+    )
+    config = CONFIG.model_copy(update={"champion": "models:/tiny/3"})
+    result = run(config, workspace, 0, "small")
+    assert asked == [("models:/tiny/3", workspace)]
+    assert result["champion"]["knn_top1"] == result["knn_top1"]  # it is the same model here
+    assert result["minus_champion"]["linear_top1"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_no_set(workspace):
+    with pytest.raises(EvaluationError, match="no evaluation images"):
+        run(CONFIG, workspace, 0, "small")
+
+
+def test_crop_that_does_not_fit(workspace):
+    write_set(workspace, tiles())
+    with pytest.raises(EvaluationError, match="crop_size 30 is not a multiple of 8, the patch size of small"):
+        run(CONFIG.model_copy(update={"crop_size": 30}), workspace, 0, "small")
+    assert not (workspace / "reports").exists()
+
+
+def test_missing_model(workspace):
+    write_set(workspace, tiles())
+    with pytest.raises(ValueError, match="models/adapted"):
+        run(CONFIG, workspace, 0, "teacher")
+
+
+def test_empty_test_split(workspace):
+    write_set(workspace, ((label, "train", image) for label, _, image in tiles()))
+    with pytest.raises(EvaluationError, match=r"none with \['test'\]"):
+        read_evaluation_set(workspace / "data" / "evaluation")
+
+
+def test_class_with_a_single_image_is_left_out_and_named(workspace, caplog):
+    lonely = Image.fromarray(photographs.chelsea()[:48, :64])
+    write_set(workspace, [*tiles(), ("chelsea", "test", lonely)])
+    labels = read_evaluation_set(workspace / "data" / "evaluation").labels
+    assert len(labels.test) == 12
+    assert "no train image of chelsea" in caplog.text
+
+
+def test_one_class_measures_no_classes(workspace, caplog):
+    write_set(workspace, [item for item in tiles() if item[0] == "brick"])
+    assert read_evaluation_set(workspace / "data" / "evaluation").labels is None
+    assert "do not measure classes" in caplog.text
+
+
+def test_split_by_hash_where_none_is_given(workspace):
+    write_set(workspace, ((label, None, image) for label, _, image in tiles()))
+    images = read_evaluation_set(workspace / "data" / "evaluation")
+    ids = images.images["image_id"].to_pylist()
+    assert images.labels.test.tolist() == [i for i, name in enumerate(ids) if int(name[:8], 16) % 5 == 0]
+    assert len(images.labels.train) + len(images.labels.test) == 36
+
+
+def test_crops_keep_the_aspect_ratio():
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    crop = np.array(centre_crop(image, 64, 48))
+    assert crop.shape == (48, 48, 3)
+    assert (crop == [0, 0, 255]).all()
+
+
+def test_views_depend_on_seed_and_place_only(workspace):
+    write_set(workspace, tiles())
+    images = read_evaluation_set(workspace / "data" / "evaluation")
+    views = [EvaluationImages(images, 36, 32, Augmentation(CONFIG.instance, seed)) for seed in (0, 0, 1)]
+    assert torch.equal(views[0][5], views[1][5])
+    assert not torch.equal(views[0][5], views[2][5])
+
+
+def test_pca_colours_follow_the_components():
+    patches = np.zeros((1, 101, 5))
+    patches[0, :, 3] = np.linspace(-1, 1, 101)  # the only direction
+    colours = pca_colours(patches)[0]
+    assert colours.shape == (101, 3)
+    assert colours[2, 0] == 0
+    assert colours[98, 0] == 255
+    assert (np.diff(colours[:, 0].astype(int)) >= 0).all()
+    assert (colours[:, 1:] == 128).all()

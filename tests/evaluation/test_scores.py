@@ -1,0 +1,111 @@
+import logging
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
+
+from components.evaluation.config import EvaluateConfig, KnnConfig, LinearConfig
+from components.evaluation.instance import retrieval_ranks
+from components.evaluation.knn import knn_predictions, nearest
+from components.evaluation.linear import linear_predictions
+from components.evaluation.scores import Scores, differences
+
+
+@pytest.fixture
+def blobs():
+    """Overlapping classes: train [200, 16] and test [90, 16] with their classes."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((5, 16))
+    targets = generator.integers(5, size=290)
+    features = (centres[targets] + 1.2 * generator.standard_normal((290, 16))).astype(np.float32)
+    return features[:200], targets[:200], features[200:], targets[200:]
+
+
+@pytest.mark.parametrize("k", [1, 10, 25])
+def test_knn_equals_scikit_learn_with_the_papers_weights(blobs, k):
+    train, targets, test, _ = blobs
+    found = nearest(test, train, 25)
+    predictions = knn_predictions(found.similarities, targets[found.indices], (1, 10, 25), 0.07)
+    # exp((cosine - 1) / T) is the softmax weight up to a factor that all votes share.
+    model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    expected = model.fit(normalize(train), targets).predict(normalize(test))
+    np.testing.assert_array_equal(predictions[k], expected)
+
+
+def test_knn_by_hand():
+    # Two far neighbours of class 1 outvote one near neighbour of class 0 at T = 1, and not at T = 0.07.
+    similarities, classes = np.array([[0.9, 0.6, 0.6]]), np.array([[0, 1, 1]])
+    assert knn_predictions(similarities, classes, (1, 3), 1.0) == {1: [0], 3: [1]}
+    assert knn_predictions(similarities, classes, (3,), 0.07)[3] == [0]
+
+
+def test_nearest_is_cosine_and_tells_apart_what_float32_cannot():
+    gallery = np.array([[1.0, 1e-5], [1.0, 3e-5], [1.0, 2e-5]], np.float32)
+    found = nearest(5 * np.array([[1.0, 0.0]], np.float32), gallery, 3)
+    assert found.indices.tolist() == [[0, 2, 1]]
+
+
+def test_logistic_regression_equals_a_search_done_by_hand(blobs):
+    train, targets, test, _ = blobs
+    config = LinearConfig(c_grid=(1e-3, 0.1, 10.0))
+    result = linear_predictions(train, targets, test, config, "blobs")
+    order = np.random.default_rng(0).permutation(200)
+    held, kept = order[:20], order[20:]
+    scores = {}
+    for c in config.c_grid:
+        model = LogisticRegression(C=c, solver="newton-cg", tol=1e-10, max_iter=500)
+        scores[c] = model.fit(train[kept].astype(float), targets[kept]).score(train[held].astype(float), targets[held])
+    best = max(scores, key=lambda c: (scores[c], -c))
+    assert result.c == best
+    model = LogisticRegression(C=best, solver="newton-cg", tol=1e-10, max_iter=500).fit(train.astype(float), targets)
+    np.testing.assert_array_equal(result.predictions, model.predict(test.astype(float)))
+
+
+def test_too_few_images_to_hold_out(caplog):
+    train, targets = np.array([[0.0], [1.0]]), np.array([0, 1])
+    with caplog.at_level(logging.WARNING):
+        result = linear_predictions(train, targets, np.array([[2.0]]), LinearConfig(c_grid=(1.0, 10.0, 100.0)), "two")
+    assert (result.c, result.predictions.tolist()) == (10.0, [1])
+    assert "too few" in caplog.text
+
+
+def test_retrieval_ranks_by_hand():
+    gallery = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    queries = np.array([[2.0, 0.1], [1.0, 0.9], [0.9, 1.0]])
+    assert retrieval_ranks(queries, gallery, np.array([0, 2, 0])).tolist() == [1, 1, 3]
+
+
+def test_collapsed_features_are_retrieved_last():
+    same = np.ones((4, 2))
+    assert retrieval_ranks(same, same, np.arange(4)).tolist() == [4, 4, 4, 4]
+
+
+def test_differences_are_paired():
+    scores = {name: Scores() for name in ("candidate", "random")}
+    scores["candidate"].add("knn_top1", np.array([1.0, 1.0, 0.0, 1.0] * 50))
+    scores["random"].add("knn_top1", np.array([0.0, 0.0, 0.0, 1.0] * 50))
+    interval = differences(scores, "candidate", 500, seed=0)["random"]["knn_top1"]
+    assert interval.mean == 0.5
+    # Half the differences are 1, half 0: standard error sqrt(0.25 / 200), and not the larger one of unpaired samples.
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.1)
+
+
+def test_defaults_are_the_papers():
+    config = EvaluateConfig()
+    assert config.knn.neighbours == (10, 20, 100, 200)
+    np.testing.assert_allclose(config.linear.c_grid, 10 ** np.linspace(-6, 5, 45))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KnnConfig(neighbours=(5,), reported=20), "one of neighbours"),
+        (lambda: EvaluateConfig(crop_size=256), "larger than the smallest"),
+        (lambda: EvaluateConfig(champion="models:/tiny@champion"), "pattern"),
+    ],
+)
+def test_bad_parameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
