@@ -1,0 +1,87 @@
+"""Removal of evaluation images from the pool, whole component by whole component.
+
+DINOv2 (arXiv 2304.07193), appendix A.3: the duplicate graph again, with the train and test images of the evaluation
+sets as references and the lower threshold 0.45; a component that holds a reference is discarded entirely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from components.curation.deduplicate import Groups
+from components.curation.neighbors import find_neighbors
+from components.curation.rejections import rejections
+
+
+@dataclass(frozen=True)
+class References:
+    """The images of all evaluation sets."""
+
+    images: pa.Table  # manifest rows; `source` names the evaluation set
+    embeddings: NDArray[np.float32]  # [R, D] of unit norm
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """What was found of the evaluation sets in the pool."""
+
+    rejected: pa.Table
+    per_set: dict[str, int]  # images of the pool in components that touch each evaluation set
+    nearest: NDArray[np.float32]  # [N] cosine of each image to the nearest evaluation image; -1 where there is none
+
+
+def find_contamination(
+    groups: Groups,
+    rows: NDArray[np.int64],
+    embeddings: NDArray[np.float32],
+    references: References,
+    threshold: float,
+) -> Contamination:
+    """Rejections of every image whose component has an image above `threshold` to an evaluation image.
+
+    Components are those of the duplicate graph, so that images that look alike at 0.45 do not chain the pool together.
+
+    Args:
+        groups: duplicates among the images given here.
+        rows: [N] their rows in the pool.
+        embeddings: [N, D] of unit norm.
+        references: the evaluation images.
+        threshold: cosine, exclusive.
+    """
+    count = len(rows)
+    best = np.full(count, -1, np.float32)  # to the nearest reference of any set
+    nearest = best.copy()
+    reference = np.zeros(count, np.int64)
+    per_set: dict[str, int] = {}
+    sources = references.images["source"].to_numpy()
+    for name in sorted(set(sources)):
+        members = np.flatnonzero(sources == name)
+        pairs = find_neighbors(embeddings, references.embeddings[members], 1, threshold)
+        nearest = np.maximum(nearest, pairs.nearest)
+        per_set[name] = int(np.isin(groups.label, groups.label[pairs.query]).sum())
+        nearer = pairs.similarity > best[pairs.query]
+        best[pairs.query[nearer]] = pairs.similarity[nearer]
+        reference[pairs.query[nearer]] = members[pairs.neighbor[nearer]]
+    return Contamination(_reject(groups, rows, references.images, reference, best), per_set, nearest)
+
+
+def _reject(
+    groups: Groups, rows: NDArray[np.int64], references: pa.Table, reference: NDArray[np.int64], best: NDArray
+) -> pa.Table:
+    """`evaluation_copy` for the images that touch a reference, and for all others of their components."""
+    order = np.lexsort((-best, groups.label))  # the image that touches nearest comes first in each component
+    labels, first = np.unique(groups.label[order], return_index=True)
+    touching = order[first][np.searchsorted(labels, groups.label)]  # [N] that image, for each image
+    out = np.flatnonzero(best[touching] > -1)
+    via = np.where(best[out] > -1, out, touching[out])
+    ids, sets = references["image_id"].to_pylist(), references["source"].to_pylist()
+    detail = [
+        f"evaluation set {sets[reference[v]]}" + ("" if v == row else ", through an image of its group")
+        for row, v in zip(out, via, strict=True)
+    ]
+    duplicates = [ids[reference[v]] for v in via]
+    return rejections(rows[out], "evaluation_copy", detail, duplicates, best[via])

@@ -1,0 +1,85 @@
+"""Near-duplicates: connected components of the k-nearest-neighbour graph, and who stays of each.
+
+DINOv2 (arXiv 2304.07193), section 3 and appendix A.3: k = 64 neighbours, edges above 0.6, one image a component.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from components.curation.neighbors import Neighbors, cosine, find_neighbors
+from components.curation.rejections import rejections
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which images show the same picture; all indices count the images that were given."""
+
+    label: NDArray[np.int64]  # [N] the component of each image
+    keeper: NDArray[np.int64]  # [N] the image that stays of its component
+    nearest: NDArray[np.float32]  # [N] cosine to the nearest other image
+
+
+def group_duplicates(embeddings: NDArray[np.float32], images: pa.Table, num_neighbors: int, threshold: float) -> Groups:
+    """Components of the graph of pairs above `threshold`, and the keeper of each.
+
+    Args:
+        embeddings: [N, D] of unit norm, in the order of `images`.
+        images: manifest rows.
+        num_neighbors: of each image, that may become edges.
+        threshold: cosine, exclusive.
+    """
+    pairs = find_neighbors(embeddings, None, num_neighbors, threshold)
+    label = components(pairs, len(images))
+    return Groups(label, keepers(label, images), pairs.nearest)
+
+
+def components(pairs: Neighbors, num_images: int) -> NDArray[np.int64]:
+    """[N] the connected component of each image, whichever way an edge points."""
+    ones = np.ones(len(pairs.query), np.bool_)
+    graph = coo_matrix((ones, (pairs.query, pairs.neighbor)), shape=(num_images, num_images))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def keepers(label: NDArray[np.int64], images: pa.Table) -> NDArray[np.int64]:
+    """[N] the image that stays of each image's component: the most pixels, then the lowest id.
+
+    The paper does not say which image stays; largest loses least, and the id makes the rule deterministic.
+    """
+    pixels = images["width"].to_numpy().astype(np.int64) * images["height"].to_numpy()
+    ids = images["image_id"].to_numpy().astype("S64")
+    order = np.lexsort((ids, -pixels, label))
+    _, first, inverse = np.unique(label[order], return_index=True, return_inverse=True)
+    keeper = np.empty(len(label), np.int64)
+    keeper[order] = order[first][inverse]
+    return keeper
+
+
+def near_duplicates(
+    groups: Groups, rows: NDArray[np.int64], embeddings: NDArray[np.float32], images: pa.Table, threshold: float
+) -> pa.Table:
+    """Rejections of all but the keepers: `near_duplicate`, with the keeper and the cosine to it.
+
+    Args:
+        groups: of the images given here.
+        rows: [N] their rows in the pool.
+        embeddings: [N, D].
+        images: their manifest rows.
+        threshold: the one that `groups` were made with.
+    """
+    out = np.flatnonzero(groups.keeper != np.arange(len(rows)))
+    keeper = groups.keeper[out]
+    similarity = cosine(embeddings[out], embeddings[keeper])
+    sizes = np.bincount(groups.label)[groups.label[out]]
+    detail = [
+        f"group of {size}" + ("" if value > threshold else ", linked through other images of it")
+        for size, value in zip(sizes, similarity, strict=True)
+    ]
+    ids = images["image_id"].take(pa.array(keeper)).to_pylist()
+    return rejections(rows[out], "near_duplicate", detail, ids, similarity)

@@ -1,0 +1,183 @@
+"""The models that turn images into embeddings for curation, and the digest that names each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from components.core.storage import sha256_dir, sha256_file
+from components.curation import descriptor
+from components.curation.config import DescriptorConfig, EmbedderConfig, ModelConfig, OnnxConfig, TorchScriptConfig
+
+VERSION = 1  # raise it whenever a change here changes an embedding
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
+
+
+class EmbedderError(ValueError):
+    """An embedder whose file is missing or cannot be used; the message names it and what is needed."""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """What an embedder is: enough to name it and to load it in any worker."""
+
+    config: EmbedderConfig
+    location: Path | None  # the weights folder or the file; None for the descriptor
+    digest: str  # SHA-256 over the parameters, the weights' bytes and the code version
+
+    @property
+    def batch_size(self) -> int:
+        """Images embedded at once; 1 where shapes differ between images."""
+        if isinstance(self.config, DescriptorConfig):
+            return 64
+        if isinstance(self.config, ModelConfig) or self.config.resize == "square":
+            return self.config.batch_size
+        return 1
+
+
+def resolve(config: EmbedderConfig, root: Path) -> Embedder:
+    """Find the embedder's file or weights and name its bytes.
+
+    Raises:
+        EmbedderError: no such file or folder.
+    """
+    location = _locate(config, root)
+    definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # bytes count, not where they lie
+    definition |= {"version": VERSION, "descriptor_version": descriptor.VERSION if location is None else None}
+    if location is not None:
+        definition["sha256"] = sha256_dir(location) if location.is_dir() else sha256_file(location)
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+    return Embedder(config, location, digest)
+
+
+@lru_cache(maxsize=1)
+def load(embedder: Embedder) -> Embed:
+    """Load an embedder once a process; it maps B RGB images to [B, D] float32, not yet normalised."""
+    config, location = embedder.config, embedder.location
+    if isinstance(config, DescriptorConfig):
+        return descriptor.describe
+    assert location is not None
+    if isinstance(config, ModelConfig):
+        return _load_model(config, location)
+    return _load_onnx(config, location) if isinstance(config, OnnxConfig) else _load_torchscript(config, location)
+
+
+def normalised_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.float32]:
+    """Resize and normalise one RGB image as SSCD does (facebookresearch/sscd-copy-detection, README).
+
+    Returns:
+        [3, H, W] float32: H = W = size for "square", else the shorter side = size and the ratio kept.
+    """
+    shape = (size, size)
+    if resize == "short_side":
+        scale = size / min(image.size)
+        shape = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+    pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR), np.float32) / 255  # [H, W, 3]
+    normalised = (pixels - IMAGENET_MEAN) / IMAGENET_STD
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
+
+
+def _locate(config: EmbedderConfig, root: Path) -> Path | None:
+    if isinstance(config, DescriptorConfig):
+        return None
+    if isinstance(config, ModelConfig):
+        return _locate_weights(config.weights, root)
+    path = root / config.path
+    if not path.is_file():
+        raise EmbedderError(f"embed.embedder.path: {path}: no such file; a {config.kind} embedder needs one")
+    return path
+
+
+def _locate_weights(weights: str, root: Path) -> Path:
+    if weights.startswith("models:/"):
+        from components.core.tracking import download_weights
+
+        return download_weights(weights, root)
+    folder = root / weights
+    if not (folder / "model.safetensors").is_file():
+        advice = "give a weights folder or models:/NAME@alias"
+        raise EmbedderError(f"embed.embedder.weights: {folder}: no model.safetensors in there; {advice}")
+    return folder
+
+
+def _load_model(config: ModelConfig, folder: Path) -> Embed:
+    import torch
+
+    from components.model.export import load_backbone
+
+    backbone = load_backbone(folder)
+
+    def embed(images: list[Image.Image]) -> NDArray[np.float32]:
+        batch = np.stack([normalised_pixels(image, "square", config.image_size) for image in images])
+        with one_torch_thread(), torch.inference_mode():
+            return backbone(torch.from_numpy(batch)).cls_token.numpy()  # [B, D]
+
+    return embed
+
+
+def _load_torchscript(config: TorchScriptConfig, path: Path) -> Embed:
+    import torch
+
+    try:
+        module = torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise EmbedderError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
+
+    def embed(images: list[Image.Image]) -> NDArray[np.float32]:
+        batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
+        with one_torch_thread(), torch.inference_mode():
+            return _checked(module(torch.from_numpy(batch)).float().numpy(), len(images), path)
+
+    return embed
+
+
+def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EmbedderError("an onnx embedder needs onnxruntime: pip install 'pedigree[onnx]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a type of its own for each way a file can be wrong
+        raise EmbedderError(f"{path}: not a usable ONNX file: {str(error).splitlines()[0]}") from None
+    name = session.get_inputs()[0].name
+
+    def embed(images: list[Image.Image]) -> NDArray[np.float32]:
+        batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
+        return _checked(np.asarray(session.run(None, {name: batch})[0], np.float32), len(images), path)
+
+    return embed
+
+
+def _checked(vectors: NDArray[np.float32], num_images: int, path: Path) -> NDArray[np.float32]:
+    if vectors.ndim != 2 or len(vectors) != num_images:
+        raise EmbedderError(f"{path}: gave {list(vectors.shape)} for {num_images} images; expected [{num_images}, D]")
+    return vectors
+
+
+@contextmanager
+def one_torch_thread():
+    """One thread an embedding process: parallelism is over shards, and sums do not depend on the thread count."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,62 @@
+"""Why images of the pool are left out: the one table that every step of curation adds rows to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+# `row` is a row of the pool; the other columns are those of REJECTED_SCHEMA.
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("duplicate_of", pa.string()),
+        pa.field("similarity", pa.float32()),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+class CurationError(ValueError):
+    """Images or parameters that curation cannot go on with; the message says which step and what to change."""
+
+
+def rejections(
+    rows: NDArray[np.int64],
+    reason: str | Sequence[str],
+    detail: str | Sequence[str],
+    duplicate_of: Sequence[str] | None = None,
+    similarity: NDArray[np.float32] | None = None,
+) -> pa.Table:
+    """A table of SCHEMA; `reason` and `detail` may be one text for all rows."""
+    count = len(rows)
+    columns = [
+        pa.array(rows, pa.int64()),
+        pa.array([reason] * count if isinstance(reason, str) else reason, pa.string()),
+        pa.nulls(count, pa.string()) if duplicate_of is None else pa.array(duplicate_of, pa.string()),
+        pa.nulls(count, pa.float32()) if similarity is None else pa.array(similarity, pa.float32()),
+        pa.array([detail] * count if isinstance(detail, str) else detail, pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def remaining(rows: NDArray[np.int64], rejected: pa.Table, advice: str) -> NDArray[np.int64]:
+    """The rows that are not rejected.
+
+    Raises:
+        CurationError: there is none left; the message counts the reasons and ends with `advice`.
+    """
+    left = rows[~np.isin(rows, rejected["row"].to_numpy())]
+    if len(rows) and not len(left):
+        counts = ", ".join(f"{reason} {count}" for reason, count in reason_counts(rejected).items())
+        raise CurationError(f"no image is left of {len(rows)}: {counts}; {advice}")
+    return left
+
+
+def reason_counts(rejected: pa.Table) -> dict[str, int]:
+    """How many images were rejected for each reason."""
+    counts = rejected["reason"].combine_chunks().value_counts().to_pylist()
+    return dict(sorted((item["values"], item["counts"]) for item in counts))
