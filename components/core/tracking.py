@@ -78,8 +78,8 @@ _OPEN: list[StageRun] = []  # this process's run, innermost last
 def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Iterator[StageRun]:
     """Record one stage as an MLflow run nested in its pipeline run.
 
-    The stage's own section of `params` is logged at the start; the numbers of `log_result` and the files of
-    `root/reports/<stage>[/<item>]` at the end. An exception marks the run FAILED (an interrupt KILLED) and passes on.
+    `params` (the model's `name`, which is the experiment, and what the stage works with) is logged at the start; the
+    numbers of `log_result` and the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run FAILED (an interrupt KILLED) and passes on.
 
     Raises:
         TrackingError: MLflow does not answer at the start or the end.
@@ -262,7 +262,7 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
         for lost in client.search_runs([experiment], same):
             client.set_terminated(lost.info.run_id, "KILLED")  # its process died without a word
         created = client.create_run(experiment, run_name=run_name, tags=tags).info.run_id
-        _log_params(client, created, {stage: params.get(stage) or {}, "seed": params.get("seed")})
+        _log_params(client, created, params)
     return StageRun(created, client)
 
 
@@ -341,7 +341,7 @@ def _reported() -> Iterator[None]:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "Max retries exceeded" in first or "Connection" in first:
-            raise TrackingError(_advice(type(error).__name__)) from error
+            raise TrackingError(_advice("connection lost")) from error
         raise TrackingError(f"MLflow at {_uri()} refuses: {first}") from error
 
 

@@ -14,8 +14,8 @@ from components.core.tracking import TrackingError
 PARAMS = {
     "name": "tiny",
     "seed": 3,
-    "evaluate": {"knn": {"neighbours": [10, 20]}, "long": "x" * 7000},
-    "pretrain": {"steps": 5},
+    "knn": {"neighbours": [10, 20]},
+    "long": "x" * 7000,
 }
 
 
@@ -80,9 +80,9 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
     head = subprocess.run(["git", "-C", workspace, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert child.data.tags["pedigree.commit"] == head.stdout.strip()
     assert child.data.tags["pedigree.dirty"] == "false"
-    assert child.data.params["evaluate.knn.neighbours"] == "[10, 20]"
-    assert len(child.data.params["evaluate.long"]) == 6000
-    assert not any(key.startswith("pretrain") for key in child.data.params)
+    assert child.data.params["knn.neighbours"] == "[10, 20]"
+    assert len(child.data.params["long"]) == 6000
+    assert child.data.params["seed"] == "3"
     assert child.data.metrics == {"loss": 1.0, "knn_top1": 0.5, "random.knn_top1": 0.25}
     history = client.get_metric_history(child.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
