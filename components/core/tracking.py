@@ -79,7 +79,8 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
     """Record one stage as an MLflow run nested in its pipeline run.
 
     `params` (the model's `name`, which is the experiment, and what the stage works with) is logged at the start; the
-    numbers of `log_result` and the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run FAILED (an interrupt KILLED) and passes on.
+    numbers of `log_result` and the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run
+    FAILED (an interrupt KILLED) and passes on.
 
     Raises:
         TrackingError: MLflow does not answer at the start or the end.
@@ -113,7 +114,7 @@ def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None
     Args:
         run_id: the pipeline run, as in the branch `runs/<run_id>`.
         name: the model's name, which is the experiment.
-        params: the whole recipe; its top-level values are logged (sections are logged by their stages).
+        params: the whole recipe; only its top-level values are logged, sections by their stages.
     """
     if not enabled():
         return None
@@ -139,8 +140,7 @@ def close_parent(mlflow_run_id: str | None, status: str) -> None:
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
     """Queue metrics of a training step; costs microseconds, and nothing where no run is open."""
-    run = _active()
-    if run is not None:
+    if run := _active():
         run.metrics.add(flatten_numbers(metrics), step)
 
 

@@ -225,13 +225,12 @@ def test_queueing_costs_a_step_almost_nothing():
 
 @pytest.mark.stack
 def test_the_server_holds_run_and_files(stack, workspace, request, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", stack["MLFLOW_TRACKING_URI"])
-    for key, value in stack.items():
+    for key, value in stack.env.items():
         monkeypatch.setenv(key, value)
     with tracking.stage_run("evaluate", None, PARAMS, workspace) as run:
         (workspace / "reports" / "evaluate").mkdir(parents=True)
         (workspace / "reports" / "evaluate" / "a.csv").write_text("x\n1\n")
-    client = MlflowClient(tracking_uri=stack["MLFLOW_TRACKING_URI"])
+    client = MlflowClient(tracking_uri=stack.env["MLFLOW_TRACKING_URI"])
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["a.csv"]
     assert tracking.run_url(run.run_id).endswith(f"/runs/{run.run_id}")
