@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -10,6 +10,9 @@ from components.core.config import Config
 
 # 10^-6 to 10^5 in 45 steps: C_POWER_RANGE of dinov2/eval/log_regression.py.
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
+
+
+Version = Annotated[str, Field(pattern=r"^models:/[^/@]+/\d+$")]  # never an alias: an input must not move
 
 
 class KnnConfig(Config):
@@ -55,15 +58,22 @@ class InstanceConfig(Config):
 class EvaluateConfig(Config):
     """Measures of a frozen backbone on data/evaluation. Defaults: METHOD of DINOv2 (arXiv:2304.07193, App. B)."""
 
+    models: dict[str, str]  # name -> weights folder; `dvc.yaml` evaluates each of them
     crop_size: PositiveInt = 224  # pixels; a multiple of the backbone's patch size
     batch_size: PositiveInt = 256
     num_workers: int = Field(default=8, ge=0)  # processes that decode images; 0 decodes in the stage's own
-    champion: str | None = Field(default=None, pattern=r"^models:/[^/@]+/\d+$")  # None compares with no champion
+    champions: dict[str, Version] = Field(default_factory=dict)  # model's name -> today's, where it has one
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
     instance: InstanceConfig = InstanceConfig()
     bootstrap_resamples: PositiveInt = 1000
     num_pictures: int = Field(default=8, ge=1, le=32)  # images in each picture
+
+    @model_validator(mode="after")
+    def _champions_are_of_models(self) -> Self:
+        if unknown := sorted(set(self.champions) - set(self.models)):
+            raise ValueError(f"champions: {unknown[0]!r} is not among models {sorted(self.models)}")
+        return self
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:

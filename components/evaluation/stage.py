@@ -24,7 +24,6 @@ from components.model.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
-TEACHER = "teacher"
 RANDOM, DESCRIPTOR, CHAMPION = "random", "descriptor", "champion"
 
 
@@ -35,7 +34,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         config: the section `evaluate`.
         root: the workspace.
         seed: of the random-weights model, the augmented views, the resampling and the choice of pictures.
-        model: `teacher` (models/adapted) or the name of a student.
+        model: a name among `config.models`.
 
     Returns:
         The model's metrics; those of `random`, `descriptor` and `champion` under their names; differences with
@@ -71,10 +70,10 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
 
 def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, VisionTransformer]:
     """The candidate (first), the champion where one is named, and an untrained network of the candidate's shape."""
-    candidate = load_backbone(root / "models" / ("adapted" if model == TEACHER else f"students/{model}"))
+    candidate = load_backbone(root / config.models[model])
     found = {model: candidate}
-    if config.champion is not None:
-        found[CHAMPION] = load_backbone(download_weights(config.champion, root))
+    if model in config.champions:
+        found[CHAMPION] = load_backbone(download_weights(config.champions[model], root))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # With the small initial LayerScale the class token hardly depends on the image, and beating it says little:
@@ -105,4 +104,4 @@ def _facts(config: EvaluateConfig, counts: Mapping[str, int]) -> list[str]:
         f"Frozen class tokens after the last norm, {config.crop_size} pixel centre crops.",
         f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and colour histograms, no network.",
     ]
-    return facts + ([f"{CHAMPION}: {config.champion}."] if config.champion else [])
+    return facts + [f"{CHAMPION} of {name}: {version}." for name, version in config.champions.items()]

@@ -25,6 +25,7 @@ from components.model.export import save_weights
 from components.model.vit import VisionTransformer
 
 CONFIG = EvaluateConfig(
+    models={"teacher": "models/adapted", "small": "models/students/small"},
     crop_size=32,
     batch_size=16,
     num_workers=0,
@@ -124,7 +125,7 @@ def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
     monkeypatch.setattr(
         "components.evaluation.stage.download_weights", lambda uri, root: asked.append((uri, root)) or folder
     )
-    config = CONFIG.model_copy(update={"champion": "models:/tiny/3"})
+    config = CONFIG.model_copy(update={"champions": {"small": "models:/tiny/3"}})
     result = run(config, workspace, 0, "small")
     assert asked == [("models:/tiny/3", workspace)]
     assert result["champion"]["knn_top1"] == result["knn_top1"]  # it is the same model here

@@ -12,6 +12,8 @@ from components.evaluation.knn import knn_predictions, nearest
 from components.evaluation.linear import linear_predictions
 from components.evaluation.scores import Scores, differences
 
+MODELS = {"teacher": "models/adapted"}
+
 
 @pytest.fixture
 def blobs():
@@ -93,7 +95,7 @@ def test_differences_are_paired():
 
 
 def test_defaults_are_the_papers():
-    config = EvaluateConfig()
+    config = EvaluateConfig(models=MODELS)
     assert config.knn.neighbours == (10, 20, 100, 200)
     np.testing.assert_allclose(config.linear.c_grid, 10 ** np.linspace(-6, 5, 45))
 
@@ -102,8 +104,8 @@ def test_defaults_are_the_papers():
     ("make", "message"),
     [
         (lambda: KnnConfig(neighbours=(5,), reported=20), "one of neighbours"),
-        (lambda: EvaluateConfig(crop_size=256), "larger than the smallest"),
-        (lambda: EvaluateConfig(champion="models:/tiny@champion"), "pattern"),
+        (lambda: EvaluateConfig(models=MODELS, crop_size=256), "larger than the smallest"),
+        (lambda: EvaluateConfig(models=MODELS, champions={"teacher": "models:/tiny@champion"}), "pattern"),
     ],
 )
 def test_bad_parameters(make, message):

@@ -1,0 +1,34 @@
+# `make run` and `make test` do all their set-up; a second call skips what is in place.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+RUN_ARGS = $(if $(IMAGES),--images "$(IMAGES)") $(if $(RECIPE),--recipe "$(RECIPE)")
+
+.PHONY: run test lint bench clean
+
+run: $(READY)  ## the whole main job: make run [IMAGES=/path/to/folder] [RECIPE=name]
+	$(BIN)/pedigree run $(RUN_ARGS)
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks
+
+clean:  ## stops the local stack; removes the environment, all local state and what stages made
+	[ ! -x $(BIN)/pedigree ] || $(BIN)/pedigree down
+	rm -rf .venv .pedigree .dvc/cache .dvc/tmp .dvc/config.local models reports data/embeddings data/curated
+	git worktree prune
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pedigree needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)

@@ -1,0 +1,120 @@
+"""`python -m components STAGE [ITEM]`: run one stage in the current folder, as `dvc.yaml` does.
+
+Reads `params.yaml`, writes the stage's outputs and `reports/STAGE[/ITEM]/result.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from components.core.config import ConfigError
+from components.core.storage import StorageError, write_json
+from components.core.tracking import TrackingError, stage_run
+from components.recipe import Recipe, load_recipe
+
+BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer
+ITEM_STAGES = ("distill", "evaluate")
+
+log = logging.getLogger("components")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _function(stage: str) -> Callable[..., dict[str, Any]]:
+    """The function of a stage; its libraries are imported only now."""
+    match stage:
+        case "embed":
+            from components.curation.stage import embed as function
+        case "curate":
+            from components.curation.stage import curate as function
+        case "pretrain":
+            from components.pretraining.stage import run as function
+        case "adapt":
+            from components.adaptation.stage import run as function
+        case "distill":
+            from components.distillation.stage import run as function
+        case "evaluate":
+            from components.evaluation.stage import run as function
+        case "register":
+            from components.registry.stage import run as function
+        case _:
+            raise ConfigError(
+                f"unknown stage {stage!r}; known stages: embed, curate, pretrain, adapt, distill, evaluate, register"
+            )
+    return function
+
+
+def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
+    """The stage's own argument: which student, which model, or the registered name."""
+    if stage == "register":
+        return {"name": recipe.name}
+    if stage not in ITEM_STAGES:
+        if item is not None:
+            raise ConfigError(f"stage {stage!r} takes no item, but {item!r} was given")
+        return {}
+    allowed = list(recipe.distill.students) if stage == "distill" else list(recipe.evaluate.models)
+    if item not in allowed:
+        raise ConfigError(f"stage {stage!r} needs one of {allowed}, but {item!r} was given")
+    return {"student" if stage == "distill" else "model": item}
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators, once; code draws from generators of its own."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries that draw from the global state
+    torch.manual_seed(seed)
+
+
+@app.command()
+def run(stage: str, item: str | None = typer.Argument(None, help="which student or model, of a foreach stage")) -> None:
+    """Run one stage in the current folder.
+
+    Examples: `python -m components pretrain`, `python -m components distill small`.
+    """
+    root = Path.cwd()
+    recipe = load_recipe(root, None)
+    function, extra = _function(stage), _extra(recipe, stage, item)
+    _seed(recipe.seed)
+    section = getattr(recipe, "register_model" if stage == "register" else stage)
+    params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}
+    first_rank = int(os.environ.get("RANK", "0")) == 0
+    if not first_rank:  # torchrun started this: only the first rank reports
+        function(section, root, recipe.seed, **extra)
+        return
+    with stage_run(stage, item, params, root) as tracked:
+        result = function(section, root, recipe.seed, **extra)
+        folder = root / "reports" / stage / (item or "")
+        write_json(folder / "result.json", result)
+        tracked.log_result(result)
+
+
+def main() -> None:
+    """Run, and turn every error a user can cause into one clear line and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(capture=True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        _end(error, BAD_INPUT)
+    except (StorageError, TrackingError) as error:
+        _end(error, TRY_AGAIN)
+    except (ValueError, RuntimeError, OSError) as error:
+        log.debug("traceback", exc_info=True)
+        _end(error, FAILED)
+
+
+def _end(error: BaseException, code: int) -> None:
+    for line in str(error).splitlines() or [type(error).__name__]:
+        log.error("error: %s", line)
+    sys.exit(code)

@@ -1,0 +1,227 @@
+"""The ledger: which bytes went into and came out of each step. The only file that calls DVC's API.
+
+DVC is the record here, not the engine: the flow asks whether a stage changed, runs the stage's own
+command, then records the outputs. `dvc repro` does the same with no server at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import dvc.config
+import dvc.exceptions
+import dvc.lock
+from botocore.exceptions import BotoCoreError, ClientError
+from dvc.repo import Repo, lock_repo
+from dvc.stage import PipelineStage
+from dvc.stage.cache import RunCacheNotFoundError, _get_stage_hash
+
+# DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class LedgerError(RuntimeError):
+    """The ledger cannot do what was asked; the message says which file or stage and what to do."""
+
+
+class LedgerUnreachableError(LedgerError):
+    """The remote storage or the repository's lock did not answer: worth another try."""
+
+
+class Outcome(Enum):
+    """What the ledger knows of a stage before it runs."""
+
+    UNCHANGED = "unchanged"  # dvc.lock holds it and the outputs are in place
+    RESTORED = "restored"  # an earlier run, on any branch, made it from the same inputs
+    CHANGED = "changed"  # it has to run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of `dvc.yaml`, `foreach` expanded: its name, command line, and the stages it waits for."""
+
+    name: str
+    command: str
+    needs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Ledger:
+    """DVC's record of one workspace.
+
+    Args:
+        root: folder holding `dvc.yaml`, its `.dvc` folder and `params.yaml`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def stages(self) -> list[Stage]:
+        """All stages of `dvc.yaml` in an order in which they can run."""
+        with self._repo() as repo:
+            graph = repo.index.graph  # edges go from a stage to what it depends on
+            names = {s: s.addressing for s in graph.nodes if isinstance(s, PipelineStage)}
+            result, done = [], set()
+
+            def visit(stage: Any) -> None:
+                if stage in done or stage not in names:
+                    return
+                done.add(stage)
+                needed = sorted((s for s in graph.successors(stage) if s in names), key=names.__getitem__)
+                for other in needed:
+                    visit(other)
+                outs = tuple(out.def_path for out in stage.outs)
+                result.append(Stage(names[stage], stage.cmd, tuple(names[s] for s in needed), outs))
+
+            for stage in sorted(names, key=names.__getitem__):
+                visit(stage)
+            return result
+
+    def take_up(self, name: str) -> Outcome:
+        """Bring a stage's outputs into place if they are known for today's inputs; else clear them away to run."""
+        with self._repo() as repo:
+            stage = self._stage(repo, name)
+            if not stage.changed():
+                return Outcome.UNCHANGED
+            try:
+                repo.stage_cache.restore(stage, run_cache=True, pull=self._has_remote(repo))
+            except RunCacheNotFoundError:
+                stage.remove_outs(ignore_remove=False)
+                return Outcome.CHANGED
+            self._commit(repo, name)
+            return Outcome.RESTORED
+
+    def record(self, name: str) -> None:
+        """Write a finished stage into `dvc.lock`, and its outputs and run-cache entry to the remote.
+
+        Raises:
+            LedgerError: an output is missing or is not there as `dvc.yaml` says.
+            LedgerUnreachableError: the remote does not answer.
+        """
+        with self._repo() as repo:
+            self._commit(repo, name)
+        self.push(name)
+
+    def push(self, name: str) -> None:
+        """Send a recorded stage's outputs, and the entry by which any later run finds them, to the remote."""
+        with self._repo() as repo:
+            if not self._has_remote(repo):
+                return
+            repo.push(targets=[name])
+            stage = self._stage(repo, name)
+            remote = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
+            folder = Path(repo.stage_cache._get_cache_dir(_get_stage_hash(stage)))
+            for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+                target = "/".join((remote.path, *entry.relative_to(repo.cache.legacy.path).parts))
+                remote.fs.put_file(os.fspath(entry), target)
+
+    def fetch_run_cache(self) -> None:
+        """Learn what other machines have computed: fetch the remote's small index of finished stages."""
+        with self._repo() as repo:
+            if self._has_remote(repo):
+                remote = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
+                repo.stage_cache.transfer(remote, repo.cache.legacy, force=False)
+
+    def track(self, path: Path) -> str:
+        """`dvc add` a data folder and push it; returns its DVC id (`<md5>.dir`)."""
+        with self._repo() as repo:
+            stage = repo.add(os.fspath(path))[0]
+            if self._has_remote(repo):
+                repo.push(targets=[stage.addressing])
+            return str(stage.outs[0].hash_info.value)
+
+    def bring_data(self) -> int:
+        """Put every tracked data folder (`*.dvc`) in place, fetching what the cache lacks; returns how many."""
+        with self._repo() as repo:
+            targets = [s.addressing for s in repo.index.stages if not isinstance(s, PipelineStage)]
+            if not targets:
+                return 0
+            missing = [s for s in repo.index.stages if s.addressing in targets and not s.outs_cached()]
+            if missing and self._has_remote(repo):
+                repo.fetch(targets=[s.addressing for s in missing])
+            repo.checkout(targets=targets, force=True)
+            return len(targets)
+
+    def share_cache(self, cache: Path, settings: Path | None) -> None:
+        """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
+        local = self.root / ".dvc" / "config.local"
+        local.parent.mkdir(exist_ok=True)
+        if settings is not None and settings.exists():
+            shutil.copy(settings, local)
+        with self._repo() as repo, repo.config.edit("local") as config:
+            config.setdefault("cache", {})["dir"] = os.fspath(cache)
+
+    def changed_stages(self) -> list[str]:
+        """Names of the stages whose record does not match the workspace; empty after a clean run."""
+        with self._repo() as repo:
+            return [s.addressing for s in repo.index.stages if isinstance(s, PipelineStage) and s.changed()]
+
+    def _commit(self, repo: Repo, name: str) -> None:
+        repo.commit(target=name, force=True)
+        repo._reset()
+
+    def _stage(self, repo: Repo, name: str) -> PipelineStage:
+        return next(iter(repo.stage.collect(name)))
+
+    def _has_remote(self, repo: Repo) -> bool:
+        return bool(repo.config["core"].get("remote"))
+
+    @contextmanager
+    def _repo(self) -> Iterator[Repo]:
+        try:
+            with (
+                _ONE_AT_A_TIME,
+                _inside(self.root),
+                Repo(os.fspath(self.root), _wait_for_lock=True) as repo,
+                lock_repo(repo),
+            ):
+                yield repo
+        except dvc.exceptions.NotDvcRepoError:
+            raise LedgerError(f"{self.root}: not a DVC repository; run `dvc init` there or use a full clone") from None
+        except (dvc.exceptions.UploadError, dvc.exceptions.DownloadError, dvc.lock.LockError) as error:
+            raise LedgerUnreachableError(f"DVC: {_one_line(error)}") from error
+        except (dvc.exceptions.DvcException, dvc.config.ConfigError) as error:
+            raise LedgerError(f"DVC: {_one_line(error)}") from error
+        except (OSError, BotoCoreError, ClientError) as error:
+            refused = isinstance(error, ClientError | PermissionError)
+            raise (LedgerError if refused else LedgerUnreachableError)(f"DVC remote: {_one_line(error)}") from error
+
+
+@contextmanager
+def _inside(root: Path) -> Iterator[None]:
+    """Run with `root` as the current folder, because DVC resolves stage addresses against it."""
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _one_line(error: BaseException) -> str:
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None and len(parts) < 3:
+        text = " ".join(str(current).split())
+        if text and not any(text in p for p in parts):
+            parts.append(text)
+        current = current.__cause__
+    return ": ".join(parts) or type(error).__name__
+
+
+def in_order(stages: Sequence[Stage]) -> bool:
+    """Whether every stage comes after the stages it needs."""
+    seen: set[str] = set()
+    for stage in stages:
+        if not set(stage.needs) <= seen:
+            return False
+        seen.add(stage.name)
+    return True

@@ -1,0 +1,65 @@
+"""A whole run's parameters: what `params.yaml` holds, and what a recipe file names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from components.adaptation.config import AdaptConfig
+from components.core.config import Config, ConfigError, apply_overrides, load_yaml, validate
+from components.curation.config import CurateConfig, EmbedConfig
+from components.distillation.config import DistillConfig
+from components.evaluation.config import EvaluateConfig
+from components.pretraining.config import PretrainConfig
+from components.registry.config import RegisterConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+PARAMS_FILE = "params.yaml"
+
+
+class Recipe(Config):
+    """Every parameter of a run, one section a stage."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)  # of the registered model
+    seed: int = Field(ge=0, lt=2**31)
+    embed: EmbedConfig
+    curate: CurateConfig
+    pretrain: PretrainConfig
+    adapt: AdaptConfig
+    distill: DistillConfig
+    evaluate: EvaluateConfig
+    register_model: RegisterConfig = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        made = {"teacher": "models/adapted", **{name: f"models/students/{name}" for name in self.distill.students}}
+        models = self.evaluate.models
+        if any(models.get(name) != folder for name, folder in made.items()):
+            raise ValueError(f"evaluate.models must hold all that is registered, {made}, but is {models}")
+        unknown = sorted(set(models.values()) - {"models/pretrained", *made.values()})
+        if unknown:
+            raise ValueError(f"evaluate.models: this recipe makes no {unknown[0]}")
+        size, patch = self.evaluate.crop_size, self.pretrain.backbone.patch_size
+        if size % patch:
+            raise ValueError(f"evaluate.crop_size {size} must be a multiple of pretrain.backbone.patch_size {patch}")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with Pedigree."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(root: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read the named recipe, or `root`'s own `params.yaml`, with `KEY=VALUE` overrides, and check all of it.
+
+    Raises:
+        ConfigError: an unknown recipe, an unreadable file, or a value that is not allowed.
+    """
+    path = root / PARAMS_FILE if name is None else RECIPES / f"{name}.yaml"
+    if name is not None and name not in recipe_names():
+        raise ConfigError(f"unknown recipe {name!r}; known recipes: {', '.join(recipe_names())}")
+    return validate(Recipe, apply_overrides(load_yaml(path), overrides), path.name)

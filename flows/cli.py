@@ -1,0 +1,243 @@
+"""The `pedigree` command: the front door."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from components.core.config import ConfigError
+from components.recipe import Recipe, load_recipe
+from flows import promote, stack_commands, trace_commands
+from infra.local import supervisor
+from infra.local.site import StackError
+
+if TYPE_CHECKING:
+    from flows.retrain import RunResult
+
+BAD_INPUT, FAILED = 2, 1
+NOT_STATED = "not-stated"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train DINOv2-style vision foundation models, and prove where every weight came from.",
+)
+app.command("up")(stack_commands.up)
+app.command("status")(stack_commands.status)
+app.command("down")(stack_commands.down)
+app.command("env")(stack_commands.env)
+app.command("promote")(promote.promote)
+app.command("trace")(trace_commands.trace)
+
+
+@app.callback()
+def _connect_first(context: typer.Context) -> None:
+    """Point the commands that read the registry at the services; `run` and `ingest` do it when their input is good."""
+    if context.invoked_subcommand in ("promote", "trace") and not context.resilient_parsing:
+        with _clear_errors():
+            os.environ.update(supervisor.connect(Path.cwd(), start=False))
+
+
+@app.command()
+def run(
+    images: Annotated[
+        Path | None, typer.Option(help="A folder of your own images, instead of the sample pool.")
+    ] = None,
+    license_: Annotated[str, typer.Option("--license", help="Licence of those images.")] = NOT_STATED,
+    recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """Run the whole main job: ingest, curate, pretrain, adapt, distill, evaluate, register.
+
+    Only what changed since an earlier run is computed.
+
+    Examples:
+      pedigree run
+
+      pedigree run --images ~/photos --license CC-BY-4.0
+
+      pedigree run --recipe tiny-cpu --set pretrain.optimizer.base_lr=2e-3
+    """
+    checkout = _checkout()
+    with _clear_errors():
+        params = load_recipe(checkout, recipe, set_ or [])
+        if images is not None:
+            _check_folder(images)
+        _connect(checkout)
+        sources = _fill_pool(checkout, images, license_)
+        from flows.retrain import retrain
+
+        result = retrain(params, sources)
+    _closing(result, params, as_json)
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="Folder, s3://bucket/prefix, tar shards or Parquet with image bytes.")],
+    name: Annotated[str, typer.Option(help="Name of the source in the pool: small letters, digits, hyphens.")],
+    license_: Annotated[str, typer.Option("--license", help="Licence under which the images may be used.")],
+    holdout: Annotated[float | None, typer.Option(help="Share held out for evaluation, such as 0.2.")] = None,
+    evaluation: Annotated[bool, typer.Option(help="The whole source is an evaluation set.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """Take a source of images into the pool: decode, validate, store, track with DVC, push to S3.
+
+    What is in the pool already is not stored again. New images start retraining through the deployment
+    `retrain/on-new-images`.
+
+    Examples:
+      pedigree ingest ~/photos --name photos --license CC-BY-4.0 --holdout 0.2
+
+      pedigree ingest s3://bucket/shards/ --name crawl --license CC0-1.0
+    """
+    checkout = _checkout()
+    with _clear_errors():
+        from components.data.ingest_config import IngestRequest
+
+        request = IngestRequest.parse(
+            source=source, name=name, license=license_, holdout=holdout, as_evaluation=evaluation
+        )
+        _connect(checkout)
+        from flows.ingest import ingest as flow
+
+        report = flow(request)
+    if as_json:
+        fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
+        snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
+        _print_json({**{key: getattr(report, key) for key in fields}, **snapshots})
+        return
+    console = Console()
+    console.print(f"{name}: {report}", markup=False, highlight=False)
+    for folder in (report.pool_snapshot, report.evaluation_snapshot):
+        if folder is not None:
+            console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.dvc` keeps it in your history")
+
+
+def _connect(checkout: Path) -> None:
+    """Point this process at the services: a team's where the environment names them, else the local stack."""
+    os.environ.update(supervisor.connect(checkout))
+
+
+def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
+    """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
+    from components.data.ingest_config import IngestRequest
+    from flows.ingest import ingest as flow
+    from flows.workspace import SAMPLE, known_sources
+
+    if images is not None:
+        name = re.sub(r"[^a-z0-9]+", "-", images.resolve().name.lower()).strip("-") or "images"
+        flow(IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2), announce=False)
+        return [name]
+    if not known_sources(checkout):
+        from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
+
+        folder = checkout / ".pedigree" / SAMPLE
+        build_sample_pool(folder)
+        for part, as_evaluation in (("evaluation", True), ("pool", False)):
+            request = IngestRequest.parse(
+                source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
+            )
+            flow(request, announce=False)
+    return None
+
+
+def _check_folder(images: Path) -> None:
+    if not images.exists():
+        raise ConfigError(f"IMAGES: {images} does not exist; give a folder of images")
+    if not images.is_dir():
+        raise ConfigError(f"IMAGES: {images} is a file; give the folder that holds the images")
+
+
+def _checkout() -> Path:
+    """The checkout: the current folder."""
+    checkout = Path.cwd()
+    if not (checkout / "dvc.yaml").exists():
+        Console(stderr=True).print(f"error: no dvc.yaml in {checkout}: run this in Pedigree's own folder", style="red")
+        raise typer.Exit(BAD_INPUT)
+    return checkout
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn what a user, the data or a service can cause into one clear line and an exit code."""
+    try:
+        yield
+    except (ConfigError, StackError, ValueError, RuntimeError, OSError) as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        console = Console(stderr=True, soft_wrap=True)
+        for line in str(error).splitlines() or [type(error).__name__]:
+            console.print(f"error: {line}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT if isinstance(error, ConfigError) else FAILED) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what was finished is kept, run again to go on", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
+    """Say what was made, how good it is, where to look and what to type next."""
+    from flows.published import metric_rows
+
+    rows = metric_rows(result.folder / "reports")
+    if as_json:
+        _print_json(
+            {"run": result.run_id, "branch": result.branch, "commit": result.commit, "outcomes": result.outcomes,
+             "metrics": rows, "mlflow": result.mlflow_url}
+        )  # fmt: skip
+        return
+    console = Console()
+    table = Table(title="Evaluation", title_justify="left")
+    columns = [key for key in ("knn_top1", "linear_top1", "recall_at_1", "map", "effective_rank") if _any(rows, key)]
+    for column in ("evaluation", "model", *columns):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in ("evaluation", "model", *columns)))
+    console.print(table)
+    computed = ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"
+    lines = [
+        f"[bold]Run[/bold]       {result.run_id}, recorded as git branch {result.branch}",
+        f"[bold]Computed[/bold]  {computed}",
+        f"[bold]Registered[/bold] {_registered(result.folder)}",
+        f"[bold]Pictures[/bold]  {result.folder}/reports",
+        f"[bold]MLflow[/bold]    {result.mlflow_url or os.environ.get('MLFLOW_TRACKING_URI', '')}",
+        f"[bold]Prefect[/bold]   {os.environ.get('PREFECT_API_URL', '').removesuffix('/api')}",
+        "",
+        "[bold]Next[/bold]      pedigree status --credentials            what the two pages ask for",
+        f"          pedigree trace {recipe.name}-candidates@latest   where the weights came from",
+        f'          pedigree promote {recipe.name}@latest --reason "..."   make it the champion',
+        "          pedigree down                           stop the local services",
+    ]
+    console.print(Panel("\n".join(lines), title="Pedigree", border_style="green"))
+
+
+def _any(rows: list[dict[str, str]], key: str) -> bool:
+    return any(key in row for row in rows)
+
+
+def _registered(folder: Path) -> str:
+    path = folder / "reports" / "register" / "result.json"
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    return ", ".join(f"{version['name']} version {version['version']}" for version in versions.values()) or "nothing"
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def main() -> None:
+    """Entry point of the `pedigree` command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    app()

@@ -1,0 +1,54 @@
+"""Take a source into the pool, validate it, track it, and tell who waits for new images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+
+from components.data.ingest import IngestReport
+from components.data.ingest import ingest as ingest_source
+from components.data.ingest_config import IngestRequest
+from components.lineage.ledger import Ledger
+from flows.stages import worth_a_retry
+
+POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
+
+
+@flow(name="ingest", persist_result=False)
+def ingest(request: IngestRequest, announce: bool = True) -> IngestReport:
+    """Store what is new of a source, validated and tracked by DVC.
+
+    Args:
+        request: what to read, its name and its licence.
+        announce: emit the event that starts retraining when images were added to the pool.
+    """
+    report = ingest_source(request)
+    track(request)
+    create_markdown_artifact(f"**{request.name}**: {report}", key=f"ingest-{request.name}")
+    get_run_logger().info("%s: %s", request.name, report)
+    if announce and report.pool_snapshot is not None:
+        resource = {"prefect.resource.id": f"pedigree.pool.{request.name}"}
+        emit_event(POOL_GROWN, resource=resource, payload={"images": report.stored})
+    return report
+
+
+@task(
+    name="track",
+    retries=3,
+    retry_delay_seconds=[2, 10, 30],
+    retry_condition_fn=worth_a_retry,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def track(request: IngestRequest) -> list[str]:
+    """`dvc add` and push every snapshot of the source, so that an ingest that was cut short is completed."""
+    ledger = Ledger(Path.cwd())
+    found = []
+    for collection in (request.pool, request.evaluation):
+        for folder in sorted(p for p in (collection / request.name).glob("[0-9a-f]*") if p.is_dir()):
+            found.append(ledger.track(folder))
+    return found

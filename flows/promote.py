@@ -1,0 +1,50 @@
+"""`pedigree promote`: make a candidate the champion, with a reason that is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def promote(
+    reference: Annotated[str, typer.Argument(metavar="NAME@latest|NAME/NUMBER", help="A version of NAME-candidates.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Make a candidate the champion of its model.
+
+    Copies the candidate's verified bytes to where training does not write, adds an event to the audit log, then moves
+    the alias `champion`; the champion before becomes `previous`. Run it again after a crash: it finishes the rest.
+
+    Examples:
+    pedigree promote demo@latest --reason "kNN 0.81, champion 0.78"
+    pedigree promote demo-small/3 --reason "half the latency, same kNN" --json
+    """
+    from components.lineage.audit_log import AuditError
+    from components.registry import promote as promotion
+    from components.registry.publish import RegistryError
+
+    try:
+        done = promotion.promote(reference, reason)
+    except (RegistryError, AuditError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    if done.event is None:
+        console.print(
+            f"{done.candidate} is the champion of {done.name} already (version {done.version}); nothing to do"
+        )
+        return
+    console.print(f"[bold green]{done.name}@champion[/] is version {done.version}, from {done.candidate}")
+    console.print(f"  bytes     {done.source}", markup=False)
+    console.print(f"  event     {done.event.sequence} by {done.event.actor}, hash {done.event.hash[:12]}", markup=False)
+    console.print(f"  previous  {done.previous or 'none'}", markup=False)
+    console.print(f"  next      pedigree trace {done.name}@champion", markup=False)

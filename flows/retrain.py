@@ -1,0 +1,109 @@
+"""The table of contents of the system: from the pool to a registered candidate, as `dvc.yaml` says."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow, get_run_logger
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from components.core import tracking
+from components.lineage.ledger import Stage
+from components.recipe import Recipe, load_recipe
+from flows import published
+from flows.stages import run_stage
+from flows.workspace import Workspace, WorkspaceError, chosen_sources, open_workspace
+
+STAGES_SIDE_BY_SIDE = 2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: its record, its folder, and each stage's outcome (`unchanged`, `restored` or `ran`)."""
+
+    run_id: str
+    branch: str
+    commit: str
+    folder: Path
+    outcomes: dict[str, str]
+    mlflow_url: str | None
+
+    @property
+    def computed(self) -> list[str]:
+        """Names of the stages that had to run."""
+        return [name for name, outcome in self.outcomes.items() if outcome == "ran"]
+
+
+@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=STAGES_SIDE_BY_SIDE), persist_result=False)  # type: ignore[arg-type]
+def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> RunResult:
+    """Curate the pool, train, distill, evaluate, and register a candidate, recomputing only what changed.
+
+    Args:
+        params: all parameters of the run; None takes `params.yaml` of the checkout.
+        sources: names of the sources in the pool to use; None takes all (the sample only if there is no other).
+    """
+    checkout = Path.cwd()
+    logger = get_run_logger()
+    recipe = params or load_recipe(checkout, None)
+    used = chosen_sources(checkout, sources)
+    if not used:
+        raise WorkspaceError("the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it")
+    with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _with_champions(recipe), used) as workspace:
+        logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
+        parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
+        status = "FAILED"
+        try:
+            workspace.ledger.bring_data()
+            workspace.ledger.fetch_run_cache()
+            outcomes = _run_stages(workspace)
+            status = "FINISHED"
+        finally:
+            tracking.close_parent(parent, status)
+            published.publish(workspace, parent)
+        commit = workspace.commit("Run finished")
+        return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, tracking.run_url(parent))
+
+
+def _run_stages(workspace: Workspace) -> dict[str, str]:
+    """Submit every stage of the DAG to wait for those it needs; the first failure stops what comes after it."""
+    futures: dict[str, PrefectFuture[str]] = {}
+    for stage in workspace.ledger.stages():
+        futures[stage.name] = _submit(stage, workspace, futures)
+    outcomes = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
+    for outcome in outcomes.values():
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture[str]]) -> PrefectFuture[str]:
+    return run_stage.submit(stage, workspace, wait_for=[futures[name] for name in stage.needs])
+
+
+def _with_champions(recipe: Recipe) -> Recipe:
+    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+    return recipe
+
+
+@contextmanager
+def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
+    """Hold the model's lock; a second run of the same model waits. The lock ends with the process, however it ends."""
+    path = checkout / ".pedigree" / "runs" / f"{name}.running"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            get_run_logger().info("another run of %s goes on (process %s); waiting for it", name, lock.read().strip())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

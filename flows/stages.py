@@ -1,0 +1,130 @@
+"""One stage as a Prefect task: changed? run its own command line, record it in the ledger, commit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from components.core.progress import PROGRESS_LINE
+from components.lineage.ledger import LedgerUnreachableError, Outcome, Stage
+from flows.workspace import Workspace
+
+STOP_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StageFailedError(RuntimeError):
+    """A stage's command ended badly; the message is its last error line."""
+
+
+class StageUnreachableError(StageFailedError):
+    """A stage could not reach the storage or a service: worth another try."""
+
+
+def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
+    """Storage and service errors pass; a wrong parameter or a defect does not."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageUnreachableError | LedgerUnreachableError)
+
+
+@task(
+    task_run_name="{stage.name}",
+    retries=3,
+    retry_delay_seconds=[2, 10, 30],
+    retry_condition_fn=worth_a_retry,
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)
+def run_stage(stage: Stage, workspace: Workspace) -> str:
+    """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
+    logger = get_run_logger()
+    outcome = workspace.ledger.take_up(stage.name)
+    if outcome is not Outcome.CHANGED:
+        workspace.ledger.push(stage.name)  # an earlier run may have stopped before this
+        workspace.commit(f"{stage.name}: {outcome.value}")
+        logger.info("%s: %s, not computed again", stage.name, outcome.value)
+        return outcome.value
+    logger.info("%s: %s", stage.name, stage.command)
+    begun = time.monotonic()
+    with _progress_artifact(stage.name) as show:
+        stream(stage.command, workspace.root, logger.info, show)
+    workspace.ledger.record(stage.name)
+    workspace.commit(f"{stage.name}: ran for {time.monotonic() - begun:.0f} s")
+    logger.info("%s: done in %.0f s", stage.name, time.monotonic() - begun)
+    return "ran"
+
+
+def stream(command: str, root: Path, line_out: Callable[[str], None], show: Callable[[float], None]) -> None:
+    """Run a command line in `root` and hand on its lines as they come; it dies with this process.
+
+    Raises:
+        StageUnreachableError: it ended with 75, "try again".
+        StageFailedError: it ended with any other code but 0.
+    """
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+    process = subprocess.Popen(
+        shlex.split(command), cwd=root, env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, safe after fork
+    )  # fmt: skip
+    assert process.stdout is not None
+    last: deque[str] = deque(maxlen=20)
+    try:
+        for line in process.stdout:
+            last.append(line.rstrip())
+            line_out(line.rstrip())
+            if found := PROGRESS_LINE.match(line):
+                show(100.0 * int(found["done"]) / max(int(found["total"]), 1))
+        code = process.wait()
+    finally:
+        _end_group(process)
+    if code:
+        said = [line for line in last if line.startswith("error: ")] or [line for line in last if line][-1:]
+        reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"
+        kind = StageUnreachableError if code == os.EX_TEMPFAIL else StageFailedError
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+        raise kind(f"`{command}` failed ({ended}): {reason}")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """Stop what is left of the command's session: first politely, so that training can save its state."""
+    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, number)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+@contextmanager
+def _progress_artifact(name: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function that shows a stage's percent in Prefect's page."""
+    artifact: Any = create_progress_artifact(0.0, description=f"Progress of {name}")
+
+    def show(percent: float) -> None:
+        update_progress_artifact(artifact, progress=percent)
+
+    yield show
+    show(100.0)

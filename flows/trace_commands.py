@@ -1,0 +1,79 @@
+"""`pedigree trace`: what a registered model was made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from components.lineage.trace import Node
+
+MAX_SHOWN = 8
+KIND_STYLES = {"version": "bold green", "event": "magenta", "commit": "bold yellow", "stage": "cyan", "source": "blue"}
+
+
+def trace(
+    reference: Annotated[
+        str, typer.Argument(metavar="NAME@ALIAS|NAME/NUMBER", help="A released model or a candidate.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything, for programs.")] = False,
+) -> None:
+    """Show what a registered model was made from, down to the S3 objects and the sources of its images.
+
+    Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
+
+    Examples:
+    pedigree trace demo@champion
+    pedigree trace demo-candidates@latest
+    pedigree trace demo/3 --json | jq '.. | objects | select(.kind == "source")'
+    """
+    from components.lineage import trace as tracing
+
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        found = tracing.trace(reference, Path.cwd())
+    except tracing.TraceError as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
+    else:
+        Console(soft_wrap=True).print(render(found.root))
+    if found.missing:
+        errors.print(f"incomplete: {len(found.missing)} things are missing or contradict each other", style="red")
+        for line in found.missing:
+            errors.print(f"  {line}", style="red", markup=False)
+        raise typer.Exit(1)
+
+
+def render(node: Node) -> Tree:
+    """The node and all below it as a tree; long lists are cut (`--json` has them whole)."""
+    tree = Tree(Text.assemble((node.kind, "dim"), " ", (node.name, KIND_STYLES.get(node.kind, "bold"))))
+    for key, value in node.facts.items():
+        if value not in (None, {}, []):
+            _add_fact(tree, key, value)
+    for line in node.missing:
+        tree.add(Text(f"missing: {line}", "red"))
+    for child in node.children:
+        tree.add(render(child))
+    return tree
+
+
+def _add_fact(tree: Tree, key: str, value: Any) -> None:
+    label = Text(f"{key}: ", "dim")
+    if not isinstance(value, dict):
+        tree.add(label + Text(", ".join(value) if isinstance(value, list) else str(value), "default"))
+        return
+    branch = tree.add(label + Text(f"{len(value)}", "default"))
+    for number, (name, item) in enumerate(value.items()):
+        if number == MAX_SHOWN:
+            branch.add(Text(f"and {len(value) - MAX_SHOWN} more", "dim"))
+            break
+        branch.add(Text(f"{name}  {item}", "default"))

@@ -1,0 +1,107 @@
+"""The ledger against real DVC repositories."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from components.lineage.ledger import Ledger, LedgerError, LedgerUnreachableError, Outcome, in_order
+from tests.flows.repository import DVC, make_repository, write_params
+
+
+def run_all(ledger: Ledger) -> dict[str, Outcome]:
+    outcomes = {}
+    for stage in ledger.stages():
+        outcomes[stage.name] = ledger.take_up(stage.name)
+        if outcomes[stage.name] is Outcome.CHANGED:
+            subprocess.run(stage.command, shell=True, cwd=ledger.root, check=True)
+            ledger.record(stage.name)
+    return outcomes
+
+
+def test_stages_are_the_dag_that_dvc_prints(tmp_path):
+    root = make_repository(tmp_path)
+    stages = Ledger(root).stages()
+    assert in_order(stages)
+    assert not in_order(stages[::-1])
+    needs = {stage.name: stage.needs for stage in stages}
+    assert needs == {"first": (), "left@a": ("first",), "left@b": ("first",), "last": ("left@a", "left@b")}
+    printed = subprocess.run([DVC, "dag", "--dot"], cwd=root, capture_output=True, text=True, check=True).stdout
+    edges = {(stage, other) for stage, others in needs.items() for other in others}
+    for stage, other in edges:
+        assert f'"{other}" -> "{stage}"' in printed
+
+
+def test_unchanged_after_a_run_and_dvc_agrees(tmp_path):
+    root = make_repository(tmp_path)
+    ledger = Ledger(root)
+    assert set(run_all(ledger).values()) == {Outcome.CHANGED}
+    assert set(run_all(ledger).values()) == {Outcome.UNCHANGED}
+    assert ledger.changed_stages() == []
+    status = subprocess.run([DVC, "status", "--json"], cwd=root, capture_output=True, text=True, check=True)
+    assert status.stdout.strip() == "{}"
+
+
+def test_only_what_depends_on_a_parameter_runs_again_and_the_old_value_is_restored(tmp_path):
+    root = make_repository(tmp_path)
+    ledger = Ledger(root)
+    run_all(ledger)
+    before = (root / "last.txt").read_text()
+    write_params(root, left=2)
+    outcomes = run_all(ledger)
+    assert outcomes["first"] is Outcome.UNCHANGED
+    assert outcomes["left@a"] is outcomes["last"] is Outcome.CHANGED
+    assert (root / "last.txt").read_text() != before
+    write_params(root, left=1)
+    assert run_all(ledger)["last"] is Outcome.RESTORED
+    assert (root / "last.txt").read_text() == before
+
+
+def test_another_machine_takes_up_what_was_pushed(tmp_path):
+    root = make_repository(tmp_path)
+    run_all(Ledger(root))
+    elsewhere = tmp_path / "elsewhere"
+    subprocess.run(["git", "clone", "-q", root, elsewhere], check=True)
+    ledger = Ledger(elsewhere)
+    assert ledger.bring_data() == 1
+    assert (elsewhere / "data/pool/photos/ab12/image").read_text() == "bytes"
+    ledger.fetch_run_cache()
+    assert set(run_all(ledger).values()) == {Outcome.RESTORED}
+
+
+def test_a_missing_output_is_named(tmp_path):
+    root = make_repository(tmp_path)
+    ledger = Ledger(root)
+    assert ledger.take_up("first") is Outcome.CHANGED
+    with pytest.raises(LedgerError, match="first"):
+        ledger.record("first")
+
+
+def test_a_folder_without_dvc_and_a_dead_remote_are_named(tmp_path):
+    with pytest.raises(LedgerError, match="not a DVC repository"):
+        Ledger(tmp_path).stages()
+    root = make_repository(tmp_path / "repository")
+    config = root / ".dvc" / "config"
+    dead = config.read_text().replace(str(tmp_path / "repository" / "remote"), "s3://bucket/dvc")
+    config.write_text(dead + "    endpointurl = http://127.0.0.1:9\n    access_key_id = x\n    secret_access_key = x\n")
+    ledger = Ledger(root)
+    ledger.share_cache(root / ".dvc" / "cache", None)
+    with pytest.raises(LedgerUnreachableError, match="127.0.0.1:9"):
+        ledger.fetch_run_cache()
+
+
+def test_threads_take_turns(tmp_path):
+    root = make_repository(tmp_path)
+    ledger = Ledger(root)
+    run_all(ledger)
+    found: list[Outcome] = []
+    threads = [threading.Thread(target=lambda: found.append(ledger.take_up("first"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [Outcome.UNCHANGED] * 4
+    assert Path.cwd() != root
