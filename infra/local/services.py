@@ -232,8 +232,7 @@ def _worker(site: Site) -> Service:
         if not seen or max(seen) < site.services.get("worker", {}).get("created", 0.0):
             raise UnhealthyError("the worker has not reported to Prefect lately")
 
-    page = f"{url}/work-pools/work-pool/{WORK_POOL}"
-    return Service("worker", command, variables, site.root, page, check, after="prefect", umask=-1)
+    return Service("worker", command, variables, site.root, url, check, after="prefect", umask=-1)
 
 
 def deployment(site: Site) -> Service | None:

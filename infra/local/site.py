@@ -116,7 +116,8 @@ def settle(site: Site, running: set[str]) -> list[str]:
         A line for each port that another program has taken since the last time.
     """
     try:
-        (site.folder / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in ("logs", "s3", "prefect"):
+            (site.folder / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         site.folder.chmod(0o700)
         _settle_credentials(site)
         lines = _settle_ports(site, running)

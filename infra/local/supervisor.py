@@ -90,7 +90,8 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
         report: takes one line for each thing that happens.
 
     Raises:
-        StackError: what could not start, and why; what this call had started is stopped again.
+        StackError: what could not start, and why; what this call had started is stopped again. A `prefect.yaml`
+            that cannot be deployed is such an error too, but leaves the services running.
     """
     with _locked(root, report), _stoppable():
         site = Site.load(root)
@@ -100,15 +101,23 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
         for line in settle(site, running):
             report(line)
         wanted = [service for service in services(site) if not only or service.name in only]
+        job = None if only else deployment(site)
         started: list[str] = []
         try:
-            _start(site, wanted, started, report)
+            _start(site, [service for service in wanted if service.after is None], started, report)
+            if job:  # beside the worker's start
+                report("deploying the flows of prefect.yaml")
+                started.append(job.name)
+                deploying = _spawn(site, job)
+            _start(site, [service for service in wanted if service.after is not None], started, report)
+            if job:
+                failure = _finish(site, job, deploying)
         except BaseException:
             for group in STOP_ORDER:
                 _stop(site, *(name for name in group if name in started))
             raise
-        if not only:
-            _deploy(site, report)
+        if job and failure:
+            raise StackError(failure)
     return {**(site.variables() if not only else site.storage_variables()), **without_proxy(os.environ)}
 
 
@@ -119,8 +128,9 @@ def down(root: Path, report: Report = logger.info) -> list[str]:
     with _locked(root, report):
         site = Site.load(root)
         stopped = [name for group in STOP_ORDER for name in _stop(site, *group)]
-        for port in (number for port in site.ports.values() for number in (port, port + GRPC_OFFSET)):
-            for socket in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # SeaweedFS leaves some of them behind
+        numbers = {number for port in site.ports.values() for number in (port, port + GRPC_OFFSET)}
+        for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # SeaweedFS leaves some of them behind
+            if socket.stem.rpartition("-")[2] in map(str, numbers):
                 socket.unlink(missing_ok=True)
     return stopped
 
@@ -146,6 +156,11 @@ def status(root: Path) -> list[Status]:
     return found
 
 
+def processes(root: Path) -> list[psutil.Process]:
+    """Every living process that belongs to the stack of `root`."""
+    return _processes(Site.load(root), tuple(name for group in STOP_ORDER for name in group))
+
+
 def _start(site: Site, wanted: list[Service], started: list[str], report: Report) -> None:
     """Start the services side by side and wait until each is healthy; names go into `started` before their start."""
     waiting = {service.name: service for service in wanted}
@@ -153,8 +168,6 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
     while waiting:
         for service in list(waiting.values()):
             name = service.name
-            if service.after in waiting:
-                continue
             if name not in until:
                 alive = _main(site, name) is not None
                 if alive and site.services[name]["fingerprint"] == service.fingerprint:
@@ -195,25 +208,19 @@ def _is_healthy(site: Site, service: Service, until: float) -> bool:
         return False
 
 
-def _deploy(site: Site, report: Report) -> None:
-    """Deploy `prefect.yaml` where it changed; the services stay up when it is wrong."""
-    job = deployment(site)
-    if job is None:
-        return
-    report("deploying the flows of prefect.yaml")
-    process = _spawn(site, job)
+def _finish(site: Site, job: Service, process: subprocess.Popen[bytes]) -> str:
+    """Wait for a one-shot process and return what went wrong with it: nothing, if empty."""
     try:
         code = process.wait(timeout=job.timeout_seconds)
-    except BaseException as error:
+    except subprocess.TimeoutExpired:
         _stop(site, job.name)
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise StackError(_blame(site, job.name, f"took over {job.timeout_seconds:.0f} s")) from error
-        raise
+        return _blame(site, job.name, f"took over {job.timeout_seconds:.0f} s")
+    failure = _blame(site, job.name, "of prefect.yaml failed, the services are up") if code != 0 else ""
     site.services.pop(job.name, None)
     site.save()
-    if code != 0:
-        raise StackError(_blame(site, job.name, "of prefect.yaml failed"))
-    job.prepare()
+    if not failure:
+        job.prepare()
+    return failure
 
 
 def _spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
@@ -221,7 +228,6 @@ def _spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
     log = site.log(service.name)
     if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
         log.replace(log.with_suffix(".log.1"))
-    service.cwd.mkdir(parents=True, exist_ok=True)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
     variables = {**inherited, **without_proxy(os.environ), **service.variables}
@@ -300,7 +306,7 @@ def _stop(site: Site, *names: str) -> list[str]:
             psutil.wait_procs(left, timeout=STOP_SECONDS)
         if left := _processes(site, names):
             raise StackError(f"process {left[0].pid} of {names[0]} does not end: stop it by hand with `kill -9`")
-        if any(site.services.pop(name, None) for name in names):
+        if [name for name in names if site.services.pop(name, None)]:
             site.save()
     return were
 
@@ -313,8 +319,9 @@ def _blame(site: Site, name: str, what: str) -> str:
         text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
     lines = [line.strip(" │╭╰─╮╯|") for line in text.splitlines()]
     lines = [line for line in lines if line]
-    telling = [line for line in lines if re.search(r"error|exception|fatal|in use|denied|invalid", line, re.I)]
-    gist = (telling or lines or ["the log is empty"])[-1]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    telling = [line for line in lines if re.search(r"error|fatal|in use|denied|invalid", line, re.IGNORECASE)]
+    gist = (raised or telling or lines or ["nothing"])[-1]
     for secret in site.credentials.values():
         gist = gist.replace(secret, "***") if len(secret) > 8 else gist
     return f"{name} {what}; it said: {gist[:240]} (log: {log})"

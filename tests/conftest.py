@@ -1,0 +1,59 @@
+"""The local stack, started once for the whole test run and only if a test asks for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from infra.local import supervisor
+
+
+@dataclass(frozen=True)
+class RunningStack:
+    """A running stack: its checkout folder, and the variables that are set in `os.environ`."""
+
+    root: Path
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def stack_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the run's one stack, which is stopped at the end and must leave no process behind."""
+    root, before = tmp_path_factory.mktemp("stack"), dict(os.environ)
+    try:
+        yield root
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        supervisor.down(root)
+    assert supervisor.processes(root) == []
+
+
+@pytest.fixture(scope="session")
+def storage(stack_root: Path) -> RunningStack:
+    """Only the S3 server, with its variables set: ready in a second."""
+    env = supervisor.up(stack_root, only=("s3",))
+    os.environ.update(env)
+    return RunningStack(stack_root, env)
+
+
+@pytest.fixture(scope="session")
+def stack(stack_root: Path) -> Iterator[RunningStack]:
+    """All services, with their variables set; takes over the S3 server of `storage` where that is running."""
+    env = supervisor.up(stack_root)
+    os.environ.update(env)
+    with ExitStack() as context:
+        if "prefect" in sys.modules:  # it read its settings when a test module imported it
+            from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+            values = {
+                setting: env[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING, PREFECT_HOME)
+            }
+            context.enter_context(temporary_settings(values))
+        yield RunningStack(stack_root, env)

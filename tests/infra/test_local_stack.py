@@ -1,0 +1,314 @@
+"""The local stack with its real servers: start, restart, stop, and what it promises about storage and secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from botocore.exceptions import ClientError
+from typer.testing import CliRunner
+
+from flows.stack_commands import app
+from infra.local import services, supervisor
+from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
+
+UP = "import sys; from pathlib import Path; from infra.local.supervisor import up; up(Path(sys.argv[1]), tuple(sys.argv[2:]), print)"  # noqa: E501
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A checkout with a stack of its own, which leaves no process whatever the test does."""
+    yield tmp_path
+    if (tmp_path / ".pedigree").is_dir():
+        supervisor.down(tmp_path)
+    assert supervisor.processes(tmp_path) == []
+
+
+def pids(root: Path) -> dict[str, int | None]:
+    return {service.service: service.pid for service in supervisor.status(root)}
+
+
+def s3(env: dict[str, str]):
+    return boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"])
+
+
+def test_second_up_keeps_every_process(stack):
+    before = pids(stack.root)
+    begun = time.monotonic()
+    assert supervisor.up(stack.root) == stack.env
+    assert time.monotonic() - begun < 5
+    assert pids(stack.root) == before
+    assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 4
+    assert Path(psutil.Process(before["worker"]).cwd()) == stack.root
+
+
+def test_everything_listens_on_the_loopback_interface_only(stack):
+    listening = [
+        connection.laddr
+        for process in supervisor.processes(stack.root)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 7
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_secrets_are_private_and_shown_only_where_asked(stack, monkeypatch):
+    folder = stack.root / ".pedigree"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for name in ("credentials.env", "s3-credentials", "basic_auth.ini"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
+    monkeypatch.chdir(stack.root)
+    secrets = [
+        stack.env[name] for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING")
+    ]
+    run = CliRunner().invoke
+    for arguments in (["up"], ["status"], ["status", "--json"]):
+        result = run(app, arguments)
+        assert result.exit_code == 0
+        assert not any(secret in result.output for secret in secrets)
+    shown = run(app, ["status", "--credentials"]).output
+    assert all(secret in shown for secret in secrets)
+    sourced = subprocess.run(["sh", "-c", run(app, ["env"]).output + "env"], capture_output=True, text=True, check=True)
+    assert {f"{name}={value}" for name, value in stack.env.items()} <= set(sourced.stdout.splitlines())
+
+
+def test_doors_are_closed_without_credentials(stack):
+    ports = Site.load(stack.root).ports
+    client = s3(stack.env)
+    client.put_object(Bucket=DATA_BUCKET, Key="door", Body=b"x")
+    closed = {
+        f"{stack.env['AWS_ENDPOINT_URL']}/{DATA_BUCKET}/door": 403,
+        f"http://127.0.0.1:{ports['filer']}/buckets/{DATA_BUCKET}/door": 401,
+        f"{stack.env['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0": 401,
+        f"{stack.env['PREFECT_API_URL']}/admin/version": 401,
+    }
+    for url, code in closed.items():
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(url, timeout=10)
+        assert refused.value.code == code, url
+
+
+def test_data_is_versioned_and_a_conditional_put_never_overwrites(storage):
+    client = s3(storage.env)
+    for bucket in (DATA_BUCKET, MODELS_BUCKET):
+        assert client.get_bucket_versioning(Bucket=bucket)["Status"] == "Enabled"
+    first = client.put_object(Bucket=DATA_BUCKET, Key="a", Body=b"one", IfNoneMatch="*")["VersionId"]
+    with pytest.raises(ClientError, match="PreconditionFailed"):
+        client.put_object(Bucket=DATA_BUCKET, Key="a", Body=b"two", IfNoneMatch="*")
+    client.put_object(Bucket=DATA_BUCKET, Key="a", Body=b"three")
+    client.delete_object(Bucket=DATA_BUCKET, Key="a")
+    assert client.get_object(Bucket=DATA_BUCKET, Key="a", VersionId=first)["Body"].read() == b"one"
+
+
+def test_a_locked_version_cannot_be_deleted(storage):
+    client = s3(storage.env)
+    locked = client.put_object(
+        Bucket=AUDIT_BUCKET,
+        Key="event",
+        Body=b"approved",
+        ObjectLockMode="COMPLIANCE",
+        ObjectLockRetainUntilDate=datetime.now(UTC) + timedelta(minutes=5),
+    )["VersionId"]
+    for bypass in ({}, {"BypassGovernanceRetention": True}):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.delete_object(Bucket=AUDIT_BUCKET, Key="event", VersionId=locked, **bypass)
+    assert client.get_object(Bucket=AUDIT_BUCKET, Key="event", VersionId=locked)["Body"].read() == b"approved"
+
+
+def test_health_checks_leave_nothing_behind(storage):
+    supervisor.status(storage.root)
+    assert "Versions" not in s3(storage.env).list_object_versions(Bucket=MODELS_BUCKET, Prefix=".health")
+
+
+def test_mlflow_keeps_artifacts_in_the_models_bucket(stack):
+    import mlflow
+
+    client = mlflow.MlflowClient(stack.env["MLFLOW_TRACKING_URI"])
+    run = client.create_run(client.create_experiment("artifacts"))
+    client.log_text(run.info.run_id, "hello", "note.txt")
+    found = s3(stack.env).list_objects_v2(Bucket=MODELS_BUCKET, Prefix="mlflow/")["Contents"]
+    assert any(entry["Key"].endswith(f"{run.info.run_id}/artifacts/note.txt") for entry in found)
+
+
+def test_dvc_and_s3fs_need_nothing_but_the_written_files(root, storage):
+    import s3fs
+
+    def dvc(*arguments: str) -> None:
+        bare = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        subprocess.run([services.program("dvc"), *arguments, "-q"], cwd=root, env=bare, check=True)
+
+    dvc("init", "--no-scm")
+    dvc("remote", "add", "-d", "storage", f"s3://{DATA_BUCKET}/dvc")
+    (root / ".pedigree").symlink_to(storage.root / ".pedigree")  # as in the worktree of a run
+    (root / ".dvc" / "config.local").write_text("[core]\nautostage = true\n")
+    supervisor.up(root, only=("s3",))
+    local = root / ".dvc" / "config.local"
+    assert stat.S_IMODE(local.stat().st_mode) == 0o600
+    assert "autostage" in local.read_text()
+    (root / "file").write_text("content")
+    dvc("add", "file")
+    dvc("push")
+    (root / "file").unlink()
+    subprocess.run(["rm", "-rf", str(root / ".dvc" / "cache")], check=True)
+    dvc("pull")
+    assert (root / "file").read_text() == "content"
+    assert s3fs.S3FileSystem().ls(f"{DATA_BUCKET}/dvc") == [f"{DATA_BUCKET}/dvc/files"]
+    (root / ".pedigree").unlink()
+
+
+def test_killed_services_come_back_and_leave_no_orphan(stack):
+    before = pids(stack.root)
+    orphan = psutil.Process(before["mlflow"]).children()[0]  # uvicorn, which goes on and holds the port
+    for name in ("mlflow", "worker"):
+        os.kill(before[name], signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while any(pids(stack.root)[name] for name in ("mlflow", "worker")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    states = {service.service: service.state for service in supervisor.status(stack.root)}
+    assert states == {"s3": "healthy", "mlflow": "dead", "prefect": "healthy", "worker": "dead"}
+    assert supervisor.up(stack.root) == stack.env
+    after = pids(stack.root)
+    assert {name for name in after if after[name] != before[name]} == {"mlflow", "worker"}
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+def test_flows_are_deployed_when_they_change_and_a_wrong_file_is_one_line(stack):
+    def deployed() -> set[str]:
+        path = "/api/deployments/filter"
+        url = stack.env["PREFECT_API_URL"].removesuffix("/api")
+        return {each["name"] for each in services.request(url, path, stack.env["PREFECT_API_AUTH_STRING"], "POST", {})}
+
+    file = stack.root / "prefect.yaml"
+    (stack.root / "flows").mkdir()
+    (stack.root / "flows" / "hello.py").write_text("from prefect import flow\n\n@flow\ndef hello(n: int = 1): ...\n")
+    text = """deployments:
+- {name: one, entrypoint: "flows/hello.py:hello", work_pool: {name: pedigree}, schedules: [{cron: "0 3 * * 1"}]}
+- {name: two, entrypoint: "flows/hello.py:hello", work_pool: {name: pedigree}}
+"""
+    lines: list[str] = []
+    try:
+        file.write_text(text)
+        supervisor.up(stack.root, report=lines.append)
+        assert deployed() >= {"one", "two"}
+        supervisor.up(stack.root, report=lines.append)
+        assert lines == ["deploying the flows of prefect.yaml"]
+        file.write_text(text.replace("hello.py:hello", "absent.py:hello"))
+        with pytest.raises(StackError, match=r"^deploy of prefect.yaml failed.*absent.py.*deploy.log\)$"):
+            supervisor.up(stack.root)
+        assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 4
+    finally:
+        file.unlink()
+
+
+def test_a_taken_port_is_left_to_its_owner_and_the_data_stay(root):
+    env = supervisor.up(root, only=("s3",))
+    keys = {"aws_access_key_id": env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"]}
+    boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], **keys).put_object(Bucket=DATA_BUCKET, Key="k", Body=b"v")
+    assert supervisor.down(root) == ["s3"]
+    port, lines = Site.load(root).ports["s3"], []
+    with socket.create_server(("127.0.0.1", port)):
+        moved = supervisor.up(root, ("s3",), lines.append)
+    assert f"port {port} of s3 was taken by another program" in lines[0]
+    assert moved["AWS_ENDPOINT_URL"] != env["AWS_ENDPOINT_URL"]
+    client = boto3.client("s3", endpoint_url=moved["AWS_ENDPOINT_URL"], **keys)
+    assert client.get_object(Bucket=DATA_BUCKET, Key="k")["Body"].read() == b"v"
+
+
+def test_a_failed_start_says_why_and_leaves_no_process(root):
+    (root / ".pedigree" / "prefect" / "ui").mkdir(parents=True)
+    (root / ".pedigree" / "prefect" / "prefect.db").mkdir()
+    with pytest.raises(StackError, match=r"^prefect stopped while starting; it said: .*prefect\.log\)$") as failed:
+        supervisor.up(root)
+    assert "\n" not in str(failed.value)
+    assert supervisor.processes(root) == []
+    assert Site.load(root).services == {}
+
+
+def test_two_ups_at_once_start_one_server(root):
+    ups = [subprocess.Popen([sys.executable, "-c", UP, str(root), "s3"], stdout=subprocess.PIPE) for _ in range(2)]
+    said = [up.communicate(timeout=60)[0].decode() for up in ups]
+    assert [up.returncode for up in ups] == [0, 0]
+    assert "".join(said).count("s3 is ready") == 1
+    assert len(supervisor.processes(root)) == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_start_cleans_up(root, how):
+    start = subprocess.Popen([sys.executable, "-c", UP, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert start.stdout is not None
+    assert b"s3 is ready" in start.stdout.readline()
+    assert len(supervisor.processes(root)) >= 3
+    start.send_signal(how)
+    start.communicate(timeout=60)
+    assert start.returncode != 0
+    assert supervisor.processes(root) == []
+
+
+def test_down_never_touches_a_process_that_took_over_a_pid(root):
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        record = {"pid": stranger.pid, "created": psutil.Process(stranger.pid).create_time(), "fingerprint": ""}
+        (root / ".pedigree").mkdir()
+        (root / ".pedigree" / "stack.json").write_text(json.dumps({"ports": {}, "services": {"s3": record}}))
+        assert supervisor.down(root) == []
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_what_a_user_can_mend_is_one_line(root, monkeypatch):
+    with pytest.raises(StackError, match="start it with `pedigree up`"):
+        supervisor.environment(root)
+    monkeypatch.chdir(root)
+    for arguments, said in (
+        (["env"], "error: there is no local stack"),
+        (["status"], "stopped"),
+        (["down"], "nothing"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == (0 if arguments == ["down"] else 1)
+        assert said in result.output
+        assert "Traceback" not in result.output
+    with pytest.raises(StackError, match="program `no-such-program` is missing"):
+        services.program("no-such-program")
+    (root / ".pedigree").write_text("a file where the folder should be")
+    with pytest.raises(StackError, match="cannot write the state of the stack"):
+        supervisor.up(root)
+
+
+def test_connect_takes_the_teams_services_or_names_what_is_missing(root, monkeypatch):
+    team = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
+        "PREFECT_API_URL": "https://prefect.example.org/api",
+        "PEDIGREE_DATA_BUCKET": "data",
+        "PEDIGREE_MODELS_BUCKET": "models",
+        "PEDIGREE_AUDIT_BUCKET": "audit",
+    }
+    for name, value in team.items():
+        monkeypatch.setenv(name, value)
+    assert "MLFLOW_TRACKING_URI" not in supervisor.connect(root)
+    assert not (root / ".pedigree").exists()
+    monkeypatch.delenv("PREFECT_API_URL")
+    with pytest.raises(StackError, match=r"MLFLOW_TRACKING_URI set, but not PREFECT_API_URL: set all"):
+        supervisor.connect(root)
+    for name in team:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(StackError, match="no local stack"):
+        supervisor.connect(root, start=False)
