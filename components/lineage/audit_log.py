@@ -2,8 +2,8 @@
 
 One object an event, `events/<name>/<sequence>.json`. Each holds the hash of the one before, so that no event can be
 changed, dropped or put in between without a reader noticing. Events are written with `If-None-Match: *`: two writers
-can never both be number 7. Retention is the bucket's own default (the bucket's owner decides mode and length, not the
-writer); a bucket without one is refused, because what is written there could be deleted.
+can never both be number 7. Retention is the bucket's default, which its owner sets and the writer cannot weaken; in a
+bucket without a default each event is locked for ten years in governance mode. A bucket without object lock is refused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
 GENESIS = "0" * 64
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ATTEMPTS = 20
+NO_LOCK = "ObjectLockConfigurationNotFoundError"
+RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
 
 
 class AuditError(RuntimeError):
@@ -71,7 +73,7 @@ class AuditLog:
         self._client: Any = boto3.client(
             "s3", config=ClientConfig(connect_timeout=5, read_timeout=30, retries={"mode": "standard"})
         )
-        self._retention: str | None = None
+        self._owner_retains: bool | None = None
 
     @classmethod
     def from_environment(cls) -> AuditLog:
@@ -91,11 +93,11 @@ class AuditLog:
         Raises:
             AuditError: the chain is broken, the bucket keeps nothing locked, or S3 refuses.
         """
-        self._require_retention()
+        lock = self._lock()
         for _ in range(ATTEMPTS):
             entries = self.read(event.name)
             entry = _next_entry(event, entries[-1] if entries else None)
-            if self._put(entry):
+            if self._put(entry, lock):
                 return entry
         raise AuditError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
 
@@ -147,13 +149,13 @@ class AuditLog:
         with self._errors():
             return self._client.get_object(Bucket=self.bucket, Key=key, VersionId=version)["Body"].read()
 
-    def _put(self, entry: Entry) -> bool:
+    def _put(self, entry: Entry, lock: Mapping[str, Any]) -> bool:
         """Write the object unless the key is taken; taken by these very bytes (a resent request) counts as written."""
         key, body = _key(entry.name, entry.sequence), _canonical(dataclasses.asdict(entry))
         with self._errors():
             try:
                 self._client.put_object(
-                    Bucket=self.bucket, Key=key, Body=body, ContentType="application/json", IfNoneMatch="*"
+                    Bucket=self.bucket, Key=key, Body=body, ContentType="application/json", IfNoneMatch="*", **lock
                 )
             except ClientError as error:
                 # 409: on AWS, another conditional put of the same key was under way.
@@ -168,28 +170,25 @@ class AuditLog:
         except self._client.exceptions.NoSuchKey:
             return False
 
-    def _require_retention(self) -> None:
-        if self._retention:
-            return
-        with self._errors():
-            try:
+    def _lock(self) -> dict[str, Any]:
+        """What a put must say so that its object is locked: nothing, where the bucket has a default retention."""
+        if self._owner_retains is None:
+            with self._errors():
                 answer = self._client.get_object_lock_configuration(Bucket=self.bucket)["ObjectLockConfiguration"]
-            except ClientError as error:
-                if error.response["Error"]["Code"] not in {"ObjectLockConfigurationNotFoundError", "NoSuchObjectLock"}:
-                    raise
-                answer = {}
-        self._retention = answer.get("Rule", {}).get("DefaultRetention", {}).get("Mode")
-        if not self._retention:
-            raise AuditError(
-                f"s3://{self.bucket} has no default object lock retention, so an event could be deleted: "
-                "make the audit bucket with object lock and a default retention"
-            )
+            self._owner_retains = "DefaultRetention" in answer.get("Rule", {})
+        if self._owner_retains:
+            return {}
+        until = datetime.datetime.now(datetime.UTC) + RETENTION
+        return {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": until}
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] == NO_LOCK:
+                message = "has no object lock, so an event could be deleted; make the audit bucket with object lock"
+                raise AuditError(f"s3://{self.bucket} {message}") from error
             raise AuditError(f"audit log s3://{self.bucket}: {str(error).splitlines()[0]}") from error
 
 

@@ -115,7 +115,7 @@ def git(root: Path, *arguments: str) -> str | None:
 def folder_id(folder: Path) -> str:
     """The DVC id of a folder's present content: md5 over the JSON list of its files' md5s, by path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = [{"md5": _md5(p), "relpath": p.relative_to(folder).as_posix()} for p in files]
+    entries = [{"md5": file_md5(p), "relpath": p.relative_to(folder).as_posix()} for p in files]
     listing = json.dumps(sorted(entries, key=lambda e: e["relpath"]), sort_keys=True)
     return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
@@ -138,6 +138,7 @@ def _overlap(one: str, other: str) -> bool:
     return a == b or a in b.parents or b in a.parents
 
 
-def _md5(path: Path) -> str:
+def file_md5(path: Path) -> str:
+    """MD5 of a file: its address in DVC, no claim of integrity."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,8 +182,7 @@ def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: P
 
 def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
     """Write the MLflow model: weights, the code that reads them, passport, signature, pinned requirements."""
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*type hints")  # they would replace our signature
+    with tempfile.TemporaryDirectory() as temporary:
         parts = Path(temporary)
         for name in CODE:
             _copy(SOURCE / name, parts / name)

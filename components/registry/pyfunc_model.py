@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
@@ -32,7 +33,7 @@ class EmbeddingModel(PythonModel):
         self._backbone = load_backbone(Path(context.artifacts["weights"])).to(self._device)
         self._resolution = int(context.model_config["resolution"])
 
-    def predict(self, context, model_input, params=None) -> np.ndarray:  # unhinted: MLflow would read hints as a schema
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """Embed images.
 
         Args:

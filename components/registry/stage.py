@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 PRETRAINED = "models/pretrained"
 TEACHER = "models/adapted"
 STUDENTS = "models/students"
+SUMMARY = "summary.html"
 REGISTERED = "reports/register/registered.json"
 
 
@@ -154,15 +155,6 @@ def _smallest_image(curated: pa.Table, folder: Path) -> bytes:
 
 
 def _validation(root: Path, origin: Origin) -> str:
-    """Outcome of the data checks of the pool's snapshots, as ingest left it beside each manifest."""
-    outcomes = [_validated(root / version.path) for version in origin.pool]
-    if not outcomes:
-        return "no tracked pool"
-    names = {True: "passed", False: "failed", None: "not recorded"}
-    counts = {text: outcomes.count(key) for key, text in names.items() if key in outcomes}
-    return ", ".join(f"{text} for {count} of {len(outcomes)} snapshots" for text, count in counts.items())
-
-
-def _validated(snapshot: Path) -> bool | None:
-    path = snapshot / "validation.json"
-    return bool(json.loads(path.read_text())["success"]) if path.is_file() else None
+    """Outcome of the data checks: ingest writes a snapshot's summary once Great Expectations has passed all of it."""
+    passed = sum((root / version.path / SUMMARY).is_file() for version in origin.pool)
+    return f"passed for {passed} of {len(origin.pool)} snapshots of the pool"

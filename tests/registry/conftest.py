@@ -99,7 +99,7 @@ def commit(root: Path, message: str) -> None:
 def workspace(tmp_path: Path) -> Path:
     root = tmp_path / "workspace"
     write_data(root / "data/pool/photos/ab12", curated=False)
-    (root / "data/pool/photos/ab12/validation.json").write_text('{"success": true}')
+    (root / "data/pool/photos/ab12/summary.html").write_text("<!doctype html>")
     write_data(root / "data/curated", curated=True)
     weights(root / "models/pretrained", 1, 32)
     weights(root / "models/adapted", 2, 32)

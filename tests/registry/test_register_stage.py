@@ -56,7 +56,7 @@ def test_version_states_its_origin(registered, workspace: Path, name: str):
     assert teacher.tags[Tag.PARENT_SHA256] == sha256_file(workspace / "models/pretrained/model.safetensors")
     assert student.tags[Tag.PARENT] == f"{name}-candidates/{teacher.version}"
     assert student.tags[Tag.PARENT_SHA256] == teacher.tags[Tag.WEIGHTS_SHA256]
-    assert teacher.tags[Tag.VALIDATION] == "passed for 1 of 1 snapshots"
+    assert teacher.tags[Tag.VALIDATION] == "passed for 1 of 1 snapshots of the pool"
     (pool,) = data_versions(teacher.tags, Tag.POOL)
     snapshot = workspace / "data/pool/photos/ab12"
     assert (pool.path, pool.dvc) == ("data/pool/photos/ab12", folder_id(snapshot))

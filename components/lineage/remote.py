@@ -1,0 +1,87 @@
+"""The DVC remote on S3, read without DVC: content is addressed by md5, so a plain S3 client finds every object."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from components.lineage.record import file_md5
+
+BUCKET_VARIABLE = "PEDIGREE_DATA_BUCKET"
+
+
+class RemoteError(RuntimeError):
+    """The remote does not answer, or has no such object; the message names the object."""
+
+
+class Remote:
+    """Objects of a DVC remote.
+
+    Args:
+        url: `s3://bucket/prefix`; None takes the bucket that PEDIGREE_DATA_BUCKET names.
+
+    Raises:
+        RemoteError: no address, or one that is not on S3.
+    """
+
+    def __init__(self, url: str | None) -> None:
+        bucket = os.environ.get(BUCKET_VARIABLE)
+        self.url = url or (f"s3://{bucket}" if bucket else "")
+        parsed = urlparse(self.url)
+        if parsed.scheme != "s3" or not parsed.netloc:
+            raise RemoteError(
+                f"DVC remote {self.url or '(none)'}: not on S3; set it in .dvc/config or {BUCKET_VARIABLE}"
+            )
+        self._bucket, self._prefix = parsed.netloc, parsed.path.strip("/")
+        config = ClientConfig(connect_timeout=5, retries={"mode": "standard"}, max_pool_connections=16)
+        self._client: Any = boto3.client("s3", config=config)
+
+    def address(self, dvc_id: str) -> str:
+        """S3 address of an object by its md5 (`<md5>` or `<md5>.dir`)."""
+        return f"s3://{self._bucket}/{self._key(dvc_id)}"
+
+    def listing(self, dvc_id: str) -> dict[str, str]:
+        """Files of a tracked folder: path -> md5."""
+        return {item["relpath"]: item["md5"] for item in json.loads(self.read(dvc_id))}
+
+    def read(self, dvc_id: str) -> bytes:
+        """Bytes of an object."""
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._key(dvc_id))["Body"].read()
+        except (ClientError, BotoCoreError) as error:
+            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
+
+    def missing(self, dvc_ids: Iterable[str]) -> list[str]:
+        """Those of the objects that are not there."""
+        wanted = list(dvc_ids)
+        with ThreadPoolExecutor(16) as pool:
+            there = list(pool.map(self._exists, wanted))
+        return [dvc_id for dvc_id, found in zip(wanted, there, strict=True) if not found]
+
+    def file(self, folder: Path, path: str, md5: str) -> bytes:
+        """A file of a tracked folder: from disk if it is still this version there, else from the remote."""
+        local = folder / path
+        return local.read_bytes() if local.is_file() and file_md5(local) == md5 else self.read(md5)
+
+    def _exists(self, dvc_id: str) -> bool:
+        try:
+            self._client.head_object(Bucket=self._bucket, Key=self._key(dvc_id))
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return False
+            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
+        except BotoCoreError as error:
+            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
+        return True
+
+    def _key(self, dvc_id: str) -> str:
+        return "/".join(part for part in (self._prefix, "files/md5", dvc_id[:2], dvc_id[2:]) if part)

@@ -1,0 +1,376 @@
+"""The trace of a registered model: version, decision, run, commit, stages, data, sources; and what could not be found.
+
+Nothing is taken from memory of this machine: MLflow, the audit bucket, git objects and the DVC remote are asked. What
+they do not have, or where they contradict each other, becomes a `missing` line of the node that needed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.lineage.audit_log import AuditError, AuditLog, Entry
+from components.lineage.origin import CURATED, POOL, Tag, data_versions
+from components.lineage.record import Record, RecordError, git, upstream
+from components.lineage.remote import Remote, RemoteError
+
+_REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+CHAMPION = "champion"
+DATA_FOLDERS = ("data/", "models/", "reports/")
+
+
+class TraceError(RuntimeError):
+    """There is nothing to trace: no server, or no such version."""
+
+
+@dataclass
+class Node:
+    """One thing of the trace.
+
+    Attributes:
+        kind: version, event, run, parent, commit, stage, curated, pool, source or code.
+        name: what a person calls it.
+        facts: what is known of it.
+        children: what it was made from.
+        missing: what should be known of it and is not, or contradicts something else.
+    """
+
+    kind: str
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    children: list[Node] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The tree that explains one version."""
+
+    reference: str
+    root: Node
+
+    @property
+    def missing(self) -> list[str]:
+        """All that could not be found, with the node it belongs to."""
+        return [f"{node.kind} {node.name}: {line}" for node in self.root.walk() for line in node.missing]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `complete` says whether nothing is missing."""
+        return {
+            "reference": self.reference,
+            "complete": not self.missing,
+            "missing": self.missing,
+            "trace": self.root.as_dict(),
+        }
+
+
+def trace(reference: str, root: Path) -> Trace:
+    """Find out what a registered version was made from.
+
+    Args:
+        reference: `NAME@alias` or `NAME/number`, of released models or candidates.
+        root: a clone of the repository whose commits made the model.
+
+    Raises:
+        TraceError: MLFLOW_TRACKING_URI is not set or does not answer, or there is no such version.
+    """
+    match = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
+    if match is None:
+        raise TraceError(f"{reference!r}: not a model; write NAME@ALIAS (for example demo@champion) or NAME/NUMBER")
+    tracer = _Tracer(root)
+    version = tracer.version(match["name"], match["alias"], match["version"])
+    if isinstance(version, str):
+        raise TraceError(f"{reference}: {version}")
+    return Trace(reference, tracer.version_node(version))
+
+
+class _Tracer:
+    def __init__(self, root: Path) -> None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise TraceError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
+        from mlflow import MlflowClient
+
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        self.client = MlflowClient(tracking_uri=uri)
+        self.root = root
+
+    def version(self, name: str, alias: str | None, number: str | None) -> Any:
+        """The MLflow version, or a sentence that says why there is none."""
+        return _found(
+            lambda: (
+                self.client.get_model_version_by_alias(name, alias)
+                if alias
+                else self.client.get_model_version(name, str(number))
+            )
+        )
+
+    def version_node(self, version: Any) -> Node:
+        tags = version.tags
+        facts = {
+            "aliases": self._aliases(version.name, version.version),
+            "created": _utc(version.creation_timestamp),
+            "digest": tags.get(Tag.DIGEST),
+            "weights_sha256": tags.get(Tag.WEIGHTS_SHA256),
+            "source": version.source,
+            "validation": tags.get(Tag.VALIDATION),
+        }
+        node = _node("version", f"{version.name}/{version.version}", facts)
+        if Tag.CANDIDATE in tags:
+            node.children += self._events(node, tags)
+            node.children.append(self._candidate(tags))
+        else:
+            node.children += [self._run(version.run_id), *self._parent(tags), self._commit(tags)]
+        return node
+
+    def _aliases(self, name: str, version: Any) -> list[str]:
+        model = _found(lambda: self.client.get_registered_model(name))
+        return [] if isinstance(model, str) else sorted(a for a, v in model.aliases.items() if str(v) == str(version))
+
+    def _events(self, node: Node, tags: dict[str, str]) -> list[Node]:
+        """Audit events about a released version; what they say must agree with the registry."""
+        name = node.name.rsplit("/", 1)[0]
+        try:
+            entries = AuditLog.from_environment().read(name)
+        except AuditError as error:
+            node.missing.append(str(error))
+            return []
+        about = [e for e in entries if e.subject == node.name]
+        if not about:
+            node.missing.append("no audit event lets it in")
+        if any(e.details.get("digest", node.facts["digest"]) != node.facts["digest"] for e in about):
+            node.missing.append("its digest is not the one that the audit event approved")
+        if Tag.AUDIT in tags and tags[Tag.AUDIT] not in {f"{e.sequence}:{e.hash}" for e in about}:
+            node.missing.append(f"its audit event {tags[Tag.AUDIT][:16]} is not in the audit log")
+        last = next((e for e in reversed(entries) if e.action == "promote"), None)
+        if CHAMPION in node.facts["aliases"] and last and last.subject != node.name:
+            node.missing.append(f"it is the champion, but the last promotion in the audit log is of {last.subject}")
+        return [_event(e) for e in about]
+
+    def _candidate(self, tags: dict[str, str]) -> Node:
+        reference = tags[Tag.CANDIDATE]
+        name, number = reference.rsplit("/", 1)
+        version = self.version(name, None, number)
+        if not isinstance(version, str):
+            node = self.version_node(version)
+            if node.facts.get("digest") != tags.get(Tag.DIGEST):
+                node.missing.append("its digest is no longer the one that was promoted")
+            return node
+        # The released version carries its candidate's tags, so the trace goes on without it.
+        node = Node("version", reference, missing=[version])
+        node.children += [*self._parent(tags), self._commit(tags)]
+        return node
+
+    def _run(self, run_id: str | None) -> Node:
+        if not run_id:
+            return Node("run", "(none)", missing=["the version names no MLflow run"])
+        run = _found(lambda: self.client.get_run(run_id))
+        if isinstance(run, str):
+            return Node("run", run_id, missing=[run])
+        info, tags = run.info, run.data.tags
+        facts = {
+            "name": info.run_name,
+            "user": tags.get("mlflow.user"),
+            "status": info.status,
+            "started": _utc(info.start_time),
+            "experiment_id": info.experiment_id,
+            "pipeline_run": tags.get("pedigree.run"),
+        }
+        node = _node("run", run_id, facts)
+        if info.lifecycle_stage != "active":
+            node.missing.append("the run was deleted in MLflow")
+        return node
+
+    def _parent(self, tags: dict[str, str]) -> list[Node]:
+        """The weights it started from or was taught by; of a registered teacher the bytes must be the same."""
+        reference = tags.get(Tag.PARENT)
+        if not reference:
+            return [Node("parent", "(none)", missing=["the version names no parent"])]
+        node = Node("parent", reference, {"weights_sha256": tags.get(Tag.PARENT_SHA256)})
+        if _REFERENCE.fullmatch(reference) and not reference.startswith("models/"):
+            name, number = reference.rsplit("/", 1)
+            version = self.version(name, None, number)
+            if isinstance(version, str):
+                node.missing.append(version)
+            elif version.tags.get(Tag.WEIGHTS_SHA256) != tags.get(Tag.PARENT_SHA256):
+                node.missing.append("it has other weights in the registry now")
+        return [node]
+
+    def _commit(self, tags: dict[str, str]) -> Node:
+        commit, branch = tags.get(Tag.COMMIT), tags.get(Tag.BRANCH, "")
+        if not commit:
+            return Node("commit", "(none)", missing=["the version names no git commit"])
+        node = Node("commit", commit, {"branch": branch})
+        shown = git(self.root, "show", "-s", "--format=%an <%ae>%n%aI%n%s", commit)
+        if shown is None:
+            node.missing.append(f"not in the git repository at {self.root}; fetch the branch {branch}")
+            return node
+        author, date, subject = [*shown.split("\n"), "", ""][:3]
+        node.facts |= {"author": author, "date": date, "subject": subject}
+        if tags.get(Tag.DIRTY) == "true":
+            node.missing.append("the code had uncommitted changes when the version was registered")
+        record = self._record(node, commit, tags.get(Tag.LOCK_SHA256))
+        if record is not None:
+            node.children += _LockTrace(record, tags).nodes()
+        return node
+
+    def _record(self, node: Node, commit: str, lock_sha256: str | None) -> Record | None:
+        """The `dvc.lock` that the version was registered with: at its commit, or the one that its run made of it."""
+        later = git(self.root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
+        for revision in (commit, *later.split()):
+            record = Record(self.root, revision)
+            try:
+                same = record.lock_sha256() == lock_sha256
+            except RecordError:
+                continue
+            if same:
+                node.facts["record"] = revision
+                return record
+        node.missing.append(
+            "neither it nor a commit after it has the dvc.lock of the registration; fetch all branches, "
+            "or commit the dvc.lock of that run"
+        )
+        return None
+
+
+class _LockTrace:
+    """Stages, code and data of one `dvc.lock`, as far as they lead to one set of weights."""
+
+    def __init__(self, record: Record, tags: dict[str, str]) -> None:
+        self.record, self.tags = record, tags
+        self.stages = record.stages()
+        self.path = tags.get(Tag.WEIGHTS_PATH, "")
+        self.names = upstream(self.stages, self.path)
+
+    def nodes(self) -> list[Node]:
+        nodes = [_stage(name, self.stages[name]) for name in self.names]
+        if not nodes:
+            nodes = [Node("stage", self.path or "(none)", missing=["no stage in dvc.lock makes these weights"])]
+        elif self.record.output(self.path) != self.tags.get(Tag.WEIGHTS_DVC):
+            nodes[0].missing.append("dvc.lock records other weights than the registered ones")
+        return [*nodes, self._code(), *self._data()]
+
+    def _code(self) -> Node:
+        deps = {d["path"]: d["md5"] for name in self.names for d in self.stages[name].get("deps", [])}
+        code = {path: md5 for path, md5 in sorted(deps.items()) if not path.startswith(DATA_FOLDERS)}
+        node = Node("code", f"{len(code)} paths", {"paths": code})
+        gone = [p for p in code if git(self.record.root, "cat-file", "-e", f"{self.record.revision}:./{p}") is None]
+        if gone:
+            node.missing.append(f"not in the commit: {', '.join(gone)}")
+        if not code:
+            node.missing.append("no stage in dvc.lock names the code that it ran")
+        return node
+
+    def _data(self) -> list[Node]:
+        stated = {v.path: v for tag in (Tag.CURATED, Tag.POOL) for v in data_versions(self.tags, tag)}
+        curated = self.record.output(CURATED)
+        found = self.record.tracked(POOL)
+        nodes = [Node("curated", CURATED, {"dvc": curated})]
+        nodes += [Node("pool", path, {"dvc": dvc_id}) for path, dvc_id in found.items()]
+        nodes += [
+            Node("pool", path, {"dvc": version.dvc}, missing=["the version names it, but its commit does not track it"])
+            for path, version in stated.items()
+            if path != CURATED and path not in found
+        ]
+        if not any(node.kind == "pool" for node in nodes):
+            nodes.append(Node("pool", POOL, missing=["the commit tracks no snapshot of the pool"]))
+        for node in nodes:
+            version = stated.get(node.name)
+            if version is None or version.dvc != node.facts.get("dvc"):
+                node.missing.append("not the version of this folder that the registered version names")
+            if node.facts.get("dvc"):
+                self._contents(node, version.manifest_sha256 if version else None)
+        return nodes
+
+    def _contents(self, node: Node, stated_sha256: str | None) -> None:
+        """What is in a data folder, from the DVC remote: its objects, its manifest, the sources of its images."""
+        try:
+            remote = Remote(self.record.remote_url())
+            node.facts["listing"] = remote.address(node.facts["dvc"])
+            files = remote.listing(node.facts["dvc"])
+            node.facts["objects"] = {path: remote.address(md5) for path, md5 in sorted(files.items())}
+            gone = set(remote.missing(files.values()))
+            node.missing += [f"{remote.address(md5)} ({p}): no such object" for p, md5 in files.items() if md5 in gone]
+            if "manifest.parquet" not in files:
+                node.missing.append("has no manifest.parquet")
+                return
+            md5 = files["manifest.parquet"]
+            manifest = remote.file(self.record.root / node.name, "manifest.parquet", md5)
+        except (RemoteError, ValueError, KeyError) as error:
+            node.missing.append(str(error))
+            return
+        node.facts["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()
+        if node.facts["manifest_sha256"] != stated_sha256:
+            node.missing.append(f"its manifest is not the one that was registered (SHA-256 {stated_sha256})")
+        node.children += _sources(manifest)
+
+
+def _sources(manifest: bytes) -> list[Node]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(manifest), columns=["source", "source_version", "license"])
+    keys = ["source", "source_version", "license"]
+    rows = table.group_by(keys).aggregate([([], "count_all")]).to_pylist()
+    rows.sort(key=lambda row: tuple(str(row[key]) for key in keys))
+    return [
+        Node("source", r["source"], {"version": r["source_version"], "license": r["license"], "images": r["count_all"]})
+        for r in rows
+    ]
+
+
+def _stage(name: str, stage: dict[str, Any]) -> Node:
+    facts = {
+        "command": stage.get("cmd"),
+        "params": {key: value for values in stage.get("params", {}).values() for key, value in values.items()},
+        "deps": {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])},
+        "outs": {out["path"]: out.get("md5") for out in stage.get("outs", [])},
+    }
+    return Node("stage", name, facts)
+
+
+def _event(entry: Entry) -> Node:
+    facts = {"time": entry.time, "actor": entry.actor, **entry.details, "hash": entry.hash}
+    return Node("event", f"{entry.action} {entry.sequence}", facts)
+
+
+def _node(kind: str, name: str, facts: dict[str, Any]) -> Node:
+    """A node all of whose facts should be known."""
+    return Node(kind, name, facts, missing=[f"no {key}" for key, value in facts.items() if value is None])
+
+
+def _found(ask: Any) -> Any:
+    """What MLflow answers, or its refusal as one sentence."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask()
+    except MlflowException as error:
+        line = str(error).splitlines()[0]
+        if "Max retries exceeded" in line or "API request to" in line:
+            raise TraceError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer") from error
+        return line
+    except requests.exceptions.RequestException as error:
+        raise TraceError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer") from error
+
+
+def _utc(milliseconds: int) -> str:
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).isoformat(timespec="seconds")

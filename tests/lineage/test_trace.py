@@ -1,0 +1,281 @@
+"""The trace over a repository made by real git and DVC commands, with its data on the real S3."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pytest
+import yaml
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from components.core.storage import sha256_file
+from components.data.manifest import POOL_SCHEMA, write_manifest
+from components.lineage.audit_log import AuditLog, Event
+from components.lineage.origin import Tag, collect_origin
+from components.lineage.record import Record, RecordError, folder_id, upstream
+from components.lineage.trace import Node, Trace, TraceError, trace
+
+pytestmark = pytest.mark.stack
+
+PIPELINE = """
+stages:
+  curate:
+    cmd: mkdir -p data/curated && cp prepared/manifest.parquet data/curated/
+    deps: [components/curation, data/pool]
+    params: [curate]
+    outs: [data/curated]
+  adapt:
+    cmd: mkdir -p models/adapted && cp prepared/model.safetensors models/adapted/
+    deps: [components/training, data/curated]
+    params: [adapt]
+    outs: [models/adapted]
+  unrelated:
+    cmd: mkdir -p models/unrelated && cp prepared/model.safetensors models/unrelated/
+    outs: [models/unrelated]
+"""
+
+
+@dataclass
+class Case:
+    root: Path
+    name: str
+    prefix: str
+    registered_at: str
+    recorded_at: str
+
+
+def sh(root: Path, *command: str) -> str:
+    identity = {"GIT_AUTHOR_NAME": "tess", "GIT_AUTHOR_EMAIL": "t@example.org"}
+    identity |= {"GIT_COMMITTER_NAME": "tess", "GIT_COMMITTER_EMAIL": "t@example.org"}
+    done = subprocess.run(command, cwd=root, env=os.environ | identity, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    return sh(root, sys.executable, "-m", "dvc", *arguments)
+
+
+def manifest(path: Path, licenses: dict[str, str]) -> None:
+    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    rows = []
+    for number, source in enumerate(["photos", "photos", "museum"]):
+        row = {"image_id": f"{number:064d}", "shard": "00000.tar", "offset": 0, "length": 1, "format": "PNG"}
+        row |= {"width": 1, "height": 1, "source": source, "source_uri": f"file://{number}", "source_version": "v1"}
+        rows.append(row | {"license": licenses[source], "ingested_at": when, "label": None, "split": None})
+    write_manifest(pa.Table.from_pylist(rows, schema=POOL_SCHEMA), path)
+
+
+def files(root: Path) -> None:
+    snapshot = root / "data/pool/photos/ab12"
+    manifest(snapshot / "manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
+    (snapshot / "00000.tar").write_bytes(b"not really a tar")
+    manifest(root / "prepared/manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
+    (root / "prepared/model.safetensors").write_bytes(b"weights")
+    for code in ("curation", "training"):
+        (root / "components" / code).mkdir(parents=True)
+        (root / "components" / code / "stage.py").write_text(f"# {code}\n")
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / "params.yaml").write_text("curate: {threshold: 0.45}\nadapt: {steps: 10}\n")
+
+
+@pytest.fixture(scope="module")
+def case(stack, tmp_path_factory) -> Case:
+    """A run as the flow makes it: code is committed, stages run, the version is registered, then the record."""
+    root = tmp_path_factory.mktemp("traced")
+    prefix = f"trace-{uuid.uuid4().hex[:10]}"
+    sh(root, "git", "init", "-q", "-b", "runs/one")
+    dvc(root, "init", "-q")
+    dvc(root, "remote", "add", "-q", "-d", "storage", f"s3://{os.environ['PEDIGREE_DATA_BUCKET']}/{prefix}")
+    dvc(root, "remote", "modify", "-q", "--local", "storage", "endpointurl", os.environ["AWS_ENDPOINT_URL"])
+    files(root)
+    dvc(root, "add", "-q", "data/pool/photos/ab12")
+    sh(root, "git", "add", ".")
+    sh(root, "git", "commit", "-q", "-m", "Code and pool")
+    dvc(root, "repro", "-q")
+    dvc(root, "push", "-q")
+    registered_at = sh(root, "git", "rev-parse", "HEAD")
+    name = register(root)
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    lock["stages"]["register"] = {"cmd": "python -m components register"}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    sh(root, "git", "add", "dvc.lock")
+    sh(root, "git", "commit", "-q", "-m", "Run one")
+    return Case(root, name, prefix, registered_at, sh(root, "git", "rev-parse", "HEAD"))
+
+
+def register(root: Path) -> str:
+    """A candidate and its promotion, as far as the trace can see them."""
+    client, name = MlflowClient(), f"traced-{uuid.uuid4().hex[:10]}"
+    labels = {"mlflow.user": "tess", "pedigree.run": "one"}
+    run = client.create_run(client.create_experiment(name), run_name="one/register", tags=labels)
+    tags = collect_origin(root, "models/adapted").tags()
+    tags |= {Tag.PARENT: "models/pretrained", Tag.PARENT_SHA256: "0" * 64, Tag.DIGEST: "d1", Tag.VALIDATION: "passed"}
+    client.create_registered_model(f"{name}-candidates")
+    client.create_model_version(f"{name}-candidates", "s3://elsewhere/m-1", run.info.run_id, tags=tags)
+    client.create_registered_model(name)
+    tags |= {Tag.CANDIDATE: f"{name}-candidates/1"}
+    client.create_model_version(name, f"s3://elsewhere/released/{name}", run.info.run_id, tags=tags)
+    details = {"digest": "d1", "reason": "good"}
+    entry = AuditLog.from_environment().append(Event(name, "promote", f"{name}/1", "rita", details))
+    client.set_model_version_tag(name, "1", Tag.AUDIT, f"{entry.sequence}:{entry.hash}")
+    client.set_registered_model_alias(name, "champion", "1")
+    client.set_terminated(run.info.run_id)
+    return name
+
+
+def kinds(found: Trace, kind: str) -> list[Node]:
+    return [node for node in found.root.walk() if node.kind == kind]
+
+
+def test_folder_id_is_dvcs_own(case: Case):
+    stated = yaml.safe_load((case.root / "data/pool/photos/ab12.dvc").read_text())["outs"][0]["md5"]
+    assert folder_id(case.root / "data/pool/photos/ab12") == stated
+    assert Record(case.root).output("models/adapted") == folder_id(case.root / "models/adapted")
+
+
+def test_tree_from_version_to_sources(case: Case):
+    found = trace(f"{case.name}@champion", case.root)
+    assert found.missing == []
+    assert found.root.name == f"{case.name}/1"
+    assert [n.name for n in kinds(found, "version")] == [f"{case.name}/1", f"{case.name}-candidates/1"]
+    (event,) = kinds(found, "event")
+    assert (event.facts["actor"], event.facts["reason"]) == ("rita", "good")
+    assert kinds(found, "run")[0].facts["name"] == "one/register"
+    (commit,) = kinds(found, "commit")
+    assert (commit.name, commit.facts["record"]) == (case.registered_at, case.recorded_at)
+    assert (commit.facts["branch"], commit.facts["subject"]) == ("runs/one", "Code and pool")
+    adapt, curate = kinds(found, "stage")
+    assert (adapt.name, curate.name) == ("adapt", "curate")
+    assert adapt.facts["command"].startswith("mkdir -p models/adapted")
+    assert adapt.facts["params"] == {"adapt": {"steps": 10}}
+    assert adapt.facts["outs"] == {"models/adapted": folder_id(case.root / "models/adapted")}
+    assert list(kinds(found, "code")[0].facts["paths"]) == ["components/curation", "components/training"]
+
+
+def test_data_down_to_s3_objects_and_licences(case: Case):
+    found = trace(f"{case.name}-candidates@latest", case.root)
+    assert found.missing == []
+    (pool,) = kinds(found, "pool")
+    snapshot = case.root / "data/pool/photos/ab12"
+    assert pool.facts["manifest_sha256"] == sha256_file(snapshot / "manifest.parquet")
+    bucket = os.environ["PEDIGREE_DATA_BUCKET"]
+    assert set(pool.facts["objects"]) == {"00000.tar", "manifest.parquet"}
+    address = pool.facts["objects"]["00000.tar"]
+    assert address.startswith(f"s3://{bucket}/{case.prefix}/files/md5/")
+    body = boto3.client("s3").get_object(Bucket=bucket, Key=address.removeprefix(f"s3://{bucket}/"))["Body"].read()
+    assert body == (snapshot / "00000.tar").read_bytes()
+    sources = {node.name: node.facts for node in pool.children}
+    assert sources["photos"] == {"version": "v1", "license": "CC0-1.0", "images": 2}
+    assert sources["museum"] == {"version": "v1", "license": "CC-BY-4.0", "images": 1}
+    assert [n.facts["images"] for n in kinds(found, "curated")[0].children] == [1, 2]
+
+
+def test_works_with_nothing_but_git_and_the_services(case: Case, tmp_path: Path):
+    """A fresh clone without data and with the run's branch only as a remote's, as an auditor has it."""
+    sh(case.root, "git", "branch", "-f", "main", case.registered_at)
+    sh(tmp_path, "git", "clone", "-q", "-b", "main", str(case.root), "clone")
+    assert not (tmp_path / "clone/dvc.lock").exists()
+    assert not (tmp_path / "clone/data/pool/photos/ab12").exists()
+    found = trace(f"{case.name}@champion", tmp_path / "clone")
+    assert found.missing == []
+    assert len(kinds(found, "source")) == 4
+
+
+def test_command_prints_the_tree_and_json(case: Case, monkeypatch: pytest.MonkeyPatch):
+    import typer
+
+    from flows.trace_commands import trace as command
+
+    app = typer.Typer()
+    app.command()(command)
+    monkeypatch.chdir(case.root)
+    shown = CliRunner().invoke(app, [f"{case.name}@champion"])
+    assert shown.exit_code == 0, shown.output
+    for text in (f"version {case.name}/1", "actor: rita", "stage adapt", "license: CC-BY-4.0", "images: 2"):
+        assert text in shown.output
+    data = json.loads(CliRunner().invoke(app, [f"{case.name}@champion", "--json"]).stdout)
+    assert data["complete"] is True
+    assert data["trace"]["kind"] == "version"
+    refused = CliRunner().invoke(app, ["no-such@champion"])
+    assert refused.exit_code == 1
+    assert "no-such" in refused.stderr
+
+
+def test_an_object_that_is_gone_is_said(case: Case):
+    found = trace(f"{case.name}/1", case.root)
+    bucket = os.environ["PEDIGREE_DATA_BUCKET"]
+    address = kinds(found, "pool")[0].facts["objects"]["00000.tar"]
+    place = {"Bucket": bucket, "Key": address.removeprefix(f"s3://{bucket}/")}
+    body = boto3.client("s3").get_object(**place)["Body"].read()
+    boto3.client("s3").delete_object(**place)
+    try:
+        assert trace(f"{case.name}/1", case.root).missing == [
+            f"pool data/pool/photos/ab12: {address} (00000.tar): no such object"
+        ]
+    finally:
+        boto3.client("s3").put_object(**place, Body=body)
+
+
+def test_a_record_that_was_never_committed_is_said(case: Case, tmp_path: Path):
+    sh(case.root, "git", "branch", "-f", "main", case.registered_at)
+    sh(tmp_path, "git", "clone", "-q", "--single-branch", "-b", "main", str(case.root), "clone")
+    (line,) = trace(f"{case.name}/1", tmp_path / "clone").missing
+    assert line.startswith(f"commit {case.registered_at}: neither it nor a commit after it has the dvc.lock")
+
+
+def test_what_is_not_found_is_said(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sh(tmp_path, "git", "init", "-q")
+    (line,) = trace(f"{case.name}/1", tmp_path).missing
+    assert line.startswith(f"commit {case.registered_at}: not in the git repository")
+    with monkeypatch.context() as patch:
+        patch.delenv("PEDIGREE_AUDIT_BUCKET")
+        (line,) = trace(f"{case.name}/1", case.root).missing
+        assert "PEDIGREE_AUDIT_BUCKET is not set" in line
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with pytest.raises(TraceError, match="does not answer"):
+            trace(f"{case.name}/1", case.root)
+    for reference, message in [("nothing", "not a model"), (f"{case.name}/7", "not found"), ("no-such@x", "not found")]:
+        with pytest.raises(TraceError, match=message):
+            trace(reference, case.root)
+
+
+def test_contradictions_are_said(stack, case: Case):
+    """A second promotion, done by hand in MLflow behind the audit log's back."""
+    client, name = MlflowClient(), register(case.root)
+    version = client.get_model_version(name, "1")
+    tags = version.tags | {Tag.DIGEST: "another"}
+    client.create_model_version(name, str(version.source), version.run_id, tags=tags)
+    client.set_registered_model_alias(name, "champion", "2")
+    client.delete_model_version(f"{name}-candidates", "1")
+    client.delete_run(version.run_id)
+    missing = trace(f"{name}@champion", case.root).missing
+    assert f"version {name}/2: no audit event lets it in" in missing
+    assert f"version {name}/2: it is the champion, but the last promotion in the audit log is of {name}/1" in missing
+    assert any(line.startswith(f"version {name}-candidates/1: ") for line in missing)
+
+
+def test_upstream_follows_nested_paths():
+    stages = {
+        "a": {"outs": [{"path": "data/x"}]},
+        "b": {"deps": [{"path": "data/x/part"}], "outs": [{"path": "models/b"}]},
+        "c": {"deps": [{"path": "data/xy"}], "outs": [{"path": "models/c"}]},
+    }
+    assert upstream(stages, "models/b") == ["b", "a"]
+    assert upstream(stages, "models/c") == ["c"]
+
+
+def test_no_lock_file(tmp_path: Path):
+    with pytest.raises(RecordError, match=r"dvc\.lock: no such file"):
+        Record(tmp_path).stages()
