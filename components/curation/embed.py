@@ -134,10 +134,10 @@ def split_by_shard(images: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     """
     shards = images["shard"].combine_chunks().dictionary_encode()
     codes = np.asarray(shards.indices)
-    starts = np.flatnonzero(np.diff(codes, prepend=-1)) if len(codes) else np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
     if len(starts) > len(shards.dictionary):
         raise EmbeddingsError("the manifest is not in the order of its shards; it was not written by ingest")
-    for start, end in zip(starts, np.append(starts[1:], len(codes)), strict=True):
+    for start, end in zip(starts, [*starts[1:], len(codes)][: len(starts)], strict=True):
         yield shards.dictionary[int(codes[start])].as_py(), images.slice(start, end - start)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,7 +122,7 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         batch = np.stack([normalised_pixels(image, "square", config.image_size) for image in images])
-        with one_torch_thread(), torch.inference_mode():
+        with _one_torch_thread(), torch.inference_mode():
             return backbone(torch.from_numpy(batch)).cls_token.numpy()  # [B, D]
 
     return embed
@@ -138,8 +138,12 @@ def _load_torchscript(config: TorchScriptConfig, path: Path) -> Embed:
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
-        with one_torch_thread(), torch.inference_mode():
-            return _checked(module(torch.from_numpy(batch)).float().numpy(), len(images), path)
+        with _one_torch_thread(), torch.inference_mode():
+            try:
+                vectors = module(torch.from_numpy(batch))
+            except RuntimeError as error:
+                raise _refused(path, batch, error) from None
+        return _checked(vectors, len(images), path)
 
     return embed
 
@@ -159,19 +163,31 @@ def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
-        return _checked(np.asarray(session.run(None, {name: batch})[0], np.float32), len(images), path)
+        try:
+            vectors = session.run(None, {name: batch})[0]
+        except Exception as error:  # as above
+            raise _refused(path, batch, error) from None
+        return _checked(vectors, len(images), path)
 
     return embed
 
 
-def _checked(vectors: NDArray[np.float32], num_images: int, path: Path) -> NDArray[np.float32]:
-    if vectors.ndim != 2 or len(vectors) != num_images:
-        raise EmbedderError(f"{path}: gave {list(vectors.shape)} for {num_images} images; expected [{num_images}, D]")
-    return vectors
+def _checked(vectors: Any, num_images: int, path: Path) -> NDArray[np.float32]:
+    """The output of someone else's file, if it is an array or tensor [B, D]."""
+    shape = list(getattr(vectors, "shape", ()))
+    if len(shape) != 2 or shape[0] != num_images:
+        given = f"shape {shape}" if shape else type(vectors).__name__
+        raise EmbedderError(f"{path}: gave {given} for {num_images} images; expected [{num_images}, D]")
+    return np.asarray(vectors, np.float32)
+
+
+def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> EmbedderError:
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return EmbedderError(f"{path}: cannot take images of shape {list(batch.shape)}: {last}; see embed.embedder.size")
 
 
 @contextmanager
-def one_torch_thread():
+def _one_torch_thread() -> Iterator[None]:
     """One thread an embedding process: parallelism is over shards, and sums do not depend on the thread count."""
     import torch
 

@@ -65,9 +65,12 @@ def _page(result: Curation, kept: bytes, removed: bytes) -> str:
     config = result.config
     dedup, decontamination = config.dedup_similarity, config.decontamination_similarity
     nearest = charts.similarity_histogram(result.nearest, dedup, "to the nearest other image of the pool")
-    to_evaluation = charts.similarity_histogram(
-        result.contamination.nearest, decontamination, "to the nearest evaluation image"
-    )
+    histograms = charts.inline(nearest, "Similarity to the nearest other image")
+    if len(result.evaluation):
+        chart = charts.similarity_histogram(
+            result.contamination.nearest, decontamination, "to the nearest evaluation image"
+        )
+        histograms += charts.inline(chart, "Similarity to the nearest evaluation image")
     before = np.bincount(result.labels)
     after = np.bincount(result.labels[result.sampled], minlength=len(before))
     lead = f"{result.funnel[-1][1]:,} of {result.funnel[0][1]:,} images stay; each other has its reason in"
@@ -81,8 +84,7 @@ def _page(result: Curation, kept: bytes, removed: bytes) -> str:
             "<h2>Copies of evaluation images</h2>",
             _table(("evaluation set", "images removed from the pool"), list(result.contamination.per_set.items())),
             '<h2>Similarity</h2><div class="two">',
-            charts.inline(nearest, "Similarity to the nearest other image"),
-            charts.inline(to_evaluation, "Similarity to the nearest evaluation image"),
+            histograms,
             f"</div><h2>{len(before):,} clusters, before and after balancing</h2>",
             charts.inline(charts.cluster_sizes(before, after), "Images of each cluster"),
             "<h2>Left out, each beside the image it duplicates</h2>",

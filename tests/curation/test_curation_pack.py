@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import hashlib
+import tarfile
+
+import numpy as np
+import pytest
+
+from components.core.storage import sha256_dir
+from components.curation.pack import Chosen, check_accounting, pack
+from components.curation.rejections import CurationError, rejections
+from components.data.manifest import REJECTED_SCHEMA, read_collection, read_table
+
+
+def test_every_row_is_in_or_out_once():
+    check_accounting(4, np.array([0, 2]), np.array([3, 1]))
+    with pytest.raises(CurationError, match="of 4 pool images, 1 are neither in nor out and 1 are both"):
+        check_accounting(4, np.array([0, 2]), np.array([3, 2]))
+
+
+def packed(root, pool, order, folder, max_bytes=300_000):
+    rows = np.array(order)
+    out = np.setdiff1d(np.arange(len(pool)), rows)
+    chosen = Chosen(rows, pool["image_id"].take(rows).to_pylist(), [str(row) for row in order])
+    folder.mkdir()
+    pack(root / "data/pool", pool, chosen, rejections(out, "not_sampled", "cluster 0"), folder, max_bytes)
+    return read_collection(folder)
+
+
+def test_bytes_are_the_pools_and_do_not_depend_on_the_order_of_choice(small_workspace):
+    pool = read_collection(small_workspace / "data/pool")
+    table = packed(small_workspace, pool, [9, 0, 4, 5], small_workspace / "a")
+    packed(small_workspace, pool, [0, 4, 5, 9], small_workspace / "b")
+    assert sha256_dir(small_workspace / "a") == sha256_dir(small_workspace / "b")
+    assert table["image_id"].to_pylist() == sorted(pool["image_id"].take([0, 4, 5, 9]).to_pylist())
+    members = {}
+    for path in sorted((small_workspace / "a").glob("*.tar")):
+        with tarfile.open(path) as shard:
+            members |= {m.name: hashlib.sha256(shard.extractfile(m).read()).hexdigest() for m in shard.getmembers()}
+    assert {name.split(".")[0]: digest for name, digest in members.items()} == {
+        i: i for i in table["image_id"].to_pylist()
+    }
+    clusters = dict(zip(table["image_id"].to_pylist(), table["cluster_path"].to_pylist(), strict=True))
+    assert clusters == {pool["image_id"][row].as_py(): str(row) for row in (0, 4, 5, 9)}
+    rejected = read_table(small_workspace / "a/rejected.parquet", REJECTED_SCHEMA)
+    assert len(rejected) == 8
+    assert rejected["source_uri"].to_pylist() == pool["source_uri"].take([1, 2, 3, 6, 7, 8, 10, 11]).to_pylist()
+
+
+def test_bytes_that_are_not_the_image_are_refused(small_workspace):
+    pool = read_collection(small_workspace / "data/pool")
+    path = small_workspace / "data/pool" / pool["shard"][3].as_py()
+    data = bytearray(path.read_bytes())
+    data[pool["offset"][3].as_py() + 100] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CurationError, match=f"not the bytes of image {pool['image_id'][3].as_py()}"):
+        packed(small_workspace, pool, [2, 3], small_workspace / "a")

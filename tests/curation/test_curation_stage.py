@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from components.core.storage import sha256_dir
+from components.curation.config import CurateConfig, DescriptorConfig, EmbedConfig
+from components.curation.descriptor import describe
+from components.curation.embed import EmbeddingsError
+from components.curation.embedders import resolve
+from components.curation.rejections import CurationError
+from components.curation.stage import CACHE, curate, embed
+from components.data.manifest import REJECTED_SCHEMA, read_collection, read_manifest, read_table
+from components.data.shards import ShardReader, decode_image
+
+CURATE = CurateConfig(num_clusters=16)
+
+
+def cache_of(root):
+    return root / CACHE / resolve(DescriptorConfig(), root).digest
+
+
+@pytest.fixture(scope="module")
+def curated(sample_workspace, tmp_path_factory):
+    """The sample pool, embedded by two workers and curated whole: (workspace, results)."""
+    root = tmp_path_factory.mktemp("curated") / "workspace"
+    shutil.copytree(sample_workspace, root)
+    return root, embed(EmbedConfig(workers=2), root, 0), curate(CURATE, root, 0)
+
+
+def test_every_planted_copy_and_leak_is_found_and_no_good_image_is_lost(curated, planted):
+    root, _, results = curated
+    pool = read_collection(root / "data/pool")
+    rejected = {
+        row["image_id"]: row for row in read_table(root / "data/curated/rejected.parquet", REJECTED_SCHEMA).to_pylist()
+    }
+    kept = set(read_manifest(root / "data/curated/manifest.parquet")["image_id"].to_pylist())
+    expected = set()  # all that must go
+    for item in planted:
+        if item["kind"] in ("re_encoded", "resized"):
+            gone, stays = (item["id"], item["of_id"]) if item["of_id"] in kept else (item["of_id"], item["id"])
+            assert rejected[gone]["reason"] == "near_duplicate"
+            assert rejected[gone]["duplicate_of"] == stays
+            assert rejected[gone]["similarity"] > 0.6
+            assert item["kind"] == "re_encoded" or gone == item["id"]  # the larger one stays
+            expected.add(gone)
+        elif item["kind"].startswith("leak"):
+            assert rejected[item["id"]]["reason"] == "evaluation_copy"
+            assert rejected[item["id"]]["duplicate_of"] == item["of_id"]
+            assert rejected[item["id"]]["detail"] == "evaluation set sample-evaluation"
+            expected.add(item["id"])
+        elif item["kind"] == "tiny":
+            assert rejected[item["id"]]["reason"] == "too_small"
+            expected.add(item["id"])
+    assert set(rejected) == expected
+    assert kept == set(pool["image_id"].to_pylist()) - expected
+    assert results["rejected"] == {"evaluation_copy": 30, "near_duplicate": 100, "too_small": 15}
+    assert results["evaluation_copies"] == {"sample-evaluation": 30}
+    assert results["images"]["sampled"] == len(kept) == len(pool) - 145
+
+
+def test_embeddings_are_those_of_the_images_in_manifest_order(curated):
+    root, results, _ = curated
+    reader = ShardReader(root / "data/evaluation")
+    table = read_collection(root / "data/evaluation")
+    shard = table["shard"][0].as_py()
+    stored = np.load(root / f"data/embeddings/evaluation/{shard}.npy")
+    rows = table.slice(0, 5).to_pylist()
+    images = [decode_image(reader.read(row["shard"], row["offset"], row["length"])) for row in rows]
+    np.testing.assert_allclose(stored[:5], describe(images), atol=1e-6)
+    assert stored.dtype == np.float32
+    assert results["dim"] == stored.shape[1]
+    definition = json.loads((root / "data/embeddings/embedder.json").read_text())
+    assert definition["digest"] == cache_of(root).name
+    assert definition["embedder"] == {"kind": "descriptor"}
+
+
+def test_same_bytes_for_another_number_of_workers(curated, sample_workspace, tmp_path):
+    root = tmp_path / "workspace"
+    shutil.copytree(sample_workspace, root)
+    embed(EmbedConfig(workers=1), root, 0)
+    curate(CURATE, root, 0)
+    for folder in ("data/embeddings", "data/curated"):
+        assert sha256_dir(root / folder) == sha256_dir(curated[0] / folder)
+
+
+def test_report(curated):
+    folder = curated[0] / "reports/curate"
+    with (folder / "funnel.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["pool", "filtered", "decontaminated", "deduplicated", "sampled"]
+    counts = [int(row["images"]) for row in rows]
+    assert counts == [counts[0], counts[0] - 15, counts[0] - 45, counts[0] - 145, counts[0] - 145]
+    page = (folder / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # self-contained
+    for name in ("kept.jpg", "removed.jpg"):
+        assert decode_image((folder / name).read_bytes()).width > 800
+
+
+def test_balanced_sample(curated, tmp_path):
+    root = tmp_path / "workspace"
+    shutil.copytree(curated[0], root)
+    results = curate(CurateConfig(num_clusters=20, target_images=300), root, 0)
+    table = read_manifest(root / "data/curated/manifest.parquet")
+    sizes = np.unique(table["cluster_path"].to_numpy(), return_counts=True)[1]
+    assert len(table) == results["images"]["sampled"] == 300
+    assert sizes.tolist() == [15] * 20
+    assert results["rejected"]["not_sampled"] == results["images"]["deduplicated"] - 300
+
+
+def test_only_new_shards_are_embedded(small_workspace, photos, encode, write_collection):
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    first = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
+    assert len(first) >= 4
+    write_collection(small_workspace / "data/pool", [("new.png", encode(photos[3].rotate(90)))], "later")
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    second = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
+    assert len(second) == len(first) + 1
+    assert first.items() <= second.items()
+
+
+def test_a_killed_run_goes_on_at_the_shard_where_it_stood(small_workspace, tmp_path_factory):
+    whole = tmp_path_factory.mktemp("whole") / "workspace"
+    shutil.copytree(small_workspace, whole)
+    embed(EmbedConfig(workers=1), whole, 0)
+    killed = f"""
+import os, signal
+from pathlib import Path
+from components.curation import embed as module, stage
+from components.curation.config import EmbedConfig
+write, done = module.write_bytes, []
+def write_two(path, data):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, data)
+    done.append(path)
+module.write_bytes = write_two
+stage.embed(EmbedConfig(workers=1), Path({str(small_workspace)!r}), 0)
+"""
+    result = subprocess.run([sys.executable, "-c", killed], capture_output=True, env=os.environ, check=False)
+    assert result.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
+    assert len(before) == 2
+    assert not (small_workspace / "data/embeddings").exists()
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    after = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
+    assert before.items() <= after.items()
+    assert sha256_dir(small_workspace / "data/embeddings") == sha256_dir(whole / "data/embeddings")
+
+
+def test_a_damaged_cache_entry_is_made_again(small_workspace):
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    whole = sha256_dir(small_workspace / "data/embeddings")
+    path = next(cache_of(small_workspace).iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    assert sha256_dir(small_workspace / "data/embeddings") == whole
+
+
+def test_no_pool_and_no_images(tmp_path):
+    with pytest.raises(CurationError, match="no pool yet; take images in first: pedigree ingest"):
+        embed(EmbedConfig(), tmp_path, 0)
+    (tmp_path / "data/pool").mkdir(parents=True)
+    with pytest.raises(CurationError, match="the pool has no images"):
+        curate(CURATE, tmp_path, 0)
+
+
+def test_embeddings_of_other_images_are_refused(small_workspace, photos, encode, write_collection):
+    with pytest.raises(EmbeddingsError, match="no embeddings yet; run the stage embed first"):
+        curate(CURATE, small_workspace, 0)
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    write_collection(small_workspace / "data/evaluation", [("new.png", encode(photos[3]))], "later")
+    with pytest.raises(
+        EmbeddingsError, match="data/evaluation changed after it was embedded; run the stage embed again"
+    ):
+        curate(CURATE, small_workspace, 0)
+
+
+def test_when_a_filter_takes_all_nothing_is_written(small_workspace):
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    config = CurateConfig.model_validate({"num_clusters": 2, "filters": {"min_side": 500}})
+    with pytest.raises(CurationError, match=r"no image is left of 12: too_small 12; loosen curate\.filters"):
+        curate(config, small_workspace, 0)
+    assert not (small_workspace / "data/curated").exists()
+
+
+def test_without_evaluation_sets_nothing_is_decontaminated(small_workspace):
+    shutil.rmtree(small_workspace / "data/evaluation")
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    results = curate(CurateConfig(num_clusters=2), small_workspace, 0)
+    assert results["images"]["sampled"] == 12
+    assert results["evaluation_copies"] == {}
+
+
+@pytest.mark.parametrize("values", [{"dedup_similarity": 1.2}, {"decontamination_similarity": 0}, {"num_neighbors": 0}])
+def test_values_out_of_range(values):
+    with pytest.raises(ValidationError):
+        CurateConfig.model_validate({"num_clusters": 2} | values)
