@@ -15,11 +15,15 @@ from typing import Any
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 ATTEMPTS = 4  # of one request, with growing pauses between
-MISSING = ("404", "NoSuchKey", "NotFound")
+MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
 
 
 class StorageError(RuntimeError):
-    """The object store did not do what was asked: not there, not answering, or not allowing it."""
+    """The object store did not do what was asked: it does not answer, or does not allow it."""
+
+
+class MissingInStorageError(StorageError):
+    """A bucket or object that is not there; trying again does not help."""
 
 
 @contextmanager
@@ -88,7 +92,8 @@ def s3_client() -> Any:
         response_checksum_validation="when_required",
     )
     with s3_errors("S3"):
-        return boto3.client("s3", config=settings)
+        # A session of its own: boto3's shared one is not safe between threads and keeps old credentials.
+        return boto3.Session().client("s3", config=settings)
 
 
 @contextmanager
@@ -96,7 +101,7 @@ def s3_errors(what: str) -> Iterator[None]:
     """Turn any error of botocore inside the block into one clear line about `what`, such as `s3://bucket/key`.
 
     Raises:
-        StorageError: instead of the botocore error.
+        StorageError: instead of the botocore error; `MissingInStorageError` for what is not there.
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
@@ -104,7 +109,9 @@ def s3_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise StorageError(f"{what}: {_explain_refusal(error.response.get('Error', {}))}") from error
+        answer = error.response.get("Error", {})
+        missing = answer.get("Code") in MISSING
+        raise (MissingInStorageError if missing else StorageError)(f"{what}: {_explain_refusal(answer)}") from error
     except (BotoCoreError, Boto3Error) as error:
         raise StorageError(_explain_silence(error)) from error
 

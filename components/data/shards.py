@@ -49,8 +49,9 @@ OTHER_MAGIC = (
     (0, b"<svg", "SVG"),
 )
 
-# The pixel limit of decode_image is stricter than the size at which Pillow starts to warn.
+# decode_image says what is wrong with an image; Pillow would warn of large sizes and damaged metadata besides.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.core.progress import track
-from components.core.storage import StorageError, s3_client, s3_errors, split_s3_uri
+from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
 from components.data.ingest_config import IngestError
 
 MIB = 1024**2
@@ -184,10 +184,8 @@ def _list_s3(source: str) -> tuple[str, list[_File]]:
                     if relative and not relative.endswith("/") and (not is_file or item["Key"] == prefix):
                         uri = f"s3://{bucket}/{item['Key']}"
                         files.append(_File(PurePosixPath(relative), uri, item["Key"], item["Size"]))
-    except StorageError as error:
-        if "no such bucket" in str(error):  # what the person typed is wrong; trying again does not help
-            raise IngestError(str(error)) from None
-        raise
+    except MissingInStorageError as error:
+        raise IngestError(str(error)) from None
     if not files:
         raise IngestError(f"{source}: no objects there; check the prefix")
     return bucket, files
@@ -293,12 +291,15 @@ def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
         last = member.offset
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - tarfile would keep them all in memory
         yield member
+    # At a damaged header tarfile stops as it does at the end, and all behind it would be lost in silence.
+    if any(_read_at(str(archive.name), archive.offset, tarfile.BLOCKSIZE)):  # pyright: ignore[reportAttributeAccessIssue]
+        raise tarfile.ReadError(f"damaged header at byte {archive.offset}")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _refuse_member(uri: str, member: tarfile.TarInfo, size: int) -> Refusal | None:
     name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
-        return Refusal(uri, "unsafe_member", "its name leads out of the archive")
+    if name.is_absolute() or ".." in name.parts or member.size < 0:
+        return Refusal(uri, "unsafe_member", "its name leads out of the archive, or its size is negative")
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
