@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ class RunningStack:
 def stack_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the run's one stack, which is stopped at the end and must leave no process behind."""
     root, before = tmp_path_factory.mktemp("stack"), dict(os.environ)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a test run that is cut short cleans up too
     try:
         yield root
     finally:

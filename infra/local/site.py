@@ -51,9 +51,8 @@ class Site:
     @classmethod
     def load(cls, root: Path) -> Site:
         """Read what is remembered of the stack of `root`; a stack that never ran has no ports and no credentials."""
-        root = root.resolve()
         folder = (root / ".pedigree").resolve()
-        site = cls(root, folder)
+        site = cls(folder.parent, folder)  # the worktree of a run links to the checkout's folder, and shares its stack
         try:
             if (folder / "stack.json").exists():
                 remembered = json.loads((folder / "stack.json").read_text())

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,8 @@ def connect(root: Path, start: bool = True) -> dict[str, str]:
             named = f"{' and '.join(given)} set, but not {', '.join(missing)}"
             raise StackError(f"{named}: set all of them, or none of them for the local stack")
         return dict(QUIET)
-    variables = up(root) if start else environment(root)
+    inside = os.environ.get(MARK, "").startswith(_mark(site, ""))  # a flow run must not restart its own worker
+    variables = up(root) if start and not inside else environment(root)
     # A session token from elsewhere would be sent along with our keys, and refused.
     return {**variables, "AWS_SESSION_TOKEN": ""} if os.environ.get("AWS_SESSION_TOKEN") else variables
 
@@ -141,19 +143,23 @@ def status(root: Path) -> list[Status]:
     if "prefect" not in site.ports or not site.credentials:
         names = ("s3", "mlflow", "prefect", "worker")
         return [Status(name, "stopped", "", "", None, str(site.log(name))) for name in names]
-    found: list[Status] = []
-    for service in services(site):
-        process, state, detail = _main(site, service.name), "healthy", ""
-        if process is None:
-            state = "dead" if service.name in site.services else "stopped"
-        else:
-            try:
-                service.check()
-            except UnhealthyError as error:
-                state, detail = "unhealthy", str(error)
-        pid = process.pid if process else None
-        found.append(Status(service.name, state, detail, service.url, pid, str(site.log(service.name))))
-    return found
+    wanted = services(site)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        return list(pool.map(lambda service: _state(site, service), wanted))
+
+
+def _state(site: Site, service: Service) -> Status:
+    """Look for the service's process and ask it whether it works."""
+    process, state, detail = _main(site, service.name), "healthy", ""
+    if process is None:
+        state = "dead" if service.name in site.services else "stopped"
+    else:
+        try:
+            service.check()
+        except UnhealthyError as error:
+            state, detail = "unhealthy", str(error)
+    log = str(site.log(service.name))
+    return Status(service.name, state, detail, service.url, process.pid if process else None, log)
 
 
 def processes(root: Path) -> list[psutil.Process]:
@@ -365,7 +371,8 @@ def _signals(handlers: dict[signal.Signals, Callable[..., object] | signal.Handl
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {which: signal.signal(which, handler) for which, handler in handlers.items()}  # type: ignore[arg-type]
+    wanted = {which: handler for which, handler in handlers.items() if signal.getsignal(which) is not signal.SIG_IGN}
+    before = {which: signal.signal(which, handler) for which, handler in wanted.items()}  # type: ignore[arg-type]
     try:
         yield
     finally:

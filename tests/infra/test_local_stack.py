@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -146,30 +147,39 @@ def test_mlflow_keeps_artifacts_in_the_models_bucket(stack):
     assert any(entry["Key"].endswith(f"{run.info.run_id}/artifacts/note.txt") for entry in found)
 
 
-def test_dvc_and_s3fs_need_nothing_but_the_written_files(root, storage):
+def test_dvc_and_s3fs_find_the_storage_by_files_or_by_variables(storage, tmp_path):
     import s3fs
 
-    def dvc(*arguments: str) -> None:
-        bare = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        subprocess.run([services.program("dvc"), *arguments, "-q"], cwd=root, env=bare, check=True)
+    def dvc(folder: Path, *arguments: str, drop: str = "AWS_") -> None:
+        bare = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+        subprocess.run([services.program("dvc"), *arguments, "-q"], cwd=folder, env=bare, check=True)
 
-    dvc("init", "--no-scm")
-    dvc("remote", "add", "-d", "storage", f"s3://{DATA_BUCKET}/dvc")
-    (root / ".pedigree").symlink_to(storage.root / ".pedigree")  # as in the worktree of a run
-    (root / ".dvc" / "config.local").write_text("[core]\nautostage = true\n")
-    supervisor.up(root, only=("s3",))
-    local = root / ".dvc" / "config.local"
+    project, worktree = storage.root, tmp_path / "worktree"
+    dvc(project, "init", "--no-scm")
+    dvc(project, "remote", "add", "-d", "storage", f"s3://{DATA_BUCKET}/dvc")
+    shutil.copytree(project / ".dvc", worktree / ".dvc")
+    local = project / ".dvc" / "config.local"
+    local.write_text("[core]\nautostage = true\n")
+    supervisor.up(project, only=("s3",))
     assert stat.S_IMODE(local.stat().st_mode) == 0o600
     assert "autostage" in local.read_text()
-    (root / "file").write_text("content")
-    dvc("add", "file")
-    dvc("push")
-    (root / "file").unlink()
-    subprocess.run(["rm", "-rf", str(root / ".dvc" / "cache")], check=True)
-    dvc("pull")
-    assert (root / "file").read_text() == "content"
+    (project / "file").write_text("content")
+    dvc(project, "add", "file")
+    dvc(project, "push")
     assert s3fs.S3FileSystem().ls(f"{DATA_BUCKET}/dvc") == [f"{DATA_BUCKET}/dvc/files"]
-    (root / ".pedigree").unlink()
+    shutil.copy(project / "file.dvc", worktree)
+    dvc(worktree, "pull", drop="nothing")
+    assert (worktree / "file").read_text() == "content"
+
+
+def test_a_worktree_shares_the_stack_of_its_checkout(stack, tmp_path, monkeypatch):
+    before = pids(stack.root)
+    (tmp_path / ".pedigree").symlink_to(stack.root / ".pedigree")
+    assert supervisor.connect(tmp_path) == stack.env  # the variables are set, and are the local stack's own
+    assert pids(stack.root) == before
+    monkeypatch.setenv(supervisor.MARK, f"{(stack.root / '.pedigree').resolve()}:worker")
+    monkeypatch.setattr(supervisor, "up", lambda root: pytest.fail("a flow run must not start services"))
+    assert supervisor.connect(tmp_path) == stack.env
 
 
 def test_killed_services_come_back_and_leave_no_orphan(stack):
