@@ -79,6 +79,10 @@ class ImageStream:
         window = self._window(epoch, offset)
         return int(window.rows[offset - window.start])
 
+    def shard(self, position: int) -> str:
+        """Name of the shard that holds the image at `position`."""
+        return self._shard_names[self._shard_of_row[self.row(position)]]
+
     def image_ids(self, first: int, count: int) -> list[str]:
         """Ids of the images that belong at `count` positions from `first` on."""
         return [str(self._ids[self.row(position)]) for position in range(first, first + count)]
@@ -94,8 +98,7 @@ class ImageStream:
         for candidate in range(position, position + min(self._config.max_bad_images + 1, len(self))):
             row = self.row(candidate)
             image_id = str(self._ids[row])
-            shard = self._shard_names[self._shard_of_row[row]]
-            data = self._reader.read(shard, int(self._offsets[row]), int(self._lengths[row]))
+            data = self._reader.read(self.shard(candidate), int(self._offsets[row]), int(self._lengths[row]))
             try:
                 return StreamImage(decode_image(data), image_id, skipped)
             except ImageError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.core.tracking import log_metrics
 from components.training.schedules import StepValues
-from components.training.step import StepOutput, loss_terms
+from components.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Monitor:
     @torch.no_grad()
     def record(self, output: StepOutput, values: StepValues, steps_done: int) -> None:
         """Take note of a step; every rank must call."""
-        for name, term in loss_terms(output.losses).items():
+        for name, term in output.losses.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
         self._steps += 1
         if steps_done % self._every == 0:
@@ -60,9 +60,9 @@ class Monitor:
             "ema_momentum": values.ema_momentum,
             "teacher_temp": values.teacher_temp,
             **{f"grad_norm_{name}": float(norm) for name, norm in output.grad_norms.items()},
-            "feature_std": feature_std(output.student.cls_tokens),
-            "effective_rank": effective_rank(output.student.cls_tokens),
-            "target_entropy": target_entropy(output.teacher.global_cls, values.teacher_temp),
+            "feature_std": feature_std(output.cls_tokens),
+            "effective_rank": effective_rank(output.cls_tokens),
+            "target_entropy": target_entropy(output.teacher_cls_logits, values.teacher_temp),
             "images_per_second": self._steps * self._batch_size / seconds,
             "data_wait_share": self._waited / seconds,
         }

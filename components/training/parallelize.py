@@ -74,14 +74,18 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         max_restarts=0,
     )
     level = logging.getLogger().getEffectiveLevel()
+    for name in ("torch.distributed.elastic", "torch.multiprocessing", "torchelastic-events-null"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what a rank raised is raised below, in one line
     try:
         return elastic_launch(config, _started_rank)(level, num_processes, stage, *args)[0]
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         if failure.exitcode == EXIT_INTERRUPTED:
             raise SystemExit(EXIT_INTERRUPTED) from None
-        message = failure.message.strip().splitlines()[-1]
-        raise RankError(f"rank {number} of {num_processes}: {message}") from None
+        # torch hands over what the rank raised as a mapping, and what killed it as text.
+        message: Any = failure.message
+        reason = message["message"] if isinstance(message, dict) else message
+        raise RankError(f"rank {number} of {num_processes}: {str(reason).strip().splitlines()[0]}") from None
     except SignalException as error:
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
 

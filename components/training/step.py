@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
-from components.objective.total import Losses, Objective, TeacherLogits
+from components.objective.total import Objective
 from components.training.config import TrainingConfig
 from components.training.networks import Networks, StudentOutput
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
@@ -26,10 +28,10 @@ class DivergedError(RuntimeError):
 class StepOutput:
     """What a step leaves for the monitors; nothing carries a gradient."""
 
-    losses: Losses
+    losses: dict[str, Tensor]  # the total and each term, on this rank
     grad_norms: dict[str, Tensor]  # of backbone, dino_head and ibot_head, before clipping
-    student: StudentOutput
-    teacher: TeacherLogits
+    cls_tokens: Tensor  # [G*B, D] of the student's global crops
+    teacher_cls_logits: Tensor  # [G*B, K]
 
 
 class TrainingStep:
@@ -60,29 +62,29 @@ class TrainingStep:
         loss_masks = batch.masks
         if loss_masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
             loss_masks = batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half):
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half), self._attention():
             teacher = self.networks.teacher.targets(batch.global_crops, loss_masks)
             student: StudentOutput = self._parallel(batch.global_crops, batch.local_crops, batch.masks, loss_masks)
         losses = self.objective(student.logits, teacher, student.cls_tokens, loss_masks, values.teacher_temp)
-        _check_losses(losses, step)
-        losses.total.backward()
+        terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
+        _check_losses(terms, step)
+        with self._attention():
+            losses.total.backward()
         grad_norms = clip_gradients(self.networks.student, self._clip_norm)
         _check_gradients(grad_norms, step)
         set_values(self.optimizer, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        return StepOutput(losses, grad_norms, student, teacher)
+        return StepOutput(terms, grad_norms, student.cls_tokens.detach(), teacher.global_cls)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """On CPU, attention as plain matrix products: the fused kernel's backward took half of a step (LOG.md)."""
+        return sdpa_kernel(SDPBackend.MATH) if self._device_type == "cpu" else nullcontext()
 
 
-def loss_terms(losses: Losses) -> dict[str, Tensor]:
-    """The total and each term by name, detached."""
-    return {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
-
-
-def _check_losses(losses: Losses, step: int) -> None:
-    terms = loss_terms(losses)
-    flags = torch.zeros(world_size(), len(terms), device=losses.total.device)
+def _check_losses(terms: dict[str, Tensor], step: int) -> None:
+    flags = torch.zeros(world_size(), len(terms), device=terms["total"].device)
     flags[rank()] = torch.stack([~torch.isfinite(term) for term in terms.values()]).float()
     broken = all_reduce_sum(flags).cpu()  # every rank must know, or the others would wait for this one
     if broken.any():

@@ -1,0 +1,160 @@
+import datetime
+import hashlib
+import io
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
+from components.data.config import CropConfig, MaskingConfig, StreamConfig
+from components.data.crops import sample_crops
+from components.data.manifest import CURATED_SCHEMA, MANIFEST, write_manifest
+from components.data.shards import ShardWriter
+from components.data.stream import ImageStream, StreamError
+
+NUM_IMAGES = 40
+BROKEN = 3  # of them, where asked for
+CONFIG = StreamConfig(num_workers=0, window_shards=2)
+CROPS = CropConfig(global_size=16, local_size=8, num_local=2)
+
+
+def write_set(folder: Path, *, num_images: int = NUM_IMAGES, broken: int = 0) -> Path:
+    """A curated set of tiles of a photograph, the first `broken` of them cut short."""
+    folder.mkdir(parents=True)
+    photo = Image.fromarray(data.astronaut())
+    encoded = []
+    for number in range(num_images):
+        file = io.BytesIO()
+        left, top = 40 * (number % 10), 40 * (number // 10)
+        photo.crop((left, top, left + 32, top + 32)).save(file, "JPEG")
+        encoded.append(file.getvalue()[:-200] if number < broken else file.getvalue())
+    images = {hashlib.sha256(image).hexdigest(): image for image in encoded}
+    known: dict[str, Any] = {
+        "format": "JPEG", "width": 32, "height": 32, "source": "a", "source_uri": "b", "source_version": "1",
+        "license": "c", "origin": "balanced", "group_id": "",
+        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    }  # fmt: skip
+    rows = []
+    with ShardWriter(folder, 20_480) as writer:
+        for image_id, image in sorted(images.items()):
+            shard, offset, length = writer.add(image_id, "jpg", image)
+            place = {"image_id": image_id, "shard": shard, "offset": offset, "length": length}
+            rows.append({**dict.fromkeys(CURATED_SCHEMA.names), **known, **place})
+    write_manifest(pa.Table.from_pylist(rows, CURATED_SCHEMA), folder / MANIFEST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("stream") / "curated")
+
+
+def plan(**changes: Any) -> BatchPlan:
+    values: dict[str, Any] = {"seed": 0, "batch_size": 8, "patch_size": 4, "crops": CROPS, "masking": MaskingConfig()}
+    return BatchPlan(**(values | changes))
+
+
+def batch(batches: TrainingBatches, step: int) -> Batch:
+    found = batches[step]
+    assert isinstance(found, Batch)
+    return found
+
+
+def test_each_epoch_is_another_permutation(curated):
+    stream = ImageStream(curated, CONFIG, seed=0)
+    epochs = [[stream.row(p) for p in range(e * NUM_IMAGES, (e + 1) * NUM_IMAGES)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = ImageStream(curated, CONFIG, seed=1)
+    assert [other.row(p) for p in range(NUM_IMAGES)] != epochs[0]
+
+
+def test_order_is_a_function_of_the_position(curated):
+    """Asked in any order, by a stream that has read nothing before, a position has the same image."""
+    positions = np.random.default_rng(0).permutation(4 * NUM_IMAGES)
+    stream = ImageStream(curated, CONFIG, seed=0)
+    rows = {int(p): stream.row(int(p)) for p in positions}
+    assert all(ImageStream(curated, CONFIG, seed=0).row(p) == rows[p] for p in range(0, 4 * NUM_IMAGES, 7))
+    assert stream.image_ids(13, 3) == [stream.image(p).image_id for p in (13, 14, 15)]
+
+
+def test_a_window_touches_only_its_shards(curated):
+    stream = ImageStream(curated, StreamConfig(num_workers=0, window_shards=1), seed=0)
+    shards = [stream.shard(position) for position in range(NUM_IMAGES)]
+    changes = sum(a != b for a, b in pairwise(shards))
+    assert len(set(shards)) >= 3
+    assert changes == len(set(shards)) - 1  # one shard after the other
+    wide = ImageStream(curated, StreamConfig(num_workers=0, window_shards=100), seed=0)
+    mixed = [wide.shard(position) for position in range(NUM_IMAGES)]
+    assert sum(a != b for a, b in pairwise(mixed)) > 2 * changes
+
+
+def test_ranks_split_a_step_and_a_run_may_go_on_with_another_number_of_them(curated):
+    stream = ImageStream(curated, CONFIG, seed=0)
+    whole = batch(TrainingBatches(stream, plan()), 5)
+    for num_ranks in (2, 4):
+        parts = [batch(TrainingBatches(stream, plan(rank=r, num_ranks=num_ranks)), 5) for r in range(num_ranks)]
+        for name, crops in (("global_crops", 2), ("local_crops", 2), ("masks", 2)):
+            # Crop-major on every rank: put the ranks side by side within each crop.
+            joined = torch.cat([getattr(part, name).unflatten(0, (crops, -1)) for part in parts], dim=1)
+            assert torch.equal(joined.flatten(0, 1), getattr(whole, name)), name
+
+
+def test_rows_are_crop_major_and_normalised(curated):
+    stream = ImageStream(curated, CONFIG, seed=0)
+    made = batch(TrainingBatches(stream, plan(masking=None)), 0)
+    assert made.global_crops.shape == (16, 3, 16, 16)
+    assert made.local_crops.shape == (16, 3, 8, 8)
+    assert made.masks is None
+    third = sample_crops(stream.image(3).image, CROPS, 0, 3)
+    for g in (0, 1):
+        np.testing.assert_array_equal(made.global_crops[g * 8 + 3].permute(1, 2, 0), third.global_crops[g])
+    normal = made.normalize(torch.device("cpu"))
+    value = (made.global_crops[0, 1, 2, 3].item() / 255 - 0.456) / 0.224
+    assert float(normal.global_crops[0, 1, 2, 3]) == pytest.approx(value, rel=1e-6)
+
+
+def test_number_of_workers_changes_nothing(curated):
+    batches = TrainingBatches(ImageStream(curated, CONFIG, seed=0), plan())
+    alone = list(iterate_batches(batches, CONFIG, range(3, 8)))
+    helped = list(iterate_batches(batches, StreamConfig(num_workers=2, window_shards=2), range(3, 8)))
+    assert len(alone) == len(helped) == 5
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.global_crops, b.global_crops)
+        assert torch.equal(a.masks, b.masks)
+
+
+def test_bad_images_are_replaced_named_and_counted(tmp_path):
+    folder = write_set(tmp_path / "curated", broken=BROKEN)
+    stream = ImageStream(folder, CONFIG, seed=0)
+    bad = {}
+    for position in range(NUM_IMAGES):
+        found = stream.image(position)
+        if found.skipped:
+            following = position + len(found.skipped)
+            assert found.image_id == stream.image_ids(following, 1)[0]
+        bad |= {item.image_id: item.reason for item in found.skipped}
+    assert len(bad) == BROKEN
+    assert all("truncated" in reason for reason in bad.values())
+    batches = TrainingBatches(stream, plan())
+    assert len(list(iterate_batches(batches, StreamConfig(num_workers=0, max_bad_images=BROKEN), range(5)))) == 5
+    for workers in (0, 1):
+        strict = StreamConfig(num_workers=workers, max_bad_images=BROKEN - 1)
+        with pytest.raises(StreamError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
+            list(iterate_batches(batches, strict, range(5)))
+
+
+def test_refuses_too_few_images(tmp_path):
+    stream = ImageStream(write_set(tmp_path / "few", num_images=5), CONFIG, seed=0)
+    with pytest.raises(StreamError, match="has 5 images, fewer than one batch of 8: lower batch_size, or ingest more"):
+        TrainingBatches(stream, plan())
+    write_manifest(CURATED_SCHEMA.empty_table(), tmp_path / "none" / MANIFEST)
+    with pytest.raises(StreamError, match="no images to train on"):
+        ImageStream(tmp_path / "none", CONFIG, seed=0)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import Tensor
+
+from components.model.config import HeadConfig, ViTConfig
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+from components.training.networks import Network, distillation, self_distillation
+
+
+def network(seed: int, dim: int = 16) -> Network:
+    torch.manual_seed(seed)
+    shape = ViTConfig(patch_size=8, dim=dim, depth=2, num_heads=2, num_registers=1, image_size=16, drop_path=0.5)
+    head = HeadConfig(num_prototypes=12, hidden_dim=8, bottleneck_dim=4)
+    return Network(VisionTransformer(shape), {name: ProjectionHead(dim, head) for name in ("dino", "ibot")})
+
+
+@pytest.fixture
+def crops() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    masks = torch.tensor([[True, False, True, False], [False] * 4])
+    return torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8), masks
+
+
+def test_student_sees_masked_global_crops_and_teacher_whole_ones(crops):
+    global_crops, local_crops, masks = crops
+    model = network(1).eval()
+    seen = model.backbone(global_crops, masks)
+    output = model(global_crops, local_crops, masks, masks)
+    torch.testing.assert_close(output.cls_tokens, seen.cls_token)
+    torch.testing.assert_close(output.logits.global_cls, model.dino_head(seen.cls_token))
+    torch.testing.assert_close(output.logits.local_cls, model.dino_head(model.backbone(local_crops).cls_token))
+    hidden = torch.stack([seen.patch_tokens[0, 0], seen.patch_tokens[0, 2]])
+    torch.testing.assert_close(output.logits.masked_patches, model.ibot_head(hidden))
+    whole = model.backbone(global_crops)
+    targets = model.targets(global_crops, masks)
+    torch.testing.assert_close(targets.global_cls, model.dino_head(whole.cls_token).detach())
+    torch.testing.assert_close(targets.masked_patches, model.ibot_head(whole.patch_tokens[masks]).detach())
+    assert not targets.global_cls.requires_grad
+
+
+def test_no_local_crops_and_nothing_masked(crops):
+    output = network(1)(crops[0], crops[1][:0], None, torch.zeros(2, 4, dtype=torch.bool))
+    assert output.logits.local_cls.shape == output.logits.masked_patches.shape == (0, 12)
+
+
+def test_average_follows_the_student():
+    networks = self_distillation(network(1))
+    assert networks.teacher is networks.ema
+    before = [p.clone() for p in networks.ema.parameters()]
+    with torch.no_grad():
+        for parameter in networks.student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    networks.ema.follow(networks.student, 0.75)
+    for old, new, theirs in zip(before, networks.ema.parameters(), networks.student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * theirs)
+        assert not new.requires_grad
+    assert networks.student.training
+    assert not networks.ema.training  # the teacher drops no paths
+
+
+def test_distillation_keeps_teacher_and_average_apart():
+    networks = distillation(network(1, dim=8), network(2))
+    assert networks.teacher is not networks.ema
+    assert networks.ema.backbone.config.dim == 8
+    assert not any(p.requires_grad for p in networks.teacher.parameters())
+    trained = {name for name, p in networks.student.named_parameters() if p.requires_grad}
+    assert set(dict(networks.student.named_parameters())) - trained == {"backbone.mask_token"}

@@ -1,0 +1,220 @@
+"""Pretrain, adapt and distill as `python -m components` calls them, on real photographs."""
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from components.adaptation import stage as adaptation
+from components.adaptation.config import AdaptConfig
+from components.core.config import ConfigError, validate
+from components.core.storage import sha256_file
+from components.distillation import stage as distillation
+from components.distillation.config import DistillConfig
+from components.model.export import load_backbone, load_heads
+from components.pretraining import stage as pretraining
+from components.pretraining.config import PretrainConfig
+from components.training.parallelize import EXIT_INTERRUPTED, RankError
+
+RUN = """
+import json, logging, sys
+from pathlib import Path
+import torch
+from components.pretraining.config import PretrainConfig
+from components.pretraining.stage import run
+logging.basicConfig(level=logging.INFO)
+torch.set_num_threads(1)
+run(PretrainConfig.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), seed=0)
+"""
+
+
+def digest(folder: Path) -> list[str]:
+    return [sha256_file(folder / name) for name in ("model.safetensors", "heads.safetensors")]
+
+
+def read_losses(path: Path) -> list[float]:
+    with path.open(newline="") as file:
+        return [float(row["loss_total"]) for row in csv.DictReader(file)]
+
+
+def test_pretrain_adapt_distill(workspace, curated, pretrain_values, tiny, backbone):
+    config = validate(PretrainConfig, pretrain_values(), "test")
+    figures = pretraining.run(config, workspace, seed=0)
+    assert (figures["steps"], figures["images_seen"]) == (6, 48)
+    folder = workspace / "models" / "pretrained"
+    provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    assert provenance["dataset_sha256"] == hashlib.sha256((curated / "manifest.parquet").read_bytes()).hexdigest()
+    assert (provenance["seed"], provenance["steps"], provenance["images_seen"]) == (0, 6, 48)
+    assert provenance["config"] == config.model_dump(mode="json")
+    report = workspace / "reports" / "pretrain"
+    assert len(read_losses(report / "loss.csv")) == 6
+    for name in ("crops.jpg", "pca.jpg"):
+        assert min(Image.open(report / name).size) > 100
+    assert list((workspace / ".pedigree" / "checkpoints").iterdir()) == []  # deleted: the outputs stand
+
+    larger = tiny(
+        steps=2, crops={"global_size": 48, "local_size": 24, "num_local": 2}, teacher={"temp_warmup_steps": 0}
+    )
+    adaptation.run(validate(AdaptConfig, larger, "test"), workspace, seed=0)
+    adapted = workspace / "models" / "adapted"
+    assert json.loads((adapted / "config.json").read_text())["provenance"]["initial_weights_sha256"]
+    assert digest(adapted) != digest(folder)
+    assert load_backbone(adapted).config == config.backbone
+    # A few steps from the pretrained weights, not from new ones.
+    start, end = (load_backbone(path).pos_embed.detach() for path in (folder, adapted))
+    assert 0 < float((start - end).abs().max()) < 0.2 * float(start.abs().max())
+
+    students = {"small": {"backbone": backbone | {"dim": 16}}, "other": {"backbone": backbone}}
+    distilled = validate(DistillConfig, tiny(students=students), "test")
+    before = digest(adapted)
+    distillation.run(distilled, workspace, seed=0, student="small")
+    assert digest(adapted) == before
+    small = workspace / "models" / "students" / "small"
+    assert load_backbone(small).config.dim == 16
+    assert {n: h.config for n, h in load_heads(small).items()} == {n: h.config for n, h in load_heads(adapted).items()}
+    assert (workspace / "reports" / "distill" / "small" / "loss.csv").exists()
+    provenance = json.loads((small / "config.json").read_text())["provenance"]
+    assert set(provenance["config"]["students"]) == {"small"}
+    assert provenance["teacher_sha256"]
+
+    with pytest.raises(ValueError, match=r"no student 'tall' in distill\.students; there are: small, other"):
+        distillation.run(distilled, workspace, seed=0, student="tall")
+    patch16 = tiny(students={"big": {"backbone": backbone | {"patch_size": 16}}})
+    with pytest.raises(ValueError, match="patch_size is 16, the teacher's is 8"):
+        distillation.run(validate(DistillConfig, patch16, "test"), workspace, seed=0, student="big")
+
+
+def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, backbone):
+    pretraining.run(validate(PretrainConfig, pretrain_values(), "test"), workspace, seed=0)
+    pretrained = workspace / "models" / "pretrained"
+    (workspace / "models" / "adapted").symlink_to(pretrained)
+    optimizer = {"base_lr": 0.02, "warmup_steps": 3, "freeze_last_layer_steps": 0}
+    values = tiny(steps=40, students={"s": {"backbone": backbone}}, optimizer=optimizer, ema={"momentum_start": 0.5})
+    distillation.run(validate(DistillConfig, values, "test"), workspace, seed=0, student="s")
+    losses = read_losses(workspace / "reports" / "distill" / "s" / "loss.csv")
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+
+
+def start_run(values: dict, workspace: Path) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", RUN, json.dumps(values), str(workspace)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workspace: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(workspace.glob(f".pedigree/checkpoints/*/step_{step}")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretrain_values, tmp_path_factory):
+    """SIGKILL in the middle, then SIGTERM, then to the end: the weights are those of an uninterrupted run."""
+    values = pretrain_values(steps=80, checkpoint_every_steps=4)
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "data").mkdir()
+    (whole / "data" / "curated").symlink_to(curated)
+    pretraining.run(validate(PretrainConfig, values, "test"), whole, seed=0)
+
+    killed = start_run(values, workspace)
+    wait_for_step(workspace, 8, killed)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (workspace / "models").exists()
+
+    stopped = start_run(values, workspace)
+    wait_for_step(workspace, 20, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    log = stopped.stderr.read()
+    assert stopped.wait() == EXIT_INTERRUPTED, log
+    assert "resumed after" in log
+    assert "start it again to go on" in log
+
+    pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
+    assert digest(workspace / "models" / "pretrained") == digest(whole / "models" / "pretrained")
+    reports = [folder / "reports" / "pretrain" / "loss.csv" for folder in (workspace, whole)]
+    assert read_losses(reports[0]) == read_losses(reports[1])  # no row twice, none missing
+
+
+def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory):
+    """Same global batch, same steps. KoLeo's neighbours are sought on each rank, so it is left out."""
+    backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
+    values = pretrain_values(steps=4, objective={"koleo_weight": 0.0}, backbone=backbone)
+    pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
+    two = tmp_path_factory.mktemp("two")
+    (two / "data").mkdir()
+    (two / "data" / "curated").symlink_to(curated)
+    figures = pretraining.run(validate(PretrainConfig, values | {"num_processes": 2}, "test"), two, seed=0)
+    assert figures["steps"] == 4
+    reports = [folder / "reports" / "pretrain" / "loss.csv" for folder in (workspace, two)]
+    np.testing.assert_allclose(read_losses(reports[0]), read_losses(reports[1]), rtol=2e-5)
+    one, other = (load_file(f / "models" / "pretrained" / "model.safetensors") for f in (workspace, two))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_rank_that_fails_says_why(workspace, pretrain_values):
+    values = pretrain_values(batch_size=96, num_processes=2)
+    with pytest.raises(RankError, match=r"rank . of 2: .*the curated set has 48 images, fewer than one batch of 96"):
+        pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"base_lr": -1.0}}, "optimizer.base_lr: Input should be greater than 0 (given: -1.0)"),
+        ({"optimizer": {"warmup_steps": 9}}, "optimizer.warmup_steps is 9, more than the 6 steps of the run"),
+        ({"crops": {"global_size": 36, "local_size": 16}}, "crops.global_size 36 is not a multiple of backbone.patch"),
+        ({"num_processes": 3}, "batch_size 8 is not a multiple of num_processes 3; use for example 9"),
+        ({"num_processes": 8}, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs"),
+        ({"teacher": {"temp_start": 0.08, "temp_warmup_steps": 3}}, "temp_start 0.08 is above temp_end 0.07"),
+        ({"teacher": {"temp_start": 0.0}}, "teacher.temp_start: Input should be greater than 0"),
+        ({"ema": {"momentum_start": 1.5}}, "ema.momentum_start: Input should be less than or equal to 1"),
+        ({"step": 10}, "step: unknown key; did you mean 'steps'?"),
+    ],
+)  # fmt: skip
+def test_refuses(pretrain_values, changes, message):
+    with pytest.raises(ConfigError) as error:
+        validate(PretrainConfig, pretrain_values(**changes), "params.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("students", "message"),
+    [
+        ({}, "students: Dictionary should have at least 1 item"),
+        ({"teacher": {}}, "'teacher' cannot name a student"),
+        ({"A/B": {}}, "'A/B' cannot name a student"),
+        ({"s": {"backbone": {"drop_path": 0.1}}}, "backbone.drop_path is 0.1; distillation trains whole depth: use 0"),
+        (
+            {"s": {"backbone": {"patch_size": 16, "image_size": 224}}},
+            "students.s: crops.local_size 98 is not a multiple",
+        ),
+    ],
+)
+def test_distill_refuses(students, message):
+    with pytest.raises(ConfigError) as error:
+        validate(DistillConfig, {"students": students}, "params.yaml")
+    assert message in str(error.value)
+
+
+def test_defaults_are_the_papers():
+    """The paper's own values are legal, and the published numbers come out of them."""
+    config = PretrainConfig()
+    assert (config.steps, config.batch_size, config.backbone.depth, config.dino_head.num_prototypes) == (
+        625_000, 3_072, 24, 131_072,
+    )  # fmt: skip
+    assert AdaptConfig().crops.global_size == 518
+    assert DistillConfig(students={"s": {}}).batch_size == 2_048  # pyright: ignore[reportArgumentType]
