@@ -6,12 +6,14 @@ seeded by (seed, step or position, rank); nor is the stream's position, which is
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,28 @@ def run_key(stage: str, config: TrainingConfig, facts: Mapping[str, Any]) -> str
     """
     what = {"stage": stage, "config": config.model_dump(mode="json", exclude=SPEED_ONLY), "facts": dict(facts)}  # pyright: ignore[reportArgumentType]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def only_trainer(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that a process that outlived its supervisor and its successor do not both write there.
+
+    Raises:
+        CheckpointError: another process trains the same run.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another process is training this very run; wait for it, or end it and start again"
+            ) from None
+        yield
 
 
 class Checkpoints:

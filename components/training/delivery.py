@@ -14,7 +14,7 @@ from components.core.distributed import barrier, rank
 from components.core.storage import sha256_dir, write_json
 from components.data.batch import TrainingBatches
 from components.model.export import save_weights
-from components.training.checkpoint import Checkpoints, run_key
+from components.training.checkpoint import Checkpoints, only_trainer, run_key
 from components.training.loop import Job, train
 from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
 
@@ -51,24 +51,25 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         "git_commit": _git_commit(delivery.root),
         "run_key": key,
     }
-    if rank() == 0:
-        write_json(folder / "config.json", provenance)
-        logger.info("%s: %s", job.name, json.dumps(provenance, sort_keys=True))
-    images = sample_images(job.stream, job.config.crops.global_size)
-    before = pca_colors(job.networks.ema.backbone, images)
-    _draw_first_batch(job, delivery.report)
+    with only_trainer(folder):
+        if rank() == 0:
+            write_json(folder / "config.json", provenance)
+            logger.info("%s: %s", job.name, json.dumps(provenance, sort_keys=True))
+        images = sample_images(job.stream, job.config.crops.global_size)
+        before = pca_colors(job.networks.ema.backbone, images)
+        _draw_first_batch(job, delivery.report)
 
-    rows = train(job, folder)
+        rows = train(job, folder)
 
-    if rank() == 0:
-        steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
-        provenance |= {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-        save_weights(delivery.weights, job.networks.ema.backbone, job.networks.ema.heads, provenance)
-        after = pca_colors(job.networks.ema.backbone, images)
-        save_picture(draw_pca(images, [before, after]), delivery.report / "pca.jpg")
-        shutil.copyfile(folder / "loss.csv", delivery.report / "loss.csv")
-        Checkpoints(folder).remove()
-    barrier()
+        if rank() == 0:
+            steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
+            provenance |= {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
+            save_weights(delivery.weights, job.networks.ema.backbone, job.networks.ema.heads, provenance)
+            after = pca_colors(job.networks.ema.backbone, images)
+            save_picture(draw_pca(images, [before, after]), delivery.report / "pca.jpg")
+            shutil.copyfile(folder / "loss.csv", delivery.report / "loss.csv")
+            Checkpoints(folder).remove()
+        barrier()
     return _figures(job, rows)
 
 

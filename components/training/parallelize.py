@@ -92,7 +92,7 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
 
 def _started_rank(level: int, num_processes: int, stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     first = os.environ["RANK"] == "0"
-    logging.basicConfig(level=level if first else logging.WARNING)
+    logging.basicConfig(level=level if first else logging.WARNING, format="%(message)s")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
     return _as_rank(stage, *args)
 

@@ -78,7 +78,7 @@ class TrainingStep:
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
         return StepOutput(terms, grad_norms, student.cls_tokens.detach(), teacher.global_cls)
 
-    def _attention(self) -> AbstractContextManager[None]:
+    def _attention(self) -> AbstractContextManager[object]:
         """On CPU, attention as plain matrix products: the fused kernel's backward took half of a step (LOG.md)."""
         return sdpa_kernel(SDPBackend.MATH) if self._device_type == "cpu" else nullcontext()
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from components.data.batch import Batch
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
-from components.training.checkpoint import CheckpointError, Checkpoints, run_key
+from components.training.checkpoint import CheckpointError, Checkpoints, only_trainer, run_key
 from components.training.config import TrainingConfig
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
@@ -105,3 +107,23 @@ def test_key_changes_with_what_determines_the_result_only():
         key(facts={"seed": 1}), key(precision="float32"),
     }  # fmt: skip
     assert len(others | {same}) == 7
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_never_train_the_same_run(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process is training this very run"), only_trainer(tmp_path):
+            pass
+        holder.communicate()
+    with only_trainer(tmp_path):  # it ended: the run is free again
+        pass
