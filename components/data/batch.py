@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step, rank, number of ranks), and all ranks
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,7 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     if config.num_workers:
         # Forked: a worker starts at once, without a second import of torch; it uses neither threads nor the device.
         options = {"num_workers": config.num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+        options["worker_init_fn"] = _leave_stopping_to_the_trainer
     loader = DataLoader(batches, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available(), **options)
     bad: dict[str, BadImage] = {}
     for batch in loader:
@@ -124,6 +126,11 @@ def to_input(crops: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=crops.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=crops.device).view(3, 1, 1)
     return (crops.float() / 255 - mean) / std
+
+
+def _leave_stopping_to_the_trainer(_worker: int) -> None:
+    """Ignore SIGTERM, which may go to the whole process group: the trainer still has a step to finish and save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack(crops: list[np.ndarray]) -> Tensor:

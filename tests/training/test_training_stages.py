@@ -109,7 +109,7 @@ def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, b
 def start_run(values: dict, workspace: Path) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", RUN, json.dumps(values), str(workspace)]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for_step(workspace: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -134,9 +134,10 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretra
     assert killed.wait() == -signal.SIGKILL
     assert not (workspace / "models").exists()
 
-    stopped = start_run(values, workspace)
+    # With a worker process, which changes nothing, and which the signal to the group reaches too.
+    stopped = start_run(values | {"stream": {"num_workers": 1, "window_shards": 2}}, workspace)
     wait_for_step(workspace, 20, stopped)
-    stopped.send_signal(signal.SIGTERM)
+    os.killpg(stopped.pid, signal.SIGTERM)
     log = stopped.stderr.read()
     assert stopped.wait() == EXIT_INTERRUPTED, log
     assert "resumed after" in log
