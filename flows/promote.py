@@ -22,16 +22,19 @@ def promote(
     the alias `champion`; the champion before becomes `previous`. Run it again after a crash: it finishes the rest.
 
     Examples:
-    pedigree promote demo@latest --reason "kNN 0.81, champion 0.78"
-    pedigree promote demo-small/3 --reason "half the latency, same kNN" --json
+      pedigree promote demo@latest --reason "kNN 0.81, champion 0.78"
+
+      pedigree promote demo-small/3 --reason "half the latency, same kNN" --json
     """
+    from components.core.storage import StorageError
+    from components.core.tracking import TrackingError
     from components.lineage.audit_log import AuditError
     from components.registry import promote as promotion
     from components.registry.publish import RegistryError
 
     try:
         done = promotion.promote(reference, reason)
-    except (RegistryError, AuditError) as error:
+    except (RegistryError, AuditError, StorageError, TrackingError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     if as_json:

@@ -30,9 +30,11 @@ def trace(
     Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
 
     Examples:
-    pedigree trace demo@champion
-    pedigree trace demo-candidates@latest
-    pedigree trace demo/3 --json | jq '.. | objects | select(.kind == "source")'
+      pedigree trace demo@champion
+
+      pedigree trace demo-candidates@latest
+
+      pedigree trace demo/3 --json | jq '.. | objects | select(.kind == "source")'
     """
     from components.lineage import trace as tracing
 

@@ -14,14 +14,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import boto3
-from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
+
+from components.core.storage import s3_client, s3_errors
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
 GENESIS = "0" * 64
@@ -32,7 +31,7 @@ RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
 
 
 class AuditError(RuntimeError):
-    """The audit log cannot be reached, or it is not what it was; the message names the bucket or the entry."""
+    """The audit log is not what it was, or cannot keep what is written to it; the message names the entry or bucket."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,8 @@ class AuditLog:
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        self._client: Any = boto3.client(
-            "s3", config=ClientConfig(connect_timeout=5, read_timeout=30, retries={"mode": "standard"})
-        )
+        self._place = f"audit log s3://{bucket}"
+        self._client = s3_client()
         self._owner_retains: bool | None = None
 
     @classmethod
@@ -91,7 +89,8 @@ class AuditLog:
         """Write `event` at the end of its model's chain, after the chain before it has been verified.
 
         Raises:
-            AuditError: the chain is broken, the bucket keeps nothing locked, or S3 refuses.
+            AuditError: the chain is broken, or the bucket keeps nothing locked.
+            StorageError: S3 refuses or does not answer; the same for `read`.
         """
         lock = self._lock()
         for _ in range(ATTEMPTS):
@@ -135,7 +134,7 @@ class AuditLog:
     def _objects(self, prefix: str) -> list[tuple[str, str]]:
         """(key, version id) of every object, in order; a second version or a delete marker is tampering."""
         found: dict[str, str] = {}
-        with self._errors():
+        with s3_errors(self._place):
             for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
                 for marker in page.get("DeleteMarkers", []):
                     raise self._broken(marker["Key"], f"deleted on {marker['LastModified']:%Y-%m-%d %H:%M:%S}")
@@ -146,13 +145,13 @@ class AuditLog:
         return sorted(found.items())
 
     def _get(self, key: str, version: str) -> bytes:
-        with self._errors():
+        with s3_errors(self._place):
             return self._client.get_object(Bucket=self.bucket, Key=key, VersionId=version)["Body"].read()
 
     def _put(self, entry: Entry, lock: Mapping[str, Any]) -> bool:
         """Write the object unless the key is taken; taken by these very bytes (a resent request) counts as written."""
         key, body = _key(entry.name, entry.sequence), _canonical(dataclasses.asdict(entry))
-        with self._errors():
+        with s3_errors(self._place):
             try:
                 self._client.put_object(
                     Bucket=self.bucket, Key=key, Body=body, ContentType="application/json", IfNoneMatch="*", **lock
@@ -173,23 +172,22 @@ class AuditLog:
     def _lock(self) -> dict[str, Any]:
         """What a put must say so that its object is locked: nothing, where the bucket has a default retention."""
         if self._owner_retains is None:
-            with self._errors():
-                answer = self._client.get_object_lock_configuration(Bucket=self.bucket)["ObjectLockConfiguration"]
-            self._owner_retains = "DefaultRetention" in answer.get("Rule", {})
+            self._owner_retains = "DefaultRetention" in self._lock_configuration().get("Rule", {})
         if self._owner_retains:
             return {}
         until = datetime.datetime.now(datetime.UTC) + RETENTION
         return {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": until}
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (ClientError, BotoCoreError) as error:
-            if isinstance(error, ClientError) and error.response["Error"]["Code"] == NO_LOCK:
-                message = "has no object lock, so an event could be deleted; make the audit bucket with object lock"
-                raise AuditError(f"s3://{self.bucket} {message}") from error
-            raise AuditError(f"audit log s3://{self.bucket}: {str(error).splitlines()[0]}") from error
+    def _lock_configuration(self) -> dict[str, Any]:
+        with s3_errors(self._place):
+            try:
+                return self._client.get_object_lock_configuration(Bucket=self.bucket)["ObjectLockConfiguration"]
+            except ClientError as error:
+                if error.response["Error"]["Code"] != NO_LOCK:
+                    raise
+        raise AuditError(
+            f"s3://{self.bucket} has no object lock, so an event could be deleted; make the audit bucket with one"
+        )
 
 
 def _next_entry(event: Event, before: Entry | None) -> Entry:

@@ -17,6 +17,7 @@ from components.lineage.record import Record, RecordError, folder_id, git
 CURATED = "data/curated"
 POOL = "data/pool"
 EVALUATION = "data/evaluation"
+OUTPUTS = ("dvc.lock", "params.yaml", "reports")  # what a run writes into files that git tracks
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -59,7 +60,7 @@ class Origin:
         weights_path: folder of the weights in the workspace.
         weights_dvc: its DVC id in `dvc.lock`, which was checked against the bytes.
         weights_sha256: of model.safetensors.
-        dirty: tracked files other than `dvc.lock` and `params.yaml` (whose values are in it) differed from the commit.
+        dirty: tracked files that no run writes (`OUTPUTS`) differed from the commit.
     """
 
     commit: str
@@ -108,7 +109,7 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
     return Origin(
         commit=commit,
         branch=git(root, "branch", "--show-current") or "(none)",
-        dirty=bool(git(root, "status", "--porcelain", "-uno", "--", ".", ":!dvc.lock", ":!params.yaml")),
+        dirty=bool(git(root, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in OUTPUTS))),
         lock_sha256=record.lock_sha256(),
         weights_path=weights_path,
         weights_dvc=weights_dvc,

@@ -7,20 +7,15 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
-import boto3
-from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError, ClientError
-
+from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
 from components.lineage.record import file_md5
 
 BUCKET_VARIABLE = "PEDIGREE_DATA_BUCKET"
 
 
 class RemoteError(RuntimeError):
-    """The remote does not answer, or has no such object; the message names the object."""
+    """The repository names no remote that can be read."""
 
 
 class Remote:
@@ -36,14 +31,12 @@ class Remote:
     def __init__(self, url: str | None) -> None:
         bucket = os.environ.get(BUCKET_VARIABLE)
         self.url = url or (f"s3://{bucket}" if bucket else "")
-        parsed = urlparse(self.url)
-        if parsed.scheme != "s3" or not parsed.netloc:
-            raise RemoteError(
-                f"DVC remote {self.url or '(none)'}: not on S3; set it in .dvc/config or {BUCKET_VARIABLE}"
-            )
-        self._bucket, self._prefix = parsed.netloc, parsed.path.strip("/")
-        config = ClientConfig(connect_timeout=5, retries={"mode": "standard"}, max_pool_connections=16)
-        self._client: Any = boto3.client("s3", config=config)
+        try:
+            self._bucket, self._prefix = split_s3_uri(self.url)
+        except ValueError:
+            where = f"set it in .dvc/config or {BUCKET_VARIABLE}"
+            raise RemoteError(f"DVC remote {self.url or '(none)'}: not on S3; {where}") from None
+        self._client = s3_client()
 
     def address(self, dvc_id: str) -> str:
         """S3 address of an object by its md5 (`<md5>` or `<md5>.dir`)."""
@@ -55,15 +48,13 @@ class Remote:
 
     def read(self, dvc_id: str) -> bytes:
         """Bytes of an object."""
-        try:
+        with s3_errors(self.address(dvc_id)):
             return self._client.get_object(Bucket=self._bucket, Key=self._key(dvc_id))["Body"].read()
-        except (ClientError, BotoCoreError) as error:
-            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
 
     def missing(self, dvc_ids: Iterable[str]) -> list[str]:
         """Those of the objects that are not there."""
         wanted = list(dvc_ids)
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(10) as pool:
             there = list(pool.map(self._exists, wanted))
         return [dvc_id for dvc_id, found in zip(wanted, there, strict=True) if not found]
 
@@ -74,13 +65,10 @@ class Remote:
 
     def _exists(self, dvc_id: str) -> bool:
         try:
-            self._client.head_object(Bucket=self._bucket, Key=self._key(dvc_id))
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return False
-            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
-        except BotoCoreError as error:
-            raise RemoteError(f"{self.address(dvc_id)}: {str(error).splitlines()[0]}") from error
+            with s3_errors(self.address(dvc_id)):
+                self._client.head_object(Bucket=self._bucket, Key=self._key(dvc_id))
+        except MissingInStorageError:
+            return False
         return True
 
     def _key(self, dvc_id: str) -> str:

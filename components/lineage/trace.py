@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
 from components.lineage.record import Record, RecordError, git, upstream
@@ -149,7 +150,7 @@ class _Tracer:
         name = node.name.rsplit("/", 1)[0]
         try:
             entries = AuditLog.from_environment().read(name)
-        except AuditError as error:
+        except (AuditError, StorageError) as error:
             node.missing.append(str(error))
             return []
         about = [e for e in entries if e.subject == node.name]
@@ -313,7 +314,7 @@ class _LockTrace:
                 return
             md5 = files["manifest.parquet"]
             manifest = remote.file(self.record.root / node.name, "manifest.parquet", md5)
-        except (RemoteError, ValueError, KeyError) as error:
+        except (RemoteError, StorageError, ValueError, KeyError) as error:
             node.missing.append(str(error))
             return
         node.facts["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()

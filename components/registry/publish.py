@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from components.core.storage import sha256_file
-from components.core.tracking import flatten_numbers
+from components.core.tracking import TrackingError, flatten_numbers
 from components.lineage.origin import Origin, Tag
 
 SOURCE = Path(__file__).parents[2]
@@ -46,6 +48,7 @@ CODE = (
 )
 REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow")
 WEIGHTS = ("model.safetensors", "config.json")
+SILENT = re.compile("Max retries exceeded|API request to .* failed")
 META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
 
 
@@ -87,20 +90,24 @@ def registry_client() -> MlflowClient:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise RegistryError("MLFLOW_TRACKING_URI is not set: a model is registered on a server; run `pedigree up`")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seven tries, else: minutes
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each copied file, else
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     return MlflowClient(tracking_uri=uri)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what MLflow and its transport raise into a RegistryError of one line."""
+    """Turn what MLflow raises into one line: TrackingError when it does not answer, else RegistryError."""
     import requests
 
     try:
         yield
     except (MlflowException, requests.exceptions.RequestException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, requests.exceptions.RequestException) or SILENT.search(first):
+            raise TrackingError(f"MLflow at {mlflow.get_tracking_uri()} does not answer; `pedigree status`") from error
         raise RegistryError(f"MLflow at {mlflow.get_tracking_uri()}: {first}") from error
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import boto3
-from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
+from components.core.storage import s3_client, s3_errors
 from components.registry.publish import RegistryError
 
 BUCKET_VARIABLE = "PEDIGREE_MODELS_BUCKET"
@@ -34,7 +31,7 @@ class Released:
                 f"{BUCKET_VARIABLE} is not set: name the bucket of released models, or run `pedigree up`"
             )
         self.bucket = bucket
-        self._client: Any = boto3.client("s3", config=ClientConfig(connect_timeout=5, retries={"mode": "standard"}))
+        self._client = s3_client()
 
     def copy_in(self, folder: Path, files: Mapping[str, str], name: str, digest: str) -> str:
         """Write the files under `released/<name>/<digest>/` and return that URI; what is there already is compared.
@@ -46,12 +43,13 @@ class Released:
             digest: of the whole model.
 
         Raises:
-            RegistryError: S3 refuses, or holds other bytes there.
+            RegistryError: S3 holds other bytes there.
+            StorageError: S3 refuses or does not answer.
         """
         prefix = f"released/{name}/{digest}"
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda path: self._put(folder / path, f"{prefix}/{path}", files[path]), files))
-        with self._errors():
+        with s3_errors(f"s3://{self.bucket}/{prefix}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
             found = {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
         if found != set(files):
@@ -61,7 +59,7 @@ class Released:
     def _put(self, file: Path, key: str, sha256: str) -> None:
         if file.stat().st_size > MAX_PUT_BYTES:
             raise RegistryError(f"{file.name}: more than 5 GiB in one file; export the weights in parts")
-        with self._errors():
+        with s3_errors(f"s3://{self.bucket}/{key}"):
             try:
                 with file.open("rb") as body:
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=body, IfNoneMatch="*")
@@ -78,10 +76,3 @@ class Released:
         for chunk in self._client.get_object(Bucket=self.bucket, Key=key)["Body"].iter_chunks(1024**2):
             digest.update(chunk)
         return digest.hexdigest()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (ClientError, BotoCoreError) as error:
-            raise RegistryError(f"released models s3://{self.bucket}: {str(error).splitlines()[0]}") from error

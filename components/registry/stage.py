@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from components.core import tracking
-from components.core.storage import sha256_file, write_json
+from components.core.storage import sha256_file
 from components.data.manifest import ManifestError, read_manifest
 from components.data.shards import ShardReader
 from components.lineage.origin import CURATED, WEIGHTS_FILE, DataVersion, Origin, Tag, collect_origin
@@ -27,7 +27,6 @@ PRETRAINED = "models/pretrained"
 TEACHER = "models/adapted"
 STUDENTS = "models/students"
 SUMMARY = "summary.html"
-REGISTERED = "reports/register/registered.json"
 
 
 def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, Any]:
@@ -54,9 +53,7 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
         for folder in sorted(p for p in (root / STUDENTS).glob("[!.]*") if p.is_dir()):
             path = f"{STUDENTS}/{folder.name}"
             done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, parent)
-    result = {item: _summary(version) for item, version in done.items()}
-    write_json(root / REGISTERED, result)
-    return result
+    return {item: _summary(version) for item, version in done.items()}
 
 
 class _Register:
@@ -78,13 +75,17 @@ class _Register:
             log_inputs(origin)
             self.inputs_logged = True
         weights = self.root / path
+        backbone = json.loads((weights / "config.json").read_text())["backbone"]
+        if self.config.resolution % backbone["patch_size"]:
+            given, patch = self.config.resolution, backbone["patch_size"]
+            raise RegistryError(f"register.resolution {given}: must be a multiple of the patch size of {path}, {patch}")
         evaluation = _evaluation(self.root, item)
         validation = _validation(self.root, origin)
         facts = CardFacts(
             name=name,
             origin=origin,
             parent=parent,
-            backbone=json.loads((weights / "config.json").read_text())["backbone"],
+            backbone=backbone,
             curated=self.curated,
             validation=validation,
             evaluation=evaluation,

@@ -96,8 +96,9 @@ def case(stack, tmp_path_factory) -> Case:
     prefix = f"trace-{uuid.uuid4().hex[:10]}"
     sh(root, "git", "init", "-q", "-b", "runs/one")
     dvc(root, "init", "-q")
-    dvc(root, "remote", "add", "-q", "-d", "storage", f"s3://{os.environ['PEDIGREE_DATA_BUCKET']}/{prefix}")
-    dvc(root, "remote", "modify", "-q", "--local", "storage", "endpointurl", os.environ["AWS_ENDPOINT_URL"])
+    url, endpoint = f"s3://{os.environ['PEDIGREE_DATA_BUCKET']}/{prefix}", os.environ["AWS_ENDPOINT_URL"]
+    (root / ".dvc/config").write_text(f"[core]\n    remote = s\n['remote \"s\"']\n    url = {url}\n")
+    (root / ".dvc/config.local").write_text(f"['remote \"s\"']\n    endpointurl = {endpoint}\n")
     files(root)
     dvc(root, "add", "-q", "data/pool/photos/ab12")
     sh(root, "git", "add", ".")

@@ -6,10 +6,11 @@ import datetime
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import uuid
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ from components.lineage.record import folder_id
 from components.model.config import ViTConfig
 from components.model.export import save_weights
 from components.model.vit import VisionTransformer
+from components.registry import stage
+from components.registry.config import RegisterConfig
 
 PATCH = 7
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
@@ -95,9 +98,7 @@ def commit(root: Path, message: str) -> None:
     git(root, "commit", "-q", "-m", message)
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    root = tmp_path / "workspace"
+def make_workspace(root: Path) -> None:
     write_data(root / "data/pool/photos/ab12", curated=False)
     (root / "data/pool/photos/ab12/summary.html").write_text("<!doctype html>")
     write_data(root / "data/curated", curated=True)
@@ -108,27 +109,45 @@ def workspace(tmp_path: Path) -> Path:
         report = root / "reports/evaluate" / item / "result.json"
         report.parent.mkdir(parents=True)
         report.write_text(json.dumps({"knn": {"top1": top1}, "note": "not a number"}))
-    git(tmp_path, "init", "-q", "-b", "runs/test", str(root))
+    git(root, "init", "-q", "-b", "runs/test")
     record(root)
     commit(root, "A run")
-    return root
+
+
+def change_teacher(root: Path, seed: int) -> None:
+    """Make other teacher weights in the workspace, as another run would, and commit the record."""
+    weights(root / "models/adapted", seed, 32)
+    record(root)
+    commit(root, f"A run with seed {seed}")
 
 
 @pytest.fixture
-def retrain(workspace: Path) -> Callable[[int], None]:
-    """Make other teacher weights in the workspace, as another run would, and commit the record."""
+def workspace(tmp_path: Path) -> Path:
+    make_workspace(tmp_path / "workspace")
+    return tmp_path / "workspace"
 
-    def make(seed: int) -> None:
-        weights(workspace / "models/adapted", seed, 32)
-        record(workspace)
-        commit(workspace, f"A run with seed {seed}")
 
-    return make
+@pytest.fixture(scope="session")
+def finished(stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Models registered once, for tests that change nothing: twice the same, then with a newer teacher."""
+    root, name = tmp_path_factory.mktemp("finished"), new_name()
+    make_workspace(root)
+    first = stage.run(RegisterConfig(resolution=28), root, 7, name)
+    again = stage.run(RegisterConfig(resolution=28), root, 7, name)
+    earlier = root.with_name(f"{root.name}-earlier")
+    shutil.copytree(root, earlier)
+    change_teacher(root, 9)
+    newer = stage.run(RegisterConfig(resolution=28), root, 7, name)
+    return {"root": earlier, "name": name, "first": first, "again": again, "newer": newer}
+
+
+def new_name() -> str:
+    return f"test-{uuid.uuid4().hex[:10]}"
 
 
 @pytest.fixture
 def name() -> str:
-    return f"test-{uuid.uuid4().hex[:10]}"
+    return new_name()
 
 
 @pytest.fixture

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from pathlib import Path
 
 import boto3
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
-from components.core.storage import write_bytes
 from components.lineage.audit_log import AuditLog
 from components.lineage.origin import Tag
 from components.registry import promote as promotion
-from components.registry import stage
-from components.registry.config import RegisterConfig
 from components.registry.promote import promote
 from components.registry.publish import RegistryError
 from components.registry.release import Released
+from flows.promote import promote as command
 
 pytestmark = pytest.mark.stack
 
 
 @pytest.fixture
-def candidate(stack, workspace: Path, name: str) -> dict[str, str]:
-    return stage.run(RegisterConfig(resolution=28), workspace, 7, name)["teacher"]
-
-
-@pytest.fixture
-def second(candidate, workspace: Path, name: str, retrain) -> dict[str, str]:
-    promote(f"{name}@latest", "the first")
-    retrain(11)
-    return stage.run(RegisterConfig(resolution=28), workspace, 7, name)["teacher"]
+def name(finished, name: str) -> str:
+    """A model of its own with the two finished candidates: the same bytes and tags under another name."""
+    client, candidates = MlflowClient(), f"{finished['name']}-candidates"
+    client.create_registered_model(f"{name}-candidates")
+    for number in ("1", "2"):
+        version = client.get_model_version(candidates, number)
+        model_id = version.source.removeprefix("models:/")
+        client.create_model_version(
+            f"{name}-candidates", version.source, version.run_id, tags=version.tags, model_id=model_id
+        )
+    return name
 
 
 def state(name: str) -> dict[str, object]:
@@ -47,9 +50,9 @@ def state(name: str) -> dict[str, object]:
     }
 
 
-def test_champion_loads_from_released_bytes(candidate, name: str, photographs, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "rita")
-    done = promote(f"{name}@latest", "better on every test")
+def test_champion_loads_from_released_bytes(finished, name: str, photographs):
+    candidate = finished["first"]["teacher"]
+    done = promote(f"{name}/1", "better on every test")
     assert (done.changed, done.version, done.previous) == (True, "1", None)
     assert done.candidate == f"{name}-candidates/1"
     assert done.digest == candidate["digest"]
@@ -59,7 +62,8 @@ def test_champion_loads_from_released_bytes(candidate, name: str, photographs, m
     trained = mlflow.pyfunc.load_model(candidate["uri"])
     np.testing.assert_array_equal(champion.predict(frame), trained.predict(frame))
     (entry,) = AuditLog.from_environment().read(name)
-    assert (entry.actor, entry.action, entry.subject) == ("rita", "promote", f"{name}/1")
+    assert (entry.action, entry.subject) == ("promote", f"{name}/1")
+    assert entry.actor == os.environ["MLFLOW_TRACKING_USERNAME"]
     assert entry.details["actor_from"] == "MLflow user (MLFLOW_TRACKING_USERNAME)"
     assert entry.details["reason"] == "better on every test"
     assert entry.details["digest"] == candidate["digest"]
@@ -69,7 +73,8 @@ def test_champion_loads_from_released_bytes(candidate, name: str, photographs, m
     assert version.tags[Tag.COMMIT]
 
 
-def test_previous_keeps_the_champion_before(second, name: str):
+def test_previous_keeps_the_champion_before(name: str):
+    promote(f"{name}/1", "the first")
     done = promote(f"{name}/2", "the second")
     assert (done.version, done.previous) == ("2", "1")
     assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
@@ -79,8 +84,8 @@ def test_previous_keeps_the_champion_before(second, name: str):
     assert state(name) == {"aliases": {"champion": "1", "previous": "2"}, "versions": 2, "events": events}
 
 
-def test_champion_already(candidate, name: str):
-    promote(f"{name}@latest", "first")
+def test_champion_already(name: str):
+    promote(f"{name}/1", "first")
     before = state(name)
     again = promote(f"{name}/1", "again")
     assert (again.changed, again.event, again.version) == (False, None, "1")
@@ -102,12 +107,12 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_killed_at_any_step_and_run_again(second, name: str, after: bool):
-    """The first call dies before, or right after, each step in turn; the last one is left alone."""
+def test_killed_at_any_step_and_run_again(name: str):
+    """A call dies before each step in turn, so after each step but the last; the last call is left alone."""
+    promote(f"{name}/1", "the first")
     for owner, function, count in STEPS:
         with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, owner, function, count, after)
+            kill_at(patch, owner, function, count)
             with pytest.raises(Killed):
                 promote(f"{name}@latest", "the second")
     promote(f"{name}@latest", "the second")
@@ -115,54 +120,51 @@ def test_killed_at_any_step_and_run_again(second, name: str, after: bool):
     assert state(name) == {"aliases": {"champion": "2", "previous": "1"}, "versions": 2, "events": events}
 
 
-def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int, after: bool) -> None:
-    original, calls = getattr(owner, function), 0
+def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int) -> None:
+    original, calls = getattr(owner, function), itertools.count(1)
 
     def dying(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == count and not after:
+        if next(calls) == count:
             raise Killed
-        result = original(*args, **kwargs)
-        if calls == count:
-            raise Killed
-        return result
+        return original(*args, **kwargs)
 
     patch.setattr(owner, function, dying)
 
 
-def test_alias_moves_only_after_the_event(candidate, name: str, monkeypatch):
+def test_alias_moves_only_after_the_event(name: str, monkeypatch):
     monkeypatch.setattr(AuditLog, "append", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         promote(f"{name}@latest", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
 
 
-def test_tampered_candidate_is_refused_and_the_file_named(candidate, name: str, workspace: Path):
-    client = MlflowClient()
+def test_tampered_candidate_is_refused_and_the_file_named(finished, name: str):
+    client, root = MlflowClient(), finished["root"]
     model_id = client.get_model_version(f"{name}-candidates", "1").source.removeprefix("models:/")
-    other = workspace / "models/pretrained"
-    write_bytes(other / "model.safetensors", (other / "model.safetensors").read_bytes())
-    client.log_model_artifacts(model_id, str(other), "artifacts/weights")
-    with pytest.raises(RegistryError, match=r"artifacts/weights/model\.safetensors") as error:
-        promote(f"{name}@latest", "reason")
+    client.log_model_artifacts(model_id, str(root / "models/pretrained"), "artifacts/weights")
+    try:
+        with pytest.raises(RegistryError, match=r"artifacts/weights/model\.safetensors") as error:
+            promote(f"{name}/1", "reason")
+    finally:
+        client.log_model_artifacts(model_id, str(root / "models/adapted"), "artifacts/weights")
     assert len(str(error.value).splitlines()) == 1
     assert AuditLog.from_environment().read(name) == []
     assert not client.search_registered_models(f"name='{name}'")
 
 
-def test_other_bytes_at_the_released_place_are_refused(candidate, name: str):
-    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{candidate['digest']}/MLmodel"
+def test_other_bytes_at_the_released_place_are_refused(finished, name: str):
+    digest = finished["first"]["teacher"]["digest"]
+    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{digest}/MLmodel"
     boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"other")
     with pytest.raises(RegistryError, match=r"MLmodel: holds other bytes than the candidate"):
-        promote(f"{name}@latest", "reason")
+        promote(f"{name}/1", "reason")
 
 
-def test_bad_requests_have_one_clear_line(candidate, name: str, monkeypatch):
+def test_bad_requests_have_one_clear_line(name: str, monkeypatch):
     for reference, reason, message in [
         (f"{name}@latest", " ", "needs a reason"),
         (name, "r", "write NAME@latest or NAME/NUMBER"),
-        (f"{name}/9", "r", f"no such candidate; {name}-candidates has versions 1"),
+        (f"{name}/9", "r", f"no such candidate; {name}-candidates has versions 1, 2"),
         (f"{name}@best", "r", "no such candidate"),
         ("no-such-model@latest", "r", "no-such-model-candidates has no versions"),
     ]:
@@ -171,3 +173,17 @@ def test_bad_requests_have_one_clear_line(candidate, name: str, monkeypatch):
     monkeypatch.delenv("PEDIGREE_MODELS_BUCKET")
     with pytest.raises(RegistryError, match="PEDIGREE_MODELS_BUCKET is not set"):
         promote(f"{name}@latest", "r")
+
+
+def test_command(name: str):
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, [f"{name}/1", "--reason", "good", "--json"])
+    assert json.loads(done.stdout)["version"] == "1"
+    again = CliRunner().invoke(app, [f"{name}/1", "--reason", "good"])
+    assert again.exit_code == 0
+    assert f"{name}-candidates/1 is the champion of {name} already (version 1)" in again.stdout
+    refused = CliRunner().invoke(app, [f"{name}/9", "--reason", "good"])
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(f"error: {name}/9: no such candidate")
+    assert CliRunner().invoke(app, [f"{name}/1"]).exit_code == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.stack
 CONFIG = RegisterConfig(resolution=28)
 
 
-@pytest.fixture
-def registered(stack, workspace: Path, name: str) -> dict[str, dict[str, str]]:
-    return stage.run(CONFIG, workspace, 7, name)
-
-
 def independent_embedding(weights: Path, image: Image.Image, resolution: int) -> np.ndarray:
     """Crop first, then scale, with torch's arithmetic: the way in is not the one under test."""
     side = min(image.size)
@@ -44,10 +38,10 @@ def independent_embedding(weights: Path, image: Image.Image, resolution: int) ->
     return tokens.cls_token[0].numpy()
 
 
-def test_version_states_its_origin(registered, workspace: Path, name: str):
-    client = MlflowClient()
-    teacher = client.get_model_version_by_alias(f"{name}-candidates", "latest")
-    student = client.get_model_version_by_alias(f"{name}-small-candidates", "latest")
+def test_version_states_its_origin(finished):
+    client, name, workspace = MlflowClient(), finished["name"], finished["root"]
+    teacher = client.get_model_version(f"{name}-candidates", "1")
+    student = client.get_model_version(f"{name}-small-candidates", "1")
     head = subprocess.check_output(["git", "-C", str(workspace), "rev-parse", "HEAD"], text=True).strip()
     assert teacher.tags[Tag.COMMIT] == head
     assert teacher.tags[Tag.BRANCH] == "runs/test"
@@ -65,8 +59,8 @@ def test_version_states_its_origin(registered, workspace: Path, name: str):
     assert "| photos | CC0-1.0 | 3 |" in teacher.description
 
 
-def test_run_has_inputs_and_metrics_of_each_model(registered, workspace: Path, name: str):
-    client = MlflowClient()
+def test_run_has_inputs_and_metrics_of_each_model(finished):
+    client, name, workspace = MlflowClient(), finished["name"], finished["root"]
     version = client.get_model_version(f"{name}-candidates", "1")
     run = client.get_run(version.run_id)
     inputs = {item.dataset.name: item for item in run.inputs.dataset_inputs}
@@ -78,12 +72,10 @@ def test_run_has_inputs_and_metrics_of_each_model(registered, workspace: Path, n
         model = client.get_logged_model(source.removeprefix("models:/"))
         metrics[item] = {m.key: m.value for m in model.metrics}
     assert metrics == {"candidates": {"knn.top1": 0.75}, "small-candidates": {"knn.top1": 0.5}}
-    written = json.loads((workspace / "reports/register/registered.json").read_text())
-    assert written == registered
-    assert registered["teacher"]["uri"] == f"models:/{name}-candidates/1"
+    assert finished["first"]["teacher"]["uri"] == f"models:/{name}-candidates/1"
 
 
-def test_loads_in_a_fresh_process_without_this_repository(registered, workspace: Path, tmp_path: Path, photographs):
+def test_loads_in_a_fresh_process_without_this_repository(finished, tmp_path: Path, photographs):
     """A copy of the interpreter's packages is in reach, our code is not: an import hook would give us away."""
     script = tmp_path / "load.py"
     script.write_text(
@@ -102,22 +94,30 @@ def test_loads_in_a_fresh_process_without_this_repository(registered, workspace:
         (tmp_path / f"{number}.png").write_bytes(data)
     images = [tmp_path / f"{number}.png" for number in range(len(photographs))]
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "MLFLOW_RUN_ID"}}
-    command = [sys.executable, str(script), registered["teacher"]["uri"], str(tmp_path / "out.npy"), *map(str, images)]
+    command = [
+        sys.executable,
+        str(script),
+        finished["first"]["teacher"]["uri"],
+        str(tmp_path / "out.npy"),
+        *map(str, images),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "out.npy")  # [resolution, image, D]
     assert found.dtype == np.float32
     for resolution, embeddings in zip((28, 49), found, strict=True):
         for path, embedding in zip(images, embeddings, strict=True):
-            expected = independent_embedding(workspace / "models/adapted", Image.open(path), resolution)
+            expected = independent_embedding(finished["root"] / "models/adapted", Image.open(path), resolution)
             np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_pickle_and_a_working_example(registered, tmp_path: Path):
+def test_no_pickle_and_a_working_example(finished, tmp_path: Path):
     import mlflow
 
     (tmp_path / "model").mkdir()
-    folder = Path(mlflow.artifacts.download_artifacts(registered["small"]["uri"], dst_path=str(tmp_path / "model")))
+    folder = Path(
+        mlflow.artifacts.download_artifacts(finished["first"]["small"]["uri"], dst_path=str(tmp_path / "model"))
+    )
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".py", ".json", ".yaml", ".txt", ".md", ".safetensors", ""}
     assert not [p for p in files if p.read_bytes()[:1] == b"\x80" or p.read_bytes()[:2] == b"PK"]
@@ -135,18 +135,22 @@ def test_no_pickle_and_a_working_example(registered, tmp_path: Path):
         model.predict(frame, params={"resolution": 30})
 
 
-def test_same_weights_and_commit_are_the_same_version(registered, workspace: Path, name: str, retrain):
-    assert stage.run(CONFIG, workspace, 7, name) == registered
-    retrain(9)
-    again = stage.run(CONFIG, workspace, 7, name)
-    assert again["teacher"]["version"] == "2"
-    assert MlflowClient().get_model_version_by_alias(f"{name}-candidates", "latest").version == "2"
+def test_same_weights_and_commit_are_the_same_version(finished):
+    assert finished["again"] == finished["first"]
+    assert [finished[key]["teacher"]["version"] for key in ("first", "newer")] == ["1", "2"]
+    latest = MlflowClient().get_model_version_by_alias(f"{finished['name']}-candidates", "latest")
+    assert latest.version == "2"
 
 
 def test_refuses_weights_that_are_not_the_recorded_ones(stack, workspace: Path, name: str):
     (workspace / "models/adapted/config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"not the bytes that dvc\.lock records"):
         stage.run(CONFIG, workspace, 7, name)
+
+
+def test_refuses_a_resolution_that_cannot_be_patched(stack, workspace: Path, name: str):
+    with pytest.raises(RegistryError, match=r"register\.resolution 30: must be a multiple of the patch size"):
+        stage.run(RegisterConfig(resolution=30), workspace, 7, name)
 
 
 def test_refuses_without_evaluation(stack, workspace: Path, name: str):
