@@ -7,7 +7,7 @@ A batch is a pure function of (seed, step, rank, number of ranks), and all ranks
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
         return torch.from_numpy(np.ascontiguousarray(mine).reshape(NUM_GLOBAL * share, side * side))
 
 
-def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range) -> Iterator[Batch]:
+def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range) -> Generator[Batch, None, None]:
     """Yield the batches of `steps` in order, prepared ahead by `config.num_workers` processes.
 
     Raises:

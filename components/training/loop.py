@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,8 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
     monitor = Monitor(folder / "loss.csv", config.log_every_steps, config.batch_size, steps_done)
     coming = iterate_batches(batches, config.stream, range(steps_done, config.steps))
 
-    with _stop_request() as stop_requested, _progress(job, steps_done) as advance:
+    # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
+    with closing(coming), _stop_request() as stop_requested, _progress(job, steps_done) as advance:
         for step in range(steps_done, config.steps):
             asked = time.monotonic()
             batch = next(coming)
@@ -80,7 +81,7 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
             if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
                 checkpoints.save(training, steps_done)
             if stop and steps_done < config.steps:
-                logger.warning("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
+                logger.info("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
                 raise SystemExit(EXIT_INTERRUPTED)
     return monitor.rows
 
