@@ -80,10 +80,16 @@ class Record:
         return found
 
     def remote_url(self) -> str | None:
-        """Address of the default DVC remote: from `.dvc/config` at the revision, else from this machine's settings."""
-        texts = [self.read(".dvc/config"), Record(self.root).read(".dvc/config.local")]
-        urls = [_remote_url(text.decode()) for text in texts if text]
-        return next((url.rstrip("/") for url in urls if url), None)
+        """Address of the default DVC remote: `.dvc/config` at the revision, overridden by this machine's settings."""
+        parser = ConfigParser(interpolation=None)
+        try:
+            for text in (self.read(".dvc/config"), Record(self.root).read(".dvc/config.local")):
+                parser.read_string((text or b"").decode())
+            section = f'remote "{parser["core"]["remote"]}"'
+            found = next(name for name in parser.sections() if name.strip("'") == section)
+            return parser[found]["url"].rstrip("/")
+        except (ConfigParserError, KeyError, StopIteration):
+            return None
 
     def _dvc_files(self, folder: str) -> list[str]:
         if self.revision is None:
@@ -93,17 +99,6 @@ class Record:
             listing = git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
-
-
-def _remote_url(config: str) -> str | None:
-    parser = ConfigParser()
-    try:
-        parser.read_string(config)
-        name = parser["core"]["remote"]
-        section = next(s for s in parser.sections() if s.strip("'") == f'remote "{name}"')
-        return parser[section]["url"]
-    except (ConfigParserError, KeyError, StopIteration):
-        return None
 
 
 def git(root: Path, *arguments: str) -> str | None:

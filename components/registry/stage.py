@@ -16,7 +16,9 @@ from components.core import tracking
 from components.core.storage import sha256_file
 from components.data.manifest import ManifestError, read_manifest
 from components.data.shards import ShardReader
-from components.lineage.origin import CURATED, WEIGHTS_FILE, DataVersion, Origin, Tag, collect_origin
+from components.lineage.origin import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
+from components.lineage.record import Record
+from components.lineage.remote import Remote
 from components.registry.card import CardFacts, render_card
 from components.registry.config import RegisterConfig
 from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
@@ -72,7 +74,7 @@ class _Register:
         _sha256(self.root / path / WEIGHTS_FILE)
         origin = collect_origin(self.root, path)
         if not self.inputs_logged:
-            log_inputs(origin)
+            log_inputs(self.root, origin)
             self.inputs_logged = True
         weights = self.root / path
         backbone = json.loads((weights / "config.json").read_text())["backbone"]
@@ -107,21 +109,14 @@ class _Register:
         return version
 
 
-def log_inputs(origin: Origin) -> None:
+def log_inputs(root: Path, origin: Origin) -> None:
     """Tell MLflow which data versions the open run's models come from."""
-    _log_input(origin.curated, "training")
-    for version in origin.pool:
-        _log_input(version, "pool")
-    for version in origin.evaluation:
-        _log_input(version, "evaluation")
-
-
-def _log_input(version: DataVersion, context: str) -> None:
-    tags = {"sha256": version.manifest_sha256} if version.manifest_sha256 else {}
-    bucket = os.environ.get("PEDIGREE_DATA_BUCKET")
-    md5 = version.dvc
-    uri = f"s3://{bucket}/files/md5/{md5[:2]}/{md5[2:]}" if bucket else version.path
-    tracking.log_input(version.path, md5, uri, tags, context)
+    remote = Remote(Record(root).remote_url())
+    data = [("training", (origin.curated,)), ("pool", origin.pool), ("evaluation", origin.evaluation)]
+    for context, found in data:
+        for version in found:
+            tags = {"sha256": version.manifest_sha256} if version.manifest_sha256 else {}
+            tracking.log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
 def _summary(version: ModelVersion) -> dict[str, str]:
