@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from components.lineage.trace import Node
 
 MAX_SHOWN = 8
+MAX_LINE = 2000
 KIND_STYLES = {"version": "bold green", "event": "magenta", "commit": "bold yellow", "stage": "cyan", "source": "blue"}
 
 
@@ -47,7 +48,8 @@ def trace(
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
     else:
-        Console(soft_wrap=True).print(render(found.root))
+        width = None if sys.stdout.isatty() else MAX_LINE  # a terminal wraps long lines, a file keeps them whole
+        Console(width=width, highlight=False).print(render(found.root))
     if found.missing:
         errors.print(f"incomplete: {len(found.missing)} things are missing or contradict each other", style="red")
         for line in found.missing:

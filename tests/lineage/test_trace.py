@@ -205,6 +205,8 @@ def test_command_prints_the_tree_and_json(case: Case, monkeypatch: pytest.Monkey
     assert shown.exit_code == 0, shown.output
     for text in (f"version {case.name}/1", "actor: rita", "stage adapt", "license: CC-BY-4.0", "images: 2"):
         assert text in shown.output
+    assert f"s3://{os.environ['PEDIGREE_DATA_BUCKET']}/{case.prefix}/files/md5/" in shown.output
+    assert sha256_file(case.root / "models/adapted/model.safetensors") in shown.output  # hashes are never cut
     data = json.loads(CliRunner().invoke(app, [f"{case.name}@champion", "--json"]).stdout)
     assert data["complete"] is True
     assert data["trace"]["kind"] == "version"
