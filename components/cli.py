@@ -100,7 +100,8 @@ def run(stage: str, item: str | None = typer.Argument(None, help="which student 
 
 def main() -> None:
     """Run, and turn every error a user can cause into one clear line and an exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     try:

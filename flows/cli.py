@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -80,8 +80,13 @@ def run(
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
         from flows.retrain import retrain
+        from flows.stages import stopped_by_ctrl_c
 
-        result = retrain(params, sources)
+        with stopped_by_ctrl_c():
+            state: Any = retrain(params, sources, return_state=True)  # pyright: ignore[reportCallIssue]
+        if not state.is_completed():
+            raise RuntimeError(state.message)
+        result = state.result()
     _closing(result, params, as_json)
 
 
@@ -239,5 +244,7 @@ def _print_json(value: object) -> None:
 
 def main() -> None:
     """Entry point of the `pedigree` command."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     app()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from prefect import flow, get_run_logger
-from prefect.futures import PrefectFuture
+from prefect import State, flow, get_run_logger
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.core import tracking
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import published
-from flows.stages import run_stage
+from flows.stages import StageFailedError, run_stage
 from flows.workspace import Workspace, WorkspaceError, chosen_sources, open_workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 STAGES_SIDE_BY_SIDE = 2
 
@@ -41,7 +47,7 @@ class RunResult:
 
 
 @flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=STAGES_SIDE_BY_SIDE), persist_result=False)  # type: ignore[arg-type]
-def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> RunResult:
+def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> RunResult | State[RunResult]:
     """Curate the pool, train, distill, evaluate, and register a candidate, recomputing only what changed.
 
     Args:
@@ -54,20 +60,28 @@ def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> R
     used = chosen_sources(checkout, sources)
     if not used:
         raise WorkspaceError("the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it")
-    with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _with_champions(recipe), used) as workspace:
-        logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
-        parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
-        status = "FAILED"
-        try:
-            workspace.ledger.bring_data()
-            workspace.ledger.fetch_run_cache()
-            outcomes = _run_stages(workspace)
-            status = "FINISHED"
-        finally:
-            tracking.close_parent(parent, status)
-            published.publish(workspace, parent)
-        commit = workspace.commit("Run finished")
-        return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, tracking.run_url(parent))
+    try:
+        with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _exact(recipe), used) as workspace:
+            logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
+            return _run(workspace, recipe)
+    except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
+        return Failed(message=str(error) or type(error).__name__)
+
+
+def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
+    parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
+    status = "FAILED"
+    try:
+        workspace.ledger.bring_data()
+        workspace.ledger.fetch_run_cache()
+        outcomes = _run_stages(workspace)
+        status = "FINISHED"
+    finally:
+        tracking.close_parent(parent, status)
+        published.publish(workspace, parent)
+    commit = workspace.commit("Run finished")
+    url = tracking.run_url(parent)
+    return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
 
 
 def _run_stages(workspace: Workspace) -> dict[str, str]:
@@ -75,19 +89,44 @@ def _run_stages(workspace: Workspace) -> dict[str, str]:
     futures: dict[str, PrefectFuture[str]] = {}
     for stage in workspace.ledger.stages():
         futures[stage.name] = _submit(stage, workspace, futures)
-    outcomes = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
-    for outcome in outcomes.values():
-        if isinstance(outcome, Exception):
-            raise outcome
-    return outcomes
+    wait(list(futures.values()))
+    for future in futures.values():
+        if future.state.is_failed() or future.state.is_crashed():
+            error = future.result(raise_on_failure=False)
+            raise error if isinstance(error, Exception) else StageFailedError(future.state.message)
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture[str]]) -> PrefectFuture[str]:
-    return run_stage.submit(stage, workspace, wait_for=[futures[name] for name in stage.needs])
+    needed: list[Any] = [futures[name] for name in stage.needs]
+    return run_stage.submit(stage, workspace, wait_for=needed)  # pyright: ignore[reportCallIssue]
 
 
-def _with_champions(recipe: Recipe) -> Recipe:
+def _exact(recipe: Recipe) -> Recipe:
     """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+    from components.registry.publish import one_line_errors, registry_client
+
+    with one_line_errors():
+        return _resolved(recipe, registry_client())
+
+
+def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
+    from components.registry.promote import with_alias
+
+    def version(name: str, alias: str) -> str | None:
+        found = with_alias(client, name, alias)
+        return f"models:/{name}/{found.version}" if found else None
+
+    names = {model: recipe.name if model == "teacher" else f"{recipe.name}-{model}" for model in recipe.evaluate.models}
+    champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
+    if champions and not recipe.evaluate.champions:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
+    embedder = recipe.embed.embedder
+    if embedder.kind == "model" and (named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", embedder.weights)):
+        if (weights := version(*named.groups())) is None:
+            raise WorkspaceError(f"embed.embedder.weights: {embedder.weights} names no registered version")
+        embed = recipe.embed.model_copy(update={"embedder": embedder.model_copy(update={"weights": weights})})
+        recipe = recipe.model_copy(update={"embed": embed})
     return recipe
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from components.lineage.ledger import LedgerUnreachableError, Outcome, Stage
 from flows.workspace import Workspace
 
 STOP_SECONDS = 30.0
+_running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,7 +41,35 @@ class StageUnreachableError(StageFailedError):
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
     """Storage and service errors pass; a wrong parameter or a defect does not."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StageUnreachableError | LedgerUnreachableError)
+    return not _stopping.is_set() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[None]:
+    """On the first Ctrl-C or SIGTERM stop the running stages' commands, so that the run ends as failed, in order.
+
+    Raises:
+        KeyboardInterrupt: after the run has ended.
+    """
+
+    def stop(number: int, _frame: Any) -> None:
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+        _stopping.set()
+        for process in list(_running):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Exception:
+        if _stopping.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        _stopping.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @task(
@@ -51,6 +82,8 @@ def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
 )
 def run_stage(stage: Stage, workspace: Workspace) -> str:
     """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
+    if _stopping.is_set():
+        raise StageFailedError(f"{stage.name}: not started, the run was interrupted")
     logger = get_run_logger()
     outcome = workspace.ledger.take_up(stage.name)
     if outcome is not Outcome.CHANGED:
@@ -82,6 +115,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, safe after fork
     )  # fmt: skip
     assert process.stdout is not None
+    _running.add(process)
     last: deque[str] = deque(maxlen=20)
     try:
         for line in process.stdout:
@@ -92,6 +126,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         code = process.wait()
     finally:
         _end_group(process)
+        _running.discard(process)
     if code:
         said = [line for line in last if line.startswith("error: ")] or [line for line in last if line][-1:]
         reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"

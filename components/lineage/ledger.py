@@ -6,6 +6,7 @@ command, then records the outputs. `dvc repro` does the same with no server at a
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -24,6 +25,7 @@ from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import RunCacheNotFoundError, _get_stage_hash
 
+logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -68,7 +70,7 @@ class Ledger:
         """All stages of `dvc.yaml` in an order in which they can run."""
         with self._repo() as repo:
             graph = repo.index.graph  # edges go from a stage to what it depends on
-            names = {s: s.addressing for s in graph.nodes if isinstance(s, PipelineStage)}
+            names: dict[Any, str] = {s: str(s.addressing) for s in graph.nodes if isinstance(s, PipelineStage)}
             result, done = [], set()
 
             def visit(stage: Any) -> None:
@@ -133,7 +135,7 @@ class Ledger:
     def track(self, path: Path) -> str:
         """`dvc add` a data folder and push it; returns its DVC id (`<md5>.dir`)."""
         with self._repo() as repo:
-            stage = repo.add(os.fspath(path))[0]
+            stage: Any = repo.add(os.fspath(path))[0]  # pyright: ignore[reportArgumentType]
             if self._has_remote(repo):
                 repo.push(targets=[stage.addressing])
             return str(stage.outs[0].hash_info.value)
@@ -157,18 +159,19 @@ class Ledger:
         if settings is not None and settings.exists():
             shutil.copy(settings, local)
         with self._repo() as repo, repo.config.edit("local") as config:
-            config.setdefault("cache", {})["dir"] = os.fspath(cache)
+            settings_of: Any = config
+            settings_of.setdefault("cache", {})["dir"] = os.fspath(cache)
 
     def changed_stages(self) -> list[str]:
         """Names of the stages whose record does not match the workspace; empty after a clean run."""
         with self._repo() as repo:
-            return [s.addressing for s in repo.index.stages if isinstance(s, PipelineStage) and s.changed()]
+            return [str(s.addressing) for s in repo.index.stages if isinstance(s, PipelineStage) and s.changed()]
 
     def _commit(self, repo: Repo, name: str) -> None:
         repo.commit(target=name, force=True)
         repo._reset()
 
-    def _stage(self, repo: Repo, name: str) -> PipelineStage:
+    def _stage(self, repo: Repo, name: str) -> Any:
         return next(iter(repo.stage.collect(name)))
 
     def _has_remote(self, repo: Repo) -> bool:
