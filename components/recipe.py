@@ -42,9 +42,13 @@ class Recipe(Config):
         unknown = sorted(set(models.values()) - {"models/pretrained", *made.values()})
         if unknown:
             raise ValueError(f"evaluate.models: this recipe makes no {unknown[0]}")
-        size, patch = self.evaluate.crop_size, self.pretrain.backbone.patch_size
-        if size % patch:
-            raise ValueError(f"evaluate.crop_size {size} must be a multiple of pretrain.backbone.patch_size {patch}")
+        patches = {"pretrain": self.pretrain.backbone.patch_size}
+        patches |= {f"distill.students.{name}": s.backbone.patch_size for name, s in self.distill.students.items()}
+        sizes = {"evaluate.crop_size": self.evaluate.crop_size, "register.resolution": self.register_model.resolution}
+        for key, size in sizes.items():
+            for section, patch in patches.items():
+                if size % patch:
+                    raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
         return self
 
 

@@ -12,18 +12,18 @@ from components.core.config import Config
 class ViTConfig(Config):
     """Vision transformer. Defaults: DINOv2 ViT-L/14 with registers (`dinov2/hub/backbones.py`, `dinov2_vitl14_reg`)."""
 
-    patch_size: int = Field(14, ge=1, le=256)  # DINOv2 Table 17; the ImageNet-1k recipe uses 16
-    dim: int = Field(1024, ge=1, le=16384)  # S 384, B 768, L 1024, g 1536
-    depth: int = Field(24, ge=1, le=256)  # S and B 12, L 24, g 40
-    num_heads: int = Field(16, ge=1, le=256)  # head dim 64 in all published sizes
+    patch_size: int = Field(default=14, ge=1, le=256)  # DINOv2 Table 17; the ImageNet-1k recipe uses 16
+    dim: int = Field(default=1024, ge=1, le=16384)  # S 384, B 768, L 1024, g 1536
+    depth: int = Field(default=24, ge=1, le=256)  # S and B 12, L 24, g 40
+    num_heads: int = Field(default=16, ge=1, le=256)  # head dim 64 in all published sizes
     ffn: Literal["mlp", "swiglu"] = "mlp"  # from scratch L and g use swiglu, distilled models mlp
-    ffn_ratio: float = Field(4.0, ge=0.5, le=64)  # swiglu takes 2/3 of it, rounded up to a multiple of 8
-    num_registers: int = Field(4, ge=0, le=64)  # arXiv 2309.16588; published models have 0 or 4
-    image_size: int = Field(518, ge=1, le=16384)  # pixels; the stored position grid is image_size / patch_size squared
-    drop_path: float = Field(0.0, ge=0, lt=1)  # same rate in all blocks; from scratch 0.3 to 0.4, distilled 0
-    layer_scale_init: float = Field(1e-5, gt=0)  # `layerscale` of ssl_default_config.yaml
+    ffn_ratio: float = Field(default=4.0, ge=0.5, le=64)  # swiglu takes 2/3 of it, rounded up to a multiple of 8
+    num_registers: int = Field(default=4, ge=0, le=64)  # arXiv 2309.16588; published models have 0 or 4
+    image_size: int = Field(default=518, ge=1, le=16384)  # pixels; stored position grid: image_size / patch_size
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # same rate in all blocks; from scratch 0.3 to 0.4, distilled 0
+    layer_scale_init: float = Field(default=1e-5, gt=0)  # `layerscale` of ssl_default_config.yaml
     interpolate_antialias: bool = True  # false for the published models without registers
-    interpolate_offset: float = Field(0.0, ge=0, lt=1)  # 0.1 for the published models without registers
+    interpolate_offset: float = Field(default=0.0, ge=0, lt=1)  # 0.1 for the published models without registers
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
@@ -39,7 +39,7 @@ class ViTConfig(Config):
 class HeadConfig(Config):
     """Projection head. Defaults: `dino` and `ibot` of DINOv2's `ssl_default_config.yaml` (L and g use 131,072)."""
 
-    num_prototypes: int = Field(65536, ge=2, le=4194304)
-    hidden_dim: int = Field(2048, ge=1, le=65536)
-    bottleneck_dim: int = Field(256, ge=1, le=65536)  # dino head of vitl14 and vitg14: 384
-    num_layers: int = Field(3, ge=1, le=16)
+    num_prototypes: int = Field(default=65536, ge=2, le=4194304)
+    hidden_dim: int = Field(default=2048, ge=1, le=65536)
+    bottleneck_dim: int = Field(default=256, ge=1, le=65536)  # dino head of vitl14 and vitg14: 384
+    num_layers: int = Field(default=3, ge=1, le=16)

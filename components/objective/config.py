@@ -12,10 +12,10 @@ from components.core.config import Config
 class ObjectiveConfig(Config):
     """DINO + iBOT + KoLeo. Defaults: DINOv2's `ssl_default_config.yaml`, centring as in its L/14 and g/14 recipes."""
 
-    dino_weight: float = Field(1.0, ge=0)
-    ibot_weight: float = Field(1.0, ge=0)
-    koleo_weight: float = Field(0.1, ge=0)
-    student_temp: float = Field(0.1, gt=0)  # DINO and iBOT alike
+    dino_weight: float = Field(default=1.0, ge=0)
+    ibot_weight: float = Field(default=1.0, ge=0)
+    koleo_weight: float = Field(default=0.1, ge=0)
+    student_temp: float = Field(default=0.1, gt=0)  # DINO and iBOT alike
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"  # softmax in the ImageNet-1k recipe
-    sinkhorn_iterations: int = Field(3, ge=1, le=100)
-    center_momentum: float = Field(0.9, ge=0, lt=1)  # of the softmax centring's running mean
+    sinkhorn_iterations: int = Field(default=3, ge=1, le=100)
+    center_momentum: float = Field(default=0.9, ge=0, lt=1)  # of the softmax centring's running mean

@@ -89,7 +89,7 @@ def test_a_folder_without_dvc_and_a_dead_remote_are_named(tmp_path):
     config.write_text(dead + "    endpointurl = http://127.0.0.1:9\n    access_key_id = x\n    secret_access_key = x\n")
     ledger = Ledger(root)
     ledger.share_cache(root / ".dvc" / "cache", None)
-    with pytest.raises(LedgerUnreachableError, match="127.0.0.1:9"):
+    with pytest.raises(LedgerUnreachableError, match=r"127\.0\.0\.1:9"):
         ledger.fetch_run_cache()
 
 
