@@ -149,6 +149,11 @@ class Ledger:
             missing = [s for s in repo.index.stages if s.addressing in targets and not s.outs_cached()]
             if missing and self._has_remote(repo):
                 repo.fetch(targets=[s.addressing for s in missing])
+            if lost := [str(s.outs[0]) for s in missing if not s.outs_cached()]:
+                raise LedgerError(
+                    f"{lost[0]}: its bytes are neither in the DVC cache nor on the remote; take the remote that has "
+                    f"them (AWS_ENDPOINT_URL, PEDIGREE_DATA_BUCKET), or delete {lost[0]}.dvc and ingest the source again"
+                )
             repo.checkout(targets=targets, force=True)
             return len(targets)
 
