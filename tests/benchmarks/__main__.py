@@ -1,0 +1,245 @@
+"""`make bench`, or `python -m tests.benchmarks [--json] [NAME ...]`: ratios, both sides measured in one run.
+
+Sides take turns, so that a busy machine slows both; each figure is the median of the turns. A ratio above 1 means that
+what we do is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; figures are rates, so that more is better."""
+
+    name: str
+    what: str
+    ours: float
+    other: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast ours is."""
+        return self.ours / self.other
+
+
+def crops() -> Row:
+    """Decode and 10 crops of 1024-pixel JPEG photographs, nothing else random, against PIL's crop and resize."""
+    from components.data.config import BlurProbability, CropConfig
+    from components.data.crops import crop_box, sample_crops
+    from components.data.shards import decode_image
+
+    off: dict[str, Any] = {
+        f"{name}_probability": 0.0 for name in ("flip", "color_jitter", "grayscale", "solarize")
+    }  # what both sides would do alike
+    config = CropConfig(blur_probability=BlurProbability(global2=0.0, local=0.0), **off)
+    files = _photographs()
+
+    def ours() -> list[NDArray[np.uint8]]:
+        made = [sample_crops(decode_image(file), config, 0, number) for number, file in enumerate(files)]
+        return [np.concatenate([item.global_crops.ravel(), item.local_crops.ravel()]) for item in made]
+
+    def plain() -> list[NDArray[np.uint8]]:
+        shapes = [(config.global_size, config.global_scale)] * 2
+        shapes += [(config.local_size, config.local_scale)] * config.num_local
+        made = []
+        for position, file in enumerate(files):
+            image = Image.open(io.BytesIO(file)).convert("RGB")
+            parts = []
+            for number, (size, scale) in enumerate(shapes):
+                box = crop_box(image.width, image.height, scale, np.random.default_rng([0, position, number]))
+                parts.append(np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC)).ravel())
+            made.append(np.concatenate(parts))
+        return made
+
+    difference = np.abs(np.concatenate(ours()).astype(int) - np.concatenate(plain())).mean()
+    assert difference < 2, f"the two sides crop differently: {difference:.2f} of 255 levels apart"
+    seconds = _take_turns(ours, plain, turns=7)
+    return Row("crops", "decode + 10 crops, against PIL crop and resize", *_rates(len(files), seconds), "images/s")
+
+
+def shards() -> Row:
+    """Read 4,000 images of 20 kB in random order, by offset from one shard or as files; the page cache is warm."""
+    from components.data.shards import ShardReader, ShardWriter
+
+    generator, count = np.random.default_rng(0), 4000
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with ShardWriter(folder / "shards", 2**30) as writer:
+            places = []
+            for number in range(count):
+                data = generator.bytes(20_000)
+                places.append(writer.add(f"{number:064x}", "jpg", data))
+                (folder / f"{number:064x}.jpg").write_bytes(data)
+        order = generator.permutation(count).tolist()
+        reader = ShardReader(folder / "shards")
+
+        def ours() -> int:
+            return sum(len(reader.read(*places[number])) for number in order)
+
+        def files() -> int:
+            return sum(len((folder / f"{number:064x}.jpg").read_bytes()) for number in order)
+
+        assert ours() == files() == 20_000 * count
+        seconds = _take_turns(ours, files, turns=9)
+    return Row("shards", "by offset from a shard, against one file each", *_rates(count, seconds), "images/s")
+
+
+def attention() -> Row:
+    """Training steps of the tiny recipe's shape in bfloat16: matrix products against torch's default attention.
+
+    One thread: with as many threads as cores and other work beside it, waiting threads decide the outcome (LOG.md).
+    """
+    import torch
+
+    from components.data.batch import Batch
+    from components.data.config import MaskingConfig
+    from components.data.masking import sample_masks
+    from components.model.config import HeadConfig, ViTConfig
+    from components.model.head import ProjectionHead
+    from components.model.vit import VisionTransformer
+    from components.training.config import TrainingConfig
+    from components.training.networks import Network, self_distillation
+    from components.training.schedules import StepValues
+    from components.training.step import TrainingStep
+
+    class DefaultAttention(TrainingStep):
+        def _attention(self) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
+
+    size, batch = 32, 64
+    shape = ViTConfig(patch_size=8, dim=128, depth=4, num_heads=2, num_registers=2, image_size=48)
+    head = HeadConfig(num_prototypes=256, hidden_dim=256, bottleneck_dim=64)
+
+    def prepare(kind: type[TrainingStep]) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        heads = {name: ProjectionHead(shape.dim, head) for name in ("dino", "ibot")}
+        networks = self_distillation(Network(VisionTransformer(shape), heads))
+        step = kind(networks, TrainingConfig(batch_size=size), 0, torch.device("cpu"))
+        masks = torch.from_numpy(sample_masks(batch, (6, 6), MaskingConfig(), np.random.default_rng(0)))
+        images = Batch(torch.randn(batch, 3, 48, 48), torch.randn(6 * size, 3, 24, 24), masks, [])
+        return lambda: step(images, 0, StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = _take_turns(prepare(TrainingStep), prepare(DefaultAttention), turns=15)
+    finally:
+        torch.set_num_threads(threads)
+    what = "training step, 1 thread, bfloat16, against torch's default SDPA"
+    return Row("attention", what, *_rates(size, seconds), "images/s")
+
+
+def knn() -> Row:
+    """Pairs above 0.6 among the 64 nearest of 8,000 vectors of 256 numbers: FAISS against NumPy."""
+    from components.curation.neighbors import CHUNK, cosine, find_neighbors
+
+    generator, k, threshold = np.random.default_rng(0), 64, 0.6
+    vectors = generator.standard_normal((8000, 256)).astype(np.float32)
+    vectors[7000:] = vectors[:1000] + 0.5 * vectors[7000:]  # near-duplicates: cosine about 0.9
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def ours() -> set[tuple[int, int]]:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress
+            found = find_neighbors(vectors, None, k, threshold)
+        return set(zip(found.query.tolist(), found.neighbor.tolist(), strict=True))
+
+    def brute() -> set[tuple[int, int]]:
+        pairs: set[tuple[int, int]] = set()
+        for start in range(0, len(vectors), CHUNK):
+            scores = vectors[start : start + CHUNK] @ vectors.T
+            near = np.argpartition(scores, -k - 1, axis=1)[:, -k - 1 :]
+            rows = np.repeat(np.arange(start, start + len(scores)), k + 1)
+            others = near.ravel()
+            kept = (rows != others) & (cosine(vectors[rows], vectors[others]) > threshold)
+            pairs.update(zip(rows[kept].tolist(), others[kept].tolist(), strict=True))
+        return pairs
+
+    found = ours()
+    assert found == brute(), "the two sides find other pairs"
+    assert len(found) >= 2000
+    seconds = _take_turns(ours, brute, turns=3)
+    return Row("knn", "near-duplicates by FAISS, against NumPy", *_rates(len(vectors), seconds), "vectors/s")
+
+
+BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (crops, shards, attention, knn)}
+
+
+def _photographs() -> list[bytes]:
+    """Eight JPEGs of 1024 x 1024 pixels, each a mosaic of four real photographs."""
+    from skimage import data
+
+    loaded = [
+        Image.fromarray(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea", "hubble_deep_field")
+    ]
+    squares = [image.convert("RGB").resize((512, 512)) for image in loaded]
+    files = []
+    for turn in range(8):
+        mosaic = Image.new("RGB", (1024, 1024))
+        for place in range(4):
+            mosaic.paste(squares[(place + turn) % 4].rotate(90 * (turn // 4)), (512 * (place % 2), 512 * (place // 2)))
+        buffer = io.BytesIO()
+        mosaic.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+def _take_turns(ours: Callable[[], Any], other: Callable[[], Any], turns: int) -> tuple[float, float]:
+    """Median seconds of each, after one call of each that does not count."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns + 1):
+        for call, kept in zip((ours, other), seconds, strict=True):
+            begun = time.perf_counter()
+            call()
+            if turn:
+                kept.append(time.perf_counter() - begun)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _rates(count: int, seconds: tuple[float, float]) -> tuple[float, float]:
+    return count / seconds[0], count / seconds[1]
+
+
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(BENCHMARKS)}. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout, for programs.")] = False,
+) -> None:
+    """Measure named comparisons; each needs a few seconds."""
+    unknown = sorted(set(names or ()) - BENCHMARKS.keys())
+    if unknown:
+        raise typer.BadParameter(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
+    rows = [BENCHMARKS[name]() for name in names or BENCHMARKS]
+    if as_json:
+        values = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
+        return
+    table = Table("name", "what", "ours", "other", "unit", "ours / other", box=None)
+    for row in rows:
+        table.add_row(row.name, row.what, f"{row.ours:,.0f}", f"{row.other:,.0f}", row.unit, f"{row.ratio:.2f}")
+    Console().print(table)
+    Console().print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of turns", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(run)
