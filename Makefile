@@ -21,15 +21,15 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
 
-clean:  ## stops the local stack; removes the environment, all local state and what stages made
+clean:  ## stops the services and removes what can be made again; .pedigree (S3, registry, audit log) stays
 	[ ! -x $(BIN)/pedigree ] || $(BIN)/pedigree down
-	rm -rf .venv .pedigree .dvc/cache .dvc/tmp .dvc/config.local models reports data/embeddings data/curated
-	git worktree prune
+	rm -rf .venv .dvc/tmp models reports data/embeddings data/curated .pytest_cache .ruff_cache .import_linter_cache
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pedigree needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
 	@echo "installing the exact versions of requirements.lock into .venv (one to three minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
@@ -205,27 +206,44 @@ def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
         return
     console = Console()
     table = Table(title="Evaluation", title_justify="left")
-    columns = [key for key in ("knn_top1", "linear_top1", "recall_at_1", "map", "effective_rank") if _any(rows, key)]
+    columns = [
+        key
+        for key in ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")
+        if _any(rows, key)
+    ]
     for column in ("evaluation", "model", *columns):
         table.add_column(column)
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in ("evaluation", "model", *columns)))
     console.print(table)
-    computed = ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"
     lines = [
-        f"[bold]Run[/bold]       {result.run_id}, recorded as git branch {result.branch}",
-        f"[bold]Computed[/bold]  {computed}",
-        f"[bold]Registered[/bold] {_registered(result.folder)}",
-        f"[bold]Pictures[/bold]  {result.folder}/reports",
-        f"[bold]MLflow[/bold]    {result.mlflow_url or os.environ.get('MLFLOW_TRACKING_URI', '')}",
-        f"[bold]Prefect[/bold]   {os.environ.get('PREFECT_API_URL', '').removesuffix('/api')}",
-        "",
-        "[bold]Next[/bold]      pedigree status --credentials            what the two pages ask for",
-        f"          pedigree trace {recipe.name}-candidates@latest   where the weights came from",
-        f'          pedigree promote {recipe.name}@latest --reason "..."   make it the champion',
-        "          pedigree down                           stop the local services",
+        ("Run", f"{result.run_id}, recorded as git branch {result.branch}"),
+        ("Computed", ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"),
+        ("Measured", _beside_random(rows)),
+        ("Registered", _registered(result.folder)),
+        ("Pictures", f"{result.folder}/reports"),
+        ("MLflow", result.mlflow_url or os.environ.get("MLFLOW_TRACKING_URI", "")),
+        ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
+        ("", ""),
+        ("Next", "what the two pages ask for:     pedigree status --credentials"),
+        ("", f"where the weights came from:    pedigree trace {recipe.name}-candidates@latest"),
+        ("", f'make it the champion:           pedigree promote {recipe.name}@latest --reason "..."'),
+        ("", "stop the local services:        pedigree down"),
     ]
-    console.print(Panel("\n".join(lines), title="Pedigree", border_style="green"))
+    grid = Table.grid(padding=(0, 2))
+    for label, text in lines:
+        grid.add_row(Text(label, style="bold"), Text(text, overflow="fold"))
+    console.print(Panel(grid, title="Pedigree", border_style="green"))
+
+
+def _beside_random(rows: list[dict[str, str]]) -> str:
+    """The main measure of each model beside that of random weights of its shape."""
+    told = []
+    for key, label in (("knn_top1", "kNN"), ("instance_map", "retrieval mAP")):
+        values = {(row["evaluation"], row["model"]): row[key] for row in rows if key in row}
+        models = dict.fromkeys(evaluation for evaluation, _ in values)
+        told += [f"{label} of {m} {values[m, m]}, of random weights {values[m, 'random']}" for m in models]
+    return "; ".join(told)
 
 
 def _any(rows: list[dict[str, str]], key: str) -> bool:

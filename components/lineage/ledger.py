@@ -152,7 +152,7 @@ class Ledger:
             if lost := [str(s.outs[0]) for s in missing if not s.outs_cached()]:
                 raise LedgerError(
                     f"{lost[0]}: its bytes are neither in the DVC cache nor on the remote; take the remote that has "
-                    f"them (AWS_ENDPOINT_URL, PEDIGREE_DATA_BUCKET), or delete {lost[0]}.dvc and ingest the source again"
+                    f"them (AWS_ENDPOINT_URL), or delete {lost[0]}.dvc and ingest the source again"
                 )
             repo.checkout(targets=targets, force=True)
             return len(targets)
