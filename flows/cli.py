@@ -84,10 +84,7 @@ def run(
         from flows.stages import stopped_by_ctrl_c
 
         with stopped_by_ctrl_c():
-            state: Any = retrain(params, sources, return_state=True)  # pyright: ignore[reportCallIssue]
-        if not state.is_completed():
-            raise RuntimeError(state.message)
-        result = state.result()
+            result = _finished(retrain, params, sources)
     _closing(result, params, as_json)
 
 
@@ -120,7 +117,7 @@ def ingest(
         _connect(checkout)
         from flows.ingest import ingest as flow
 
-        report = flow(request)
+        report = _finished(flow, request)
     if as_json:
         fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
         snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
@@ -138,6 +135,18 @@ def _connect(checkout: Path) -> None:
     os.environ.update(supervisor.connect(checkout))
 
 
+def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
+    """Run a flow and return its result.
+
+    Raises:
+        RuntimeError: it failed; its message is the reason.
+    """
+    state = flow(*arguments, **named, return_state=True)
+    if not state.is_completed():
+        raise RuntimeError(state.message)
+    return state.result()
+
+
 def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
     """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
     from components.data.ingest_config import IngestRequest
@@ -146,7 +155,8 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
 
     if images is not None:
         name = re.sub(r"[^a-z0-9]+", "-", images.resolve().name.lower()).strip("-") or "images"
-        flow(IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2), announce=False)
+        request = IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2)
+        _finished(flow, request, announce=False)
         return [name]
     if not known_sources(checkout):
         from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
@@ -157,7 +167,7 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
             request = IngestRequest.parse(
                 source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
             )
-            flow(request, announce=False)
+            _finished(flow, request, announce=False)
     return None
 
 
@@ -166,6 +176,8 @@ def _check_folder(images: Path) -> None:
         raise ConfigError(f"IMAGES: {images} does not exist; give a folder of images")
     if not images.is_dir():
         raise ConfigError(f"IMAGES: {images} is a file; give the folder that holds the images")
+    if not any(path.is_file() for path in images.rglob("*")):
+        raise ConfigError(f"IMAGES: {images} holds no files; give a folder of images")
 
 
 def _checkout() -> Path:

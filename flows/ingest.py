@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow, get_run_logger, task
+from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
+from prefect.states import Failed
 
 from components.data.ingest import IngestReport
 from components.data.ingest import ingest as ingest_source
@@ -19,17 +20,19 @@ POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
 
 
 @flow(name="ingest", persist_result=False)
-def ingest(request: IngestRequest, announce: bool = True) -> IngestReport:
+def ingest(request: IngestRequest, announce: bool = True) -> IngestReport | State[IngestReport]:
     """Store what is new of a source, validated and tracked by DVC.
 
     Args:
         request: what to read, its name and its licence.
         announce: emit the event that starts retraining when images were added to the pool.
     """
-    report = ingest_source(request)
-    track(request)
+    try:
+        report = ingest_source(request)
+        track(request)
+    except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
+        return Failed(message=str(error) or type(error).__name__)
     create_markdown_artifact(f"**{request.name}**: {report}", key=f"ingest-{request.name}")
-    get_run_logger().info("%s: %s", request.name, report)
     if announce and report.pool_snapshot is not None:
         resource = {"prefect.resource.id": f"pedigree.pool.{request.name}"}
         emit_event(POOL_GROWN, resource=resource, payload={"images": report.stored})
