@@ -131,8 +131,8 @@ def git(root: Path, *arguments: str, check: bool = True, extra: dict[str, str] |
     Raises:
         WorkspaceError: git is missing or refuses.
     """
-    who = {f"GIT_{role}_{field}": value for role in ("AUTHOR", "COMMITTER") for field, value in _identity(root)}
     try:
+        who = {f"GIT_{role}_{field}": value for role in ("AUTHOR", "COMMITTER") for field, value in _identity(root)}
         done = subprocess.run(
             ["git", "-C", os.fspath(root), *arguments],
             capture_output=True, text=True, check=False, env={**os.environ, **who, **(extra or {})},
@@ -163,4 +163,4 @@ def _remove_old(checkout: Path, runs: Path) -> None:
     for path in finished[: -KEPT_FOLDERS or None]:
         git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")), check=False)
         path.unlink()
-    git(checkout, "worktree", "prune")
+    git(checkout, "worktree", "prune", check=False)
