@@ -1,12 +1,16 @@
-"""A small real git and DVC repository with a diamond of stages, for tests of the ledger and of runs."""
+"""Real git and DVC repositories for tests of the ledger and of runs: a diamond of stages, and this project itself."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+PROJECT = Path(__file__).parents[2]
 DVC = str(Path(sys.executable).with_name("dvc"))
+IDENTITY = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
 STAGES = """
 stages:
   first:
@@ -51,3 +55,37 @@ def make_repository(folder: Path) -> Path:
     for command in commands:
         subprocess.run(command, cwd=root, check=True, capture_output=True)
     return root
+
+
+def copy_of_project(root: Path) -> Path:
+    """Make `root` a repository of one commit: this project as it is now, without tests, data and ignored files."""
+    listed = git_lines(PROJECT, "ls-files", "--cached", "--others", "--exclude-standard", "--", ":!tests", ":!data")
+    for name in listed:
+        if (PROJECT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, root / name)
+    git_lines(root, "init", "-q", "-b", "main")
+    git_lines(root, "add", "-A")
+    git_lines(root, *IDENTITY, "commit", "-q", "-m", "start")
+    return root
+
+
+def git_lines(root: Path, *arguments: str) -> list[str]:
+    """The lines that a git command prints."""
+    command = ["git", "-C", os.fspath(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def pedigree_command(*arguments: str) -> list[str]:
+    """The command line of `pedigree`, with the code of the folder that it runs in, where that has any."""
+    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+
+
+def pedigree(
+    root: Path, *arguments: str, env: dict[str, str] | None = None, seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run `pedigree` in `root` to its end; `env` is added to this process's environment."""
+    return subprocess.run(
+        pedigree_command(*arguments), cwd=root, env={**os.environ, **(env or {})}, capture_output=True, text=True,
+        check=False, timeout=seconds,
+    )  # fmt: skip

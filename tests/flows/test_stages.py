@@ -1,0 +1,171 @@
+"""Running a stage's command line: its lines, its errors, and that it never outlives the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from components.lineage.ledger import LedgerError, LedgerUnreachableError
+from flows import stages
+from flows.stages import StageFailedError, StageUnreachableError, stopped_by_ctrl_c, stream, worth_a_retry
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def written_pid(path: Path, seconds: float = 10.0) -> int:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if path.exists() and path.read_text().strip():
+            return int(path.read_text())
+        time.sleep(0.02)
+    raise AssertionError(f"{path} was not written")
+
+
+def run(script: str, root: Path) -> tuple[list[str], list[float]]:
+    lines: list[str] = []
+    shown: list[float] = []
+    (root / "script.sh").write_text(script)
+    stream("sh script.sh", root, lines.append, shown.append)
+    return lines, shown
+
+
+def failure(script: str, root: Path) -> StageFailedError:
+    with pytest.raises(StageFailedError) as caught:
+        run(script, root)
+    return caught.value
+
+
+def test_lines_of_both_streams_are_handed_on_and_progress_shown(tmp_path):
+    script = "echo one; echo two >&2; echo 'progress: embed 30/120 images (7.0 images/s, 13 s left)' >&2; pwd"
+    lines, shown = run(script, tmp_path)
+    assert lines == ["one", "two", "progress: embed 30/120 images (7.0 images/s, 13 s left)", str(tmp_path)]
+    assert shown == [25.0]
+
+
+def test_a_line_comes_when_it_is_written(tmp_path):
+    seen: list[float] = []
+    (tmp_path / "script.sh").write_text("echo first; sleep 1; echo second")
+    stream("sh script.sh", tmp_path, lambda _: seen.append(time.monotonic()), lambda _: None)
+    assert seen[1] - seen[0] > 0.8
+
+
+def test_the_command_finds_this_python_before_any_other(tmp_path):
+    lines: list[str] = []
+    command = """python -c 'import sys; print(sys.executable)'"""
+    stream(command, tmp_path, lines.append, lambda _: None)
+    assert Path(lines[0]).parent == Path(sys.executable).parent
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_stage(tmp_path):
+    assert run("printf 'caf\\351\\n'", tmp_path)[0] == ["caf\N{REPLACEMENT CHARACTER}"]
+
+
+def test_the_error_lines_are_the_message(tmp_path):
+    error = failure("echo 'error: first'; echo noise; echo 'error: second' >&2; echo last; exit 2", tmp_path)
+    assert str(error) == "`sh script.sh` failed (exit 2): first; second"
+    assert not isinstance(error, StageUnreachableError)
+    assert str(failure("echo hello; echo; exit 1", tmp_path)) == "`sh script.sh` failed (exit 1): hello"
+    assert str(failure("exit 1", tmp_path)) == "`sh script.sh` failed (exit 1): no output"
+
+
+def test_75_is_a_service_that_did_not_answer(tmp_path):
+    error = failure("echo 'error: S3 does not answer'; exit 75", tmp_path)
+    assert isinstance(error, StageUnreachableError)
+    assert str(error) == "`sh script.sh` failed (exit 75): S3 does not answer"
+
+
+def test_a_killed_command_is_named(tmp_path):
+    error = failure("echo working; kill -9 $$", tmp_path)
+    assert str(error) == "`sh script.sh` failed (killed by SIGKILL): working"
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (StageUnreachableError("S3"), True),
+        (LedgerUnreachableError("S3"), True),
+        (StageFailedError("wrong"), False),
+        (LedgerError("wrong"), False),
+        (KeyError("defect"), False),
+    ],
+)
+def test_only_storage_and_services_are_tried_again(error, again, monkeypatch):
+    class State:
+        def result(self, raise_on_failure: bool) -> Any:
+            return error
+
+    assert worth_a_retry(None, None, State()) is again
+    monkeypatch.setattr(stages, "_stopping", threading.Event())
+    stages._stopping.set()
+    assert not worth_a_retry(None, None, State())
+
+
+def test_a_command_dies_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "stage.sh").write_text("echo $$ > pid; exec sleep 600")
+    code = f"""
+from pathlib import Path
+from flows.stages import stream
+stream("sh stage.sh", Path({str(tmp_path)!r}), print, print)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        child = written_pid(tmp_path / "pid", seconds=30)
+        assert psutil.Process(child).cmdline() == ["sleep", "600"]
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    assert gone(child)
+
+
+def test_a_callers_error_stops_the_command_politely(tmp_path):
+    (tmp_path / "stage.sh").write_text(
+        "trap 'echo saved > saved; exit 0' TERM\necho $$ > pid\necho ready\nwhile :; do sleep 0.05; done\n"
+    )
+
+    def refuse(_line: str) -> None:
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        stream("sh stage.sh", tmp_path, refuse, lambda _: None)
+    assert (tmp_path / "saved").read_text() == "saved\n"
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_command_and_then_the_run(tmp_path, number):
+    (tmp_path / "stage.sh").write_text("trap 'echo saved > saved; exit 3' TERM\necho $$ > pid\nsleep 600 & wait\n")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupt() -> None:
+        written_pid(tmp_path / "pid")
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c():
+        stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
+    thread.join()
+    assert (tmp_path / "saved").exists()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not stages._stopping.is_set()
+
+
+def test_an_error_that_is_no_interrupt_passes(tmp_path):
+    with pytest.raises(StageFailedError, match="exit 4"), stopped_by_ctrl_c():
+        run("exit 4", tmp_path)
