@@ -1,0 +1,125 @@
+"""Recipes: those that come with Pedigree, the checks across sections, and what a mistake is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.core.config import ConfigError
+from components.recipe import PARAMS_FILE, RECIPES, Recipe, load_recipe, recipe_names
+
+PROJECT = Path(__file__).parents[1]
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(PROJECT, "tiny-cpu", overrides)
+    return str(caught.value)
+
+
+def test_params_yaml_is_the_default_recipe():
+    assert (PROJECT / PARAMS_FILE).read_text() == (RECIPES / "tiny-cpu.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_says_what_it_is_for(name):
+    recipe = load_recipe(PROJECT, name)
+    assert isinstance(recipe, Recipe)
+    head = (RECIPES / f"{name}.yaml").read_text().splitlines()[:6]
+    assert head[0].startswith(f"# Recipe {name}: ")
+    assert any("Hardware:" in line for line in head)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_written_out_reads_as_the_same(name, tmp_path):
+    recipe = load_recipe(PROJECT, name)
+    (tmp_path / PARAMS_FILE).write_text(yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True)))
+    assert load_recipe(tmp_path, None) == recipe
+
+
+def test_overrides_are_set_and_typed():
+    overrides = ("distill.steps=50", "pretrain.optimizer.base_lr=2e-3", "curate.target_images=null", "name=mine")
+    recipe = load_recipe(PROJECT, "tiny-cpu", overrides)
+    assert recipe.name == "mine"
+    assert recipe.distill.steps == 50
+    assert recipe.pretrain.optimizer.base_lr == 2e-3
+    assert recipe.curate.target_images is None
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ConfigError, match=r"^unknown recipe 'huge'; known recipes: .*tiny-cpu"):
+        load_recipe(PROJECT, "huge")
+    with pytest.raises(ConfigError, match=r"unknown recipe '\.\./params'"):
+        load_recipe(PROJECT, "../params")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("pretrain.optimiser.base_lr=1e-3", "pretrain.optimiser: unknown key; did you mean 'optimizer'?"),
+        ("pretrain.optimizer.base_lrr=1e-3", "pretrain.optimizer.base_lrr: unknown key; did you mean 'base_lr'?"),
+        ("distil.steps=5", "distil: unknown key; did you mean 'distill'?"),
+        ("distill.students.small.backbone.dept=5", "distill.students.small.backbone.dept: unknown key"),
+        (
+            "pretrain.optimizer.base_lr=-0.001",
+            "pretrain.optimizer.base_lr: Input should be greater than 0 (given: -0.001)",
+        ),
+        ("pretrain.optimizer.base_lr=.inf", "pretrain.optimizer.base_lr: "),
+        ("pretrain.steps=many", "pretrain.steps: "),
+        ("pretrain.steps=0", "pretrain.steps: "),
+        ("seed=-1", "seed: "),
+        ("name=No Capitals", "name: "),
+        ("pretrain", "--set pretrain: expected KEY=VALUE"),
+        ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, line):
+    message = refused(override)
+    assert line in message
+    assert len(message.splitlines()) == 1
+
+
+def test_several_mistakes_are_a_line_each():
+    lines = refused("pretrain.optimizer.base_lr=-1", "distill.stepps=5").splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("tiny-cpu.yaml: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["evaluate.models={teacher: models/adapted}"], "evaluate.models must hold all that is registered"),
+        (["evaluate.models.small=models/adapted"], "evaluate.models must hold all that is registered"),
+        (["evaluate.models.other=models/students/other"], "this recipe makes no models/students/other"),
+        (["evaluate.crop_size=60"], "evaluate.crop_size 60 must be a multiple of pretrain.backbone.patch_size 8"),
+        (["register.resolution=62"], "register.resolution 62 must be a multiple of pretrain.backbone.patch_size 8"),
+        (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 8"),
+        (["pretrain.steps=10"], "optimizer.warmup_steps is 40, more than the 10 steps of the run"),
+    ],
+)
+def test_sections_must_agree(overrides, line):
+    assert line in refused(*overrides)
+
+
+def test_the_pretrained_model_can_be_evaluated_too():
+    assert load_recipe(PROJECT, "tiny-cpu", ["evaluate.models.pretrained=models/pretrained"])
+
+
+def test_a_missing_section_and_files_that_are_no_recipe(tmp_path):
+    values = yaml.safe_load((PROJECT / PARAMS_FILE).read_text())
+    del values["adapt"]
+    (tmp_path / PARAMS_FILE).write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"^params.yaml: adapt: required, but not given$"):
+        load_recipe(tmp_path, None)
+    (tmp_path / PARAMS_FILE).write_text("- a list\n")
+    with pytest.raises(ConfigError, match="expected a mapping of sections, found list"):
+        load_recipe(tmp_path, None)
+    (tmp_path / PARAMS_FILE).write_text("a: [\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(tmp_path, None)
+    (tmp_path / PARAMS_FILE).unlink()
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / PARAMS_FILE}: no such file")):
+        load_recipe(tmp_path, None)
