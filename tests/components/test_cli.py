@@ -1,0 +1,177 @@
+"""`python -m components STAGE [ITEM]`: what a stage is given, what it leaves, and its exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from components import cli
+from components.core.config import ConfigError
+from components.core.storage import StorageError
+from components.core.tracking import TrackingError
+
+PROJECT = Path(__file__).parents[2]
+STAGES = ("embed", "curate", "pretrain", "adapt", "distill", "evaluate", "register")
+ITEMS = {"distill": {"student": "small"}, "evaluate": {"model": "teacher"}, "register": {"name": "pedigree"}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A workspace with the default parameters, where no server is named; the current folder."""
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def components(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "components", *arguments],
+        cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def main(monkeypatch, function: Any, *arguments: str) -> int | str | None:
+    """Exit code of the command with `function` in place of the stage's."""
+    monkeypatch.setattr(cli, "_function", lambda _stage: function)
+    monkeypatch.setattr(sys, "argv", ["components", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "error: unknown stage 'trian'; known stages: embed, curate, pretrain, adapt, distill, evaluate, "),
+        (["pretrain", "small"], "error: stage 'pretrain' takes no item, but 'small' was given"),
+        (["distill"], "error: stage 'distill' needs one of ['small'], but None was given"),
+        (["distill", "teacher"], "error: stage 'distill' needs one of ['small'], but 'teacher' was given"),
+        (["evaluate", "big"], "error: stage 'evaluate' needs one of ['teacher', 'small'], but 'big' was given"),
+    ],
+)
+def test_a_stage_or_item_that_is_not_known(folder, arguments, told):
+    done = components(folder, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["params.yaml"]
+
+
+def test_the_whole_recipe_is_checked_whatever_the_stage(folder):
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["distill"]["stepps"] = 5
+    values["evaluate"]["batch_size"] = -1
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    done = components(folder, "embed")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[0] == "error: params.yaml: distill.stepps: unknown key; did you mean 'steps'?"
+    assert lines[1].startswith("error: params.yaml: evaluate.batch_size: ")
+    assert len(lines) == 2
+    (folder / "params.yaml").unlink()
+    assert components(folder, "embed").stderr == f"error: {folder}/params.yaml: no such file\n"
+
+
+def test_a_stage_without_its_inputs_fails_in_one_line_and_writes_nothing(folder):
+    done = components(folder, "curate")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/data/pool: no pool yet; take images in first")
+    assert "Traceback" not in done.stderr
+    assert not list(folder.rglob("result.json"))
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try(folder):
+    with socket.socket() as server:  # a port that nothing listens on
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = components(folder, "curate", MLFLOW_TRACKING_URI=address)
+    assert done.returncode == os.EX_TEMPFAIL == 75
+    assert address in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("one\ntwo"), 2),
+        (StorageError("one\ntwo"), 75),
+        (TrackingError("one\ntwo"), 75),
+        (ValueError("one\ntwo"), 1),
+        (RuntimeError("one\ntwo"), 1),
+        (FileNotFoundError("one\ntwo"), 1),
+    ],
+)
+def test_exit_codes(folder, monkeypatch, caplog, error, code):
+    def function(*_arguments: Any) -> dict[str, Any]:
+        raise error
+
+    assert main(monkeypatch, function, "pretrain") == code
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "error: one", "error: two",
+    ]  # fmt: skip
+    assert not (folder / "reports").exists()
+
+
+def test_an_error_without_words_is_named(folder, monkeypatch, caplog):
+    def function(*_arguments: Any) -> dict[str, Any]:
+        raise RuntimeError
+
+    assert main(monkeypatch, function, "pretrain") == 1
+    assert caplog.records[-1].getMessage() == "error: RuntimeError"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_is_given_and_what_it_leaves(folder, monkeypatch, stage):
+    given = {}
+
+    def function(config: Any, root: Path, seed: int, **extra: str) -> dict[str, Any]:
+        draws = random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002
+        given.update(config=config, root=root, seed=seed, extra=extra, draws=draws)
+        return {"loss": 1.5, "images": {"pool": 3}}
+
+    item = [] if stage == "register" else list(ITEMS.get(stage, {}).values())
+    assert main(monkeypatch, function, stage, *item) == 0
+    first = dict(given)
+    assert type(given["config"]).__name__.lower() == f"{stage}config"
+    assert (given["root"], given["seed"], given["extra"]) == (folder, 0, ITEMS.get(stage, {}))
+    result = folder.joinpath("reports", stage, *item, "result.json")
+    assert json.loads(result.read_text()) == {"loss": 1.5, "images": {"pool": 3}}
+    assert main(monkeypatch, function, stage, *item) == 0
+    assert given["draws"] == first["draws"]  # seeded
+
+
+def test_only_the_first_rank_reports(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ran = []
+    assert main(monkeypatch, lambda *_: ran.append(True), "pretrain") == 0
+    assert ran == [True]
+    assert not (folder / "reports").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_function_of_the_agreed_form(stage):
+    expected = ["config", "root", "seed", *ITEMS.get(stage, {})]
+    assert list(inspect.signature(cli._function(stage)).parameters) == expected
+
+
+def test_dvc_yaml_calls_every_stage():
+    pipeline = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    assert tuple(pipeline) == STAGES
+    for stage, entry in pipeline.items():
+        command = (entry.get("do") or entry)["cmd"]
+        assert command == f"python -m components {stage}" + (" ${key}" if "do" in entry else "")
