@@ -73,8 +73,8 @@ def run(
 
       pedigree run --recipe tiny-cpu --set pretrain.optimizer.base_lr=2e-3
     """
-    checkout = _checkout()
     with _clear_errors():
+        checkout = _checkout()
         params = load_recipe(checkout, recipe, set_ or [])
         if images is not None:
             _check_folder(images)
@@ -107,8 +107,8 @@ def ingest(
 
       pedigree ingest s3://bucket/shards/ --name crawl --license CC0-1.0
     """
-    checkout = _checkout()
     with _clear_errors():
+        checkout = _checkout()
         from components.data.ingest_config import IngestRequest
 
         request = IngestRequest.parse(
@@ -184,8 +184,7 @@ def _checkout() -> Path:
     """The checkout: the current folder."""
     checkout = Path.cwd()
     if not (checkout / "dvc.yaml").exists():
-        Console(stderr=True).print(f"error: no dvc.yaml in {checkout}: run this in Pedigree's own folder", style="red")
-        raise typer.Exit(BAD_INPUT)
+        raise ConfigError(f"no dvc.yaml in {checkout}: run this in Pedigree's own folder")
     return checkout
 
 
