@@ -74,7 +74,7 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
             values = schedules.at(step)
             output = training(batch.normalize(device), step, values)
             steps_done = step + 1
-            monitor.record(output, values, steps_done)
+            monitor.record(output, values, steps_done, last=steps_done == config.steps)
             advance(config.batch_size)
 
             stop = _on_any_rank(stop_requested.is_set(), device)

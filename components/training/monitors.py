@@ -41,12 +41,12 @@ class Monitor:
         self._waited += seconds
 
     @torch.no_grad()
-    def record(self, output: StepOutput, values: StepValues, steps_done: int) -> None:
-        """Take note of a step; every rank must call."""
+    def record(self, output: StepOutput, values: StepValues, steps_done: int, *, last: bool) -> None:
+        """Take note of a step; every rank must call. The last step always has a row."""
         for name, term in output.losses.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
         self._steps += 1
-        if steps_done % self._every == 0:
+        if last or steps_done % self._every == 0:
             self._write(output, values, steps_done)
 
     def _write(self, output: StepOutput, values: StepValues, steps_done: int) -> None:
