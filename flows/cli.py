@@ -22,13 +22,13 @@ from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
 from flows import promote, stack_commands, trace_commands
 from infra.local import supervisor
-from infra.local.site import StackError
 
 if TYPE_CHECKING:
     from flows.retrain import RunResult
 
 BAD_INPUT, FAILED = 2, 1
 NOT_STATED = "not-stated"
+CLEAR = (ValueError, RuntimeError, OSError)  # errors that a person, the data or a service can cause; ours among them
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,8 +131,18 @@ def ingest(
 
 
 def _connect(checkout: Path) -> None:
-    """Point this process at the services: a team's where the environment names them, else the local stack."""
+    """Point this process at the services: a team's where the environment names them, else the local stack.
+
+    Raises:
+        StackError: the local stack cannot start.
+        StorageError: S3 does not answer; nothing has been read or written yet.
+    """
+    from components.core.storage import s3_client, s3_errors
+
     os.environ.update(supervisor.connect(checkout))
+    bucket = os.environ["PEDIGREE_DATA_BUCKET"]
+    with s3_errors(f"s3://{bucket}"):
+        s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
 
 
 def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
@@ -193,7 +203,7 @@ def _clear_errors() -> Iterator[None]:
     """Turn what a user, the data or a service can cause into one clear line and an exit code."""
     try:
         yield
-    except (ConfigError, StackError, ValueError, RuntimeError, OSError) as error:
+    except CLEAR as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         console = Console(stderr=True, soft_wrap=True)
         for line in str(error).splitlines() or [type(error).__name__]:
@@ -271,9 +281,19 @@ def _print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
+class _Plain(logging.Formatter):
+    """Only the message of what a person, the data or a service can cause; Prefect's page has its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        return record.getMessage() if isinstance(error, CLEAR) else super().format(record)
+
+
 def main() -> None:
     """Entry point of the `pedigree` command."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    console = logging.StreamHandler()
+    console.setFormatter(_Plain())
+    logging.basicConfig(level=logging.WARNING, handlers=[console])
     for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(ours).setLevel(logging.INFO)
     app()
