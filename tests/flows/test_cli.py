@@ -1,0 +1,186 @@
+"""The front door: every mistake is one clear line and an exit code, and nothing is started or written for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+from components.core.storage import StorageError
+from flows.cli import _Plain, app
+from tests.flows.repository import PROJECT, pedigree
+
+COMMANDS = ("run", "ingest", "promote", "trace", "up", "status", "down", "env")
+WITH_EXAMPLES = ("run", "ingest", "promote", "trace")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder that `pedigree` takes for a checkout; the installed code runs in it."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in ("dvc.yaml", "params.yaml", ".gitignore"):
+        shutil.copy(PROJECT / name, root / name)
+    return root
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    path = tmp_path / "images"
+    path.mkdir()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(path / "red.png")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_services(monkeypatch):
+    """Whatever stack the test run has started does not exist for these tests."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "PEDIGREE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def refused(folder: Path, *arguments: str, code: int = 2, env: dict[str, str] | None = None) -> str:
+    """The one line on stderr of a command that must fail at once and leave the folder as it was."""
+    before = sorted(folder.rglob("*"))
+    done = pedigree(folder, *arguments, env=env, seconds=60)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert sorted(folder.rglob("*")) == before
+    return done.stderr
+
+
+def test_images_that_are_no_folder_of_images(folder, images, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "deeper").mkdir(parents=True)
+    assert "holds no files; give a folder of images" in refused(folder, "run", "--images", str(empty))
+    assert "does not exist" in refused(folder, "run", "--images", str(tmp_path / "nowhere"))
+    assert "is a file; give the folder" in refused(folder, "run", "--images", str(images / "red.png"))
+
+
+def test_an_unknown_recipe_names_the_known_ones(folder):
+    said = refused(folder, "run", "--recipe", "huge")
+    assert said == "error: unknown recipe 'huge'; known recipes: tiny-cpu\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("distill.stepps=5", "distill.stepps: unknown key; did you mean 'steps'?"),
+        ("pretrain.optimizer.base_lr=-0.1", "base_lr: Input should be greater than 0 (given: -0.1)"),
+        ("pretrain.steps", "expected KEY=VALUE, for example pretrain.steps=100"),
+    ],
+)
+def test_a_parameter_that_cannot_be(folder, setting, told):
+    assert told in refused(folder, "run", "--set", setting)
+
+
+def test_two_wrong_parameters_are_a_line_each(folder):
+    done = pedigree(folder, "run", "--set", "seed=-1", "--set", "distill.steps=0")
+    assert done.returncode == 2
+    assert [line.startswith("error: params.yaml: ") for line in done.stderr.splitlines()] == [True, True]
+
+
+def test_a_folder_that_is_no_checkout(tmp_path):
+    for command in (["run"], ["ingest", "photos", "--name", "photos", "--license", "CC0-1.0"]):
+        assert "no dvc.yaml in" in refused(tmp_path, *command)
+
+
+@pytest.mark.parametrize("missing", ["--license", "--name"])
+def test_ingest_needs_a_name_and_a_licence(folder, images, missing):
+    given = {"--license": "CC0-1.0", "--name": "photos"}
+    del given[missing]
+    done = pedigree(folder, "ingest", str(images), *(part for pair in given.items() for part in pair))
+    assert done.returncode == 2
+    assert f"Missing option '{missing}'" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not (folder / ".pedigree").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--license", " "], "license: must not be blank"),
+        (["--license", "CC0-1.0", "--holdout", "1.5"], "holdout: "),
+        (["--license", "CC0-1.0", "--holdout", "0.2", "--evaluation"], "holdout is for a pool"),
+    ],
+)
+def test_ingest_options_that_cannot_be(folder, images, options, told):
+    assert told in refused(folder, "ingest", str(images), "--name", "photos", *options, code=1)
+
+
+def test_a_part_of_a_teams_services_is_refused(folder):
+    env = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    said = refused(folder, "run", code=1, env=env)
+    assert "MLFLOW_TRACKING_URI set, but not PREFECT_API_URL" in said
+    for command in (["promote", "demo@latest", "--reason", "x"], ["trace", "demo@champion"]):
+        assert "set, but not PREFECT_API_URL" in refused(folder, *command, code=1, env=env)
+
+
+def test_registry_commands_do_not_start_a_stack(folder):
+    for command in (["promote", "demo@latest", "--reason", "x"], ["trace", "demo@champion"]):
+        assert "pedigree up" in refused(folder, *command, code=1)
+
+
+@pytest.mark.parametrize("command", [["run"], ["ingest", "photos", "--name", "photos", "--license", "CC0-1.0"]])
+def test_s3_that_is_down_at_the_start(folder, command):
+    with socket.socket() as server:  # a port that nothing listens on
+        server.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{server.getsockname()[1]}"
+        buckets = ("PEDIGREE_DATA_BUCKET", "PEDIGREE_MODELS_BUCKET", "PEDIGREE_AUDIT_BUCKET")
+        env = {"MLFLOW_TRACKING_URI": dead, "PREFECT_API_URL": f"{dead}/api", "AWS_ENDPOINT_URL": dead}
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        said = refused(folder, *command, code=1, env=env | keys | {name: name.lower() for name in buckets})
+    assert f"S3 at {dead} does not answer" in said
+
+
+@pytest.mark.stack
+def test_a_bucket_that_is_not_there(folder, stack):
+    env = stack.env | {"PEDIGREE_DATA_BUCKET": "nobodys-bucket"}
+    assert "s3://nobodys-bucket: no such bucket; check its name" in refused(folder, "run", code=1, env=env)
+
+
+def test_the_log_shows_the_traceback_of_a_defect_only():
+    def shown(error: Exception) -> str:
+        try:
+            raise error
+        except Exception:
+            return _Plain().format(logging.LogRecord("x", logging.ERROR, __file__, 1, "failed", None, sys.exc_info()))
+
+    assert shown(StorageError("S3 does not answer")) == "failed"
+    assert "Traceback" in shown(KeyError("a defect"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command):
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert found.help
+    assert ("Examples:" in found.help) == (command in WITH_EXAMPLES)
+    if command in WITH_EXAMPLES:
+        assert f"pedigree {command} " in found.help
+    for option in found.params:
+        assert getattr(option, "help", None), f"{command} {option.name} says nothing"
+
+
+def test_no_command_shows_the_commands(folder):
+    done = pedigree(folder)
+    assert all(command in done.stdout + done.stderr for command in COMMANDS)
+    done = pedigree(folder, "run", "-h")
+    assert done.returncode == 0
+    assert "pedigree run --images ~/photos --license CC-BY-4.0" in done.stdout
+
+
+def test_a_command_that_does_not_exist(folder):
+    done = pedigree(folder, "rnu")
+    assert done.returncode == 2
+    assert "No such command 'rnu'" in done.stderr
