@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ PICTURES = (
 def publish(workspace: Workspace, mlflow_run: str | None) -> None:
     """Make the artifacts of whatever the run has finished, whether or not all of it went well."""
     reports = workspace.root / "reports"
-    if (result := _read(reports / "curate" / "result.json")) is not None:
-        rows = [{"step": step, "images": count} for step, count in result["images"].items()]
-        create_table_artifact(rows, key="funnel", description="From pool to curated set")
+    if (funnel := reports / "curate" / "funnel.csv").exists():
+        with funnel.open(newline="") as file:
+            create_table_artifact(list(csv.DictReader(file)), key="funnel", description="From pool to curated set")
     if rows := metric_rows(reports):
         create_table_artifact(rows, key="metrics", description="Each model beside its champion and its baselines")
     pictures = [*PICTURES]
