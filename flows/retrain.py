@@ -56,11 +56,9 @@ def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> R
     """
     checkout = Path.cwd()
     logger = get_run_logger()
-    recipe = params or load_recipe(checkout, None)
-    used = chosen_sources(checkout, sources)
-    if not used:
-        raise WorkspaceError("the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it")
     try:
+        recipe = params or load_recipe(checkout, None)
+        used = chosen_sources(checkout, sources)
         with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _exact(recipe), used) as workspace:
             logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
             return _run(workspace, recipe)

@@ -94,12 +94,14 @@ def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     """The sources a run uses: those asked for, else all; the sample only where there is nothing else.
 
     Raises:
-        WorkspaceError: an unknown source.
+        WorkspaceError: an unknown source, or an empty pool.
     """
     known = known_sources(checkout)
     unknown = sorted(set(asked or ()) - set(known))
     if unknown:
         raise WorkspaceError(f"no source {unknown[0]!r} in the pool; known: {', '.join(known) or 'none'}")
+    if not known:
+        raise WorkspaceError("the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it")
     return list(asked or [name for name in known if name != SAMPLE] or known)
 
 

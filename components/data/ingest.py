@@ -34,7 +34,7 @@ from components.data.manifest import (
     POOL_SCHEMA,
     QUARANTINE_SCHEMA,
     REJECTED,
-    read_collection,
+    read_manifest,
     write_manifest,
     write_table,
 )
@@ -196,7 +196,7 @@ def _examine_entry(
 def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     """Decide for each finding: rejected, a copy, already there, for the pool, or for the evaluation set."""
     home = request.evaluation if request.as_evaluation else request.pool
-    present = _ids_in(home) | (_ids_in(request.evaluation) if request.holdout else set())
+    present = _ids_in(home / request.name) | (_ids_in(request.evaluation / request.name) if request.holdout else set())
     first: dict[str, Finding] = {}
     rejected = []
     for finding in findings:
@@ -220,8 +220,10 @@ def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     return _Account(pool, evaluation, rejected, version, when, facts)
 
 
-def _ids_in(collection: Path) -> set[str]:
-    return set(read_collection(collection)["image_id"].to_pylist())
+def _ids_in(source: Path) -> set[str]:
+    """Ids in a source's snapshots. What two sources bring is in both: each has its licence, and can be used alone."""
+    tables = [read_manifest(path) for path in source.glob("[!.]*/manifest.parquet")]
+    return {image_id for table in tables for image_id in table["image_id"].to_pylist()}
 
 
 def _place(image_id: str) -> float:

@@ -107,7 +107,8 @@ def test_sources_of_a_run(tmp_path):
         chosen_sources(root, ["cats"])
     with pytest.raises(WorkspaceError, match="no source 'cats' in the pool; known: none"):
         chosen_sources(tmp_path, ["cats"])
-    assert chosen_sources(tmp_path, None) == []
+    with pytest.raises(WorkspaceError, match="the pool is empty"):
+        chosen_sources(tmp_path, None)
 
 
 def test_the_folder_of_a_run(tmp_path, recipe):
