@@ -79,7 +79,7 @@ def test_arguments_of_pedigree_are_understood(command):
 
 def test_every_pedigree_command_and_option_in_the_text_exists():
     commands = typer.main.get_command(app).commands
-    named = set(re.findall(r"\bpedigree ([a-z][a-z-]*)", " ".join(re.findall(r"`([^`\n]+)`", TEXT)) + "".join(BLOCKS)))
+    named = set(re.findall(r"\bpedigree ([a-z][a-z-]*)", "\n".join(re.findall(r"`([^`\n]+)`", TEXT)) + "".join(BLOCKS)))
     assert named >= {"run", "ingest", "promote", "trace", "up", "status", "down", "env"}
     assert named <= set(commands)
     options = {option for command in commands.values() for p in command.params for option in p.opts}
