@@ -37,7 +37,7 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
             create_markdown_artifact(f"### {title}\n\n![{title}](data:image/jpeg;base64,{data})", key=key)
     if url := tracking.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
-    docs = workspace.root / ".pedigree" / "data-docs" / "index.html"
+    docs = workspace.root / ".pedigree" / "data-docs" / "curated" / "index.html"
     if docs.exists():
         create_link_artifact(docs.resolve().as_uri(), "Data Docs", key="data-docs", description="Great Expectations")
 
