@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +85,22 @@ def test_everything_is_made_and_recorded(checkout, first):
     root = folder(checkout, first)
     status = subprocess.run([BIN / "dvc", "status"], cwd=root, capture_output=True, text=True, check=True)
     assert "up to date" in status.stdout
+    assert git(root, "status", "--porcelain") == ""
+    assert git(checkout, "rev-parse", first["branch"]) == first["commit"]
     assert git(checkout, "status", "--porcelain", "--", ":!data") == ""  # a run never touches the checkout
     assert {row["model"] for row in first["metrics"]} == {"teacher", "small", "random", "descriptor"}
+
+
+def test_dvc_reads_a_run_as_its_own(checkout, first):
+    def dvc(*arguments: str) -> str:
+        command = [BIN / "dvc", *arguments]
+        return subprocess.run(command, cwd=folder(checkout, first), capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(dvc("status", "--cloud", "--json")) == {}  # all of it is on S3
+    shown = json.loads(dvc("metrics", "show", "--json"))[""]["data"]
+    measured = shown["reports/evaluate/small/result.json"]["data"]["knn_top1"]
+    assert f"{measured:.4g}" in {row.get("knn_top1") for row in first["metrics"] if row["model"] == "small"}
+    assert '"adapt" -> "distill@small"' in dvc("dag", "--dot")
 
 
 def test_what_was_planted_is_found_and_nothing_good_is_lost(checkout, first):
@@ -120,13 +136,24 @@ def test_prefect_shows_tables_and_pictures(first):
 
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     found = request(url, "/api/artifacts/latest/filter", os.environ["PREFECT_API_AUTH_STRING"], "POST", {})
-    keys = {artifact["key"] for artifact in found}
-    assert {"funnel", "metrics", "sample-kept", "sample-removed", "pca-teacher", "mlflow"} <= keys
+    shown = {artifact["key"]: artifact["data"] for artifact in found}
+    steps = [row["stage"] for row in json.loads(shown["funnel"])]
+    assert steps == ["pool", "filtered", "decontaminated", "deduplicated", "sampled"]
+    assert {"teacher", "small", "random"} <= {row["model"] for row in json.loads(shown["metrics"])}
+    for key in ("sample-kept", "sample-removed", "training-crops", "pca-teacher", "pca-small"):
+        encoded = shown[key].partition("data:image/jpeg;base64,")[2].removesuffix(")")
+        assert base64.b64decode(encoded, validate=True).startswith(b"\xff\xd8")  # a JPEG
+    assert first["mlflow"] in shown["mlflow"]
+    assert "/data-docs/curated/index.html" in shown["data-docs"]
 
 
 def test_an_unchanged_run_computes_nothing(checkout, first):
     begun = time.monotonic()
-    assert computed(run(checkout)) == set()
+    again = run(checkout)
+    assert computed(again) == set()
+    assert again["metrics"] == first["metrics"]
+    locks = [(folder(checkout, result) / "dvc.lock").read_text() for result in (first, again)]
+    assert yaml.safe_load(locks[0]) == yaml.safe_load(locks[1])
     assert time.monotonic() - begun < 120  # 15 s measured; not a benchmark, a stage that ran would take longer
 
 
