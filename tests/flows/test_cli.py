@@ -150,6 +150,21 @@ def test_a_bucket_that_is_not_there(folder, stack):
     assert "s3://nobodys-bucket: no such bucket; check its name" in refused(folder, "run", code=1, env=env)
 
 
+@pytest.mark.stack
+def test_a_folder_without_any_image(folder, stack, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "notes.txt").write_text("no image")
+    (texts / "page.jpg").write_text("<!doctype html>")
+    done = pedigree(folder, "run", "--images", str(texts), env=stack.env)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert str(texts) in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list((folder / "data").rglob("*.tar"))
+
+
 def test_the_log_shows_the_traceback_of_a_defect_only():
     def shown(error: Exception) -> str:
         try:
