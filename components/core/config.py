@@ -75,7 +75,10 @@ def validate(model: type[ConfigT], values: Mapping[str, Any], origin: str) -> Co
 
 
 def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set: {text!r} is not a YAML value, such as 3, 2e-4, true or [1, 2]") from None
     if isinstance(value, str):  # YAML 1.1 reads 2e-4 as text; a person who types it means the number.
         try:
             return float(value)

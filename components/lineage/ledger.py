@@ -121,7 +121,12 @@ class Ledger:
             stage = self._stage(repo, name)
             remote = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
             folder = Path(repo.stage_cache._get_cache_dir(_get_stage_hash(stage)))
-            for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            # What git keeps (`cache: false`) is no target of a push, but without it nothing is restored elsewhere.
+            for objects in repo.stage_cache.get_used_objs((e.parent.name, e.name) for e in entries).values():
+                if repo.cloud.push(objects).failed:
+                    raise LedgerUnreachableError(f"DVC remote: outputs of {name} were not all sent")
+            for entry in entries:
                 target = "/".join((remote.path, *entry.relative_to(repo.cache.legacy.path).parts))
                 remote.fs.put_file(os.fspath(entry), target)
 

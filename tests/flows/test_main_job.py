@@ -184,6 +184,7 @@ def test_promotion_and_trace(checkout, first):
     for fact in ("the first one", "CC0-1.0", "python -m components pretrain", "data/pool/sample/"):
         assert fact in text
     after = run(checkout)
+    assert computed(after) == {"evaluate@small", "evaluate@teacher", "register"}  # the cache was deleted before
     champions = (folder(checkout, after) / "params.yaml").read_text().partition("champions:")[2]
     assert "teacher: models:/pedigree/1" in champions
     assert "champion" in {row["model"] for row in after["metrics"] if row["evaluation"] == "teacher"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_another_machine_takes_up_what_was_pushed(tmp_path):
     ledger = Ledger(elsewhere)
     assert ledger.bring_data() == 1
     assert (elsewhere / "data/pool/photos/ab12/image").read_text() == "bytes"
+    ledger.fetch_run_cache()
+    assert set(run_all(ledger).values()) == {Outcome.RESTORED}
+
+
+def test_what_git_keeps_is_restored_elsewhere_too(tmp_path):
+    root = make_repository(tmp_path)
+    stages = root / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("outs: [last.txt]", "metrics: [{last.txt: {cache: false}}]"))
+    ledger = Ledger(root)
+    run_all(ledger)
+    for folder in (".dvc/cache", "left", "first"):
+        shutil.rmtree(root / folder)
+    (root / "dvc.lock").unlink()
+    (root / "last.txt").unlink()
     ledger.fetch_run_cache()
     assert set(run_all(ledger).values()) == {Outcome.RESTORED}
 
