@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -172,11 +172,6 @@ class Ledger:
             settings_of: Any = config
             settings_of.setdefault("cache", {})["dir"] = os.fspath(cache)
 
-    def changed_stages(self) -> list[str]:
-        """Names of the stages whose record does not match the workspace; empty after a clean run."""
-        with self._repo() as repo:
-            return [str(s.addressing) for s in repo.index.stages if isinstance(s, PipelineStage) and s.changed()]
-
     def _commit(self, repo: Repo, name: str) -> None:
         repo.commit(target=name, force=True)
         repo._reset()
@@ -228,13 +223,3 @@ def _one_line(error: BaseException) -> str:
             parts.append(text)
         current = current.__cause__
     return ": ".join(parts) or type(error).__name__
-
-
-def in_order(stages: Sequence[Stage]) -> bool:
-    """Whether every stage comes after the stages it needs."""
-    seen: set[str] = set()
-    for stage in stages:
-        if not set(stage.needs) <= seen:
-            return False
-        seen.add(stage.name)
-    return True

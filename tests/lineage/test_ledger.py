@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from components.lineage.ledger import Ledger, LedgerError, LedgerUnreachableError, Outcome, in_order
+from components.lineage.ledger import Ledger, LedgerError, LedgerUnreachableError, Outcome
 from tests.flows.repository import DVC, make_repository, write_params
 
 
@@ -26,8 +26,8 @@ def run_all(ledger: Ledger) -> dict[str, Outcome]:
 def test_stages_are_the_dag_that_dvc_prints(tmp_path):
     root = make_repository(tmp_path)
     stages = Ledger(root).stages()
-    assert in_order(stages)
-    assert not in_order(stages[::-1])
+    names = [stage.name for stage in stages]
+    assert all(names.index(other) < names.index(stage.name) for stage in stages for other in stage.needs)
     needs = {stage.name: stage.needs for stage in stages}
     assert needs == {"first": (), "left@a": ("first",), "left@b": ("first",), "last": ("left@a", "left@b")}
     printed = subprocess.run([DVC, "dag", "--dot"], cwd=root, capture_output=True, text=True, check=True).stdout
@@ -41,7 +41,6 @@ def test_unchanged_after_a_run_and_dvc_agrees(tmp_path):
     ledger = Ledger(root)
     assert set(run_all(ledger).values()) == {Outcome.CHANGED}
     assert set(run_all(ledger).values()) == {Outcome.UNCHANGED}
-    assert ledger.changed_stages() == []
     status = subprocess.run([DVC, "status", "--json"], cwd=root, capture_output=True, text=True, check=True)
     assert status.stdout.strip() == "{}"
 
