@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ from components.registry.config import RegisterConfig
 
 PATCH = 7
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+
+
+@pytest.fixture(autouse=True)
+def own_code_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a loaded model's copy of our code off the import path again; worker processes of later tests inherit it."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 def encoded(image: np.ndarray, size: tuple[int, int]) -> bytes:
