@@ -83,7 +83,7 @@ def run(stage: str, item: str | None = typer.Argument(None, help="which student 
     """
     root = Path.cwd()
     recipe = load_recipe(root, None)
-    function, extra = _function(stage), _extra(recipe, stage, item)
+    extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
     section = getattr(recipe, "register_model" if stage == "register" else stage)
     params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}

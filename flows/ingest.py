@@ -14,7 +14,7 @@ from components.data.ingest import IngestReport
 from components.data.ingest import ingest as ingest_source
 from components.data.ingest_config import IngestRequest
 from components.lineage.ledger import Ledger
-from flows.stages import worth_a_retry
+from flows.stages import RETRIES
 
 POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
 
@@ -39,14 +39,7 @@ def ingest(request: IngestRequest, announce: bool = True) -> IngestReport | Stat
     return report
 
 
-@task(
-    name="track",
-    retries=3,
-    retry_delay_seconds=[2, 10, 30],
-    retry_condition_fn=worth_a_retry,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="track", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def track(request: IngestRequest) -> list[str]:
     """`dvc add` and push every snapshot of the source, so that an ingest that was cut short is completed."""
     ledger = Ledger(Path.cwd())

@@ -44,6 +44,10 @@ def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
     return not _stopping.is_set() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
 
 
+# Of every task that talks to the storage or to a service.
+RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [2, 10, 30], "retry_condition_fn": worth_a_retry}
+
+
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[None]:
     """On the first Ctrl-C or SIGTERM stop the running stages' commands, so that the run ends as failed, in order.
@@ -72,14 +76,7 @@ def stopped_by_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@task(
-    task_run_name="{stage.name}",
-    retries=3,
-    retry_delay_seconds=[2, 10, 30],
-    retry_condition_fn=worth_a_retry,
-    persist_result=False,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="{stage.name}", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def run_stage(stage: Stage, workspace: Workspace) -> str:
     """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
     if _stopping.is_set():

@@ -61,6 +61,14 @@ def test_an_unknown_recipe_names_the_known_ones():
     [
         ("pretrain.optimiser.base_lr=1e-3", "pretrain.optimiser: unknown key; did you mean 'optimizer'?"),
         ("pretrain.optimizer.base_lrr=1e-3", "pretrain.optimizer.base_lrr: unknown key; did you mean 'base_lr'?"),
+        (
+            "distill.students.small.bakbone.dim=8",
+            "distill.students.small.bakbone: unknown key; did you mean 'backbone'?",
+        ),
+        (
+            "distill.students.small.backbone.dept=8",
+            "distill.students.small.backbone.dept: unknown key; did you mean 'depth'?",
+        ),
         ("distil.steps=5", "distil: unknown key; did you mean 'distill'?"),
         ("distill.students.small.backbone.dept=5", "distill.students.small.backbone.dept: unknown key"),
         (

@@ -108,11 +108,15 @@ def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> st
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
     """Names of the fields of the config model found by walking `path` from `model`."""
-    current: Any = model
+    current: type[BaseModel] | None = model
+    named = False  # the next part is the key of a mapping of models, such as a student's name
     for part in path:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(part)
-            current = field.annotation if field else None
-        candidates = [current, *getattr(current, "__args__", ())]
+        if named or current is None:
+            named = False
+            continue
+        field = current.model_fields.get(part)
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
         current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        named = getattr(annotation, "__origin__", None) is dict
     return list(current.model_fields) if current is not None else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from components.core.distributed import all_reduce_sum, rank, world_size
+from components.core.metrics import effective_rank, feature_std
 from components.core.tracking import log_metrics
 from components.training.schedules import StepValues
 from components.training.step import StepOutput
@@ -52,6 +52,7 @@ class Monitor:
     def _write(self, output: StepOutput, values: StepValues, steps_done: int) -> None:
         terms = all_reduce_sum(torch.stack(list(self._sums.values()))) / (self._steps * world_size())
         seconds = max(time.monotonic() - self._since, 1e-9)
+        features = output.cls_tokens.float().cpu().numpy()
         row = {
             "step": steps_done,
             **dict(zip((f"loss_{name}" for name in self._sums), terms.tolist(), strict=True)),
@@ -60,8 +61,8 @@ class Monitor:
             "ema_momentum": values.ema_momentum,
             "teacher_temp": values.teacher_temp,
             **{f"grad_norm_{name}": float(norm) for name, norm in output.grad_norms.items()},
-            "feature_std": feature_std(output.cls_tokens),
-            "effective_rank": effective_rank(output.cls_tokens),
+            "feature_std": feature_std(features),
+            "effective_rank": effective_rank(features),
             "target_entropy": target_entropy(output.teacher_cls_logits, values.teacher_temp),
             "images_per_second": self._steps * self._batch_size / seconds,
             "data_wait_share": self._waited / seconds,
@@ -75,30 +76,6 @@ class Monitor:
                 "step %d: loss %.4f, %.1f images/s, %.0f %% of the time waiting for data",
                 steps_done, row["loss_total"], row["images_per_second"], 100 * row["data_wait_share"],
             )  # fmt: skip
-
-
-def feature_std(features: Tensor) -> float:
-    """Standard deviation over images of L2-normalised features, times sqrt(D): 0 if collapsed, 1 if isotropic.
-
-    Args:
-        features: [N, D].
-    """
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    return float(unit.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1]))
-
-
-def effective_rank(features: Tensor) -> float:
-    """exp(entropy of the normalised singular values) of centred features: how many directions they use.
-
-    Roy and Vetterli 2007; at most min(N - 1, D).
-
-    Args:
-        features: [N, D].
-    """
-    centred = features.float() - features.float().mean(dim=0)
-    singular = torch.linalg.svdvals(centred)
-    probs = singular / singular.sum().clamp(min=1e-12)
-    return float(torch.exp(-torch.xlogy(probs, probs).sum()))
 
 
 def target_entropy(teacher_logits: Tensor, teacher_temp: float) -> float:
