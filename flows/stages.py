@@ -113,6 +113,8 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
     )  # fmt: skip
     assert process.stdout is not None
     _running.add(process)
+    if _stopping.is_set():  # the signal came while the command was being started
+        os.killpg(process.pid, signal.SIGTERM)
     last: deque[str] = deque(maxlen=20)
     try:
         for line in process.stdout:

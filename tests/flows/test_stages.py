@@ -166,6 +166,14 @@ def test_ctrl_c_stops_the_command_and_then_the_run(tmp_path, number):
     assert not stages._stopping.is_set()
 
 
+def test_a_command_that_was_being_started_at_ctrl_c_is_stopped_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "_stopping", threading.Event())
+    stages._stopping.set()
+    (tmp_path / "stage.sh").write_text("exec sleep 600")
+    with pytest.raises(StageFailedError, match="killed by SIGTERM"):
+        stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
+
+
 def test_an_error_that_is_no_interrupt_passes(tmp_path):
     with pytest.raises(StageFailedError, match="exit 4"), stopped_by_ctrl_c():
         run("exit 4", tmp_path)
