@@ -14,7 +14,7 @@ from components.core.storage import atomic_dir, write_json
 from components.curation.cluster import cluster
 from components.curation.config import CurateConfig, EmbedConfig
 from components.curation.decontaminate import References, find_contamination
-from components.curation.deduplicate import group_duplicates, near_duplicates
+from components.curation.deduplicate import Groups, group_duplicates, near_duplicates
 from components.curation.embed import (
     EmbeddingsError,
     embed_collection,
@@ -24,12 +24,12 @@ from components.curation.embed import (
 )
 from components.curation.embedders import resolve
 from components.curation.filters import filter_images
-from components.curation.pack import Chosen, pack
+from components.curation.pack import CHOSEN_SCHEMA, Pool, pack
 from components.curation.rejections import CurationError, reason_counts, rejections, remaining
 from components.curation.report import Curation, write_report
 from components.curation.sample import balanced_sample
 from components.data.expectations import validate_curated
-from components.data.manifest import read_collection
+from components.data.manifest import FINDINGS, read_collection
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +113,10 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     kept = unique[sampled]
     funnel.append(("sampled", len(kept)))
 
-    chosen = Chosen(kept, pool["image_id"].take(pa.array(kept)).to_pylist(), [str(x) for x in labels[sampled]])
+    chosen = pa.Table.from_pylist([{"row": row, "origin": "balanced"} for row in kept.tolist()], CHOSEN_SCHEMA)
+    whole = Pool(root / POOL, pool, _group_ids(pool, rows, groups), _findings(len(pool), unique, labels))
     with atomic_dir(root / CURATED) as folder:
-        pack(root / POOL, pool, chosen, rejected, folder, config.max_shard_mib * 2**20)
+        pack(whole, chosen, rejected, folder, config.max_shard_mib * 2**20)
         validate_curated(folder, len(pool), root / DATA_DOCS)
     write_report(
         Curation(config, funnel, pool, evaluation, kept, rejected, groups.nearest, contamination, labels, sampled),
@@ -129,6 +130,21 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
         "evaluation_copies": contamination.per_set,
         "clusters": int(labels.max()) + 1,
     }
+
+
+def _group_ids(pool: pa.Table, rows: np.ndarray, groups: Groups) -> pa.Array:
+    """[N] the id of the image that is kept for each one's group of duplicates; null for what was not grouped."""
+    keeper = np.full(len(pool), -1, np.int64)
+    keeper[rows] = rows[groups.keeper]
+    return pool["image_id"].combine_chunks().take(pa.array(keeper, mask=keeper < 0))
+
+
+def _findings(count: int, rows: np.ndarray, labels: np.ndarray) -> pa.Table:
+    """[N] the columns FINDINGS."""
+    paths = np.full(count, None, object)
+    paths[rows] = [str(label) for label in labels]
+    columns = {field.name: pa.nulls(count, field.type) for field in FINDINGS}
+    return pa.table(columns | {"cluster_path": pa.array(paths, pa.string())})
 
 
 def _collections(root: Path) -> tuple[pa.Table, pa.Table]:

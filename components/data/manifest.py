@@ -30,14 +30,24 @@ POOL_SCHEMA = pa.schema(
     ]
 )
 
+# What curation found of an image, in or out; empty where it never came so far.
+FINDINGS = (
+    pa.field("cluster_path", pa.string()),  # from the top level down: "3/17/204"
+    pa.field("gray_share", pa.float32()),  # of the pixels
+    pa.field("entropy", pa.float32()),  # bits, of the luma histogram
+    pa.field("nsfw", pa.float32()),  # probability; empty where it was not asked
+    pa.field("num_faces", pa.int32()),  # empty where none were looked for
+)
 CURATED_SCHEMA = pa.schema(
     [
         *POOL_SCHEMA,
+        pa.field("derived_from", pa.string()),  # image_id in the pool, where the bytes were changed (faces blurred)
         pa.field("origin", pa.string(), nullable=False),  # seed | retrieved | balanced
+        pa.field("seed_set", pa.string()),  # of a seed, or of the seed that retrieved this one
         pa.field("query_id", pa.string()),  # the seed image that retrieved this one
         pa.field("similarity", pa.float32()),  # cosine to that seed
         pa.field("group_id", pa.string(), nullable=False),  # image_id kept for this component of duplicates
-        pa.field("cluster_path", pa.string()),
+        *FINDINGS,
     ]
 )
 
@@ -62,6 +72,8 @@ REJECTED_SCHEMA = pa.schema(
         pa.field("duplicate_of", pa.string()),
         pa.field("similarity", pa.float32()),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("group_id", pa.string()),
+        *FINDINGS,
     ]
 )
 

@@ -4,12 +4,13 @@ import hashlib
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from components.core.storage import sha256_dir
-from components.curation.pack import Chosen, check_accounting, pack
+from components.curation.pack import CHOSEN_SCHEMA, Pool, check_accounting, pack
 from components.curation.rejections import CurationError, rejections
-from components.data.manifest import REJECTED_SCHEMA, read_collection, read_table
+from components.data.manifest import FINDINGS, REJECTED_SCHEMA, read_collection, read_table
 
 
 def test_every_row_is_in_or_out_once():
@@ -19,11 +20,15 @@ def test_every_row_is_in_or_out_once():
 
 
 def packed(root, pool, order, folder, max_bytes=300_000):
-    rows = np.array(order)
-    out = np.setdiff1d(np.arange(len(pool)), rows)
-    chosen = Chosen(rows, pool["image_id"].take(rows).to_pylist(), [str(row) for row in order])
+    out = np.setdiff1d(np.arange(len(pool)), order)
+    chosen = pa.Table.from_pylist([{"row": row, "origin": "balanced"} for row in order], CHOSEN_SCHEMA)
+    findings = pa.table({field.name: pa.nulls(len(pool), field.type) for field in FINDINGS})
+    paths = pa.array([str(row) for row in range(len(pool))])
+    whole = Pool(
+        root / "data/pool", pool, pool["image_id"].combine_chunks(), findings.set_column(0, FINDINGS[0], paths)
+    )
     folder.mkdir()
-    pack(root / "data/pool", pool, chosen, rejections(out, "not_sampled", "cluster 0"), folder, max_bytes)
+    pack(whole, chosen, rejections(out, "not_sampled", "cluster 0"), folder, max_bytes)
     return read_collection(folder)
 
 
@@ -43,7 +48,7 @@ def test_bytes_are_the_pools_and_do_not_depend_on_the_order_of_choice(small_work
     clusters = dict(zip(table["image_id"].to_pylist(), table["cluster_path"].to_pylist(), strict=True))
     assert clusters == {pool["image_id"][row].as_py(): str(row) for row in (0, 4, 5, 9)}
     rejected = read_table(small_workspace / "a/rejected.parquet", REJECTED_SCHEMA)
-    assert len(rejected) == 8
+    assert rejected["cluster_path"].to_pylist() == ["1", "2", "3", "6", "7", "8", "10", "11"]
     assert rejected["source_uri"].to_pylist() == pool["source_uri"].take([1, 2, 3, 6, 7, 8, 10, 11]).to_pylist()
 
 
