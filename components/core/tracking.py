@@ -34,12 +34,13 @@ _MAX_KEY, _MAX_VALUE, _MAX_DIGEST = 250, 6000, 36  # characters; MLflow refuses 
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
 _HEALTH_TIMEOUT_SECONDS = 5.0
 # MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
-_HTTP_LIMITS = {
+_CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each copied file, else
 }
 
 
@@ -298,13 +299,18 @@ def _client() -> Any:
     uri = _uri()
     assert uri, "callers check enabled()"
     if uri not in _CLIENTS:
-        for key, value in _HTTP_LIMITS.items():
-            os.environ.setdefault(key, value)
+        configure_client()
         _check_health(uri)
         from mlflow import MlflowClient
 
         _CLIENTS[uri] = MlflowClient(tracking_uri=uri)
     return _CLIENTS[uri]
+
+
+def configure_client() -> None:
+    """Set what MLflow's client reads from the environment, where the user has not; call it before making one."""
+    for key, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(key, value)
 
 
 def _check_health(uri: str) -> None:

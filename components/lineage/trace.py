@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.storage import StorageError
+from components.core.tracking import configure_client
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
 from components.lineage.record import Record, RecordError, git, upstream
@@ -109,7 +110,7 @@ class _Tracer:
             raise TraceError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
         from mlflow import MlflowClient
 
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        configure_client()
         self.client = MlflowClient(tracking_uri=uri)
         self.root = root
 

@@ -27,7 +27,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from components.core.storage import sha256_file
-from components.core.tracking import TrackingError, flatten_numbers
+from components.core.tracking import TrackingError, configure_client, flatten_numbers
 from components.lineage.origin import Origin, Tag
 
 SOURCE = Path(__file__).parents[2]
@@ -90,8 +90,7 @@ def registry_client() -> MlflowClient:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise RegistryError("MLFLOW_TRACKING_URI is not set: a model is registered on a server; run `pedigree up`")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seven tries, else: minutes
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each copied file, else
+    configure_client()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     return MlflowClient(tracking_uri=uri)
