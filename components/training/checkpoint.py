@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SPEED_ONLY = {
     "num_processes": True,
     "checkpoint_every_steps": True,
     "log_every_steps": True,
+    "max_skipped_steps": True,
     "stream": {"num_workers", "max_bad_images"},
 }
 
@@ -78,43 +80,51 @@ def only_trainer(folder: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    steps_done: int = 0
+    skipped_steps: int = 0  # of those, left out because they were not finite
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`/step_<n>, where n steps have been taken."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, training: TrainingStep, steps_done: int) -> None:
+    def save(self, training: TrainingStep, progress: Progress) -> None:
         """Write one checkpoint from rank 0 and drop the oldest; every rank must call, and waits until it stands."""
         if rank() == 0:
-            with atomic_dir(self.folder / f"step_{steps_done}") as aside:
+            with atomic_dir(self.folder / f"step_{progress.steps_done}") as aside:
                 save_file(_tensors(training), aside / TENSORS)
-                write_json(aside / STATE, {"steps_done": steps_done})
+                write_json(aside / STATE, asdict(progress))
             for old in self._steps()[:-KEEP]:
                 shutil.rmtree(self.folder / f"step_{old}")
-            logger.info("checkpoint after %d steps", steps_done)
+            logger.info("checkpoint after %d steps", progress.steps_done)
         barrier()
 
-    def load_newest(self, training: TrainingStep) -> int:
-        """Set the state of the newest checkpoint, and return how many steps it has behind it; 0 if there is none.
+    def load_newest(self, training: TrainingStep) -> Progress:
+        """Set the state of the newest checkpoint, and return how far it had come; nothing done if there is none.
 
         Raises:
             CheckpointError: the newest checkpoint is damaged or belongs to networks of another shape.
         """
         steps = self._steps()
         if not steps:
-            return 0
+            return Progress()
         path = self.folder / f"step_{steps[-1]}"
         try:
             _set_tensors(training, load_file(path / TENSORS))
-            steps_done = int(json.loads((path / STATE).read_text())["steps_done"])
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            progress = Progress(**json.loads((path / STATE).read_text()))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{path}: cannot be read ({reason}); remove this folder to go on from the one before"
             ) from None
-        logger.info("resumed after %d steps from %s", steps_done, path)
-        return steps_done
+        logger.info("resumed after %d steps from %s", progress.steps_done, path)
+        return progress
 
     def remove(self) -> None:
         """Delete all checkpoints of the run: its outputs stand."""

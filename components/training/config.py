@@ -69,6 +69,7 @@ class TrainingConfig(Config):
     num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
     checkpoint_every_steps: PositiveInt = 3_750  # 3 epochs
     log_every_steps: PositiveInt = 10
+    max_skipped_steps: int = Field(default=10, ge=0)  # steps left out for a loss that is not finite; one more ends it
     stream: StreamConfig = StreamConfig()
     crops: CropConfig = CropConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

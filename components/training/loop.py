@@ -16,16 +16,17 @@ import torch
 
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.core.progress import progress
-from components.data.batch import BatchPlan, TrainingBatches, iterate_batches
+from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import MaskingConfig
 from components.data.stream import ImageStream
-from components.training.checkpoint import Checkpoints
+from components.training.checkpoint import Checkpoints, Progress
 from components.training.config import TrainingConfig
+from components.training.divergence import Dump, SkippedSteps, unchanged_if_diverged
 from components.training.monitors import Monitor
 from components.training.networks import Networks
 from components.training.parallelize import EXIT_INTERRUPTED, training_device
 from components.training.schedules import Schedules
-from components.training.step import TrainingStep
+from components.training.step import DivergedError, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
     """Train to the last step, from the newest checkpoint in `folder` if there is one; return the monitor's rows.
 
     Raises:
-        DivergedError: a loss or gradient is not finite.
+        DivergedError: more than `max_skipped_steps` had a loss or gradient that is not finite.
         SystemExit: with EXIT_INTERRUPTED after SIGTERM, once a checkpoint is saved.
     """
     config, device = job.config, training_device()
@@ -60,30 +61,47 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
     training = TrainingStep(job.networks.to(device), config, job.seed, device)
     schedules = Schedules(config)
     checkpoints = Checkpoints(folder)
-    steps_done = checkpoints.load_newest(training)
-    monitor = Monitor(folder / "loss.csv", config.log_every_steps, config.batch_size, steps_done)
-    coming = iterate_batches(batches, config.stream, range(steps_done, config.steps))
+    start = checkpoints.load_newest(training)
+    skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps)
+    monitor = Monitor(folder / "loss.csv", config.log_every_steps, config.batch_size, start.steps_done)
+    coming = iterate_batches(batches, config.stream, range(start.steps_done, config.steps))
 
     # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
-    with closing(coming), _stop_request() as stop_requested, _progress(job, steps_done) as advance:
-        for step in range(steps_done, config.steps):
+    with closing(coming), _stop_request() as stop_requested, _progress(job, start.steps_done) as advance:
+        for step in range(start.steps_done, config.steps):
             asked = time.monotonic()
             batch = next(coming)
             monitor.waited(time.monotonic() - asked)
 
-            values = schedules.at(step)
-            output = training(batch.normalize(device), step, values)
-            steps_done = step + 1
-            monitor.record(output, values, steps_done, last=steps_done == config.steps)
+            values, steps_done = schedules.at(step), step + 1
+            try:
+                with unchanged_if_diverged(training):
+                    output = training(batch.normalize(device), step, values)
+                monitor.record(output, values, steps_done, last=steps_done == config.steps)
+            except DivergedError as error:
+                if not skipped.may_skip(error, step):
+                    checkpoints.save(training, Progress(step, skipped.count))
+                    raise _diverged(job, error, step, batch, folder) from None
             advance(config.batch_size)
 
             stop = _on_any_rank(stop_requested.is_set(), device)
             if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
-                checkpoints.save(training, steps_done)
+                checkpoints.save(training, Progress(steps_done, skipped.count))
             if stop and steps_done < config.steps:
                 logger.info("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
                 raise SystemExit(EXIT_INTERRUPTED)
     return monitor.rows
+
+
+def _diverged(job: Job, error: DivergedError, step: int, batch: Batch, folder: Path) -> DivergedError:
+    """Write down what the step needs to be taken again; return the error that ends the run."""
+    first, count = step * job.config.batch_size, job.config.batch_size
+    path = Dump(step, job.seed, first, job.stream.image_ids(first, count), error).write(folder, batch)
+    return DivergedError(
+        f"{error}. {job.config.max_skipped_steps} steps were skipped before (max_skipped_steps). To take this step "
+        f"again, start the run again; its batch, image ids and losses are in {path}",
+        error.values,
+    )
 
 
 @contextmanager

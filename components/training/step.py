@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -21,7 +22,15 @@ from components.training.schedules import StepValues
 
 
 class DivergedError(RuntimeError):
-    """A loss or gradient is not finite; the weights are those of the step before."""
+    """A loss or gradient is not finite; the weights are those of the step before.
+
+    Attributes:
+        values: this rank's losses, or the norms of its gradients.
+    """
+
+    def __init__(self, message: str, values: Mapping[str, Tensor | float]) -> None:
+        super().__init__(message)
+        self.values = {name: float(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ def _check_losses(terms: dict[str, Tensor], step: int) -> None:
         raise DivergedError(
             f"step {step}: loss is not finite (terms: {', '.join(names)}; ranks: {ranks}); weights are those before "
             "this step. Lower optimizer.base_lr or lengthen optimizer.warmup_steps; if only koleo is concerned, look "
-            "for duplicate images"
+            "for duplicate images",
+            terms,
         )
 
 
@@ -102,5 +112,6 @@ def _check_gradients(norms: dict[str, Tensor], step: int) -> None:
     if broken:
         raise DivergedError(
             f"step {step}: gradient of {', '.join(broken)} is not finite although the loss is; weights are those "
-            "before this step. Lower optimizer.base_lr, or set precision to float32"
+            "before this step. Lower optimizer.base_lr, or set precision to float32",
+            norms,
         )

@@ -10,7 +10,7 @@ from components.data.batch import Batch
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
-from components.training.checkpoint import CheckpointError, Checkpoints, only_trainer, run_key
+from components.training.checkpoint import CheckpointError, Checkpoints, Progress, only_trainer, run_key
 from components.training.config import TrainingConfig
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
@@ -48,11 +48,11 @@ def state(training: TrainingStep) -> dict[str, torch.Tensor]:
 def test_goes_on_bit_for_bit(tmp_path, config):
     straight = start(config, seed=1)
     take_steps(straight, config, range(3))
-    Checkpoints(tmp_path).save(straight, 3)
+    Checkpoints(tmp_path).save(straight, Progress(3))
     take_steps(straight, config, range(3, 6))
 
     resumed = start(config, seed=2)  # other initial weights: all must come from the checkpoint
-    assert Checkpoints(tmp_path).load_newest(resumed) == 3
+    assert Checkpoints(tmp_path).load_newest(resumed) == Progress(3)
     take_steps(resumed, config, range(3, 6))
     expected, found = state(straight), state(resumed)
     assert expected.keys() == found.keys()
@@ -63,25 +63,25 @@ def test_goes_on_bit_for_bit(tmp_path, config):
 def test_keeps_the_newest_two(tmp_path, config):
     training = start(config, seed=1)
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.load_newest(training) == 0
+    assert checkpoints.load_newest(training) == Progress()
     for steps in (2, 4, 10):
-        checkpoints.save(training, steps)
+        checkpoints.save(training, Progress(steps))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_4"]
-    assert checkpoints.load_newest(training) == 10  # by number, not by name
+    assert checkpoints.load_newest(training) == Progress(10)  # by number, not by name
     checkpoints.remove()
     assert not tmp_path.exists()
 
 
 def test_an_unfinished_save_is_not_seen(tmp_path, config):
     training = start(config, seed=1)
-    Checkpoints(tmp_path).save(training, 2)
+    Checkpoints(tmp_path).save(training, Progress(2))
     (tmp_path / ".step_4.abc").mkdir()
-    assert Checkpoints(tmp_path).load_newest(training) == 2
+    assert Checkpoints(tmp_path).load_newest(training) == Progress(2)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, config):
     training = start(config, seed=1)
-    Checkpoints(tmp_path).save(training, 2)
+    Checkpoints(tmp_path).save(training, Progress(2))
     tensors = tmp_path / "step_2" / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1_000])
     with pytest.raises(CheckpointError, match=r"step_2: cannot be read \(.*\); remove this folder"):
@@ -91,9 +91,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, config):
 def test_nothing_is_pickled(tmp_path, config):
     training = start(config, seed=1)
     take_steps(training, config, range(1))
-    Checkpoints(tmp_path).save(training, 1)
+    Checkpoints(tmp_path).save(training, Progress(1))
     assert sorted(p.name for p in (tmp_path / "step_1").iterdir()) == ["state.json", "state.safetensors"]
-    assert json.loads((tmp_path / "step_1" / "state.json").read_text()) == {"steps_done": 1}
+    assert json.loads((tmp_path / "step_1" / "state.json").read_text()) == {"steps_done": 1, "skipped_steps": 0}
 
 
 def test_key_changes_with_what_determines_the_result_only():

@@ -1,0 +1,92 @@
+"""Steps whose loss or gradient is not finite: left out, counted, told, and written down when there are too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from components.core.distributed import barrier, rank
+from components.core.storage import write_json
+from components.core.tracking import log_metrics
+from components.data.batch import Batch
+from components.training.step import DivergedError, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def unchanged_if_diverged(training: TrainingStep) -> Iterator[None]:
+    """Set back what a step that ends in DivergedError has touched before its update: centres and gradients."""
+    before = [buffer.clone() for buffer in training.objective.buffers()]
+    try:
+        yield
+    except DivergedError:
+        for buffer, value in zip(training.objective.buffers(), before, strict=True):
+            buffer.copy_(value)
+        training.optimizer.zero_grad()
+        raise
+
+
+class SkippedSteps:
+    """Counts the steps that were left out, over the whole run.
+
+    Attributes:
+        count: how many so far; part of a checkpoint.
+    """
+
+    def __init__(self, limit: int, count: int) -> None:
+        self.count = count
+        self._limit = limit
+
+    def may_skip(self, error: DivergedError, step: int) -> bool:
+        """Count one more step and raise the alert, if the limit allows one more; every rank must call."""
+        if self.count >= self._limit:
+            return False
+        self.count += 1
+        if rank() == 0:
+            log_metrics({"skipped_steps": float(self.count)}, step + 1)
+            logger.error("alert: %s. Step skipped, %d of at most %d", error, self.count, self._limit)
+        return True
+
+
+@dataclass(frozen=True)
+class Dump:
+    """What one needs to take a step again that was not finite, beside the checkpoint from before it."""
+
+    step: int
+    seed: int
+    first_position: int  # of the stream, over all ranks
+    image_ids: list[str]  # of the images that belong there, over all ranks
+    error: DivergedError
+
+    def write(self, folder: Path, batch: Batch) -> Path:
+        """Write `folder`/diverged_step_<n>: each rank its batch as loaded, losses and norms; every rank must call."""
+        path = folder / f"diverged_step_{self.step}"
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {"global_crops": batch.global_crops, "local_crops": batch.local_crops}
+        save_file(tensors if batch.masks is None else tensors | {"masks": batch.masks}, _tensors(path, rank()))
+        values = {name: repr(value) for name, value in self.error.values.items()}  # JSON has no NaN
+        write_json(path / f"rank_{rank()}.json", {"values": values})
+        if rank() == 0:
+            facts: dict[str, Any] = {k: v for k, v in vars(self).items() if k != "error"}
+            write_json(path / "dump.json", facts | {"error": str(self.error)})
+        barrier()
+        return path
+
+
+def read_dumped_batch(path: Path, number: int = 0) -> tuple[int, Batch]:
+    """The step of a dump, and what rank `number` trained on in it, for looking at it and for taking the step again."""
+    tensors = load_file(_tensors(path, number))
+    step = int(json.loads((path / "dump.json").read_text())["step"])
+    return step, Batch(tensors["global_crops"], tensors["local_crops"], tensors.get("masks"), [])
+
+
+def _tensors(path: Path, number: int) -> Path:
+    return path / f"rank_{number}.safetensors"

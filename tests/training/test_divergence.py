@@ -1,0 +1,106 @@
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from components.core.config import validate
+from components.data.batch import TrainingBatches
+from components.data.stream import ImageStream
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+from components.pretraining import stage as pretraining
+from components.pretraining.config import PretrainConfig
+from components.training.checkpoint import Checkpoints, Progress
+from components.training.divergence import read_dumped_batch
+from components.training.loop import Job, train
+from components.training.networks import Network, self_distillation
+from components.training.schedules import Schedules
+from components.training.step import DivergedError, TrainingStep
+
+CPU = torch.device("cpu")
+
+
+def make_job(config: PretrainConfig, curated) -> Job:
+    torch.manual_seed(0)
+    heads = {"dino": config.dino_head, "ibot": config.ibot_head}
+    student = Network(
+        VisionTransformer(config.backbone), {n: ProjectionHead(config.backbone.dim, h) for n, h in heads.items()}
+    )
+    stream = ImageStream(curated, config.stream, seed=0)
+    return Job("pretrain", config, self_distillation(student), stream, config.masking, seed=0)
+
+
+def make_step(job: Job) -> TrainingStep:
+    return TrainingStep(job.networks, job.config, job.seed, CPU)
+
+
+def everything(training: TrainingStep) -> list[torch.Tensor]:
+    modules = (training.networks.student, training.networks.ema, training.objective)
+    states = (training.optimizer.state[p] for p in training.networks.student.parameters())
+    moments = [state[key] for state in states for key in ("step", "exp_avg", "exp_avg_sq")]
+    return [tensor for module in modules for tensor in module.state_dict().values()] + moments
+
+
+def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp_path, caplog):
+    """A run in which step 2 breaks ends in the bits of one that never takes it: weights, average, centres, moments."""
+    config = validate(PretrainConfig, pretrain_values(steps=5, objective={"centering": "softmax"}), "test")
+    job = make_job(config, curated)
+    calls = []
+
+    def break_third(_module, _inputs, logits):
+        calls.append(None)
+        return logits * float("nan") if len(calls) == 3 else None
+
+    job.networks.student.dino_head.register_forward_hook(break_third)
+    with caplog.at_level(logging.ERROR):
+        rows = train(job, tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 4, 5]
+    assert len(caplog.records) == 1
+    assert "alert: step 2: loss is not finite (terms: total, dino_local, dino_global; ranks: [0])" in caplog.text
+    assert "Step skipped, 1 of at most 10" in caplog.text
+
+    skipping = make_step(make_job(config, curated))
+    batches, schedules = TrainingBatches(job.stream, job.batch_plan()), Schedules(config)
+    for step in (0, 1, 3, 4):
+        batch = batches[step]
+        assert not isinstance(batch, Exception)
+        skipping(batch.normalize(CPU), step, schedules.at(step))
+    found = make_step(make_job(config, curated))
+    assert Checkpoints(tmp_path).load_newest(found) == Progress(5, skipped_steps=1)
+    expected = everything(skipping)
+    assert len(expected) > 100
+    assert all(torch.equal(a, b) for a, b in zip(expected, everything(found), strict=True))
+
+
+def test_a_run_that_diverges_ends_with_what_one_needs_to_see_it_again(workspace, curated, pretrain_values):
+    """A learning rate beyond all measure: step 0 ruins the weights, 1 and 2 are skipped, 3 ends the run."""
+    optimizer = {"base_lr": 1e30, "warmup_steps": 0, "freeze_last_layer_steps": 0, "clip_grad_norm": None}
+    values = pretrain_values(optimizer=optimizer, max_skipped_steps=2)
+    config = validate(PretrainConfig, values, "test")
+    with pytest.raises(
+        DivergedError, match=r"^step 3: loss is not finite \(terms: .*2 steps were skipped before"
+    ) as first:
+        pretraining.run(config, workspace, seed=0)
+    assert not (workspace / "models").exists()
+    (dump,) = workspace.glob(".pedigree/checkpoints/*/diverged_step_3")
+    assert {path.suffix for path in dump.iterdir()} == {".json", ".safetensors"}
+    facts = json.loads((dump / "dump.json").read_text())
+    stream = ImageStream(curated, config.stream, seed=0)
+    assert (facts["step"], facts["seed"], facts["first_position"]) == (3, 0, 24)
+    assert facts["image_ids"] == stream.image_ids(24, 8)
+
+    # From the dump and the checkpoint beside it, without the data.
+    step, batch = read_dumped_batch(dump)
+    training = make_step(make_job(config, curated))
+    assert Checkpoints(dump.parent).load_newest(training) == Progress(3, skipped_steps=2)
+    with pytest.raises(DivergedError) as again:
+        training(batch.normalize(CPU), step, Schedules(config).at(step))
+    losses = json.loads((dump / "rank_0.json").read_text())["values"]
+    assert losses == {name: repr(value) for name, value in again.value.values.items()}
+    assert not math.isfinite(float(losses["total"]))
+    # And by starting the run again, which goes on from there.
+    with pytest.raises(DivergedError) as restarted:
+        pretraining.run(config, workspace, seed=0)
+    assert str(restarted.value) == str(first.value)
