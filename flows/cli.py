@@ -20,7 +20,7 @@ from rich.text import Text
 
 from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
-from flows import promote, stack_commands, trace_commands
+from flows import curate_command, promote, stack_commands, trace_commands
 from infra.local import supervisor
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ app.command("down")(stack_commands.down)
 app.command("env")(stack_commands.env)
 app.command("promote")(promote.promote)
 app.command("trace")(trace_commands.trace)
+app.command("curate")(curate_command.curate)
 
 
 @app.callback()

@@ -8,6 +8,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+# Every reason there is, in the order in which they are looked for.
+MEANING = {
+    "exact_duplicate": "the same bytes are listed before",
+    "too_small": "the shorter side is below the limit",
+    "aspect_ratio": "too long and narrow",
+    "evaluation_copy": "looks like an image of an evaluation set, or its group of duplicates has one that does",
+    "near_duplicate": "shows the same picture as an image that stays",
+    "not_sampled": "a good image of a cluster that has more than its share",
+}
 # `row` is a row of the pool; the other columns are those of REJECTED_SCHEMA.
 SCHEMA = pa.schema(
     [

@@ -14,16 +14,8 @@ from components.core.storage import write_bytes
 from components.curation import charts, grids
 from components.curation.config import CurateConfig
 from components.curation.decontaminate import Contamination
-from components.curation.rejections import reason_counts
+from components.curation.rejections import MEANING, reason_counts
 
-MEANING = {
-    "exact_duplicate": "the same bytes are listed before",
-    "too_small": "the shorter side is below the limit",
-    "aspect_ratio": "too long and narrow",
-    "evaluation_copy": "looks like an image of an evaluation set, or its group of duplicates has one that does",
-    "near_duplicate": "shows the same picture as an image that stays",
-    "not_sampled": "a good image of a cluster that has more than its share",
-}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1040px;margin:2.5em auto;padding:0 1.2em}
 h1{font-size:1.7em;margin:0}h2{font-size:1.15em;margin:2em 0 .5em}p.lead{color:#5b6875;margin:.2em 0 1.5em}

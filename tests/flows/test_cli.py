@@ -18,8 +18,8 @@ from components.core.storage import StorageError
 from flows.cli import _Plain, app
 from tests.flows.repository import PROJECT, pedigree
 
-COMMANDS = ("run", "ingest", "promote", "trace", "up", "status", "down", "env")
-WITH_EXAMPLES = ("run", "ingest", "promote", "trace")
+COMMANDS = ("run", "ingest", "promote", "trace", "curate", "up", "status", "down", "env")
+WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate")
 
 
 @pytest.fixture

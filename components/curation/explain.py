@@ -1,0 +1,177 @@
+"""Why one image is in the curated set, or out of it: read from the set's two tables, whatever their size."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.dataset as ds
+
+from components.core.storage import sha256_file
+from components.curation.rejections import MEANING
+from components.data.manifest import FINDINGS, snapshot_manifests
+
+SHOWN_MATCHES = 5
+EXACT = "exact_duplicate"
+ID_PREFIX = re.compile(r"[0-9a-f]{4,64}")
+ORIGIN = {
+    "seed": "it belongs to a seed set that is taken as it is",
+    "retrieved": "it is near an image of a seed set",
+    "balanced": "it was drawn in the balanced sample of its cluster",
+}
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+
+
+class ExplainError(ValueError):
+    """No image, or more than one, is meant by what was asked; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class CuratedTables:
+    """Where one curated set says what is in and what is out."""
+
+    manifest: Path
+    rejected: Path
+    evaluation: Path | None = None  # the evaluation sets, if they are at hand, to name what a copy is a copy of
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Another image that the answer names."""
+
+    image_id: str
+    where: str  # kept | left out | evaluation set | not at hand
+    source: str | None = None
+    source_uri: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that is known of one image of the pool."""
+
+    image_id: str  # in the pool
+    source: str
+    source_uri: str
+    kept: bool
+    reason: str  # an origin, or a reason of rejection
+    meaning: str
+    detail: str | None
+    similarity: float | None  # to `other`
+    other: Mention | None  # the image that it duplicates, or the seed that retrieved it
+    seed_set: str | None
+    packed_as: str | None  # its id in the curated set, where faces were blurred
+    cluster_path: str | None
+    scores: dict[str, float]
+    group: list[Mention] = field(default_factory=list)  # the other images of its group of duplicates
+    listed_again: list[str] = field(default_factory=list)  # where else in the pool the same bytes stand
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def explain(tables: CuratedTables, asked: str) -> Explanation:
+    """Find one image, and say why it is in or out.
+
+    Args:
+        tables: the curated set.
+        asked: an image id or the beginning of one, a source URI or its last part, or a file with the image's bytes.
+
+    Raises:
+        ExplainError: nothing matches, or several images do.
+    """
+    kept = [_pool_row(row) for row in _matching(tables.manifest, asked, ("image_id", "derived_from"))]
+    rejected = _matching(tables.rejected, asked, ("image_id",))
+    again = [row for row in rejected if row["reason"] == EXACT]
+    once = [row for row in rejected if row["reason"] != EXACT]
+    found = {row["image_id"]: row for row in [*again, *once, *kept]}  # the last says what became of the image
+    if not found:
+        raise ExplainError(f"{asked!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
+    if len(found) > 1:
+        listed = ", ".join(f"{i[:16]} ({row['source_uri']})" for i, row in list(found.items())[:SHOWN_MATCHES])
+        more = ", ..." if len(found) > SHOWN_MATCHES else ""
+        raise ExplainError(f"{asked!r}: {len(found)} images match: {listed}{more}; give more of the id")
+    (row,) = found.values()
+    return _explanation(tables, row, [other for other in again if other is not row])
+
+
+def _explanation(tables: CuratedTables, row: dict[str, Any], again: list[dict[str, Any]]) -> Explanation:
+    kept = "origin" in row
+    other = row["query_id"] if kept else row["duplicate_of"]
+    scores = {f.name: row[f.name] for f in FINDINGS if f.name != "cluster_path" and row[f.name] is not None}
+    return Explanation(
+        image_id=row["image_id"],
+        source=row["source"],
+        source_uri=row["source_uri"],
+        kept=kept,
+        reason=row["origin"] if kept else row["reason"],
+        meaning=ORIGIN[row["origin"]] if kept else MEANING[row["reason"]],
+        detail=None if kept else row["detail"],
+        similarity=row["similarity"],
+        other=_mention(tables, other) if other else None,
+        seed_set=row.get("seed_set"),
+        packed_as=row.get("packed_as"),
+        cluster_path=row["cluster_path"],
+        scores=scores,
+        group=_group(tables, row),
+        listed_again=[f"{r['source']}: {r['source_uri']}" for r in again],
+    )
+
+
+def _matching(path: Path, asked: str, id_columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows by id or its beginning; if there are none, by source URI or its last part."""
+    rows: list[dict[str, Any]] = []
+    wanted = sha256_file(Path(asked)) if Path(asked).is_file() else asked
+    if ID_PREFIX.fullmatch(wanted):
+        starts = [pc.starts_with(pc.field(name), wanted) for name in id_columns]
+        rows = _rows(path, starts[0] if len(starts) == 1 else starts[0] | starts[1])
+    uri = pc.field("source_uri")
+    return rows or _rows(path, (uri == asked) | pc.ends_with(uri, f"/{asked}") | pc.ends_with(uri, f"#{asked}"))
+
+
+def _rows(path: Path, condition: Any) -> list[dict[str, Any]]:
+    """The rows that meet a condition, read as a stream."""
+    try:
+        return ds.dataset(path, format="parquet").to_table(filter=condition).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ExplainError(f"{path}: not a table of a curated set: {str(error).splitlines()[0]}") from None
+
+
+def _pool_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the curated manifest under its id in the pool."""
+    packed = row["derived_from"] is not None
+    return row | {"image_id": row["derived_from"] or row["image_id"], "packed_as": row["image_id"] if packed else None}
+
+
+def _group(tables: CuratedTables, row: dict[str, Any]) -> list[Mention]:
+    if row["group_id"] is None:
+        return []
+    same = pc.field("group_id") == row["group_id"]
+    members = [_kept(other) for other in _rows(tables.manifest, same)]
+    members += [_named(other, "left out") for other in _rows(tables.rejected, same)]
+    return [member for member in members if member.image_id != row["image_id"]]
+
+
+def _mention(tables: CuratedTables, image_id: str) -> Mention:
+    """What is known of an image that another one's row names."""
+    same, derived = pc.field("image_id") == image_id, pc.field("derived_from") == image_id
+    if rows := _rows(tables.manifest, same | derived):
+        return _kept(rows[0])
+    if rows := _rows(tables.rejected, same):
+        return _named(rows[0], "left out")
+    for path in snapshot_manifests(tables.evaluation) if tables.evaluation else []:
+        if rows := _rows(path, same):
+            return _named(rows[0], "evaluation set")
+    return Mention(image_id, "not at hand")
+
+
+def _kept(row: dict[str, Any]) -> Mention:
+    return _named(_pool_row(row), "kept")
+
+
+def _named(row: dict[str, Any], where: str) -> Mention:
+    return Mention(row["image_id"], where, row["source"], row["source_uri"])

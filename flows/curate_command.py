@@ -1,0 +1,150 @@
+"""`pedigree curate --explain`: why an image is in the curated set of a run, or out of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from flows.workspace import WorkspaceError, git
+
+if TYPE_CHECKING:
+    from components.curation.explain import CuratedTables, Explanation, Mention
+
+CURATED = "data/curated"
+TABLES = ("manifest.parquet", "rejected.parquet")
+MAX_SHOWN = 8
+LABEL = 14  # characters
+
+
+def curate(
+    image: Annotated[
+        str,
+        typer.Option(
+            "--explain", metavar="IMAGE", help="Image id or its beginning, source URI, file name, or an image file."
+        ),
+    ],
+    run: Annotated[str | None, typer.Option(help="Id of a run; default: the newest that curated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """Say why an image is in a run's curated set or out of it: reason, duplicate, similarity, scores, cluster.
+
+    Examples:
+      pedigree curate --explain 3f9a21c0
+
+      pedigree curate --explain beach.jpg --run 20261124-061145-0635
+
+      pedigree curate --explain 3f9a21c0 --json | jq .other
+    """
+    from components.curation.explain import ExplainError, explain
+
+    try:
+        name, tables = find_tables(Path.cwd(), run)
+        found = explain(tables, image)
+    except (ExplainError, WorkspaceError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    if as_json:
+        told = {"run": name, "manifest": str(tables.manifest), **found.as_dict()}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    verdict = Text("in" if found.kept else "out", "bold green" if found.kept else "bold red")
+    console.print(Text.assemble(verdict, f": {found.meaning}"))
+    console.print(_lines(found, name, tables), markup=False)
+
+
+def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
+    """A run's name and where its two tables lie: in its folder or, once that is gone, in the DVC cache.
+
+    Args:
+        checkout: Pedigree's folder.
+        run: a run's id; None takes the newest run that has a curated set, or the checkout's own where no run has.
+
+    Raises:
+        WorkspaceError: no such run, or none whose curated set is on this machine.
+    """
+    if run is not None:
+        if (tables := _tables_of_run(checkout, run)) is None:
+            known = ", ".join(run_ids(checkout)[:MAX_SHOWN]) or "none"
+            raise WorkspaceError(f"run {run}: no curated set of it is on this machine; runs: {known}")
+        return run, tables
+    for name in run_ids(checkout):
+        if (tables := _tables_of_run(checkout, name)) is not None:
+            return name, tables
+    if (tables := _in_folder(checkout)) is not None:
+        return "this checkout", tables
+    raise WorkspaceError(f"{checkout}: no run has curated anything here yet; `pedigree run` does")
+
+
+def run_ids(checkout: Path) -> list[str]:
+    """Ids of the runs of this checkout, newest first."""
+    folders = {path.name for path in (checkout / ".pedigree" / "runs").glob("*/") if path.is_dir()}
+    refs = git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs", check=False)
+    return sorted(folders | set(refs.split()), reverse=True)
+
+
+def _tables_of_run(checkout: Path, run: str) -> CuratedTables | None:
+    return _in_folder(checkout / ".pedigree" / "runs" / run) or _in_cache(checkout, f"runs/{run}")
+
+
+def _in_folder(root: Path) -> CuratedTables | None:
+    from components.curation.explain import CuratedTables
+
+    manifest, rejected = (root / CURATED / name for name in TABLES)
+    if not (manifest.is_file() and rejected.is_file()):
+        return None
+    return CuratedTables(manifest, rejected, root / "data/evaluation")
+
+
+def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
+    """The tables as DVC's cache holds them, by the `dvc.lock` of a run's branch."""
+    from components.curation.explain import CuratedTables
+    from components.lineage.record import Record, RecordError
+
+    cache = checkout / ".dvc" / "cache" / "files" / "md5"
+    try:
+        folder = Record(checkout, branch).output(CURATED) or ""
+        listing = json.loads((cache / folder[:2] / folder[2:]).read_text())
+    except (RecordError, OSError, ValueError):
+        return None
+    paths = {entry["relpath"]: cache / entry["md5"][:2] / entry["md5"][2:] for entry in listing}
+    if not all(name in paths and paths[name].is_file() for name in TABLES):
+        return None
+    manifest, rejected = (paths[name] for name in TABLES)
+    return CuratedTables(manifest, rejected, checkout / "data/evaluation")
+
+
+def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
+    relation = "retrieved by" if found.kept else "duplicates"
+    similarity = "" if found.similarity is None else f", similarity {found.similarity:.4f}"
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in found.scores.items())
+    group = [_mention(other) for other in found.group[:MAX_SHOWN]]
+    if len(found.group) > MAX_SHOWN:
+        group.append(f"and {len(found.group) - MAX_SHOWN} more")
+    rows: list[tuple[str, Any]] = [
+        ("image", found.image_id),
+        ("source", f"{found.source}: {found.source_uri}"),
+        ("packed as", found.packed_as and f"{found.packed_as} (faces blurred)"),
+        ("reason", found.reason + (f": {found.detail}" if found.detail else "")),
+        (relation, found.other and _mention(found.other) + similarity),
+        ("seed set", found.seed_set),
+        ("cluster", found.cluster_path),
+        ("scores", scores),
+        ("same picture", "\n".join(group)),
+        ("same bytes", "\n".join(found.listed_again)),
+        ("run", run),
+        ("read from", str(tables.manifest.parent)),
+    ]
+    told = [f"{label:<{LABEL}}{line}" for label, value in rows if value for line in str(value).splitlines()]
+    return "\n".join(told)
+
+
+def _mention(other: Mention) -> str:
+    uri = f" {other.source}: {other.source_uri}" if other.source_uri else ""
+    return f"{other.image_id[:16]} ({other.where}){uri}"
