@@ -63,6 +63,18 @@ class FilterConfig(Config):
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 8.0  # longer side / shorter side; None: any
 
 
+class IndexConfig(Config):
+    """How nearest neighbours are searched: exactly in small sets, else by an inverted file of coded vectors."""
+
+    flat_below: Annotated[int, Field(ge=256)] = 100_000  # vectors; fewer are searched exactly
+    num_lists: PositiveInt | None = None  # cells of the inverted file; None: twice the square root of the vectors
+    num_probes: PositiveInt = 128  # cells searched for each query
+    code_bytes: PositiveInt = 64  # of each vector in memory, at most
+    recall_sample: PositiveInt = 1000  # queries that are also searched exactly
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.9  # of the exact pairs; the run fails below
+    memory_mib: PositiveInt = 1024  # of the vectors that the index is trained on
+
+
 class CurateConfig(Config):
     """Stage `curate`."""
 

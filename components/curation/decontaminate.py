@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.curation.config import IndexConfig
 from components.curation.deduplicate import Groups
-from components.curation.neighbors import find_neighbors
+from components.curation.neighbors import EXACT_BELOW, find_neighbors
 from components.curation.rejections import rejections
 
 
@@ -32,6 +33,7 @@ class Contamination:
     rejected: pa.Table
     per_set: dict[str, int]  # images of the pool in components that touch each evaluation set
     nearest: NDArray[np.float32]  # [N] cosine of each image to the nearest evaluation image; -1 where there is none
+    recall: dict[str, float]  # of the index of each set, see `Neighbors`
 
 
 def find_contamination(
@@ -40,6 +42,7 @@ def find_contamination(
     embeddings: NDArray[np.float32],
     references: References,
     threshold: float,
+    index: IndexConfig = EXACT_BELOW,
 ) -> Contamination:
     """Rejections of every image whose component has an image above `threshold` to an evaluation image.
 
@@ -48,25 +51,37 @@ def find_contamination(
     Args:
         groups: duplicates among the images given here.
         rows: [N] their rows in the pool.
-        embeddings: [N, D] of unit norm.
+        embeddings: [N, D] of unit norm; may be memory-mapped.
         references: the evaluation images.
         threshold: cosine, exclusive.
+        index: how neighbours are searched in each evaluation set.
+
+    Raises:
+        CurationError: the index of a set misses too many pairs.
     """
     count = len(rows)
     best = np.full(count, -1, np.float32)  # to the nearest reference of any set
     nearest = best.copy()
     reference = np.zeros(count, np.int64)
     per_set: dict[str, int] = {}
+    recall: dict[str, float] = {}
     sources = references.images["source"].to_numpy()
     for name in sorted(set(sources)):
         members = np.flatnonzero(sources == name)
-        pairs = find_neighbors(embeddings, references.embeddings[members], 1, threshold)
+        pairs = find_neighbors(embeddings, _take(references.embeddings, members), 1, threshold, index)
+        recall[name] = pairs.recall
         nearest = np.maximum(nearest, pairs.nearest)
         per_set[name] = int(np.isin(groups.label, groups.label[pairs.query]).sum())
         nearer = pairs.similarity > best[pairs.query]
         best[pairs.query[nearer]] = pairs.similarity[nearer]
         reference[pairs.query[nearer]] = members[pairs.neighbor[nearer]]
-    return Contamination(_reject(groups, rows, references.images, reference, best), per_set, nearest)
+    return Contamination(_reject(groups, rows, references.images, reference, best), per_set, nearest, recall)
+
+
+def _take(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The rows of one evaluation set: without a copy where they lie side by side, as one source's images do."""
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    return embeddings[first:end] if end - first == len(rows) else embeddings[rows]
 
 
 def _reject(

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from components.curation.neighbors import Neighbors, cosine, find_neighbors
+from components.curation.config import IndexConfig
+from components.curation.neighbors import EXACT_BELOW, Neighbors, cosine, find_neighbors
 from components.curation.rejections import rejections
 
 
@@ -24,20 +25,33 @@ class Groups:
     label: NDArray[np.int64]  # [N] the component of each image
     keeper: NDArray[np.int64]  # [N] the image that stays of its component
     nearest: NDArray[np.float32]  # [N] cosine to the nearest other image
+    recall: float = 1.0  # of the index that found the pairs, see `Neighbors`
 
 
-def group_duplicates(embeddings: NDArray[np.float32], images: pa.Table, num_neighbors: int, threshold: float) -> Groups:
+def group_duplicates(
+    embeddings: NDArray[np.float32],
+    images: pa.Table,
+    num_neighbors: int,
+    threshold: float,
+    index: IndexConfig = EXACT_BELOW,
+    first: NDArray[np.bool_] | None = None,
+) -> Groups:
     """Components of the graph of pairs above `threshold`, and the keeper of each.
 
     Args:
-        embeddings: [N, D] of unit norm, in the order of `images`.
+        embeddings: [N, D] of unit norm, in the order of `images`; may be memory-mapped.
         images: manifest rows.
         num_neighbors: of each image, that may become edges.
         threshold: cosine, exclusive.
+        index: how neighbours are searched.
+        first: [N] images that stay before all others, such as seeds that are taken as they are.
+
+    Raises:
+        CurationError: the index misses too many pairs.
     """
-    pairs = find_neighbors(embeddings, None, num_neighbors, threshold)
+    pairs = find_neighbors(embeddings, None, num_neighbors, threshold, index)
     label = components(pairs, len(images))
-    return Groups(label, keepers(label, images), pairs.nearest)
+    return Groups(label, keepers(label, images, first), pairs.nearest, pairs.recall)
 
 
 def components(pairs: Neighbors, num_images: int) -> NDArray[np.int64]:
@@ -47,17 +61,18 @@ def components(pairs: Neighbors, num_images: int) -> NDArray[np.int64]:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def keepers(label: NDArray[np.int64], images: pa.Table) -> NDArray[np.int64]:
-    """[N] the image that stays of each image's component: the most pixels, then the lowest id.
+def keepers(label: NDArray[np.int64], images: pa.Table, first: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """[N] the image that stays of each image's component: one of `first`, then the most pixels, then the lowest id.
 
     The paper does not say which image stays; largest loses least, and the id makes the rule deterministic.
     """
     pixels = images["width"].to_numpy().astype(np.int64) * images["height"].to_numpy()
     ids = images["image_id"].to_numpy().astype("S64")
-    order = np.lexsort((ids, -pixels, label))
-    _, first, inverse = np.unique(label[order], return_index=True, return_inverse=True)
+    others = np.ones(len(label), np.bool_) if first is None else ~first
+    order = np.lexsort((ids, -pixels, others, label))
+    _, start, inverse = np.unique(label[order], return_index=True, return_inverse=True)
     keeper = np.empty(len(label), np.int64)
-    keeper[order] = order[first][inverse]
+    keeper[order] = order[start][inverse]
     return keeper
 
 
@@ -75,7 +90,7 @@ def near_duplicates(
     """
     out = np.flatnonzero(groups.keeper != np.arange(len(rows)))
     keeper = groups.keeper[out]
-    similarity = cosine(embeddings[out], embeddings[keeper])
+    similarity = cosine(embeddings, out, embeddings, keeper)
     sizes = np.bincount(groups.label)[groups.label[out]]
     detail = [
         f"group of {size}" + ("" if value > threshold else ", linked through other images of it")

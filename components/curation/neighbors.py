@@ -1,81 +1,247 @@
-"""Nearest neighbours by cosine: FAISS proposes, an exact product decides."""
+"""Nearest neighbours by cosine: FAISS proposes, an exact product decides.
+
+Below `IndexConfig.flat_below` vectors every product is computed. Above, an inverted file with product quantisation
+(IVF-PQ, as in DINOv2, arXiv 2304.07193, section 3) proposes candidates, which the original vectors put in order; how
+many pairs it misses is measured in every run. Vectors may be memory-mapped: they are read in chunks and never copied
+whole. Each chunk is computed by one thread alone, so the result does not depend on how many threads there are.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from components.core.progress import progress
+from components.curation.config import IndexConfig
+from components.curation.rejections import CurationError
 
-CHUNK = 4096  # queries searched at once
-MARGIN = 1e-4  # FAISS's float32 products are off by less
+log = logging.getLogger(__name__)
+
+EXACT_BELOW = IndexConfig()
+CHUNK = 512  # queries searched at once
+BLOCK_BYTES = 2**24  # of vectors gathered at once
+MARGIN = 1e-4  # float32 products are off by less
 DECIMALS = 6  # of a similarity: the same on machines that add in another order
+MIN_CANDIDATES = 64  # that the index proposes of each query; at least twice the neighbours asked for
+TRAINING_VECTORS = 40  # of each list, drawn with seed 0; FAISS warns below 39
+KMEANS_ITERATIONS = 10  # FAISS's own default for an inverted file
+
+Propose = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]  # [q, D] -> 2 x [q, c]
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Pairs above a threshold, and how near each query's nearest neighbour is."""
+    """Pairs above a threshold, and how near each query's nearest neighbour is; nearest first for each query."""
 
-    query: NDArray[np.int64]  # [E]
+    query: NDArray[np.int64]  # [E] ascending
     neighbor: NDArray[np.int64]  # [E]
     similarity: NDArray[np.float32]  # [E] cosine, above the threshold
-    nearest: NDArray[np.float32]  # [Q] cosine to the nearest other image; -1 where there is none
+    nearest: NDArray[np.float32]  # [Q] cosine to the nearest other image found; -1 where there is none
+    recall: float = 1.0  # share of the exact pairs that were found, for a sample of the queries
+
+
+@dataclass(frozen=True)
+class _Task:
+    queries: NDArray[np.float32]  # [Q, D]
+    others: NDArray[np.float32]  # [N, D]
+    among: bool  # the queries are the others, and none is its own neighbour
+    num_neighbors: int
+    threshold: float | None
 
 
 def find_neighbors(
-    queries: NDArray[np.float32], database: NDArray[np.float32] | None, num_neighbors: int, threshold: float
+    queries: NDArray[np.float32],
+    database: NDArray[np.float32] | None,
+    num_neighbors: int,
+    threshold: float | None,
+    index: IndexConfig = EXACT_BELOW,
 ) -> Neighbors:
     """Pairs of a query and one of its `num_neighbors` nearest images whose cosine is above `threshold`.
 
     Args:
-        queries: [Q, D] of unit norm.
+        queries: [Q, D] float32 of unit norm, in memory or memory-mapped.
         database: [N, D] of unit norm; None searches among the queries themselves, where none is its own neighbour.
         num_neighbors: considered for each query.
-        threshold: cosine, exclusive.
+        threshold: cosine, exclusive; None: all `num_neighbors` nearest are pairs.
+        index: how to search.
+
+    Raises:
+        CurationError: an IVF-PQ index finds fewer of the exact pairs than `index.min_recall`.
     """
-    others = queries if database is None else database
-    k = min(num_neighbors + (database is None), len(others))
-    nearest = np.full(len(queries), -1, np.float32)
-    parts: list[tuple[NDArray, NDArray, NDArray]] = []
-    if len(queries) and k > 0:
-        index = _flat_index(others)
+    task = _Task(queries, queries if database is None else database, database is None, num_neighbors, threshold)
+    size = len(task.others)
+    if not len(queries) or size <= task.among:
+        return _join([], len(queries))
+    exact, recall = _exact(task), 1.0
+    with _threads() as threads:
+        propose = exact
+        if size >= index.flat_below:
+            propose = _approximate(task, index)
+            recall = _measure_recall(task, propose, exact, index, threads)
         with progress("neighbours", len(queries)) as advance:
-            for start in range(0, len(queries), CHUNK):
-                chunk = queries[start : start + CHUNK]
-                scores, found = index.search(chunk, k)  # [q, k]
-                rows = np.arange(start, start + len(chunk))[:, None]  # [q, 1]
-                if database is None:
-                    scores = np.where(found == rows, -1, scores)
-                nearest[start : start + len(chunk)] = scores.max(axis=1)
-                at, column = np.nonzero(scores > threshold - MARGIN)
-                parts.append(_decide(queries, others, at + start, found[at, column], threshold))
-                advance(len(chunk))
-    query, neighbor, similarity = (np.concatenate(c) for c in zip(*parts, strict=True)) if parts else _no_pairs()
-    return Neighbors(query, neighbor, similarity, nearest)
+            found = _search(task, propose, np.arange(len(queries)), threads, advance)
+    return Neighbors(found.query, found.neighbor, found.similarity, found.nearest, recall)
 
 
-def cosine(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosine of each row with the row beside it, summed in float64 and rounded: [E]."""
-    return np.einsum("ij,ij->i", left, right, dtype=np.float64).round(DECIMALS).astype(np.float32)
+def cosine(
+    left: NDArray[np.float32], left_rows: NDArray[np.int64], right: NDArray[np.float32], right_rows: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Cosine of `left[left_rows]` with `right[right_rows]`, row by row, summed in float64 and rounded: [E]."""
+    result = np.empty(len(left_rows), np.float32)
+    step = max(1, BLOCK_BYTES // (4 * left.shape[1]))
+    for start in range(0, len(result), step):
+        block = slice(start, start + step)
+        products = np.einsum("ij,ij->i", left[left_rows[block]], right[right_rows[block]], dtype=np.float64)
+        result[block] = products.round(DECIMALS)
+    return result
 
 
-def _flat_index(vectors: NDArray[np.float32]):
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as FAISS would take, each of which computes alone."""
     import faiss
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)  # pyright: ignore[reportCallIssue] - faiss replaces the signature at import
-    return index
+    threads = ThreadPoolExecutor(faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,))
+    try:
+        with threadpool_limits(1):
+            yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
-def _decide(
-    queries: NDArray[np.float32], others: NDArray[np.float32], query: NDArray, neighbor: NDArray, threshold: float
-) -> tuple[NDArray, NDArray, NDArray]:
-    similarity = cosine(queries[query], others[neighbor])
-    kept = similarity > np.float32(threshold)
-    return query[kept].astype(np.int64), neighbor[kept].astype(np.int64), similarity[kept]
+def _exact(task: _Task) -> Propose:
+    """All products with the database, which is read where it lies."""
+    import faiss
+
+    count = min(task.num_neighbors + task.among, len(task.others))
+    return lambda chunk: faiss.knn(chunk, task.others, count, faiss.METRIC_INNER_PRODUCT)
 
 
-def _no_pairs() -> tuple[NDArray, NDArray, NDArray]:
-    return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+def _approximate(task: _Task, config: IndexConfig) -> Propose:
+    """Candidates of an IVF-PQ index with codes of 4 bits a subvector, with their exact products."""
+    import faiss
+
+    size, dim = task.others.shape
+    sample = min(size, config.memory_mib * 2**20 // (4 * dim))
+    lists = min(config.num_lists or round(2 * size**0.5), sample)
+    parts = max(m for m in range(1, min(dim, 2 * config.code_bytes) + 1) if dim % m == 0)
+    quantizer = faiss.IndexFlatIP(dim)
+    inverted = faiss.IndexIVFPQFastScan(quantizer, dim, lists, parts, 4, faiss.METRIC_INNER_PRODUCT)
+    inverted.cp.niter = KMEANS_ITERATIONS
+    inverted.cp.min_points_per_centroid = inverted.pq.cp.min_points_per_centroid = 1
+    inverted.nprobe = min(config.num_probes, lists)
+    training = _sample(size, min(sample, TRAINING_VECTORS * lists))
+    inverted.train(task.others[training])  # pyright: ignore[reportCallIssue] - faiss replaces the signature at import
+    step = max(1, BLOCK_BYTES // (4 * dim))
+    with progress("index", size) as advance:
+        for start in range(0, size, step):
+            chunk = np.ascontiguousarray(task.others[start : start + step])
+            inverted.add(chunk)  # pyright: ignore[reportCallIssue]
+            advance(len(chunk))
+    count = min(max(2 * task.num_neighbors, MIN_CANDIDATES) + task.among, size)
+
+    def propose(chunk: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        found = inverted.search(chunk, count)[1]  # pyright: ignore[reportCallIssue]
+        return np.where(found < 0, -np.inf, _products(chunk, task.others, found)).astype(np.float32), found
+
+    return propose
+
+
+def _products(chunk: NDArray[np.float32], others: NDArray[np.float32], found: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Product of each query with each of its candidates: [q, D], [N, D], [q, c] -> [q, c]."""
+    products = np.empty(found.shape, np.float32)
+    step = max(1, BLOCK_BYTES // (4 * found.shape[1] * chunk.shape[1]))
+    for start in range(0, len(chunk), step):
+        block = slice(start, start + step)
+        np.matmul(others[found[block]], chunk[block, :, None], out=products[block, :, None])  # -1 takes the last row
+    return products
+
+
+def _search(
+    task: _Task,
+    propose: Propose,
+    rows: NDArray[np.int64],
+    threads: ThreadPoolExecutor,
+    advance: Callable[[int], None] | None = None,
+) -> Neighbors:
+    """Pairs of the queries `rows`; `nearest` is theirs."""
+    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    parts = []
+    for part in threads.map(lambda chunk: _decide(task, propose, chunk), chunks):
+        parts.append(part)
+        if advance:
+            advance(len(part.nearest))
+    return _join(parts, len(rows))
+
+
+def _decide(task: _Task, propose: Propose, rows: NDArray[np.int64]) -> Neighbors:
+    """Pairs of one chunk of queries: the nearest of what is proposed, by their exact cosine."""
+    scores, found = propose(np.ascontiguousarray(task.queries[rows]))  # [q, c] each
+    if task.among:
+        scores[found == rows[:, None]] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : task.num_neighbors]
+    scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)  # [q, k]
+    lowest = -np.inf if task.threshold is None else task.threshold - MARGIN
+    at, column = np.nonzero(scores > lowest)
+    neighbor = found[at, column]
+    similarity = cosine(task.queries, rows[at], task.others, neighbor)
+    order = np.lexsort((neighbor, -similarity, at))
+    if task.threshold is not None:
+        order = order[similarity[order] > np.float32(task.threshold)]
+    return Neighbors(rows[at[order]], neighbor[order], similarity[order], np.maximum(scores[:, 0], -1))
+
+
+def _measure_recall(
+    task: _Task, propose: Propose, exact: Propose, config: IndexConfig, threads: ThreadPoolExecutor
+) -> float:
+    """Share of the exact pairs that the index finds, for a sample of the queries drawn with seed 0.
+
+    Above a threshold any pair counts: which k of a larger crowd of copies are found does not matter to the graph.
+
+    Raises:
+        CurationError: it is below `min_recall`.
+    """
+    rows = _sample(len(task.queries), config.recall_sample)
+    found, wanted = (_search(task, one, rows, threads) for one in (propose, exact))
+    if not len(wanted.query):
+        log.warning("no pair among %d sampled queries, so the recall of the index is not known", len(rows))
+        return 1.0
+    hits = len(found.query)
+    if task.threshold is None:
+        keys = [pairs.query * len(task.others) + pairs.neighbor for pairs in (found, wanted)]
+        hits = int(np.isin(keys[1], keys[0]).sum())
+    recall = hits / len(wanted.query)
+    what = f"the index finds {recall:.3f} of {len(wanted.query)} exact pairs of {len(rows)} sampled queries"
+    log.info("%s", what)
+    if recall < config.min_recall:
+        raise CurationError(
+            f"{what}, below curate.index.min_recall {config.min_recall}; raise curate.index.num_probes"
+            f" (now {config.num_probes}) or curate.index.code_bytes (now {config.code_bytes})"
+        )
+    return recall
+
+
+def _sample(size: int, count: int) -> NDArray[np.int64]:
+    """At most `count` of `size` rows, ascending; memory does not grow with `size`."""
+    if count >= size:
+        return np.arange(size)
+    return np.unique(np.random.default_rng(0).integers(0, size, count))
+
+
+def _join(parts: list[Neighbors], num_queries: int) -> Neighbors:
+    if not parts:
+        none = np.zeros(0, np.int64)
+        return Neighbors(none, none, np.zeros(0, np.float32), np.full(num_queries, -1, np.float32))
+    return Neighbors(
+        np.concatenate([part.query for part in parts]),
+        np.concatenate([part.neighbor for part in parts]),
+        np.concatenate([part.similarity for part in parts]),
+        np.concatenate([part.nearest for part in parts]),
+    )

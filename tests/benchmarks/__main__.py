@@ -172,7 +172,7 @@ def knn() -> Row:
             near = np.argpartition(scores, -k - 1, axis=1)[:, -k - 1 :]
             rows = np.repeat(np.arange(start, start + len(scores)), k + 1)
             others = near.ravel()
-            kept = (rows != others) & (cosine(vectors[rows], vectors[others]) > threshold)
+            kept = (rows != others) & (cosine(vectors, rows, vectors, others) > threshold)
             pairs.update(zip(rows[kept].tolist(), others[kept].tolist(), strict=True))
         return pairs
 

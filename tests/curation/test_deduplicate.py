@@ -25,6 +25,8 @@ def test_the_keeper_has_most_pixels_then_the_lowest_id(images):
     table = images([(10, 10), (20, 10), (10, 20), (30, 30), (5, 5)], ids=["a", "c", "b", "d", "e"])
     label = np.array([0, 0, 0, 1, 1])
     assert keepers(label, table).tolist() == [2, 2, 2, 3, 3]
+    first = np.array([True, False, False, False, True])
+    assert keepers(label, table, first).tolist() == [0, 0, 0, 4, 4]
 
 
 def test_a_chain_is_one_group_and_says_so(images):

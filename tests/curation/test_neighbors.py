@@ -1,10 +1,29 @@
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 
 from components.curation import neighbors
-from components.curation.neighbors import find_neighbors
+from components.curation.config import IndexConfig
+from components.curation.neighbors import Neighbors, find_neighbors
+from components.curation.rejections import CurationError
+
+APPROXIMATE = IndexConfig(flat_below=256, num_probes=32)
+
+
+def as_set(pairs: Neighbors) -> set[tuple[int, int]]:
+    return set(zip(pairs.query.tolist(), pairs.neighbor.tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def planted() -> np.ndarray:
+    """4,000 vectors of 64 numbers around 40 centres; the last 400 are copies of the first at cosines above 0.77."""
+    generator = np.random.default_rng(5)
+    vectors = generator.standard_normal((4000, 64)) + generator.standard_normal((40, 64))[np.arange(4000) % 40]
+    noise = generator.standard_normal((400, 64)) * np.linspace(0, 0.8, 400)[:, None]
+    vectors[3600:] = vectors[:400] + noise
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize("chunk", [64, 4096])
@@ -41,3 +60,57 @@ def test_one_image_and_no_image():
     assert len(alone.query) == 0
     assert alone.nearest.tolist() == [-1]
     assert len(find_neighbors(np.zeros((0, 2), np.float32), None, 64, 0.6).query) == 0
+
+
+def test_the_index_finds_the_planted_copies_that_all_products_find(planted):
+    flat = find_neighbors(planted, None, 8, 0.75)
+    found = find_neighbors(planted, None, 8, 0.75, APPROXIMATE)
+    copies = {(i, i - 3600) for i in range(3600, 4000)}
+    assert len(copies & as_set(flat)) == 400
+    assert as_set(found) <= as_set(flat)
+    assert len(copies & as_set(found)) >= 0.97 * 400
+    assert len(as_set(found)) >= 0.97 * len(as_set(flat))
+    assert (flat.recall, 0.97 <= found.recall <= 1) == (1.0, True)
+    by_pair = dict(zip(zip(flat.query.tolist(), flat.neighbor.tolist(), strict=True), flat.similarity, strict=True))
+    pairs = zip(found.query.tolist(), found.neighbor.tolist(), strict=True)
+    assert [by_pair[pair] for pair in pairs] == found.similarity.tolist()  # the vectors decide, not the codes
+
+
+def test_without_a_threshold_all_the_nearest_are_pairs_nearest_first(planted):
+    queries = planted[:50]
+    exact = queries.astype(np.float64) @ planted.astype(np.float64).T
+    expected = np.argsort(-exact, axis=1, kind="stable")[:, :5]
+    pairs = find_neighbors(queries, planted, 5, None)
+    assert pairs.neighbor.reshape(50, 5).tolist() == expected.tolist()
+    found = find_neighbors(queries, planted, 5, None, APPROXIMATE)
+    hits = sum(
+        len(set(a) & set(b)) for a, b in zip(found.neighbor.reshape(50, 5).tolist(), expected.tolist(), strict=True)
+    )
+    assert found.recall == pytest.approx(hits / 250)  # 50 queries: the sample is all of them
+    assert np.all(np.diff(found.similarity.reshape(50, 5)) <= 0)
+
+
+def test_an_index_that_misses_too_much_stops_the_run(planted):
+    bad = IndexConfig(flat_below=256, num_lists=500, num_probes=1, min_recall=0.99)
+    with pytest.raises(
+        CurationError, match=r"finds 0\.\d+ of \d+ exact pairs .* 0\.99; raise curate\.index\.num_probes"
+    ):
+        find_neighbors(planted, None, 8, 0.75, bad)
+
+
+@pytest.mark.parametrize("index", [IndexConfig(), APPROXIMATE], ids=["flat", "ivfpq"])
+def test_threads_and_memory_maps_do_not_change_the_result(planted, index, tmp_path):
+    np.save(tmp_path / "vectors.npy", planted)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    threads = faiss.omp_get_max_threads()
+    results = []
+    try:
+        for count, vectors in ((1, planted), (2, planted), (2, mapped)):
+            faiss.omp_set_num_threads(count)
+            results.append(find_neighbors(vectors, None, 8, 0.6, index))
+            assert faiss.omp_get_max_threads() == count
+    finally:
+        faiss.omp_set_num_threads(threads)
+    for result in results[1:]:
+        for name in ("query", "neighbor", "similarity", "nearest", "recall"):
+            np.testing.assert_array_equal(getattr(result, name), getattr(results[0], name))
