@@ -28,7 +28,8 @@ from components.curation.pack import CHOSEN_SCHEMA, Pool, pack
 from components.curation.rejections import CurationError, reason_counts, rejections, remaining
 from components.curation.report import Curation, write_report
 from components.curation.sample import balanced_sample
-from components.data.expectations import validate_curated
+from components.data.curation_gates import all_accounted, validate_curated
+from components.data.expectations import DataDocs
 from components.data.manifest import FINDINGS, read_collection
 
 log = logging.getLogger(__name__)
@@ -115,9 +116,10 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
 
     chosen = pa.Table.from_pylist([{"row": row, "origin": "balanced"} for row in kept.tolist()], CHOSEN_SCHEMA)
     whole = Pool(root / POOL, pool, _group_ids(pool, rows, groups), _findings(len(pool), unique, labels))
-    with atomic_dir(root / CURATED) as folder:
+    with DataDocs(root / DATA_DOCS) as docs, atomic_dir(root / CURATED) as folder:
         pack(whole, chosen, rejected, folder, config.max_shard_mib * 2**20)
-        validate_curated(folder, len(pool), root / DATA_DOCS)
+        all_accounted(docs, folder, pool)
+        validate_curated(docs, folder, None, None)
     write_report(
         Curation(config, funnel, pool, evaluation, kept, rejected, groups.nearest, contamination, labels, sampled),
         root / POOL,

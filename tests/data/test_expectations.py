@@ -8,15 +8,11 @@ import pytest
 from components.data.expectations import (
     ExpectationsFailed,
     SnapshotFacts,
-    validate_curated,
     validate_snapshot,
 )
 from components.data.manifest import (
-    CURATED_SCHEMA,
     POOL_SCHEMA,
     QUARANTINE_SCHEMA,
-    REJECTED_SCHEMA,
-    read_manifest,
     read_table,
     write_manifest,
     write_table,
@@ -133,20 +129,3 @@ def test_counts_must_agree_with_the_source(tmp_path: Path) -> None:
     facts = SnapshotFacts(source="photos", seen=24, stored=20, already_present=3)
     with pytest.raises(ExpectationsFailed, match=r"counts_add_up .*: off by 1"):
         validate_snapshot(snapshot(tmp_path / "s"), facts, tmp_path / "docs")
-
-
-def test_a_curated_set_accounts_for_the_whole_pool(tmp_path: Path) -> None:
-    folder = snapshot(tmp_path / "c")
-    rows = read_manifest(folder / "manifest.parquet").to_pylist()
-    for row in rows:
-        row.update(origin="balanced", query_id=None, similarity=None, group_id=row["image_id"], cluster_path="1")
-    write_manifest(pa.Table.from_pylist(rows, schema=CURATED_SCHEMA), folder / "manifest.parquet")
-    out = [{"image_id": "x", "source": "photos", "source_uri": "u", "reason": "too_small", "detail": "8 px"}]
-    write_table(pa.Table.from_pylist(out, REJECTED_SCHEMA), REJECTED_SCHEMA, folder / "rejected.parquet")
-    assert validate_curated(folder, 21, tmp_path / "docs").rows == 20
-    with pytest.raises(ExpectationsFailed, match=r"curated set: 1 expectations failed: counts_add_up .*off by 1"):
-        validate_curated(folder, 22, tmp_path / "docs")
-    rows[3].update(origin="guessed", license="")
-    write_manifest(pa.Table.from_pylist(rows, schema=CURATED_SCHEMA), folder / "manifest.parquet")
-    with pytest.raises(ExpectationsFailed, match=rf"license_present .*{IDS[3]}.*origin_known .*{IDS[3]}"):
-        validate_curated(folder, 21, tmp_path / "docs")
