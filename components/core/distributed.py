@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_distributed() -> bool:
@@ -35,3 +40,17 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if is_distributed():
         dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor whose parts the ranks share (every rank must call); any other tensor itself."""
+    return tensor.full_tensor() if _is_shared(tensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor whose parts the ranks share, without a copy; any other tensor itself."""
+    return tensor.to_local() if _is_shared(tensor) else tensor
+
+
+def _is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    return is_distributed() and hasattr(tensor, "full_tensor")

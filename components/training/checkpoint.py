@@ -1,7 +1,9 @@
 """Checkpoints: everything that a resumed run needs to end in the same bits, whole or not at all.
 
-Tensors are in safetensors, the rest in JSON: nothing is pickled. Random state is not among it, because every draw is
-seeded by (seed, step or position, rank); nor is the stream's position, which is step * batch_size.
+torch.distributed.checkpoint writes them beside the training, each rank its shards, and reads them on any number of
+ranks. Its own index is a pickle, so that whoever can write to the bucket could run code here: its safetensors writer
+and an index of ours in JSON, with the SHA-256 of each file, take that place. Random state is not in a checkpoint,
+because every draw is seeded by (seed, step or position, rank); nor is the stream's position: step * batch_size.
 """
 
 from __future__ import annotations
@@ -10,31 +12,41 @@ import fcntl
 import hashlib
 import json
 import logging
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar, cast
 
-import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from components.core.distributed import barrier, rank
-from components.core.storage import atomic_dir, write_json
+from components.core.distributed import barrier, is_distributed, rank, world_size
+from components.core.storage import StorageError
+from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
 from components.training.config import TrainingConfig
+from components.training.optimizer import moments
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
-KEEP = 2  # the newest, and the one before in case the newest was written by a machine that was failing
-TENSORS, STATE = "state.safetensors", "state.json"
+_T = TypeVar("_T")
+REPORT = "loss.csv"  # goes along, so that a run that goes on elsewhere has its first rows too
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
     "num_processes": True,
+    "sharding": True,
+    "checkpoint_uri": True,
     "checkpoint_every_steps": True,
     "log_every_steps": True,
     "max_skipped_steps": True,
@@ -89,76 +101,153 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`/step_<n>, where n steps have been taken."""
+    """The checkpoints of one run. Every rank must make one and call its methods, in the same order.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    As a context it waits at its end for the checkpoint that is being written.
+    """
+
+    def __init__(self, folder: Path, uri: str | None = None) -> None:
+        self.folder = folder  # of the run; its checkpoints are there too, unless `uri` (s3://...) is given
+        self._store: Store = LocalStore(folder) if uri is None else S3Store(uri, folder)
+        # Its own, since checkpoints are agreed upon while the training's messages go on.
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_distributed() else None
+        if self._group is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said for every checkpoint
+        self._writing: Future[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._writing is not None:
+            with suppress(Exception, CheckpointException):  # what ended the run matters more
+                self._writing.result()
 
     def save(self, training: TrainingStep, progress: Progress) -> None:
-        """Write one checkpoint from rank 0 and drop the oldest; every rank must call, and waits until it stands."""
+        """Copy the state; write it, and drop the oldest checkpoint, while the training goes on.
+
+        Raises:
+            StorageError, CheckpointError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        step = progress.steps_done
+        aside = self._store.aside(step)
         if rank() == 0:
-            with atomic_dir(self.folder / f"step_{progress.steps_done}") as aside:
-                save_file(_tensors(training), aside / TENSORS)
-                write_json(aside / STATE, asdict(progress))
-            for old in self._steps()[:-KEEP]:
-                shutil.rmtree(self.folder / f"step_{old}")
-            logger.info("checkpoint after %d steps", progress.steps_done)
+            shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+            aside.mkdir(parents=True)
+            if (self.folder / REPORT).exists():
+                shutil.copyfile(self.folder / REPORT, aside / REPORT)
         barrier()
+        writer = WholeWriter(self._store, step, asdict(progress))
+        writing = async_save(_tensors(training), storage_writer=writer, process_group=self._group)
+        self._writing = cast(Future[Any], writing)
+
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint begun last cannot be written; `wait` says why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return once the last checkpoint stands.
+
+        Raises:
+            StorageError, CheckpointError: it could not be written; the ones before it stand.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except CheckpointException as error:
+            first = _first(error)
+            kind = type(first) if isinstance(first, StorageError) else CheckpointError
+            raise kind(f"checkpoint not written, those before it stand: {_line(first)}") from None
 
     def load_newest(self, training: TrainingStep) -> Progress:
         """Set the state of the newest checkpoint, and return how far it had come; nothing done if there is none.
 
         Raises:
             CheckpointError: the newest checkpoint is damaged or belongs to networks of another shape.
+            StorageError: the store does not answer.
         """
-        steps = self._steps()
+        steps = self._on_all(self._store.steps)[0]  # the first rank's answer, for all
         if not steps:
             return Progress()
-        path = self.folder / f"step_{steps[-1]}"
+        where = self._store.describe(steps[-1])
         try:
-            _set_tensors(training, load_file(path / TENSORS))
-            progress = Progress(**json.loads((path / STATE).read_text()))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{path}: cannot be read ({reason}); remove this folder to go on from the one before"
-            ) from None
-        logger.info("resumed after %d steps from %s", progress.steps_done, path)
+            found = self._on_all(lambda: (socket.gethostname(), self._store.fetch(steps[-1])))
+            path = next(path for host, path in found if path is not None and host == socket.gethostname())
+            state = _tensors(training)
+            self._on_all(lambda: _check_networks(state, path))
+            load(state, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self._group)
+            progress = Progress(**read_index(path)[0])
+        except CheckpointException as error:
+            raise _unreadable(where, _first(error)) from None
+        except (DamagedError, SafetensorError, TypeError) as error:
+            raise _unreadable(where, error) from None
+        if rank() == 0 and (path / REPORT).exists() and not (self.folder / REPORT).exists():
+            shutil.copyfile(path / REPORT, self.folder / REPORT)
+        barrier()
+        self._store.release(path)
+        logger.info("resumed after %d steps from %s", progress.steps_done, where)
         return progress
 
     def remove(self) -> None:
-        """Delete all checkpoints of the run: its outputs stand."""
+        """Delete all that is kept of the run: its outputs stand."""
+        self._store.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _steps(self) -> list[int]:
-        names = [path.name for path in self.folder.glob("step_*")] if self.folder.is_dir() else []
-        return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d+", name))
-
-
-def _modules(training: TrainingStep) -> dict[str, torch.nn.Module]:
-    """What changes in a run. A frozen teacher does not: its digest is in the run's key."""
-    networks = training.networks
-    return {"student": networks.student, "ema": networks.ema, "objective": training.objective}
+    def _on_all(self, act: Callable[[], _T]) -> list[_T]:
+        """What `act` returns on each rank; an error on any of them is raised on all, or some would wait for others."""
+        mine: tuple[_T | None, Exception | None]
+        try:
+            mine = act(), None
+        except (DamagedError, SafetensorError, StorageError, OSError) as error:
+            mine = None, error
+        answers = [mine] * world_size()
+        if self._group is not None:
+            dist.all_gather_object(answers, mine, self._group)
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [cast(_T, answer) for answer, _ in answers]
 
 
 def _tensors(training: TrainingStep) -> dict[str, Tensor]:
+    """The tensors themselves, by name: all that changes in a run. A frozen teacher's digest is in the run's key."""
+    networks = training.networks
+    modules = {"student": networks.student, "ema": networks.ema, "objective": training.objective}
     tensors = {
-        f"{prefix}/{name}": tensor
-        for prefix, module in _modules(training).items()
-        for name, tensor in module.state_dict().items()
+        f"{prefix}/{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
     }
-    for name, parameter in training.networks.student.named_parameters():
-        for key, value in training.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, parameter in networks.student.named_parameters():
+        if parameter.requires_grad:
+            for key, value in moments(training.optimizer, parameter).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+    return tensors
 
 
-def _set_tensors(training: TrainingStep, tensors: Mapping[str, Tensor]) -> None:
-    for prefix, module in _modules(training).items():
-        start = f"{prefix}/"
-        module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
-    parameters = dict(training.networks.student.named_parameters())
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer/"):
-            _, part, name = key.split("/", 2)
-            training.optimizer.state[parameters[name]][part] = tensor.to(parameters[name].device)
+def _check_networks(state: Mapping[str, Tensor], path: Path) -> None:
+    there = {
+        name: tuple(cast(TensorStorageMetadata, entry).size)
+        for name, entry in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
+    }
+    here = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            shapes = [list(found[name]) if name in found else "missing" for found in (there, here)]
+            raise DamagedError(f"of another model: {name} is {shapes[0]} there, {shapes[1]} in this run")
+
+
+def _unreadable(where: str, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{where}: cannot be read ({_line(error)}); remove it to go on from the one before")
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """What failed on the first of the ranks where something did."""
+    return error.failures[min(error.failures)][0]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -67,6 +67,8 @@ class TrainingConfig(Config):
     batch_size: PositiveInt = 3_072  # images a step, over all ranks
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # released: float16 with a loss scaler; bfloat16 needs none
     num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: the ranks share weights, averages and moments; for large models
+    checkpoint_uri: str | None = Field(default=None, pattern="^s3://[^/]+")  # None: .pedigree/checkpoints
     checkpoint_every_steps: PositiveInt = 3_750  # 3 epochs
     log_every_steps: PositiveInt = 10
     max_skipped_steps: int = Field(default=10, ge=0)  # steps left out for a loss that is not finite; one more ends it

@@ -16,6 +16,7 @@ from components.data.batch import TrainingBatches
 from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints, only_trainer, run_key
 from components.training.loop import Job, train
+from components.training.parallelize import gather
 from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,17 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         before = pca_colors(job.networks.ema.backbone, images)
         _draw_first_batch(job, delivery.report)
 
-        rows = train(job, folder)
+        checkpoints = Checkpoints(folder, f"{uri.rstrip('/')}/{key}" if (uri := job.config.checkpoint_uri) else None)
+        rows = train(job, checkpoints)
 
-        if rank() == 0:
+        if shipped := gather(job.networks.ema):  # on the first rank
             steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
             provenance |= {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-            save_weights(delivery.weights, job.networks.ema.backbone, job.networks.ema.heads, provenance)
-            after = pca_colors(job.networks.ema.backbone, images)
+            save_weights(delivery.weights, shipped.backbone, shipped.heads, provenance)
+            after = pca_colors(shipped.backbone, images)
             save_picture(draw_pca(images, [before, after]), delivery.report / "pca.jpg")
             shutil.copyfile(folder / "loss.csv", delivery.report / "loss.csv")
-            Checkpoints(folder).remove()
+            checkpoints.remove()
         barrier()
     return _figures(job, rows)
 

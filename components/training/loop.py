@@ -49,8 +49,8 @@ class Job:
         return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
 
 
-def train(job: Job, folder: Path) -> list[dict[str, Any]]:
-    """Train to the last step, from the newest checkpoint in `folder` if there is one; return the monitor's rows.
+def train(job: Job, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    """Train to the last step, from the newest checkpoint if there is one; return the monitor's rows.
 
     Raises:
         DivergedError: more than `max_skipped_steps` had a loss or gradient that is not finite.
@@ -60,14 +60,13 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
     batches = TrainingBatches(job.stream, job.batch_plan())
     training = TrainingStep(job.networks.to(device), config, job.seed, device)
     schedules = Schedules(config)
-    checkpoints = Checkpoints(folder)
     start = checkpoints.load_newest(training)
     skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps)
-    monitor = Monitor(folder / "loss.csv", config.log_every_steps, config.batch_size, start.steps_done)
+    monitor = Monitor(checkpoints.folder / "loss.csv", config.log_every_steps, config.batch_size, start.steps_done)
     coming = iterate_batches(batches, config.stream, range(start.steps_done, config.steps))
 
     # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
-    with closing(coming), _stop_request() as stop_requested, _progress(job, start.steps_done) as advance:
+    with closing(coming), checkpoints, _stop_request() as stop_requested, _progress(job, start.steps_done) as advance:
         for step in range(start.steps_done, config.steps):
             asked = time.monotonic()
             batch = next(coming)
@@ -81,13 +80,14 @@ def train(job: Job, folder: Path) -> list[dict[str, Any]]:
             except DivergedError as error:
                 if not skipped.may_skip(error, step):
                     checkpoints.save(training, Progress(step, skipped.count))
-                    raise _diverged(job, error, step, batch, folder) from None
+                    raise _diverged(job, error, step, batch, checkpoints.folder) from None
             advance(config.batch_size)
 
-            stop = _on_any_rank(stop_requested.is_set(), device)
+            stop = _on_any_rank(stop_requested.is_set() or checkpoints.failed(), device)
             if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
                 checkpoints.save(training, Progress(steps_done, skipped.count))
             if stop and steps_done < config.steps:
+                checkpoints.wait()
                 logger.info("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
                 raise SystemExit(EXIT_INTERRUPTED)
     return monitor.rows

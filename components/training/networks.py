@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from components.core.distributed import own_part
 from components.model.export import load_backbone, load_heads
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -72,8 +73,8 @@ class Network(nn.Module):
     @torch.no_grad()
     def follow(self, student: Network, momentum: float) -> None:
         """Move every parameter to momentum * own + (1 - momentum) * the student's."""
-        own: list[Tensor] = list(self.parameters())
-        theirs: list[Tensor] = list(student.parameters())
+        own = [own_part(parameter) for parameter in self.parameters()]  # sharded alike, so part goes to part
+        theirs = [own_part(parameter) for parameter in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from components.core.distributed import whole
 from components.training.config import OptimizerConfig
 from components.training.networks import Network
 from components.training.schedules import StepValues
@@ -55,6 +56,15 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(described, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
+def moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """State of one parameter, which AdamW makes at its first step; made here, all zero, if that is still to come."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state
+
+
 def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Give every group its learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
@@ -72,7 +82,8 @@ def clip_gradients(network: nn.Module, max_norm: float | None) -> dict[str, Tens
     for name, module in network.named_children():
         parameters = [p for p in module.parameters() if p.grad is not None]
         if max_norm is None:
-            norms[name] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
-            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norms[name] = whole(norm)
     return norms

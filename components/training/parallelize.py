@@ -1,4 +1,4 @@
-"""Several processes as one trainer: starting them, joining them, and wrapping the student."""
+"""Several processes as one trainer: starting them, joining them, wrapping or sharding the networks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import logging
 import os
 import signal
 import uuid
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from components.core.distributed import is_distributed
+from components.core.distributed import is_distributed, rank, whole
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+from components.training.config import TrainingConfig
+from components.training.networks import Network, Networks
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
 
@@ -52,11 +59,48 @@ def training_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
-    """The student itself in one process; in several, wrapped so that gradients are averaged over ranks."""
+def parallelize(networks: Networks, config: TrainingConfig, device: torch.device) -> nn.Module:
+    """The student as it is to be called: itself in one process; in several, so that gradients are averaged over ranks.
+
+    With "fsdp" (`fully_shard`, FSDP2) each rank keeps its part of all networks; blocks and heads are put together when
+    they are needed. The optimizer must be built afterwards, since the parameters are other ones then.
+    """
+    student = networks.student
     if not is_distributed():
         return student
-    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    if config.sharding == "ddp":
+        return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for network in {id(n): n for n in (student, networks.teacher, networks.ema)}.values():
+        _shard(network, mesh, config.precision == "bfloat16")
+    return student
+
+
+def gather(network: Network) -> Network | None:
+    """The network with whole tensors, on the first rank; None on the others. Every rank must call."""
+    if not isinstance(network, FSDPModule):
+        return network if rank() == 0 else None
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        value = whole(tensor)
+        if rank() == 0:
+            tensors[name] = value.cpu()
+    if rank() > 0:
+        return None
+    heads = {name: ProjectionHead(head.in_dim, head.config) for name, head in network.heads.items()}
+    gathered = Network(VisionTransformer(network.backbone.config), heads)
+    gathered.load_state_dict(tensors)
+    return gathered.eval().requires_grad_(False)
+
+
+def _shard(network: Network, mesh: DeviceMesh, half: bool) -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    # torch warns of in-place changes to what a module returns, which nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for module in (*network.backbone.blocks, network.dino_head, network.ibot_head, network):
+        # Always taken apart again, the root too: what stayed whole would hide the next update of the average.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    register_fsdp_forward_method(network, "targets")
 
 
 def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class TrainingStep:
         student = networks.student
         prototypes = [head.config.num_prototypes for head in (student.dino_head, student.ibot_head)]
         self.objective = Objective(config.objective, *prototypes).to(device)
+        self._parallel: nn.Module = parallelize(networks, config, device)
         self.optimizer = build_optimizer(student, config.optimizer)
-        self._parallel: nn.Module = parallelize(student, device)
         self._clip_norm = config.optimizer.clip_grad_norm
         self._device_type = device.type
         self._half = config.precision == "bfloat16"

@@ -1,9 +1,9 @@
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.core.config import validate
 from components.data.batch import Batch
@@ -11,10 +11,13 @@ from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
 from components.training.checkpoint import CheckpointError, Checkpoints, Progress, only_trainer, run_key
+from components.training.checkpoint_store import INDEX
 from components.training.config import TrainingConfig
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -45,14 +48,22 @@ def state(training: TrainingStep) -> dict[str, torch.Tensor]:
     return {f"{m}/{name}": t.clone() for m, module in modules.items() for name, t in module.state_dict().items()}
 
 
+def save(folder, training: TrainingStep, *steps: int) -> None:
+    with Checkpoints(folder) as checkpoints:
+        for done in steps:
+            checkpoints.save(training, Progress(done))
+
+
 def test_goes_on_bit_for_bit(tmp_path, config):
+    """The state is that of the moment of saving, although the training goes on while it is written."""
     straight = start(config, seed=1)
     take_steps(straight, config, range(3))
-    Checkpoints(tmp_path).save(straight, Progress(3))
-    take_steps(straight, config, range(3, 6))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(straight, Progress(3, skipped_steps=1))
+        take_steps(straight, config, range(3, 6))
 
     resumed = start(config, seed=2)  # other initial weights: all must come from the checkpoint
-    assert Checkpoints(tmp_path).load_newest(resumed) == Progress(3)
+    assert Checkpoints(tmp_path).load_newest(resumed) == Progress(3, skipped_steps=1)
     take_steps(resumed, config, range(3, 6))
     expected, found = state(straight), state(resumed)
     assert expected.keys() == found.keys()
@@ -62,38 +73,62 @@ def test_goes_on_bit_for_bit(tmp_path, config):
 
 def test_keeps_the_newest_two(tmp_path, config):
     training = start(config, seed=1)
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.load_newest(training) == Progress()
-    for steps in (2, 4, 10):
-        checkpoints.save(training, Progress(steps))
+    assert Checkpoints(tmp_path).load_newest(training) == Progress()
+    save(tmp_path, training, 2, 4, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_4"]
-    assert checkpoints.load_newest(training) == Progress(10)  # by number, not by name
-    checkpoints.remove()
+    assert Checkpoints(tmp_path).load_newest(training) == Progress(10)  # by number, not by name
+    Checkpoints(tmp_path).remove()
     assert not tmp_path.exists()
 
 
 def test_an_unfinished_save_is_not_seen(tmp_path, config):
     training = start(config, seed=1)
-    Checkpoints(tmp_path).save(training, Progress(2))
-    (tmp_path / ".step_4.abc").mkdir()
+    save(tmp_path, training, 2)
+    (tmp_path / ".step_4").mkdir()
+    (tmp_path / ".step_4" / "left.safetensors").write_bytes(b"half")
     assert Checkpoints(tmp_path).load_newest(training) == Progress(2)
+    save(tmp_path, training, 4)
+    assert sorted(path.name for path in (tmp_path / "step_4").iterdir()) == [INDEX, SHARD]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, config):
+def test_nothing_is_pickled_and_any_change_is_seen(tmp_path, config):
     training = start(config, seed=1)
-    Checkpoints(tmp_path).save(training, Progress(2))
-    tensors = tmp_path / "step_2" / "state.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:1_000])
-    with pytest.raises(CheckpointError, match=r"step_2: cannot be read \(.*\); remove this folder"):
-        Checkpoints(tmp_path).load_newest(training)
+    save(tmp_path, training, 2)
+    folder = tmp_path / "step_2"
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX, SHARD]
+    tensors = load_file(folder / SHARD)  # safetensors' own reader takes it
+    torch.testing.assert_close(tensors["ema/backbone.pos_embed"], training.networks.ema.backbone.pos_embed)
+    whole = (folder / SHARD).read_bytes()
+    damage = {
+        SHARD: [whole[:1_000], whole[:-4] + bytes(4)],
+        INDEX: [b"{}", b"x", b'{"progress": {}, "files": {"../a": {}}}'],
+    }
+    for name, contents in damage.items():
+        for content in contents:
+            (folder / name).write_bytes(content)
+            with pytest.raises(
+                CheckpointError, match=r"step_2: cannot be read \(.*\); remove it to go on from the one b"
+            ):
+                Checkpoints(tmp_path).load_newest(training)
+        if name == SHARD:
+            (folder / name).write_bytes(whole)
 
 
-def test_nothing_is_pickled(tmp_path, config):
-    training = start(config, seed=1)
-    take_steps(training, config, range(1))
-    Checkpoints(tmp_path).save(training, Progress(1))
-    assert sorted(p.name for p in (tmp_path / "step_1").iterdir()) == ["state.json", "state.safetensors"]
-    assert json.loads((tmp_path / "step_1" / "state.json").read_text()) == {"steps_done": 1, "skipped_steps": 0}
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, config):
+    save(tmp_path, start(config, seed=1), 2)
+    for changes, difference in (
+        (
+            {"backbone": config.backbone.model_copy(update={"dim": 16})},
+            r"ema/backbone.blocks.0.attn.proj.bias is \[32\]",
+        ),
+        (
+            {"backbone": config.backbone.model_copy(update={"depth": 3})},
+            r"ema/backbone.blocks.2.* is missing there, \[32",
+        ),
+    ):
+        other = start(config.model_copy(update=changes), seed=1)
+        with pytest.raises(CheckpointError, match=rf"step_2: cannot be read \(of another model: {difference}"):
+            Checkpoints(tmp_path).load_newest(other)
 
 
 def test_key_changes_with_what_determines_the_result_only():
@@ -101,7 +136,8 @@ def test_key_changes_with_what_determines_the_result_only():
         return run_key(stage, TrainingConfig.model_validate(changes), facts or {"seed": 0})
 
     same = key()
-    assert key(num_processes=2, log_every_steps=7, checkpoint_every_steps=7, stream={"num_workers": 3}) == same
+    assert key(num_processes=2, sharding="fsdp", max_skipped_steps=0, checkpoint_uri="s3://a/b") == same
+    assert key(log_every_steps=7, checkpoint_every_steps=7, stream={"num_workers": 3}) == same
     others = {
         key(batch_size=64), key(steps=700_000), key(stream={"window_shards": 3}), key(stage="adapt"),
         key(facts={"seed": 1}), key(precision="float32"),

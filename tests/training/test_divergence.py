@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp
 
     job.networks.student.dino_head.register_forward_hook(break_third)
     with caplog.at_level(logging.ERROR):
-        rows = train(job, tmp_path)
+        rows = train(job, Checkpoints(tmp_path))
     assert [row["step"] for row in rows] == [1, 2, 4, 5]
     assert len(caplog.records) == 1
     assert "alert: step 2: loss is not finite (terms: total, dino_local, dino_global; ranks: [0])" in caplog.text
