@@ -208,7 +208,7 @@ def _measure_recall(
     Raises:
         CurationError: it is below `min_recall`.
     """
-    rows = _sample(len(task.queries), config.recall_sample)
+    rows = _sampled_queries(task, config.recall_sample, threads)
     found, wanted = (_search(task, one, rows, threads) for one in (propose, exact))
     if not len(wanted.query):
         log.warning("no pair among %d sampled queries, so the recall of the index is not known", len(rows))
@@ -226,6 +226,15 @@ def _measure_recall(
             f" (now {config.num_probes}) or curate.index.code_bytes (now {config.code_bytes})"
         )
     return recall
+
+
+def _sampled_queries(task: _Task, count: int, threads: ThreadPoolExecutor) -> NDArray[np.int64]:
+    """[at most count] rows; where few queries have a pair, as in decontamination, those near sampled others."""
+    if task.among or task.threshold is None:
+        return _sample(len(task.queries), count)
+    swapped = _Task(task.others, task.queries, False, task.num_neighbors, task.threshold)
+    near = np.unique(_search(swapped, _exact(swapped), _sample(len(task.others), count), threads).neighbor)
+    return near[_sample(len(near), count)]
 
 
 def _sample(size: int, count: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""`make bench`, or `python -m tests.benchmarks [--json] [NAME ...]`: ratios, both sides measured in one run.
+"""`make bench`, or `python -m tests.benchmarks [--json] [--full] [NAME ...]`: ratios, both sides measured in one run.
 
 Sides take turns, so that a busy machine slows both; each figure is the median of the turns. A ratio above 1 means that
-what we do is faster.
+what we do is faster. `curation` is a table of its own: seconds and memory of each step as the pool grows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from tests.benchmarks import curation
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ def knn() -> Row:
 
 
 BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (crops, shards, attention, knn)}
+CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
+NAMES = [*BENCHMARKS, CURATION]
 
 
 def _photographs() -> list[bytes]:
@@ -222,23 +226,35 @@ def _rates(count: int, seconds: tuple[float, float]) -> tuple[float, float]:
 
 
 def run(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(BENCHMARKS)}. Default: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(NAMES)}. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout, for programs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="curation: also a million vectors, half an hour.")] = False,
 ) -> None:
-    """Measure named comparisons; each needs a few seconds."""
-    unknown = sorted(set(names or ()) - BENCHMARKS.keys())
+    """Measure named comparisons; each needs a few seconds, `curation` some minutes."""
+    unknown = sorted(set(names or ()) - set(NAMES))
     if unknown:
-        raise typer.BadParameter(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
-    rows = [BENCHMARKS[name]() for name in names or BENCHMARKS]
+        raise typer.BadParameter(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}")
+    chosen = names or NAMES
+    rows = [BENCHMARKS[name]() for name in chosen if name in BENCHMARKS]
+    sizes = (*SIZES, FULL_SIZE) if full else SIZES
+    costs = curation.measure(sizes) if CURATION in chosen else []
     if as_json:
         values = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+        values += [{"name": CURATION, **dataclasses.asdict(cost)} for cost in costs]
         sys.stdout.write(json.dumps(values, indent=2) + "\n")
         return
-    table = Table("name", "what", "ours", "other", "unit", "ours / other", box=None)
-    for row in rows:
-        table.add_row(row.name, row.what, f"{row.ours:,.0f}", f"{row.other:,.0f}", row.unit, f"{row.ratio:.2f}")
-    Console().print(table)
-    Console().print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of turns", highlight=False)
+    console = Console()
+    if rows:
+        table = Table("name", "what", "ours", "other", "unit", "ours / other", box=None)
+        for row in rows:
+            table.add_row(row.name, row.what, f"{row.ours:,.0f}", f"{row.other:,.0f}", row.unit, f"{row.ratio:.2f}")
+        console.print(table)
+    if costs:
+        table = Table("curation", "vectors", "seconds", "peak MiB", "", box=None)
+        for cost in costs:
+            table.add_row(cost.step, f"{cost.size:,}", f"{cost.seconds:,.1f}", f"{cost.peak_mib:,.0f}", cost.note)
+        console.print(table)
+    console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of turns", highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from components.curation.config import IndexConfig
 from components.curation.decontaminate import References, find_contamination
 from components.curation.deduplicate import group_duplicates
 
@@ -47,3 +48,22 @@ def test_without_references_nothing_is_removed(images):
     found = find_contamination(groups, np.arange(2), vectors, none, 0.45)
     assert len(found.rejected) == 0
     assert found.per_set == {}
+
+
+def test_big_evaluation_sets_are_searched_by_an_index_that_is_checked_on_their_copies(images, unit_vectors):
+    # 5 of 3,000 pool images are copies of set b's: a sample of 100 of the pool would see none of them.
+    pool, references = unit_vectors(3000, 32, 1), unit_vectors(1000, 32, 2)
+    copies, of = np.arange(100, 105), np.array([300, 500, 600, 800, 999])
+    pool[copies] = references[of]
+    names = [f"{number:04d}" for number in range(1000)]
+    table = pa.concat_tables([images([(9, 9)] * 300, names[:300], "a"), images([(9, 9)] * 700, names[300:], "b")])
+    groups = group_duplicates(pool, images([(9, 9)] * 3000), 64, 0.95)
+    index = IndexConfig(flat_below=256, num_probes=16, recall_sample=700)
+    flat, found = (
+        find_contamination(groups, np.arange(3000), pool, References(table, references), 0.95, one)
+        for one in (IndexConfig(), index)
+    )
+    assert flat.rejected["row"].to_pylist() == copies.tolist()
+    assert flat.rejected["duplicate_of"].to_pylist() == [names[row] for row in of]
+    assert found.rejected.equals(flat.rejected)
+    assert (found.per_set, found.recall) == ({"a": 0, "b": 5}, {"a": 1.0, "b": 1.0})

@@ -1,0 +1,146 @@
+"""What curation costs as the pool grows: seconds and peak memory of each step, each in a process of its own.
+
+Vectors are synthetic, 384 numbers each, in a memory-mapped file: 1,000 themes of long-tailed sizes (cosine about 0.3
+within one), and one vector in ten is a copy of another at a cosine of 0.78 or more. The peak is that of anonymous
+memory, Python and its libraries included: pages of the mapped file belong to the system, which takes them back at will.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+DIM, THEMES, COPIES = 384, 1000, 10  # one vector in COPIES is a copy
+ROWS = 50_000  # made at once
+EXACT_QUERIES = 20_000  # of plain FAISS; its time is proportional to the queries, so more are not asked
+SAMPLE_SECONDS = 0.01
+VECTORS = "vectors.npy"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step at one size."""
+
+    step: str
+    size: int
+    seconds: float
+    peak_mib: float
+    note: str
+
+
+def measure(sizes: Iterable[int]) -> list[Cost]:
+    """All steps at all sizes, one after the other."""
+    costs = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            _write_vectors(Path(name), size)
+            costs += [_in_a_process(step, Path(name), size) for step in STEPS]
+    return costs
+
+
+class Clock:
+    """Seconds of the part that counts."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def __call__(self):
+        begun = time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - begun
+
+
+def dedup(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
+    """Groups of duplicates at k = 64 and cosine 0.6, as `curate` makes them."""
+    import pyarrow as pa
+
+    from components.curation.config import IndexConfig
+    from components.curation.deduplicate import group_duplicates
+
+    side = pa.array(np.full(len(vectors), 512, np.int32))
+    names = pa.array([f"{number:064x}" for number in range(len(vectors))])
+    images = pa.table({"image_id": names, "width": side, "height": side})
+    with clock():
+        groups = group_duplicates(vectors, images, 64, 0.6, IndexConfig())
+    first = len(vectors) - len(vectors) // COPIES
+    copies = np.arange(first, len(vectors))
+    together = groups.label[copies] == groups.label[copies - first]
+    return f"{together.mean():.4f} of the copies found, recall of the index {groups.recall:.3f}"
+
+
+def exact(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
+    """The same neighbours by plain FAISS: a flat index in memory, every product."""
+    import faiss
+
+    queries = vectors[:: max(1, len(vectors) // EXACT_QUERIES)]
+    with clock():
+        index = faiss.IndexFlatIP(DIM)
+        index.add(np.asarray(vectors))
+        added = time.perf_counter()
+        index.search(np.ascontiguousarray(queries), 65)
+        searched = time.perf_counter() - added
+    clock.seconds += searched * (len(vectors) / len(queries) - 1)
+    return f"from {len(queries)} queries" if len(queries) < len(vectors) else ""
+
+
+STEPS: dict[str, Callable[[NDArray[np.float32], Path, Clock], str]] = {one.__name__: one for one in (dedup, exact)}
+
+
+def _write_vectors(folder: Path, size: int) -> None:
+    generator = np.random.default_rng(0)
+    themes = generator.standard_normal((THEMES, DIM), np.float32)
+    share = 1 / np.arange(1, THEMES + 1)
+    vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, (size, DIM))
+    first = size - size // COPIES
+    for start in [*range(0, first, ROWS), *range(first, size, ROWS)]:
+        stop = min(start + ROWS, size if start >= first else first)
+        block = generator.standard_normal((stop - start, DIM), np.float32)
+        if start < first:
+            block += np.float32(0.65) * themes[generator.choice(THEMES, stop - start, p=share / share.sum())]
+        else:
+            block *= generator.uniform(0, 0.8, (stop - start, 1)).astype(np.float32) / np.float32(DIM**0.5)
+            block += vectors[start - first : stop - first]
+        vectors[start:stop] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    vectors.flush()
+
+
+def _in_a_process(step: str, folder: Path, size: int) -> Cost:
+    command = [sys.executable, "-m", "tests.benchmarks.curation", step, str(folder)]
+    peak = 0
+    with (folder / "stderr").open("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            while process.poll() is None:
+                peak = max(peak, _anonymous_kib(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+            output = process.stdout.read() if process.stdout else ""
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{step} of {size} vectors failed: {errors.read()[-2000:]}")
+    result = json.loads(output)
+    return Cost(step, size, result["seconds"], peak / 1024, result["note"])
+
+
+def _anonymous_kib(process: int) -> int:
+    """RssAnon of a process; 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+if __name__ == "__main__":
+    clock = Clock()
+    folder = Path(sys.argv[2])
+    note = STEPS[sys.argv[1]](np.load(folder / VECTORS, mmap_mode="r"), folder, clock)
+    sys.stdout.write(json.dumps({"seconds": clock.seconds, "note": note}))
