@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from components.core.config import Config
 
 Similarity = Annotated[float, Field(gt=0, lt=1)]  # cosine of two embeddings
+Share = Annotated[float, Field(ge=0, le=1)]
+Channels = tuple[float, float, float]
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"]
+Domain = Annotated[str, Field(pattern=r"^[^\s/:*@]+$")]  # such as example.com
 
 
 class DescriptorConfig(Config):
@@ -49,6 +53,56 @@ class OnnxConfig(Config):
 EmbedderConfig = Annotated[DescriptorConfig | ModelConfig | TorchScriptConfig | OnnxConfig, Field(discriminator="kind")]
 
 
+class OpenNsfwConfig(Config):
+    """Yahoo's OpenNSFW classifier, from the extra `safety`."""
+
+    kind: Literal["opennsfw"] = "opennsfw"
+
+
+class NsfwOnnxConfig(Config):
+    """An ONNX classifier: one square RGB image in, class scores [1, C] out."""
+
+    kind: Literal["onnx"] = "onnx"
+    path: str
+    size: PositiveInt = 224  # the whole image is squeezed to this square
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    mean: Channels = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
+    std: Channels = (0.5, 0.5, 0.5)
+    output_index: NonNegativeInt = 1  # which class is "not safe for work"
+    logits: bool = False  # True: the outputs still need a softmax
+
+
+class CascadeConfig(Config):
+    """scikit-image's frontal-face cascade."""
+
+    kind: Literal["cascade"] = "cascade"
+    working_side: PositiveInt = 256  # larger images are shrunk to it; a face then needs 24 pixels
+    min_neighbors: PositiveInt = 2  # overlapping windows that must agree; fewer finds more faces and more else
+
+
+class FaceOnnxConfig(Config):
+    """An ONNX detector: [1, 3, S, S] RGB in [0, 1] in; faces [M, 5] of x1, y1, x2, y2, score in those S pixels out.
+
+    The image keeps its ratio, fills the square's longer side and stands at its top left; the rest is black.
+    """
+
+    kind: Literal["onnx"] = "onnx"
+    path: str
+    size: PositiveInt = 640
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+NsfwConfig = Annotated[OpenNsfwConfig | NsfwOnnxConfig, Field(discriminator="kind")]
+FacesConfig = Annotated[CascadeConfig | FaceOnnxConfig, Field(discriminator="kind")]
+
+
+class ScoresConfig(Config):
+    """What is asked of each image's pixels beside the gray share and the entropy, which cost nothing."""
+
+    nsfw: NsfwConfig | None = None  # None: not asked
+    faces: FacesConfig | None = None
+
+
 class EmbedConfig(Config):
     """Stage `embed`."""
 
@@ -57,10 +111,18 @@ class EmbedConfig(Config):
 
 
 class FilterConfig(Config):
-    """What an image must be before anything else is asked."""
+    """What an image must be before anything else is asked; thresholds may change without computing scores again."""
 
     min_side: PositiveInt = 16  # pixels, of the shorter side
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 8.0  # longer side / shorter side; None: any
+    formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1)] | None = None  # None: any
+    blocked_domains: tuple[Domain, ...] = ()  # of source_uri; sub-domains too
+    blocked_paths: tuple[str, ...] = ()  # globs over the whole source_uri; * also stands for /
+    blocked_licenses: tuple[str, ...] = ()  # as the manifest names them, in any case
+    allowed_licenses: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: any
+    max_gray_share: Share | None = None  # of the pixels; 0.99 takes gray photographs
+    min_entropy: Annotated[float, Field(ge=0, le=8)] | None = None  # bits; blank images are below 1
+    max_nsfw: Share | None = None  # needs embed.scores.nsfw
 
 
 class IndexConfig(Config):
@@ -73,6 +135,35 @@ class IndexConfig(Config):
     recall_sample: PositiveInt = 1000  # queries that are also searched exactly
     min_recall: Annotated[float, Field(ge=0, le=1)] = 0.9  # of the exact pairs; the run fails below
     memory_mib: PositiveInt = 1024  # of the vectors that the index is trained on
+
+
+class LevelConfig(Config):
+    """One level of hierarchical k-means (arXiv 2405.15613, section 3)."""
+
+    num_clusters: PositiveInt  # at most one a point
+    resampling_steps: NonNegativeInt = 10  # released code; 0: plain k-means
+    sample_size: PositiveInt | None = None  # points of each cluster that are resampled; None: half the mean cluster
+
+
+class SeedSetConfig(Config):
+    """What a source of the pool brings into the curated set as a seed set, DINOv2's appendix A.4."""
+
+    as_is: bool = False  # its own images are taken in
+    retrieve: Literal["sample", "cluster"] | None = None  # images like its own are taken in
+    k: PositiveInt = 4  # "sample": nearest images of each seed; 32 for ImageNet-1k
+    min_seeds: PositiveInt = 4  # "cluster": in a cluster, for images of it to be taken
+    per_cluster: PositiveInt = 10_000  # "cluster": images taken of each such cluster
+    cap: PositiveInt = 1_000_000  # "cluster": images taken in all
+
+    @model_validator(mode="after")
+    def _says_what_is_read(self) -> SeedSetConfig:
+        if not self.as_is and self.retrieve is None:
+            raise ValueError("give as_is: true, retrieve: sample or retrieve: cluster, else the seed set does nothing")
+        read = {"sample": {"k"}, "cluster": {"min_seeds", "per_cluster", "cap"}}.get(self.retrieve or "", set())
+        for name in {"k", "min_seeds", "per_cluster", "cap"} - read:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not read where retrieve is {self.retrieve or 'not given'}")
+        return self
 
 
 class CurateConfig(Config):

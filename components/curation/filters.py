@@ -1,26 +1,49 @@
-"""Filters on what the manifest says of each image: each is one function that names the images it refuses."""
+"""Filters on the manifest's columns and the scores: each is one function that names the images it refuses.
+
+Animated images never come this far: ingest quarantines them.
+"""
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from components.curation.config import FilterConfig
-from components.curation.rejections import rejections
+from components.curation.rejections import CurationError, rejections
 
 
-def filter_images(pool: pa.Table, config: FilterConfig) -> pa.Table:
+def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table | None = None) -> pa.Table:
     """Rejections by all filters; an image is rejected by the first that refuses it.
 
     Args:
         pool: a pool manifest.
         config: the limits.
+        scores: rows of SCORES_SCHEMA for the same images in the same order; None: only the manifest is asked.
+
+    Raises:
+        CurationError: a limit on a score that was not computed.
     """
     width, height = pool["width"].to_numpy(), pool["height"].to_numpy()
     parts = [repeated_rows(pool), too_small(width, height, config.min_side)]
     if config.max_aspect_ratio is not None:
         parts.append(too_long(width, height, config.max_aspect_ratio))
+    if config.formats is not None:
+        parts.append(other_format(pool["format"], config.formats))
+    parts.append(blocked_domain(pool["source_uri"], config.blocked_domains))
+    parts.append(blocked_path(pool["source_uri"], config.blocked_paths))
+    parts.append(blocked_license(pool["license"], config.blocked_licenses))
+    if config.allowed_licenses is not None:
+        parts.append(not_allowed_license(pool["license"], config.allowed_licenses))
+    if config.max_gray_share is not None:
+        parts.append(grayscale(_score(scores, "gray_share", "max_gray_share", len(pool)), config.max_gray_share))
+    if config.min_entropy is not None:
+        parts.append(blank(_score(scores, "entropy", "min_entropy", len(pool)), config.min_entropy))
+    if config.max_nsfw is not None:
+        parts.append(not_safe(_score(scores, "nsfw", "max_nsfw", len(pool)), config.max_nsfw))
     rejected = pa.concat_tables(parts)
     first = np.unique(rejected["row"].to_numpy(), return_index=True)[1]
     return rejected.take(pa.array(first))
@@ -46,3 +69,84 @@ def too_long(width: NDArray[np.int32], height: NDArray[np.int32], max_ratio: flo
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     rows = np.flatnonzero(longer > max_ratio * shorter)
     return rejections(rows, "aspect_ratio", [f"{width[r]} x {height[r]}, ratio > {max_ratio:g}" for r in rows])
+
+
+def other_format(formats: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table:
+    """Images that are in none of the `allowed` formats: `format`."""
+    rows = np.flatnonzero(~_matches(formats, _any_of(allowed)))
+    named = formats.take(pa.array(rows)).to_pylist()
+    return rejections(rows, "format", [f"{name}, not {', '.join(allowed)}" for name in named])
+
+
+def blocked_domain(uris: pa.ChunkedArray, domains: tuple[str, ...]) -> pa.Table:
+    """Images whose URI has one of the `domains` or a sub-domain of it as host: `blocked_source`."""
+    before, after = r"(?i)^[a-z][a-z0-9+.-]*://(?:[^/?#]*@)?(?:[^/?#@]*\.)?", r"\.?(?::\d*)?(?:[/?#]|$)"
+    return _blocked(uris, {f"domain {name}": f"{before}{re.escape(name)}{after}" for name in domains})
+
+
+def blocked_path(uris: pa.ChunkedArray, globs: tuple[str, ...]) -> pa.Table:
+    """Images whose whole URI matches one of the `globs` (* any text, ? one character): `blocked_source`."""
+    wild = {"*": ".*", "?": "."}
+    patterns = {glob: "".join(wild.get(letter) or re.escape(letter) for letter in glob) for glob in globs}
+    return _blocked(uris, {f"path {glob}": f"(?s)^{pattern}$" for glob, pattern in patterns.items()})
+
+
+def blocked_license(licenses: pa.ChunkedArray, blocked: tuple[str, ...]) -> pa.Table:
+    """Images under one of the `blocked` licences: `license`."""
+    return _licensed(licenses, _matches(licenses, _any_of(blocked)), "is blocked")
+
+
+def not_allowed_license(licenses: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table:
+    """Images under none of the `allowed` licences; an expression must be listed as it stands: `license`."""
+    return _licensed(licenses, ~_matches(licenses, _any_of(allowed)), "is not among those allowed")
+
+
+def grayscale(share: NDArray[np.float32], highest: float) -> pa.Table:
+    """Images of which more than `highest` of the pixels are gray: `grayscale`."""
+    rows = np.flatnonzero(share > highest)
+    return rejections(rows, "grayscale", [f"gray share {share[r]:.3f} > {highest:g}" for r in rows])
+
+
+def blank(entropy: NDArray[np.float32], lowest: float) -> pa.Table:
+    """Images whose luma has less than `lowest` bits of entropy: `blank`."""
+    rows = np.flatnonzero(entropy < lowest)
+    return rejections(rows, "blank", [f"entropy {entropy[r]:.2f} bits < {lowest:g}" for r in rows])
+
+
+def not_safe(nsfw: NDArray[np.float32], highest: float) -> pa.Table:
+    """Images that the classifier gives more than `highest`: `nsfw`."""
+    rows = np.flatnonzero(nsfw > highest)
+    return rejections(rows, "nsfw", [f"score {nsfw[r]:.3f} > {highest:g}" for r in rows])
+
+
+def _score(scores: pa.Table | None, name: str, limit: str, count: int) -> NDArray[np.float32]:
+    """[N] one score of every image."""
+    source = "embed.scores.nsfw" if name == "nsfw" else "embed.scores"
+    if scores is None or scores[name].null_count:
+        what = f"curate.filters.{limit} needs the score {name} of every image, which {source} did not compute"
+        raise CurationError(f"{what}; set {source} and run the stage embed again, or leave curate.filters.{limit} out")
+    if len(scores) != count:
+        raise CurationError(f"{len(scores)} scores for {count} images; run the stage embed again")
+    return scores[name].to_numpy()
+
+
+def _blocked(uris: pa.ChunkedArray, patterns: dict[str, str]) -> pa.Table:
+    parts = [rejections(np.zeros(0, np.int64), "blocked_source", "")]
+    for detail, pattern in patterns.items():
+        parts.append(rejections(np.flatnonzero(_matches(uris, pattern)), "blocked_source", detail))
+    return pa.concat_tables(parts)
+
+
+def _licensed(licenses: pa.ChunkedArray, refused: NDArray[np.bool_], why: str) -> pa.Table:
+    rows = np.flatnonzero(refused)
+    return rejections(rows, "license", [f"{name} {why}" for name in licenses.take(pa.array(rows)).to_pylist()])
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    """A pattern for the whole text, in any case; none matches no text."""
+    return f"(?i)^(?:{'|'.join(map(re.escape, names))})$" if names else "[^\\s\\S]"
+
+
+def _matches(texts: pa.ChunkedArray, pattern: str) -> NDArray[np.bool_]:
+    """[N] which texts have a part that matches (RE2: time linear in the text, whatever the pattern)."""
+    return pc.match_substring_regex(texts, pattern).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]

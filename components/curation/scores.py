@@ -1,0 +1,105 @@
+"""What curation asks of an image's pixels, once, while they are decoded: thresholds on it may change at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image, ImageChops
+
+from components.core.storage import sha256_file
+from components.curation import faces, nsfw
+from components.curation.config import ScoresConfig
+
+VERSION = 1  # raise it whenever a change here, in nsfw.py or in faces.py changes a score
+SAMPLE_SIDE = 256  # pixels: larger images are looked at on a grid of at most this side
+GRAY_TOLERANCE = 8  # of 255: how far the channels of a gray pixel may lie apart, as JPEG makes them
+
+BOX = pa.struct([pa.field(name, pa.int32(), nullable=False) for name in ("x", "y", "w", "h")])
+SCORES_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("gray_share", pa.float32(), nullable=False),  # of the pixels
+        pa.field("entropy", pa.float32(), nullable=False),  # bits, of the luma histogram: 0 is one flat colour
+        pa.field("nsfw", pa.float32()),  # probability; null where no classifier is configured
+        pa.field("faces", pa.list_(BOX)),  # pixels; null where no detector is configured
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Enough to name the scores and to compute them in any worker; models are loaded on first use."""
+
+    config: ScoresConfig
+    nsfw_model: Path | None
+    faces_model: Path | None
+    digest: str  # SHA-256 over the parameters, the models' bytes and the code version
+
+    def score(self, images: list[Image.Image]) -> dict[str, pa.Array]:
+        """The columns of SCORES_SCHEMA after `image_id`, one value an RGB image, whatever images stand beside it."""
+        samples = [sample_pixels(image) for image in images]
+        classify, find_faces = _models(self)
+        columns = {
+            "gray_share": [gray_share(sample) for sample in samples],
+            "entropy": [entropy(sample) for sample in samples],
+            "nsfw": [classify and classify(image) for image in images],
+            "faces": [find_faces and find_faces(image) for image in images],
+        }
+        return {name: pa.array(values, SCORES_SCHEMA.field(name).type) for name, values in columns.items()}
+
+
+def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
+    """Find the models that the scores need and name their bytes.
+
+    Raises:
+        ScoreError: a model's file or package is missing.
+    """
+    nsfw_model = None if config.nsfw is None else nsfw.locate(config.nsfw, root)
+    faces_model = None if config.faces is None else faces.locate(config.faces, root)
+    definition = {
+        "version": VERSION,
+        "config": config.model_dump(exclude={"nsfw": {"path"}, "faces": {"path"}}),  # bytes count, not where they lie
+        "models": [path and sha256_file(path) for path in (nsfw_model, faces_model)],
+    }
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+    return Scorer(config, nsfw_model, faces_model, digest)
+
+
+def sample_pixels(image: Image.Image) -> Image.Image:
+    """The image itself up to SAMPLE_SIDE, else pixels of it on a regular grid; none are mixed, so colours stay."""
+    scale = SAMPLE_SIDE / max(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def gray_share(image: Image.Image) -> float:
+    """Share of an RGB image's pixels whose channels lie at most GRAY_TOLERANCE apart."""
+    red, green, blue = image.split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    counts = ImageChops.subtract(highest, lowest).histogram()
+    return sum(counts[: GRAY_TOLERANCE + 1]) / sum(counts)
+
+
+def entropy(image: Image.Image) -> float:
+    """Shannon entropy of the histogram of an RGB image's luma (ITU-R 601), in bits: 0 (one flat colour) to 8."""
+    counts = [count for count in image.convert("L").histogram() if count]
+    total = sum(counts)
+    return sum(count / total * math.log2(total / count) for count in counts)
+
+
+@lru_cache(maxsize=1)
+def _models(scorer: Scorer) -> tuple[nsfw.Classify | None, faces.FindFaces | None]:
+    """What is configured of the two, loaded once a process."""
+    asked, looked_for = scorer.config.nsfw, scorer.config.faces
+    classify = nsfw.load(asked, scorer.nsfw_model) if asked and scorer.nsfw_model else None
+    find_faces = faces.load(looked_for, scorer.faces_model) if looked_for and scorer.faces_model else None
+    return classify, find_faces
