@@ -8,28 +8,16 @@ import torch
 from components.core.config import validate
 from components.data.batch import TrainingBatches
 from components.data.stream import ImageStream
-from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training.checkpoint import Checkpoints, Progress
 from components.training.divergence import read_dumped_batch
 from components.training.loop import Job, train
-from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import DivergedError, TrainingStep
+from tests.training.jobs import make_job
 
 CPU = torch.device("cpu")
-
-
-def make_job(config: PretrainConfig, curated) -> Job:
-    torch.manual_seed(0)
-    heads = {"dino": config.dino_head, "ibot": config.ibot_head}
-    student = Network(
-        VisionTransformer(config.backbone), {n: ProjectionHead(config.backbone.dim, h) for n, h in heads.items()}
-    )
-    stream = ImageStream(curated, config.stream, seed=0)
-    return Job("pretrain", config, self_distillation(student), stream, config.masking, seed=0)
 
 
 def make_step(job: Job) -> TrainingStep:
@@ -45,8 +33,8 @@ def everything(training: TrainingStep) -> list[torch.Tensor]:
 
 def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp_path, caplog):
     """A run in which step 2 breaks ends in the bits of one that never takes it: weights, average, centres, moments."""
-    config = validate(PretrainConfig, pretrain_values(steps=5, objective={"centering": "softmax"}), "test")
-    job = make_job(config, curated)
+    values = pretrain_values(steps=5, objective={"centering": "softmax"})
+    job = make_job(values, curated)
     calls = []
 
     def break_third(_module, _inputs, logits):
@@ -61,13 +49,13 @@ def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp
     assert "alert: step 2: loss is not finite (terms: total, dino_local, dino_global; ranks: [0])" in caplog.text
     assert "Step skipped, 1 of at most 10" in caplog.text
 
-    skipping = make_step(make_job(config, curated))
-    batches, schedules = TrainingBatches(job.stream, job.batch_plan()), Schedules(config)
+    skipping = make_step(make_job(values, curated))
+    batches, schedules = TrainingBatches(job.stream, job.batch_plan()), Schedules(job.config)
     for step in (0, 1, 3, 4):
         batch = batches[step]
         assert not isinstance(batch, Exception)
         skipping(batch.normalize(CPU), step, schedules.at(step))
-    found = make_step(make_job(config, curated))
+    found = make_step(make_job(values, curated))
     assert Checkpoints(tmp_path).load_newest(found) == Progress(5, skipped_steps=1)
     expected = everything(skipping)
     assert len(expected) > 100
@@ -93,7 +81,7 @@ def test_a_run_that_diverges_ends_with_what_one_needs_to_see_it_again(workspace,
 
     # From the dump and the checkpoint beside it, without the data.
     step, batch = read_dumped_batch(dump)
-    training = make_step(make_job(config, curated))
+    training = make_step(make_job(values, curated))
     assert Checkpoints(dump.parent).load_newest(training) == Progress(3, skipped_steps=2)
     with pytest.raises(DivergedError) as again:
         training(batch.normalize(CPU), step, Schedules(config).at(step))

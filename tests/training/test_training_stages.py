@@ -150,14 +150,16 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretra
 
 
 def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory):
-    """Same global batch, same steps. KoLeo's neighbours are sought on each rank, so it is left out."""
+    """Same batch over all ranks, which share the weights. KoLeo seeks its neighbours on each rank: it is left out."""
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
     values = pretrain_values(steps=4, objective={"koleo_weight": 0.0}, backbone=backbone)
     pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
     two = tmp_path_factory.mktemp("two")
     (two / "data").mkdir()
     (two / "data" / "curated").symlink_to(curated)
-    figures = pretraining.run(validate(PretrainConfig, values | {"num_processes": 2}, "test"), two, seed=0)
+    figures = pretraining.run(
+        validate(PretrainConfig, values | {"num_processes": 2, "sharding": "fsdp"}, "test"), two, seed=0
+    )
     assert figures["steps"] == 4
     reports = [folder / "reports" / "pretrain" / "loss.csv" for folder in (workspace, two)]
     np.testing.assert_allclose(read_losses(reports[0]), read_losses(reports[1]), rtol=2e-5)

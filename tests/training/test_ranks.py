@@ -1,0 +1,137 @@
+"""Several ranks train what one does: DistributedDataParallel, FSDP2, and checkpoints that go from one to the other."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.core.distributed import rank
+from components.training.checkpoint import Checkpoints
+from components.training.loop import train
+from components.training.parallelize import gather, launch
+from tests.training.jobs import make_job
+
+# As far apart as float32 sums in another order come in 4 steps; AdamW's first steps enlarge what is near 0.
+LOSS = {"rtol": 2e-5}
+WEIGHTS = {"rtol": 1e-3, "atol": 2e-4}
+NEWEST = "step_4"
+
+
+def run(values: dict[str, Any], curated: Path, folder: Path, broken_call: int | None = None) -> list[dict[str, Any]]:
+    """Train a job and keep its checkpoints and `ema.safetensors`; on rank 1 one call of a head may give NaN."""
+    job, calls = make_job(values, curated), []
+
+    def breaks(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor | None:
+        calls.append(None)
+        return logits * float("nan") if rank() == 1 and len(calls) == broken_call else None
+
+    job.networks.student.dino_head.register_forward_hook(breaks)
+    rows = train(job, Checkpoints(folder))
+    if network := gather(job.networks.ema):
+        save_file(network.state_dict(), folder / "ema.safetensors")
+    return rows
+
+
+def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str, Any]:
+    """All that needs two ranks, in one start of them."""
+    torch.set_num_threads(1)
+    rows = {}
+    for sharding in ("ddp", "fsdp"):
+        changed = values | {"sharding": sharding}
+        rows[sharding] = run(changed, curated, root / sharding)
+        rows[f"{sharding} goes on"] = run(changed, curated, root / f"{sharding}_from_one")
+        rows[f"{sharding} broken"] = run(changed, curated, root / f"{sharding}_broken", broken_call=2)
+    half = values | {"sharding": "fsdp", "precision": "bfloat16"}
+    rows["half"] = run(half, curated, root / "half")
+    if rank() == 0:
+        shutil.copytree(root / "fsdp", root / "again")
+        shutil.rmtree(root / "again" / NEWEST)
+    torch.distributed.barrier()
+    run(values | {"sharding": "fsdp"}, curated, root / "again")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def curated_runs(curated, tmp_path_factory):
+    """(values, curated set, folder of runs, rows by run) of runs on one and on two ranks."""
+    root = tmp_path_factory.mktemp("runs")
+    head = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16}
+    shape = {"patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "num_registers": 1, "image_size": 32}
+    values: dict[str, Any] = {
+        "steps": 4, "batch_size": 8, "precision": "float32", "checkpoint_every_steps": 2, "log_every_steps": 1,
+        "stream": {"num_workers": 0, "window_shards": 2},
+        "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+        "optimizer": {"base_lr": 0.01, "warmup_steps": 1, "freeze_last_layer_steps": 1, "layer_decay": 0.9},
+        "teacher": {"temp_warmup_steps": 3}, "backbone": shape | {"layer_scale_init": 1.0},
+        "dino_head": head, "ibot_head": head, "objective": {"koleo_weight": 0.0},  # KoLeo seeks neighbours on a rank
+    }  # fmt: skip
+    rows = {"one": run(values, curated, root / "one")}
+    rows["one half"] = run(values | {"precision": "bfloat16"}, curated, root / "one_half")
+    for name in ("ddp_from_one", "fsdp_from_one"):
+        shutil.copytree(root / "one", root / name)
+        shutil.rmtree(root / name / NEWEST)
+    rows |= launch(on_each_rank, 2, values, curated, root)
+    return values, curated, root, rows
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss_total"] for row in rows]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    expected, found = (load_file(folder / "ema.safetensors") for folder in (one, other))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_train_what_one_trains(curated_runs, sharding):
+    _, _, root, rows = curated_runs
+    np.testing.assert_allclose(losses(rows[sharding]), losses(rows["one"]), **LOSS)
+    for name in ("grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head"):
+        np.testing.assert_allclose([r[name] for r in rows[sharding]], [r[name] for r in rows["one"]], rtol=1e-3)
+    assert_same_weights(root / "one", root / sharding)
+
+
+def test_half_precision_with_sharded_weights_is_close(curated_runs):
+    rows = curated_runs[3]
+    np.testing.assert_allclose(losses(rows["half"]), losses(rows["one half"]), rtol=0.02)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_run_of_one_rank_goes_on_on_two(curated_runs, sharding):
+    _, _, root, rows = curated_runs
+    assert [row["step"] for row in rows[f"{sharding} goes on"]] == [1, 2, 3, 4]
+    np.testing.assert_allclose(losses(rows[f"{sharding} goes on"]), losses(rows["one"]), **LOSS)
+    assert_same_weights(root / "one", root / f"{sharding}_from_one")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_run_of_two_ranks_goes_on_on_one(curated_runs, tmp_path, sharding):
+    values, curated, root, rows = curated_runs
+    folder = tmp_path / "run"
+    shutil.copytree(root / sharding, folder)
+    shutil.rmtree(folder / NEWEST)
+    found = run(values, curated, folder)
+    np.testing.assert_allclose(losses(found), losses(rows["one"]), **LOSS)
+    assert_same_weights(root / "one", folder)
+
+
+def test_on_as_many_ranks_the_bits_are_the_same(curated_runs):
+    root = curated_runs[2]
+    first, again = (load_file(root / name / "ema.safetensors") for name in ("fsdp", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_what_breaks_on_one_rank_is_skipped_on_all(curated_runs):
+    """Step 1 breaks on rank 1 only; both go on, and so equally that sharded and whole weights agree at the end."""
+    _, _, root, rows = curated_runs
+    assert [row["step"] for row in rows["ddp broken"]] == [row["step"] for row in rows["fsdp broken"]] == [1, 3, 4]
+    np.testing.assert_allclose(losses(rows["fsdp broken"]), losses(rows["ddp broken"]), **LOSS)
+    assert_same_weights(root / "ddp_broken", root / "fsdp_broken")
+    assert all(tensor.isfinite().all() for tensor in load_file(root / "fsdp_broken" / "ema.safetensors").values())
