@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from components.model.attention import Layout, attend
 from components.model.config import ViTConfig
+
+Checkpointing = Literal["off", "selective", "full"]
 
 NORM_EPS = 1e-6  # `dinov2/models/vision_transformer.py`; torch's default is 1e-5
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases, by the fused kernel (`dinov2/layers/attention.py`)."""
+    """Multi-head self-attention with biases (`dinov2/layers/attention.py`) over packed sequences."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -22,13 +28,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens of one image: [B, N, D] to [B, N, D]."""
-        batch, length, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Mix the tokens of each sequence: packed [T, D] to [T, D]."""
+        return self.proj(attend(self.qkv(tokens), layout, self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -40,7 +42,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Transform each token: [B, N, D] to [B, N, D]."""
+        """Transform each token: [..., D] to [..., D]."""
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
@@ -54,7 +56,7 @@ class SwiGlu(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Transform each token: [B, N, D] to [B, N, D]."""
+        """Transform each token: [..., D] to [..., D]."""
         gate, value = self.w12(tokens).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
@@ -72,12 +74,18 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and subset stochastic depth (`dinov2/layers/block.py`)."""
+    """Pre-norm transformer block with LayerScale and subset stochastic depth (`dinov2/layers/block.py`).
+
+    Attributes:
+        checkpointing: which activations are made again in the backward pass rather than kept: none (`off`), all but
+            the outputs of matrix products (`selective`), or all but the block's input (`full`).
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         hidden = int(config.dim * config.ffn_ratio)
         self.drop_path = config.drop_path
+        self.checkpointing: Checkpointing = "off"
         self.norm1 = nn.LayerNorm(config.dim, eps=NORM_EPS)
         self.attn = Attention(config.dim, config.num_heads)
         self.ls1 = LayerScale(config.dim, config.layer_scale_init)
@@ -85,31 +93,71 @@ class Block(nn.Module):
         self.mlp = SwiGlu(config.dim, hidden) if config.ffn == "swiglu" else Mlp(config.dim, hidden)
         self.ls2 = LayerScale(config.dim, config.layer_scale_init)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Apply both residual branches: [B, N, D] to [B, N, D]."""
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Apply both residual branches to packed tokens: [T, D] to [T, D]."""
+        if self.checkpointing == "off" or not torch.is_grad_enabled():
+            return self._transform(tokens, layout)
+        context = _keep_products if self.checkpointing == "selective" else noop_context_fn
+        output = checkpoint(
+            self._transform,
+            tokens,
+            layout,
+            use_reentrant=False,
+            context_fn=context,
+            preserve_rng_state=self.training and self.drop_path > 0,  # the subset must be drawn again as it was
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    def _transform(self, tokens: Tensor, layout: Layout) -> Tensor:
         drop_path = self.drop_path if self.training else 0.0
-        tokens = add_to_subset(tokens, lambda x: self.ls1(self.attn(self.norm1(x))), drop_path)
-        return add_to_subset(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), drop_path)
+        tokens = add_to_subset(tokens, layout, lambda x, part: self.ls1(self.attn(self.norm1(x), part)), drop_path)
+        return add_to_subset(tokens, layout, lambda x, _: self.ls2(self.mlp(self.norm2(x))), drop_path)
 
 
-def add_to_subset(tokens: Tensor, branch: Callable[[Tensor], Tensor], drop_path: float) -> Tensor:
-    """Add a residual branch to a random subset of the images, scaled so that the expectation is the full sum.
+def add_to_subset(
+    tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout], Tensor], drop_path: float
+) -> Tensor:
+    """Add a residual branch to random sequences of each group, scaled so that the expectation is the full sum.
 
-    `drop_add_residual_stochastic_depth` of `dinov2/layers/block.py`: the branch is computed for only
-    s = max(floor(B (1 - d)), 1) images, which saves a fraction d of its compute and activations, and is added with
+    `drop_add_residual_stochastic_depth` of `dinov2/layers/block.py`: of B sequences of a group, the branch is computed
+    for only s = max(floor(B (1 - d)), 1), which saves a fraction d of its compute and activations, and is added with
     weight B / s.
 
     Args:
-        tokens: [B, N, D].
-        branch: maps [s, N, D] to [s, N, D].
-        drop_path: fraction d of images that skip the branch, in [0, 1).
+        tokens: packed [T, D].
+        layout: of `tokens`.
+        branch: maps packed tokens of a smaller layout to as many.
+        drop_path: fraction d of sequences that skip the branch, in [0, 1).
 
     Returns:
-        [B, N, D], of the dtype of `tokens`.
+        [T, D], of the dtype of `tokens`.
     """
-    batch = tokens.shape[0]
-    kept = max(int(batch * (1 - drop_path)), 1)
-    if kept >= batch:
-        return tokens + branch(tokens)
-    chosen = torch.randperm(batch, device=tokens.device)[:kept]
-    return tokens.index_add(0, chosen, branch(tokens[chosen]).to(tokens.dtype), alpha=batch / kept)
+    kept = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
+    if drop_path == 0 or kept == layout:
+        return tokens + branch(tokens, layout)
+    rows, weights, start = [], [], 0
+    for (count, length), (few, _) in zip(layout, kept, strict=True):
+        chosen = torch.randperm(count, device=tokens.device)[:few, None] * length
+        rows.append((start + chosen + torch.arange(length, device=tokens.device)).flatten())
+        weights.append(tokens.new_full((few * length, 1), count / few))
+        start += count * length
+    index = torch.cat(rows)
+    added = branch(tokens.index_select(0, index), kept) * torch.cat(weights)
+    return tokens.index_add(0, index, added.to(tokens.dtype))
+
+
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Selective checkpointing: outputs of linear layers and of fused attention are kept, the rest is made again."""
+    return create_selective_checkpoint_contexts(_PRODUCTS)  # pyright: ignore[reportArgumentType]
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]

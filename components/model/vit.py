@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.model.attention import Layout
 from components.model.config import ViTConfig
-from components.model.layers import NORM_EPS, Block
+from components.model.layers import NORM_EPS, Block, Checkpointing
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,21 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: an image or mask shape that does not fit.
         """
-        tokens = self._embed(images, masks)
+        return self.forward_packed([(images, masks)])[0]
+
+    def forward_packed(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[ViTOutput]:
+        """Encode batches of images of different sizes at once; equal to one `forward` for each.
+
+        All tokens are rows of one matrix, so that everything but attention runs once over all of them, and attention
+        once for each batch (arXiv 2304.07193, sec. 5, "sequence packing"; here without padding or masks).
+
+        Args:
+            batches: images and masks of each, as for `forward`.
+        """
+        tokens, layout = self._pack([self._embed(*batch) for batch in batches])
         for block in self.blocks:
-            tokens = block(tokens)
-        return self._output(tokens)
+            tokens = block(tokens, layout)
+        return self._outputs(tokens, layout)
 
     def intermediate(self, images: Tensor, n: int) -> list[ViTOutput]:
         """Tokens after each of the last `n` blocks, first to last, all through the final norm.
@@ -104,13 +117,25 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= self.config.depth:
             raise ValueError(f"intermediate: n must be 1 to {self.config.depth} (the number of blocks), got {n}")
-        tokens = self._embed(images, None)
+        tokens, layout = self._pack([self._embed(images, None)])
         outputs = []
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
+            tokens = block(tokens, layout)
             if index >= self.config.depth - n:
-                outputs.append(self._output(tokens))
+                outputs += self._outputs(tokens, layout)
         return outputs
+
+    def checkpoint_activations(self, mode: Checkpointing) -> None:
+        """Set what every block keeps for the backward pass (`Block.checkpointing`)."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.checkpointing = mode
+
+    @staticmethod
+    def _pack(batches: list[Tensor]) -> tuple[Tensor, Layout]:
+        """[B, N, D] of each batch as the rows of one [T, D]."""
+        rows = [tokens.flatten(0, 1) for tokens in batches]
+        return torch.cat(rows) if len(rows) > 1 else rows[0], tuple((len(t), t.shape[1]) for t in batches)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """[B, 3, H, W] to [B, 1 + R + P, D]; the order of the steps is that of `prepare_tokens_with_masks`."""
@@ -148,10 +173,13 @@ class VisionTransformer(nn.Module):
         assert patches.shape[2:] == (rows, columns), f"resampled to {list(patches.shape[2:])}, not {[rows, columns]}"
         return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
-    def _output(self, tokens: Tensor) -> ViTOutput:
-        normed = self.norm(tokens)
+    def _outputs(self, tokens: Tensor, layout: Layout) -> list[ViTOutput]:
         first_patch = 1 + self.config.num_registers
-        return ViTOutput(normed[:, 0], normed[:, 1:first_patch], normed[:, first_patch:])
+        outputs = []
+        for part, shape in zip(self.norm(tokens).split([c * n for c, n in layout]), layout, strict=True):
+            normed = part.unflatten(0, shape)  # [B, N, D]
+            outputs.append(ViTOutput(normed[:, 0], normed[:, 1:first_patch], normed[:, first_patch:]))
+        return outputs
 
     def _init_weights(self) -> None:
         """Initial values of `init_weights` in DINOv2: the patch convolution keeps torch's default."""
