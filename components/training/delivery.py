@@ -49,13 +49,14 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         "stage": job.name,
         "config": job.config.model_dump(mode="json"),
         **facts,
-        "git_commit": _git_commit(delivery.root),
         "run_key": key,
     }
     with only_trainer(folder):
         if rank() == 0:
-            write_json(folder / "config.json", provenance)
-            logger.info("%s: %s", job.name, json.dumps(provenance, sort_keys=True))
+            # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
+            begun = {**provenance, "git_commit": _git_commit(delivery.root)}
+            write_json(folder / "config.json", begun)
+            logger.info("%s: %s", job.name, json.dumps(begun, sort_keys=True))
         images = sample_images(job.stream, job.config.crops.global_size)
         before = pca_colors(job.networks.ema.backbone, images)
         _draw_first_batch(job, delivery.report)
