@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from components.curation.config import IndexConfig
 from components.curation.deduplicate import Groups
-from components.curation.neighbors import EXACT_BELOW, find_neighbors
+from components.curation.neighbors import EXACT_BELOW, Vectors, find_neighbors
 from components.curation.rejections import rejections
 
 
@@ -39,7 +39,7 @@ class Contamination:
 def find_contamination(
     groups: Groups,
     rows: NDArray[np.int64],
-    embeddings: NDArray[np.float32],
+    embeddings: Vectors,
     references: References,
     threshold: float,
     index: IndexConfig = EXACT_BELOW,
@@ -51,7 +51,7 @@ def find_contamination(
     Args:
         groups: duplicates among the images given here.
         rows: [N] their rows in the pool.
-        embeddings: [N, D] of unit norm; may be memory-mapped.
+        embeddings: [N, D].
         references: the evaluation images.
         threshold: cosine, exclusive.
         index: how neighbours are searched in each evaluation set.

@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from components.curation.config import IndexConfig
-from components.curation.neighbors import EXACT_BELOW, Neighbors, cosine, find_neighbors
+from components.curation.neighbors import EXACT_BELOW, Neighbors, Vectors, cosine, find_neighbors
 from components.curation.rejections import rejections
 
 
@@ -29,7 +29,7 @@ class Groups:
 
 
 def group_duplicates(
-    embeddings: NDArray[np.float32],
+    embeddings: Vectors,
     images: pa.Table,
     num_neighbors: int,
     threshold: float,
@@ -39,7 +39,7 @@ def group_duplicates(
     """Components of the graph of pairs above `threshold`, and the keeper of each.
 
     Args:
-        embeddings: [N, D] of unit norm, in the order of `images`; may be memory-mapped.
+        embeddings: [N, D] in the order of `images`.
         images: manifest rows.
         num_neighbors: of each image, that may become edges.
         threshold: cosine, exclusive.
@@ -77,7 +77,7 @@ def keepers(label: NDArray[np.int64], images: pa.Table, first: NDArray[np.bool_]
 
 
 def near_duplicates(
-    groups: Groups, rows: NDArray[np.int64], embeddings: NDArray[np.float32], images: pa.Table, threshold: float
+    groups: Groups, rows: NDArray[np.int64], embeddings: Vectors, images: pa.Table, threshold: float
 ) -> pa.Table:
     """Rejections of all but the keepers: `near_duplicate`, with the keeper and the cosine to it.
 

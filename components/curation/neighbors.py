@@ -3,7 +3,8 @@
 Below `IndexConfig.flat_below` vectors every product is computed. Above, an inverted file with product quantisation
 (IVF-PQ, as in DINOv2, arXiv 2304.07193, section 3) proposes candidates, which the original vectors put in order; how
 many pairs it misses is measured in every run. Vectors may be memory-mapped: they are read in chunks and never copied
-whole. Each chunk is computed by one thread alone, so the result does not depend on how many threads there are.
+whole; `VectorRows` leaves out some without a copy. Each chunk is computed by one thread alone, so the result does not
+depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 EXACT_BELOW = IndexConfig()
 CHUNK = 512  # queries searched at once
 BLOCK_BYTES = 2**24  # of vectors gathered at once
+EXACT_BLOCK_BYTES = 2**27  # of vectors that all products are computed of at once
 MARGIN = 1e-4  # float32 products are off by less
 DECIMALS = 6  # of a similarity: the same on machines that add in another order
 MIN_CANDIDATES = 64  # that the index proposes of each query; at least twice the neighbours asked for
@@ -34,6 +36,28 @@ TRAINING_VECTORS = 40  # of each list, drawn with seed 0; FAISS warns below 39
 KMEANS_ITERATIONS = 10  # FAISS's own default for an inverted file
 
 Propose = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]  # [q, D] -> 2 x [q, c]
+
+
+@dataclass(frozen=True)
+class VectorRows:
+    """Some rows of a matrix that is too big to be copied: read when they are asked for."""
+
+    matrix: NDArray[np.float32]  # [A, D]
+    rows: NDArray[np.int64]  # [N]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, D."""
+        return len(self.rows), self.matrix.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.matrix[self.rows[part]]
+
+
+Vectors = NDArray[np.float32] | VectorRows  # [N, D] of unit norm, in memory or memory-mapped
 
 
 @dataclass(frozen=True)
@@ -49,16 +73,16 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class _Task:
-    queries: NDArray[np.float32]  # [Q, D]
-    others: NDArray[np.float32]  # [N, D]
+    queries: Vectors  # [Q, D]
+    others: Vectors  # [N, D]
     among: bool  # the queries are the others, and none is its own neighbour
     num_neighbors: int
     threshold: float | None
 
 
 def find_neighbors(
-    queries: NDArray[np.float32],
-    database: NDArray[np.float32] | None,
+    queries: Vectors,
+    database: Vectors | None,
     num_neighbors: int,
     threshold: float | None,
     index: IndexConfig = EXACT_BELOW,
@@ -66,8 +90,8 @@ def find_neighbors(
     """Pairs of a query and one of its `num_neighbors` nearest images whose cosine is above `threshold`.
 
     Args:
-        queries: [Q, D] float32 of unit norm, in memory or memory-mapped.
-        database: [N, D] of unit norm; None searches among the queries themselves, where none is its own neighbour.
+        queries: [Q, D].
+        database: [N, D]; None searches among the queries themselves, where none is its own neighbour.
         num_neighbors: considered for each query.
         threshold: cosine, exclusive; None: all `num_neighbors` nearest are pairs.
         index: how to search.
@@ -75,23 +99,26 @@ def find_neighbors(
     Raises:
         CurationError: an IVF-PQ index finds fewer of the exact pairs than `index.min_recall`.
     """
-    task = _Task(queries, queries if database is None else database, database is None, num_neighbors, threshold)
-    size = len(task.others)
-    if not len(queries) or size <= task.among:
+    others = queries if database is None else database
+    size = len(others)
+    if not len(queries) or size <= (database is None):
         return _join([], len(queries))
-    exact, recall = _exact(task), 1.0
-    with _threads() as threads:
-        propose = exact
-        if size >= index.flat_below:
+    if size < index.flat_below:
+        others = others[:]  # a view of an array; few enough to be read once
+    task, recall = _Task(queries, others, database is None, num_neighbors, threshold), 1.0
+    with independent_threads() as threads:
+        if size < index.flat_below:
+            propose = _exact(task)
+        else:
             propose = _approximate(task, index)
-            recall = _measure_recall(task, propose, exact, index, threads)
+            recall = _measure_recall(task, propose, index, threads)
         with progress("neighbours", len(queries)) as advance:
             found = _search(task, propose, np.arange(len(queries)), threads, advance)
     return Neighbors(found.query, found.neighbor, found.similarity, found.nearest, recall)
 
 
 def cosine(
-    left: NDArray[np.float32], left_rows: NDArray[np.int64], right: NDArray[np.float32], right_rows: NDArray[np.int64]
+    left: Vectors, left_rows: NDArray[np.int64], right: Vectors, right_rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Cosine of `left[left_rows]` with `right[right_rows]`, row by row, summed in float64 and rounded: [E]."""
     result = np.empty(len(left_rows), np.float32)
@@ -104,7 +131,7 @@ def cosine(
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def independent_threads() -> Iterator[ThreadPoolExecutor]:
     """As many threads as FAISS would take, each of which computes alone."""
     import faiss
 
@@ -117,11 +144,24 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _exact(task: _Task) -> Propose:
-    """All products with the database, which is read where it lies."""
+    """All products with the database, block by block."""
     import faiss
 
-    count = min(task.num_neighbors + task.among, len(task.others))
-    return lambda chunk: faiss.knn(chunk, task.others, count, faiss.METRIC_INNER_PRODUCT)
+    size, dim = task.others.shape
+    count = min(task.num_neighbors + task.among, size)
+    step = max(1, EXACT_BLOCK_BYTES // (4 * dim))
+
+    def propose(chunk: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores, found = np.empty((len(chunk), 0), np.float32), np.empty((len(chunk), 0), np.int64)
+        for start in range(0, size, step):
+            block = np.ascontiguousarray(task.others[start : start + step])
+            new = faiss.knn(chunk, block, min(count, len(block)), faiss.METRIC_INNER_PRODUCT)
+            scores, found = np.hstack([scores, new[0]]), np.hstack([found, new[1] + start])
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+            scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)
+        return scores, found
+
+    return propose
 
 
 def _approximate(task: _Task, config: IndexConfig) -> Propose:
@@ -154,7 +194,7 @@ def _approximate(task: _Task, config: IndexConfig) -> Propose:
     return propose
 
 
-def _products(chunk: NDArray[np.float32], others: NDArray[np.float32], found: NDArray[np.int64]) -> NDArray[np.float32]:
+def _products(chunk: NDArray[np.float32], others: Vectors, found: NDArray[np.int64]) -> NDArray[np.float32]:
     """Product of each query with each of its candidates: [q, D], [N, D], [q, c] -> [q, c]."""
     products = np.empty(found.shape, np.float32)
     step = max(1, BLOCK_BYTES // (4 * found.shape[1] * chunk.shape[1]))
@@ -198,9 +238,7 @@ def _decide(task: _Task, propose: Propose, rows: NDArray[np.int64]) -> Neighbors
     return Neighbors(rows[at[order]], neighbor[order], similarity[order], np.maximum(scores[:, 0], -1))
 
 
-def _measure_recall(
-    task: _Task, propose: Propose, exact: Propose, config: IndexConfig, threads: ThreadPoolExecutor
-) -> float:
+def _measure_recall(task: _Task, propose: Propose, config: IndexConfig, threads: ThreadPoolExecutor) -> float:
     """Share of the exact pairs that the index finds, for a sample of the queries drawn with seed 0.
 
     Above a threshold any pair counts: which k of a larger crowd of copies are found does not matter to the graph.
@@ -209,7 +247,7 @@ def _measure_recall(
         CurationError: it is below `min_recall`.
     """
     rows = _sampled_queries(task, config.recall_sample, threads)
-    found, wanted = (_search(task, one, rows, threads) for one in (propose, exact))
+    found, wanted = (_search(task, one, rows, threads) for one in (propose, _exact(task)))
     if not len(wanted.query):
         log.warning("no pair among %d sampled queries, so the recall of the index is not known", len(rows))
         return 1.0

@@ -6,7 +6,7 @@ import pytest
 
 from components.curation import neighbors
 from components.curation.config import IndexConfig
-from components.curation.neighbors import Neighbors, find_neighbors
+from components.curation.neighbors import Neighbors, VectorRows, find_neighbors
 from components.curation.rejections import CurationError
 
 APPROXIMATE = IndexConfig(flat_below=256, num_probes=32)
@@ -99,18 +99,25 @@ def test_an_index_that_misses_too_much_stops_the_run(planted):
 
 
 @pytest.mark.parametrize("index", [IndexConfig(), APPROXIMATE], ids=["flat", "ivfpq"])
-def test_threads_and_memory_maps_do_not_change_the_result(planted, index, tmp_path):
-    np.save(tmp_path / "vectors.npy", planted)
-    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+def test_threads_memory_maps_and_blocks_do_not_change_the_result(planted, index, tmp_path, monkeypatch):
+    np.save(tmp_path / "vectors.npy", np.repeat(planted, 2, axis=0))
+    twice = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    mapped = VectorRows(twice, np.arange(1, 8000, 2))
     threads = faiss.omp_get_max_threads()
     results = []
     try:
         for count, vectors in ((1, planted), (2, planted), (2, mapped)):
             faiss.omp_set_num_threads(count)
+            if vectors is mapped:
+                monkeypatch.setattr(neighbors, "EXACT_BLOCK_BYTES", 4 * 64 * 1500)
+                monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 64 * 700)
             results.append(find_neighbors(vectors, None, 8, 0.6, index))
             assert faiss.omp_get_max_threads() == count
     finally:
         faiss.omp_set_num_threads(threads)
     for result in results[1:]:
-        for name in ("query", "neighbor", "similarity", "nearest", "recall"):
+        for name in ("query", "neighbor", "similarity", "recall"):
             np.testing.assert_array_equal(getattr(result, name), getattr(results[0], name))
+        # Products of blocks of another shape may be added in another order.
+        np.testing.assert_allclose(result.nearest, results[0].nearest, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(results[1].nearest, results[0].nearest)
