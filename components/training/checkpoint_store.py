@@ -131,6 +131,8 @@ class S3Store:
     def __init__(self, uri: str, scratch: Path) -> None:
         self._uri, self._scratch = uri.rstrip("/"), scratch
         self._bucket, self._prefix = split_s3_uri(self._uri)
+        self._client: Any = None
+        self._client_of: int | None = None  # the step that the client was made for
 
     def steps(self) -> list[int]:
         """Numbers of the checkpoints that have an index, ascending."""
@@ -148,14 +150,14 @@ class S3Store:
     def put(self, step: int, file: Path) -> None:
         """Upload a file, and delete it here."""
         with s3_errors(f"{self.describe(step)}/{file.name}"), file.open("rb") as data:
-            s3_client().upload_fileobj(data, self._bucket, self._key(step, file.name))
+            self._connect(step).upload_fileobj(data, self._bucket, self._key(step, file.name))
         file.unlink()
 
     def commit(self, step: int, index: Mapping[str, Any]) -> None:
         """Put the index; drop the oldest."""
         with s3_errors(f"{self.describe(step)}/{INDEX}"):
             body = json.dumps(index, indent=2, sort_keys=True).encode()
-            s3_client().put_object(Bucket=self._bucket, Key=self._key(step, INDEX), Body=body)
+            self._connect(step).put_object(Bucket=self._bucket, Key=self._key(step, INDEX), Body=body)
         shutil.rmtree(self.aside(step), ignore_errors=True)
         for old in self.steps()[:-KEEP]:
             self._delete(f"step_{old}/")
@@ -167,7 +169,7 @@ class S3Store:
         self._scratch.mkdir(parents=True, exist_ok=True)
         path = Path(tempfile.mkdtemp(prefix=".fetched.", dir=self._scratch))
         with s3_errors(self.describe(step)):
-            client = s3_client()
+            client = self._connect(step)
             client.download_file(self._bucket, self._key(step, INDEX), str(path / INDEX))
             for facts in read_index(path)[1]:
                 client.download_file(self._bucket, self._key(step, facts.name), str(path / facts.name))
@@ -185,15 +187,20 @@ class S3Store:
     def _delete(self, below: str) -> None:
         keys = sorted(self._keys(below), key=lambda key: not key.endswith(f"/{INDEX}"))
         with s3_errors(self._uri):
-            client = s3_client()
             for key in keys:
-                client.delete_object(Bucket=self._bucket, Key=key)
+                self._connect().delete_object(Bucket=self._bucket, Key=key)
 
     def _keys(self, below: str) -> list[str]:
         with s3_errors(self._uri):
-            pages = s3_client().get_paginator("list_objects_v2")
+            pages = self._connect().get_paginator("list_objects_v2")
             found = pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}/{below}")
             return [item["Key"] for page in found for item in page.get("Contents", [])]
+
+    def _connect(self, step: int | None = None) -> Any:
+        """A client; a new one for a new step."""
+        if self._client is None or step not in (None, self._client_of):
+            self._client, self._client_of = s3_client(), step
+        return self._client
 
     def _key(self, step: int, name: str) -> str:
         return f"{self._prefix}/step_{step}/{name}"

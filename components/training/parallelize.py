@@ -18,12 +18,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from components.core.distributed import is_distributed, rank, whole
+from components.core.storage import StorageError
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.training.config import TrainingConfig
 from components.training.networks import Network, Networks
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
+SAVE_SECONDS = 300  # after SIGTERM ranks may take so long to finish their step and to write a checkpoint
 
 
 class RankError(RuntimeError):
@@ -43,6 +45,7 @@ def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any)
 
     Raises:
         RankError: a started rank failed.
+        StorageError: it failed because the object store did, which is worth another try.
         SystemExit: with EXIT_INTERRUPTED, where the ranks were asked to stop and have saved a checkpoint.
     """
     if "RANK" in os.environ:
@@ -116,6 +119,7 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
+        shutdown_timeout=SAVE_SECONDS,
     )
     level = logging.getLogger().getEffectiveLevel()
     for name in ("torch.distributed.elastic", "torch.multiprocessing", "torchelastic-events-null"):
@@ -128,8 +132,9 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
             raise SystemExit(EXIT_INTERRUPTED) from None
         # torch hands over what the rank raised as a mapping, and what killed it as text.
         message: Any = failure.message
-        reason = message["message"] if isinstance(message, dict) else message
-        raise RankError(f"rank {number} of {num_processes}: {str(reason).strip().splitlines()[0]}") from None
+        reason = str(message["message"] if isinstance(message, dict) else message).strip().splitlines()[0]
+        kind = StorageError if reason.startswith(f"{StorageError.__name__}:") else RankError
+        raise kind(f"rank {number} of {num_processes}: {reason}") from None
     except SignalException as error:
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
 
