@@ -1,10 +1,239 @@
-"""k-means clusters of the pool: one flat level."""
+"""Hierarchical k-means with resampling, on CPU (arXiv 2405.15613, sections 3 and 4, written from the description).
+
+The centroids of k-means follow the density of the points, so a large concept gets many of them. Two remedies:
+resampling repeats k-means on the points nearest to each centroid, whose density is flatter, and each further level
+clusters the centroids of the one below. Vectors may be memory-mapped: they are read in chunks and never copied whole.
+Each chunk is computed by one thread alone and chunks are summed in their order, so the result does not depend on how
+many threads there are.
+
+Departures from the paper, for the sake of cost, where a level has more points than these bounds: k-means++ looks at
+SEEDING_POINTS a cluster and at no more than SEEDING_BYTES, Lloyd's iterations at TRAINING_POINTS a cluster, drawn at
+random. All points are assigned in the end. Lloyd's iterations stop early where one lowers the mean squared distance by
+less than TOLERANCE of it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+
+from components.core.progress import progress
+from components.curation.config import LevelConfig
+
+SEEDING_POINTS = 32
+SEEDING_BYTES = 2**28  # but two points a cluster
+SEEDING_PARTS = 16  # that threads share
+TRAINING_POINTS = 256  # FAISS's own default
+TOLERANCE = 1e-4
+CHUNK_BYTES = 2**21  # of vectors that one thread reads at once
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Clusters of clusters; level 1 is the finest."""
+
+    labels: list[NDArray[np.int64]]  # level 1: [N] the cluster of each point; level t: [C_(t-1)] of each one below
+    centroids: list[NDArray[np.float32]]  # level t: [C_t, D]
+
+    def paths(self) -> list[str]:
+        """[N] the clusters of each point from the top down, such as "3/17/204"."""
+        names = [str(cluster) for cluster in range(len(self.centroids[-1]))]
+        for parents in reversed(self.labels[1:]):
+            names = [f"{names[parent]}/{cluster}" for cluster, parent in enumerate(parents.tolist())]
+        return [names[cluster] for cluster in self.labels[0].tolist()]
+
+
+def hierarchical_kmeans(
+    vectors: NDArray[np.float32],
+    levels: Sequence[LevelConfig],
+    iterations: int,
+    seed: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Hierarchy:
+    """Cluster the vectors, then the centroids, level by level.
+
+    Args:
+        vectors: [A, D] float32, in memory or memory-mapped.
+        levels: from the finest to the coarsest; one level is flat k-means. Clusters are at most one a point.
+        iterations: Lloyd's, of each k-means.
+        seed: of every draw.
+        rows: [N] of `vectors`, the points to cluster; None: all.
+    """
+    points, labels, centroids = vectors, [], []
+    rows = np.arange(len(vectors)) if rows is None else rows
+    with _threads() as threads:
+        for number, level in enumerate(levels, 1):
+            with progress(
+                f"k-means level {number}", (1 + level.resampling_steps) * iterations, "iterations"
+            ) as advance:
+                generator = np.random.default_rng([seed, number])
+                kmeans = _KMeans(points, iterations, generator, threads, advance)
+                found, where = kmeans.solve_with_resampling(rows, level)
+            labels.append(where)
+            centroids.append(found)
+            points, rows = found, np.arange(len(found))
+    return Hierarchy(labels, centroids)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as FAISS would take, each of which computes alone."""
+    import faiss
+
+    threads = ThreadPoolExecutor(faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,))
+    try:
+        with threadpool_limits(1):
+            yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    label: NDArray[np.int64]  # [n] the nearest centroid of each point
+    distance: NDArray[np.float32]  # [n] squared, to it
+
+
+@dataclass(frozen=True)
+class _KMeans:
+    """k-means over rows of one matrix, by L2 distance."""
+
+    points: NDArray[np.float32]  # [A, D]
+    iterations: int
+    generator: np.random.Generator
+    threads: ThreadPoolExecutor
+    advance: Callable[[int], None]
+
+    def solve_with_resampling(
+        self, rows: NDArray[np.int64], level: LevelConfig
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Centroids [C, D] and the label of each row [n], after the steps of one level (section 3.3)."""
+        centroids = self.solve(rows, level.num_clusters)
+        assigned = self.assign(rows, centroids)
+        sample_size = level.sample_size or len(rows) // (2 * len(centroids))
+        for _ in range(level.resampling_steps):
+            if sample_size > 1:  # one point a cluster would only put each centroid on a point
+                centroids = self.solve(rows[_nearest(assigned, sample_size)], level.num_clusters)
+                assigned = self.assign(rows, centroids)
+            else:
+                self.advance(self.iterations)
+        return centroids, assigned.label
+
+    def solve(self, rows: NDArray[np.int64], num_clusters: int) -> NDArray[np.float32]:
+        """Centroids [C, D] of k-means++ and Lloyd's iterations, with C at most one a row."""
+        count = min(num_clusters, len(rows))
+        training = self._draw(rows, TRAINING_POINTS * count)
+        seeding = min(SEEDING_POINTS * count, max(2 * count, SEEDING_BYTES // (4 * self.points.shape[1])))
+        centroids = self._plus_plus(self._read(self._draw(training, seeding)), count)
+        previous = np.inf
+        for done in range(self.iterations):
+            sums, sizes, distance = self._sums(training, centroids)
+            filled = sizes > 0  # an empty cluster keeps its old centroid
+            centroids[filled] = sums[filled] / sizes[filled, None]
+            if distance >= (1 - TOLERANCE) * previous:
+                self.advance(self.iterations - done)
+                break
+            previous = distance
+            self.advance(1)
+        return centroids
+
+    def assign(self, rows: NDArray[np.int64], centroids: NDArray[np.float32]) -> _Assignment:
+        """The nearest centroid of each row."""
+        import faiss
+
+        label, distance = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+
+        def fill(block: slice) -> None:
+            near = faiss.knn(self._read(rows[block]), centroids, 1, faiss.METRIC_L2)
+            distance[block], label[block] = near[0][:, 0], near[1][:, 0]
+
+        for _ in self.threads.map(fill, self._blocks(len(rows))):
+            pass
+        return _Assignment(label, distance)
+
+    def _plus_plus(self, points: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+        """k-means++ with the best of 2 + ln(C) candidates for each centroid (Arthur and Vassilvitskii 2007, section 5).
+
+        Args:
+            points: [n, D] to choose from.
+            count: C.
+        """
+        norms = np.einsum("ij,ij->i", points, points)
+        step = -(-len(points) // SEEDING_PARTS)
+        parts = [slice(start, start + step) for start in range(0, len(points), step)]
+        nearest = np.full(len(points), np.inf, np.float32)  # squared distance of each point to the chosen ones
+
+        def nearer(drawn: NDArray[np.int64]) -> NDArray[np.float32]:  # [c, n] what `nearest` becomes with each
+            def one(part: slice) -> NDArray[np.float32]:
+                distances = norms[part] + norms[drawn, None] - 2 * (points[drawn] @ points[part].T)
+                return np.minimum(np.maximum(distances, 0), nearest[part])
+
+            distances = np.concatenate(list(self.threads.map(one, parts)), axis=1)
+            distances[np.arange(len(drawn)), drawn] = 0
+            return distances
+
+        chosen = [int(self.generator.integers(len(points)))]
+        nearest = nearer(np.array(chosen))[0]
+        while len(chosen) < count:
+            total = np.cumsum(nearest, dtype=np.float64)
+            if total[-1] > 0:
+                trials = self.generator.random(2 + int(np.log(count))) * total[-1]
+                drawn = np.searchsorted(total, trials, side="right")
+            else:  # every point lies on a chosen one
+                drawn = self.generator.integers(len(points), size=1)
+            candidates = nearer(drawn)
+            best = int(candidates.sum(axis=1, dtype=np.float64).argmin())
+            chosen.append(int(drawn[best]))
+            nearest = candidates[best]
+        return points[chosen]
+
+    def _sums(
+        self, rows: NDArray[np.int64], centroids: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+        """Sum [C, D] and size [C] of the points nearest to each centroid, and the sum of their squared distances."""
+        import faiss
+
+        def part(block: slice) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], float]:
+            chunk = self._read(rows[block])
+            near = faiss.knn(chunk, centroids, 1, faiss.METRIC_L2)
+            order = np.argsort(near[1][:, 0], kind="stable")
+            filled, first, sizes = np.unique(near[1][order], return_index=True, return_counts=True)
+            sums = np.add.reduceat(chunk[order].astype(np.float64), first, axis=0)
+            return filled, sums, sizes, float(near[0].sum(dtype=np.float64))
+
+        total, count, error = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64), 0.0
+        for filled, sums, sizes, distance in self.threads.map(part, self._blocks(len(rows))):
+            total[filled] += sums
+            count[filled] += sizes
+            error += distance
+        return total, count, error
+
+    def _draw(self, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """At most `count` of the rows, ascending."""
+        if count >= len(rows):
+            return rows
+        return rows[np.sort(self.generator.choice(len(rows), count, replace=False))]
+
+    def _blocks(self, count: int) -> list[slice]:
+        step = max(1, CHUNK_BYTES // (4 * self.points.shape[1]))
+        return [slice(start, start + step) for start in range(0, count, step)]
+
+    def _read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(self.points[rows], np.float32)
+
+
+def _nearest(assigned: _Assignment, sample_size: int) -> NDArray[np.int64]:
+    """Positions of the `sample_size` points nearest to each centroid, ascending; of equal ones the first."""
+    order = np.lexsort((assigned.distance, assigned.label))
+    labels = assigned.label[order]
+    first = np.searchsorted(labels, labels)  # where the cluster of each begins
+    return np.sort(order[np.arange(len(order)) - first < sample_size])
 
 
 def cluster(embeddings: NDArray[np.float32], num_clusters: int, iterations: int, seed: int) -> NDArray[np.int64]:

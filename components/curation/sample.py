@@ -1,34 +1,51 @@
-"""Balanced sampling: the same cap on every cluster, as high as the target allows (arXiv 2405.15613, one level)."""
+"""Balanced sampling over a hierarchy of clusters (arXiv 2405.15613, section 3.4).
+
+From the top down, the children of a node share what the node gives: the same cap on each, as high as it can be. A
+cluster that holds less than its share leaves the rest to its siblings, so that the target is met exactly.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from components.curation.cluster import Hierarchy
 
-def balanced_cap(sizes: NDArray[np.int64], target: int) -> int:
-    """The largest cap c for which the sum of min(c, size) is at most `target`, by bisection.
+
+def balanced_sample(
+    hierarchy: Hierarchy | NDArray[np.int64], target: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Positions of the chosen points, ascending: random members of each finest cluster, without replacement.
 
     Args:
-        sizes: [C] images of each cluster.
-        target: images wanted, below the sum of `sizes`.
+        hierarchy: of N points; one level balances over flat clusters.
+        target: points wanted; all where there are no more.
+        generator: draws clusters and members.
     """
-    low, high = 0, int(sizes.max())
-    while high - low > 1:
-        middle = (low + high) // 2
-        if np.minimum(sizes, middle).sum() <= target:
-            low = middle
-        else:
-            high = middle
-    return low
+    if isinstance(hierarchy, np.ndarray):
+        hierarchy = Hierarchy([hierarchy], [np.empty((int(hierarchy.max()) + 1, 0), np.float32)])
+    counts = [len(centroids) for centroids in hierarchy.centroids]
+    members = [_members(labels, count) for labels, count in zip(hierarchy.labels, counts, strict=True)]
+    sizes = [np.array([len(rows) for rows in members[0]])]  # points of each cluster, level by level
+    for children in members[1:]:
+        sizes.append(np.array([sizes[-1][rows].sum() for rows in children]))
+    counts = allocate(sizes[-1], target, generator)
+    for children, below in zip(members[:0:-1], sizes[-2::-1], strict=True):
+        shares = np.zeros_like(below)
+        for cluster in np.flatnonzero(counts):
+            rows = children[cluster]
+            shares[rows] = allocate(below[rows], int(counts[cluster]), generator)
+        counts = shares
+    drawn = [generator.choice(members[0][c], counts[c], replace=False) for c in np.flatnonzero(counts)]
+    return np.sort(np.concatenate(drawn))
 
 
 def allocate(sizes: NDArray[np.int64], target: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """How many images to take of each cluster: min(cap, size), and the remainder one each to random larger clusters.
+    """How many points to take of each cluster: min(cap, size), and the remainder one each to random larger clusters.
 
     Args:
         sizes: [C].
-        target: the sum of the result, or all images where there are no more.
+        target: the sum of the result, or all points where there are no more.
         generator: draws the clusters that get one more.
     """
     if sizes.sum() <= target:
@@ -40,16 +57,24 @@ def allocate(sizes: NDArray[np.int64], target: int, generator: np.random.Generat
     return counts
 
 
-def balanced_sample(labels: NDArray[np.int64], target: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of the chosen images, ascending: random members of each cluster, without replacement.
+def balanced_cap(sizes: NDArray[np.int64], target: int) -> int:
+    """The largest cap c for which the sum of min(c, size) is at most `target`, by bisection.
 
     Args:
-        labels: [N] the cluster of each image.
-        target: images wanted.
-        generator: draws clusters and members.
+        sizes: [C] points of each cluster.
+        target: points wanted, below the sum of `sizes`.
     """
-    sizes = np.bincount(labels)
-    counts = allocate(sizes, target, generator)
-    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
-    drawn = [generator.choice(rows, n, replace=False) for rows, n in zip(members, counts, strict=True)]
-    return np.sort(np.concatenate(drawn))
+    low, high = 0, int(sizes.max())
+    while high - low > 1:
+        middle = (low + high) // 2
+        if np.minimum(sizes, middle).sum() <= target:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _members(labels: NDArray[np.int64], num_clusters: int) -> list[NDArray[np.int64]]:
+    """The rows of each cluster, ascending."""
+    ends = np.cumsum(np.bincount(labels, minlength=num_clusters))
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])

@@ -1,0 +1,199 @@
+"""Retrieval of pool images like the seeds, DINOv2's appendix A.4 (arXiv 2304.07193), counted as in its Table 15.
+
+Unlike there, an image that several seeds find is taken once, for the seed that it is nearest to, and the collisions
+are counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from components.core.progress import track
+from components.curation.config import IndexConfig, SeedSetConfig
+from components.curation.neighbors import cosine, find_neighbors
+
+BLOCK_BYTES = 2**24  # of vectors or products held at once
+
+
+@dataclass(frozen=True)
+class SeedSet:
+    """Images of the pool that others are wanted to be like."""
+
+    rows: NDArray[np.int64]  # [S] of the pool
+    config: SeedSetConfig
+
+
+@dataclass(frozen=True)
+class CompositionRow:
+    """What one seed set brings in, in one way: a row of Table 15."""
+
+    seed_set: str
+    seeds: int
+    mode: str  # "as is", "sample k=4", "cluster"
+    retrieved: int | None  # images found, before any cap, each as often as it is found; None: as is
+    collisions: int  # of what is found, under the cap: found again, or nearer to a seed of another set
+    final: int  # images in the curated set
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Images to take for the sake of a seed, each once."""
+
+    row: NDArray[np.int64]  # [M] ascending
+    query_row: NDArray[np.int64]  # [M] the nearest of the seeds that found it
+    similarity: NDArray[np.float32]  # [M] cosine to it
+    seed_set: list[str]  # [M] that seed's
+    composition: list[CompositionRow]
+
+
+@dataclass(frozen=True)
+class _Found:
+    row: NDArray[np.int64]  # [E]
+    query_row: NDArray[np.int64]  # [E]
+    similarity: NDArray[np.float32]  # [E]
+    retrieved: int  # before any cap
+
+
+def retrieve(
+    vectors: NDArray[np.float32],
+    candidates: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    seed_sets: Mapping[str, SeedSet],
+    index: IndexConfig,
+    generator: np.random.Generator,
+) -> Retrieval:
+    """Images like those of each seed set.
+
+    "sample": the k nearest candidates of each seed. "cluster": of each cluster that holds at least `min_seeds` seeds
+    of the set, up to `per_cluster` random candidates, and up to `cap` random ones of all these.
+
+    Args:
+        vectors: [N, D] of unit norm, of the whole pool; in memory or memory-mapped.
+        candidates: [N] what may be retrieved; seeds never are.
+        labels: [N] cluster (of the finest level) of each seed and candidate, negative for none; "cluster" reads it.
+        seed_sets: by name.
+        index: how "sample" searches.
+        generator: draws for "cluster".
+
+    Raises:
+        CurationError: the index finds too few of the exact neighbours.
+    """
+    free = candidates.copy()
+    for seeds in seed_sets.values():
+        free[seeds.rows] = False
+    rows = np.flatnonzero(free)
+    found = _by_sample(vectors, rows, {n: s for n, s in seed_sets.items() if s.config.retrieve == "sample"}, index)
+    for name, seeds in seed_sets.items():
+        if seeds.config.retrieve == "cluster":
+            found[name] = _by_cluster(vectors, rows, labels, seeds, generator)
+    return _each_once(found, seed_sets)
+
+
+def _by_sample(
+    vectors: NDArray[np.float32], rows: NDArray[np.int64], seed_sets: Mapping[str, SeedSet], index: IndexConfig
+) -> dict[str, _Found]:
+    """The k nearest rows of each seed, one search for all sets."""
+    if not seed_sets:
+        return {}
+    queries = np.concatenate([seeds.rows for seeds in seed_sets.values()])
+    most = max(seeds.config.k for seeds in seed_sets.values())
+    with _gather(vectors, queries) as asked, _gather(vectors, rows) as database:
+        pairs = find_neighbors(asked, database, most, None, index)
+    rank = np.arange(len(pairs.query)) - np.searchsorted(pairs.query, pairs.query)  # nearest first for each query
+    found, start = {}, 0
+    for name, seeds in seed_sets.items():
+        end = start + len(seeds.rows)
+        own = np.flatnonzero((pairs.query >= start) & (pairs.query < end) & (rank < seeds.config.k))
+        row, query = rows[pairs.neighbor[own]], queries[pairs.query[own]]
+        found[name] = _Found(row, query, pairs.similarity[own], len(own))
+        start = end
+    return found
+
+
+def _by_cluster(
+    vectors: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    seeds: SeedSet,
+    generator: np.random.Generator,
+) -> _Found:
+    """Random rows of the clusters that hold enough seeds, each with the nearest seed of its cluster."""
+    config = seeds.config
+    at = labels[seeds.rows]
+    clusters, counts = np.unique(at[at >= 0], return_counts=True)
+    wanted = clusters[counts >= config.min_seeds]
+    ordered = rows[np.argsort(labels[rows], kind="stable")]
+    firsts, ends = (np.searchsorted(labels[ordered], wanted, side=side) for side in ("left", "right"))
+    drawn = []
+    for first, end in zip(firsts, ends, strict=True):
+        drawn.append(generator.choice(ordered[first:end], min(config.per_cluster, end - first), replace=False))
+    taken = np.concatenate([np.zeros(0, np.int64), *drawn])
+    retrieved = len(taken)
+    if retrieved > config.cap:
+        taken = generator.choice(taken, config.cap, replace=False)
+    taken = taken[np.lexsort((taken, labels[taken]))]
+    nearest = [np.zeros(0, np.int64)]
+    with threadpool_limits(1):
+        parts = np.split(taken, np.flatnonzero(np.diff(labels[taken])) + 1) if len(taken) else []
+        for part in track(parts, "nearest seeds", len(parts), "clusters"):
+            nearest.append(_nearest(vectors, part, seeds.rows[at == labels[part[0]]]))
+    query = np.concatenate(nearest)
+    return _Found(taken, query, cosine(vectors, taken, vectors, query), retrieved)
+
+
+def _nearest(vectors: NDArray[np.float32], rows: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The nearest of the seeds for each row: [n]."""
+    nearest = np.empty(len(rows), np.int64)
+    asked = vectors[seeds]
+    step = max(1, BLOCK_BYTES // (4 * max(asked.shape)))
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        nearest[block] = seeds[(vectors[rows[block]] @ asked.T).argmax(axis=1)]
+    return nearest
+
+
+def _each_once(found: dict[str, _Found], seed_sets: Mapping[str, SeedSet]) -> Retrieval:
+    """Keep each image for its nearest seed; of equally near ones the first set's, then the lowest row."""
+    names = [name for name in seed_sets if name in found]
+    none = [np.zeros(0, np.int64)]
+    row = np.concatenate(none + [found[name].row for name in names])
+    query = np.concatenate(none + [found[name].query_row for name in names])
+    similarity = np.concatenate([np.zeros(0, np.float32)] + [found[name].similarity for name in names])
+    owner = np.repeat(np.arange(len(names)), [len(found[name].row) for name in names])
+    order = np.lexsort((query, owner, -similarity, row))
+    order = order[np.flatnonzero(np.diff(row[order], prepend=-1))]
+    finals = np.bincount(owner[order], minlength=len(names))
+    composition = []
+    for name, seeds in seed_sets.items():
+        if seeds.config.as_is:
+            composition.append(CompositionRow(name, len(seeds.rows), "as is", None, 0, len(seeds.rows)))
+        if name in found:
+            final = int(finals[names.index(name)])
+            mode = "cluster" if seeds.config.retrieve == "cluster" else f"sample k={seeds.config.k}"
+            collisions = len(found[name].row) - final
+            composition.append(CompositionRow(name, len(seeds.rows), mode, found[name].retrieved, collisions, final))
+    return Retrieval(row[order], query[order], similarity[order], [names[o] for o in owner[order]], composition)
+
+
+@contextmanager
+def _gather(vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    """Those rows as one matrix, in a temporary file, so that memory does not grow with it."""
+    if not len(rows):
+        yield np.zeros((0, vectors.shape[1]), np.float32)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = np.lib.format.open_memmap(
+            Path(folder) / "vectors.npy", "w+", np.float32, (len(rows), vectors.shape[1])
+        )
+        step = max(1, BLOCK_BYTES // (4 * vectors.shape[1]))
+        for start in range(0, len(rows), step):
+            matrix[start : start + step] = vectors[rows[start : start + step]]
+        yield matrix
