@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,15 @@ class TrainingBatches(Dataset[Batch | Exception]):
         plan = self._plan
         share = plan.batch_size // plan.num_ranks
         first = step * plan.batch_size + plan.rank * share
-        images = [self._stream.image(position) for position in range(first, first + share)]
-        crops = [sample_crops(item.image, plan.crops, plan.seed, first + i) for i, item in enumerate(images)]
+        found = [
+            self._stream.find(position, partial(sample_crops, config=plan.crops, seed=plan.seed, position=position))
+            for position in range(first, first + share)
+        ]
         return Batch(
-            global_crops=_stack([c.global_crops for c in crops]),
-            local_crops=_stack([c.local_crops for c in crops]),
+            global_crops=_stack([item.image.global_crops for item in found]),
+            local_crops=_stack([item.image.local_crops for item in found]),
             masks=self._masks(step, share),
-            skipped=[bad for item in images for bad in item.skipped],
+            skipped=[bad for item in found for bad in item.skipped],
         )
 
     def _masks(self, step: int, share: int) -> Tensor | None:
@@ -134,6 +137,5 @@ def _leave_stopping_to_the_trainer(_worker: int) -> None:
 
 
 def _stack(crops: list[np.ndarray]) -> Tensor:
-    """[n, H, W, 3] arrays of B images as one crop-major [n*B, 3, H, W] tensor."""
-    stacked = np.stack(crops, axis=1)  # [n, B, H, W, 3]
-    return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]).transpose(0, 3, 1, 2).copy())
+    """[n, 3, H, W] arrays of B images as one crop-major [n*B, 3, H, W] tensor."""
+    return torch.from_numpy(np.stack(crops, axis=1).reshape(-1, *crops[0].shape[1:]))

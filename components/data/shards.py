@@ -225,24 +225,59 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `animated` (more
             than one frame) or `unsupported_format`.
     """
+    return load_image(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read what encoded bytes say of themselves; pixels are decoded by `load_image` only.
+
+    Raises:
+        ImageError: as `decode_image`, where the head of the file tells.
+    """
     if not data:
         raise ImageError("not_an_image", "the file is empty")
     image = _open_image(data)
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels} are decoded")
+    try:
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+        raise ImageError("truncated", f"{image.format}: {_first_line(error)}") from None
+    if animated:
+        raise ImageError("animated", f"{image.format} with more than one frame")
+    return image
+
+
+def load_image(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
+    """Decode what `open_image` opened, as `decode_image` does.
+
+    Args:
+        image: from `open_image`.
+        shrink: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, where that is at most 1/shrink smaller.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     name = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with previews or a gain map behind it
     try:
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise ImageError("animated", f"{name} with more than one frame")
+        if name == "JPEG" and shrink >= 2:
+            factor = max(f for f in (2, 4, 8) if f <= shrink)
+            image.draft(None, (image.width // factor, image.height // factor))
         image.load()
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+    except Exception as error:
         raise ImageError("truncated", f"{name}: {_first_line(error)}") from None
     upright = _to_rgb(_rotate(image))
     upright.format = name
     return upright
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that an opened image will have, after EXIF rotation."""
+    sideways = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE)
+    sideways += (Image.Transpose.ROTATE_90,)
+    width, height = image.size
+    return (height, width) if _orientation(image) in sideways else (width, height)
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -260,12 +295,17 @@ def _open_image(data: bytes) -> Image.Image:
 
 
 def _rotate(image: Image.Image) -> Image.Image:
+    method = _orientation(image)
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns the image upright."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block says nothing about the pixels
-        orientation = None
-    method = TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return None
+    return TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,8 +6,10 @@ that a reader touches few shards at a time. Which process asks, and how many the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +20,8 @@ from components.data.manifest import MANIFEST, read_manifest
 from components.data.shards import ImageError, ShardReader, decode_image
 
 _SHARDS, _IMAGES = 1_000_001, 1_000_002  # third number of their generators, out of the way of the crops' numbers
+
+T = TypeVar("T")
 
 
 class StreamError(RuntimeError):
@@ -33,10 +37,10 @@ class BadImage:
 
 
 @dataclass(frozen=True)
-class StreamImage:
+class StreamImage(Generic[T]):
     """The image at a position: the one that belongs there, or the next that can be decoded."""
 
-    image: Image.Image
+    image: T
     image_id: str
     skipped: list[BadImage] = field(default_factory=list)
 
@@ -87,8 +91,16 @@ class ImageStream:
         """Ids of the images that belong at `count` positions from `first` on."""
         return [str(self._ids[self.row(position)]) for position in range(first, first + count)]
 
-    def image(self, position: int) -> StreamImage:
+    def image(self, position: int) -> StreamImage[Image.Image]:
+        """Decode the image at `position`, as `find` does."""
+        return self.find(position, decode_image)
+
+    def find(self, position: int, decode: Callable[[bytes], T]) -> StreamImage[T]:
         """Decode the image at `position`; a bad one is replaced by the next position's, and reported.
+
+        Args:
+            position: 0 or more.
+            decode: makes what is wanted of the image's bytes; raises ImageError if they are bad.
 
         Raises:
             StreamError: more than `max_bad_images` in a row cannot be decoded.
@@ -100,7 +112,7 @@ class ImageStream:
             image_id = str(self._ids[row])
             data = self._reader.read(self.shard(candidate), int(self._offsets[row]), int(self._lengths[row]))
             try:
-                return StreamImage(decode_image(data), image_id, skipped)
+                return StreamImage(decode(data), image_id, skipped)
             except ImageError as error:
                 skipped.append(BadImage(image_id, str(error)))
         raise too_many_bad(skipped, self._config)

@@ -1,4 +1,4 @@
-import colorsys
+import io
 
 import numpy as np
 import pytest
@@ -7,9 +7,18 @@ from skimage import data
 
 from components.core.config import ConfigError, validate
 from components.data.config import CropConfig
-from components.data.crops import crop_box, jitter_colors, sample_crops, shift_hue
+from components.data.crops import crop_box, draw_crops, sample_crops, shrinking
+from components.data.shards import decode_image, load_image, open_image, upright_size
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
 
 PHOTO = Image.fromarray(data.astronaut()).resize((96, 96))
+FILE = encode(PHOTO, "PNG")
 PLAIN = {
     "global_size": 32, "local_size": 16, "num_local": 2, "flip_probability": 0.0, "color_jitter_probability": 0.0,
     "grayscale_probability": 0.0, "solarize_probability": 0.0,
@@ -38,32 +47,62 @@ def test_impossible_crop_falls_back_to_the_centre():
 
 
 def test_plain_crop_is_cut_and_resized():
-    crops = sample_crops(PHOTO, CropConfig(**PLAIN), seed=3, position=7)
-    box = crop_box(96, 96, (0.32, 1.0), np.random.default_rng([3, 7, 1]))
-    expected = np.asarray(PHOTO.crop(box).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
-    assert crops.global_crops.shape == (2, 32, 32, 3)
-    assert crops.local_crops.shape == (2, 16, 16, 3)
-    # The library's own resize works on the cut piece alone, so that only pixels at its edge may differ.
-    assert np.abs(crops.global_crops[1] - expected)[2:-2, 2:-2].max() <= 1
+    crops = sample_crops(FILE, CropConfig(**PLAIN), seed=3, position=7)
+    assert crops.global_crops.shape == (2, 3, 32, 32)
+    assert crops.local_crops.shape == (2, 3, 16, 16)
+    for number, found in enumerate([*crops.global_crops, *crops.local_crops]):
+        size, scale = ((32, (0.32, 1.0)), (16, (0.05, 0.32)))[number >= 2]
+        box = crop_box(96, 96, scale, np.random.default_rng([3, 7, number]))
+        expected = np.asarray(PHOTO.crop(box).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(found.transpose(1, 2, 0) - expected).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_smaller_with_hardly_a_difference():
+    large = PHOTO.resize((600, 400), Image.Resampling.BICUBIC)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    config = CropConfig(**PLAIN)
+    for exif in (Image.Exif(), sideways):
+        file = encode(large, "JPEG", quality=95, exif=exif.tobytes())
+        opened = open_image(file)
+        upright = upright_size(opened)
+        assert upright == decode_image(file).size
+        small = load_image(opened, shrink=7.9)
+        assert small.size == (upright[0] // 4, upright[1] // 4)
+        image, changed = decode_image(file), 0
+        for position in range(8):
+            found = sample_crops(file, config, 0, position)
+            shrunk = [f for f in (8, 4, 2) if f <= shrinking(draw_crops(*image.size, config, 0, position))][:1]
+            changed += len(shrunk)
+            for draw, crop in zip(
+                draw_crops(*image.size, config, 0, position), [*found.global_crops, *found.local_crops], strict=True
+            ):
+                box = [round(x / f) * f for x in draw.box for f in shrunk or [1]]
+                plain = np.asarray(image.resize((draw.size, draw.size), Image.Resampling.BICUBIC, box=box))
+                assert np.abs(plain.transpose(2, 0, 1).astype(int) - crop).mean() < 4  # fine detail at an eighth
+        assert changed
+    assert load_image(open_image(encode(large, "JPEG")), shrink=1.99).size == large.size
+    odd = load_image(open_image(encode(large.crop((0, 0, 599, 397)), "JPEG")), shrink=100)
+    assert odd.size == (75, 50)  # an eighth, rounded up
 
 
 def test_is_a_function_of_seed_position_and_crop():
     config = CropConfig(global_size=32, local_size=16)
-    first, again = sample_crops(PHOTO, config, 0, 5), sample_crops(PHOTO, config, 0, 5)
+    first, again = sample_crops(FILE, config, 0, 5), sample_crops(FILE, config, 0, 5)
     assert (first.global_crops == again.global_crops).all()
     assert (first.local_crops == again.local_crops).all()
     assert len({crop.tobytes() for crop in first.local_crops}) == 8
-    assert (first.global_crops != sample_crops(PHOTO, config, 0, 6).global_crops).any()
-    assert (first.global_crops != sample_crops(PHOTO, config, 1, 5).global_crops).any()
-    fewer = sample_crops(PHOTO, config.model_copy(update={"num_local": 0}), 0, 5)
+    assert (first.global_crops != sample_crops(FILE, config, 0, 6).global_crops).any()
+    assert (first.global_crops != sample_crops(FILE, config, 1, 5).global_crops).any()
+    fewer = sample_crops(FILE, config.model_copy(update={"num_local": 0}), 0, 5)
     assert (fewer.global_crops == first.global_crops).all()
-    assert fewer.local_crops.shape == (0, 16, 16, 3)
+    assert fewer.local_crops.shape == (0, 3, 16, 16)
 
 
 def _share_changed(**changes) -> list[float]:
     """Share of 300 positions where a change has an effect, for global 1, global 2 and local crops."""
     plain, changed = CropConfig(**PLAIN), CropConfig(**(PLAIN | changes))
-    pairs = [(sample_crops(PHOTO, plain, 0, p), sample_crops(PHOTO, changed, 0, p)) for p in range(300)]
+    pairs = [(sample_crops(FILE, plain, 0, p), sample_crops(FILE, changed, 0, p)) for p in range(300)]
     global1, global2 = ([(a.global_crops[i] != b.global_crops[i]).any() for a, b in pairs] for i in (0, 1))
     return [
         float(np.mean(x)) for x in (global1, global2, [(a.local_crops[0] != b.local_crops[0]).any() for a, b in pairs])
@@ -85,23 +124,21 @@ def test_only_the_second_global_crop_is_solarized():
 
 
 def test_flip_mirrors():
-    plain, flipped = (sample_crops(PHOTO, CropConfig(**(PLAIN | {"flip_probability": p})), 0, 0) for p in (0.0, 1.0))
-    assert (flipped.global_crops == plain.global_crops[:, :, ::-1]).all()
+    plain, flipped = (sample_crops(FILE, CropConfig(**(PLAIN | {"flip_probability": p})), 0, 0) for p in (0.0, 1.0))
+    assert (flipped.global_crops == plain.global_crops[..., ::-1]).all()
 
 
-def test_hue_turns_as_colorsys_does():
-    colors = np.random.default_rng(0).integers(0, 256, (500, 1, 3), dtype=np.uint8)
-    turned = np.asarray(shift_hue(Image.fromarray(colors), 0.1))[:, 0] / 255
-    shift = int(0.1 * 255) / 256
-    for rgb, found in zip(colors[:, 0] / 255, turned, strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*rgb)
-        np.testing.assert_allclose(found, colorsys.hsv_to_rgb((h + shift) % 1, s, v), atol=0.04)  # 8-bit steps
-
-
-def test_jitter_without_strength_changes_nothing():
-    config = CropConfig(brightness=0, contrast=0, saturation=0, hue=0)
-    difference = np.asarray(jitter_colors(PHOTO, config, np.random.default_rng(0))).astype(int) - np.asarray(PHOTO)
-    assert np.abs(difference).max() <= 6  # PIL's HSV has 256 hues
+def test_all_that_is_random_is_drawn_as_often_and_as_strongly_as_asked():
+    """Mean colours of jittered crops of an even grey picture: brightness alone moves it, uniformly."""
+    gray = encode(Image.new("RGB", (32, 32), (100, 100, 100)), "PNG")
+    config = CropConfig(**(PLAIN | {"color_jitter_probability": 0.8, "num_local": 8}))
+    levels = np.array([sample_crops(gray, config, 0, p).local_crops.mean(axis=(1, 2, 3)) for p in range(250)]).ravel()
+    moved = levels[levels != 100]
+    assert len(moved) / len(levels) == pytest.approx(0.8, abs=0.03)
+    assert moved.min() == pytest.approx(60, abs=1)
+    assert moved.max() == pytest.approx(140, abs=1)
+    assert moved.mean() == pytest.approx(100, abs=2)
+    assert moved.std() == pytest.approx(80 / 12**0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(
