@@ -31,7 +31,7 @@ BLOCK_BYTES = 2**24  # of vectors gathered at once
 EXACT_BLOCK_BYTES = 2**27  # of vectors that all products are computed of at once
 MARGIN = 1e-4  # float32 products are off by less
 DECIMALS = 6  # of a similarity: the same on machines that add in another order
-MIN_CANDIDATES = 64  # that the index proposes of each query; at least twice the neighbours asked for
+MIN_CANDIDATES = 128  # that the index proposes of each query; at least twice the neighbours asked for
 TRAINING_VECTORS = 40  # of each list, drawn with seed 0; FAISS warns below 39
 KMEANS_ITERATIONS = 10  # FAISS's own default for an inverted file
 

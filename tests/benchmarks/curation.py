@@ -8,6 +8,7 @@ memory, Python and its libraries included: pages of the mapped file belong to th
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ DIM, THEMES, COPIES = 384, 1000, 10  # one vector in COPIES is a copy
 ROWS = 50_000  # made at once
 EXACT_QUERIES = 20_000  # of plain FAISS; its time is proportional to the queries, so more are not asked
 SAMPLE_SECONDS = 0.01
-VECTORS = "vectors.npy"
+VECTORS, HIERARCHY = "vectors.npy", "hierarchy.pickle"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,48 @@ def exact(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
     return f"from {len(queries)} queries" if len(queries) < len(vectors) else ""
 
 
-STEPS: dict[str, Callable[[NDArray[np.float32], Path, Clock], str]] = {one.__name__: one for one in (dedup, exact)}
+def kmeans(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
+    """Two levels of hierarchical k-means; as many clusters whatever the size."""
+    from components.curation.cluster import hierarchical_kmeans
+    from components.curation.config import LevelConfig
+
+    levels = [LevelConfig(num_clusters=count, resampling_steps=2) for count in (1000, 100)]
+    with clock():
+        hierarchy = hierarchical_kmeans(vectors, levels, 10, 0)
+    (folder / HIERARCHY).write_bytes(pickle.dumps(hierarchy))
+    return "1,000 and 100 clusters, 2 resampling steps of 10 iterations"
+
+
+def sample(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
+    """A quarter of the images, balanced over the clusters."""
+    from components.curation.sample import balanced_sample
+
+    hierarchy = pickle.loads((folder / HIERARCHY).read_bytes())
+    with clock():
+        chosen = balanced_sample(hierarchy, len(vectors) // 4, np.random.default_rng(0))
+    return f"{len(chosen):,} images"
+
+
+def retrieval(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
+    """The 4 nearest of 500 seeds, and images of the clusters of 500 others."""
+    from components.curation.config import IndexConfig, SeedSetConfig
+    from components.curation.retrieve import SeedSet, retrieve
+
+    labels = pickle.loads((folder / HIERARCHY).read_bytes()).labels[0]
+    sets = {
+        "nearest": SeedSet(np.arange(500), SeedSetConfig(retrieve="sample", k=4)),
+        "clusters": SeedSet(np.arange(500, 1000), SeedSetConfig(retrieve="cluster")),
+    }
+    everything = np.ones(len(vectors), np.bool_)
+    index = IndexConfig(min_recall=0)  # random vectors have no near neighbours but copies
+    with clock():
+        found = retrieve(vectors, everything, labels, sets, index, np.random.default_rng(0))
+    return ", ".join(f"{row.mode} {row.final:,}" for row in found.composition)
+
+
+STEPS: dict[str, Callable[[NDArray[np.float32], Path, Clock], str]] = {
+    one.__name__: one for one in (dedup, exact, kmeans, sample, retrieval)
+}
 
 
 def _write_vectors(folder: Path, size: int) -> None:
