@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from components.core.progress import track
+from components.core.cluster import ADDRESS, connected
+from components.core.progress import progress, track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,28 +32,64 @@ def map_shards(
 ) -> list[Result]:
     """Results of `function(item)` in the order of `items`, whichever worker finished first.
 
+    Work goes to processes of this machine, or to the Ray cluster that `RAY_ADDRESS` names. All of its machines must
+    see the files by the same paths and have the same code installed.
+
     Args:
         function: picklable, and independent of the other items: a killed run may call it again.
         items: one for each shard; what they hold is sent to the workers, so send paths rather than pixels.
-        workers: processes; 1 runs in this process, None takes one for each CPU that this process may use.
+        workers: processes; 1 runs in this process, None takes one for each CPU that this process, or Ray, may use.
         what: named in the progress display, for example "embedding".
         unit: what one item is.
 
     Raises:
         EngineError: a worker died. Errors raised by `function` come through as they are.
+        ClusterError: `RAY_ADDRESS` names no cluster that can be used.
     """
-    num_workers = min(workers or len(os.sched_getaffinity(0)), max(len(items), 1))
+    if not items:
+        return []
+    address = os.environ.get(ADDRESS)
+    if address and workers != 1:
+        with connected(address) as cpus:
+            num_workers = min(workers or cpus, cpus, len(items))
+            # Arguments are never shared through files of this machine, as joblib does with large arrays.
+            return _in_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
+    num_workers = min(workers or len(os.sched_getaffinity(0)), len(items))
     if num_workers == 1:
         return [function(item) for item in track(items, what, len(items), unit)]
-    # One shard a task, whatever joblib's annotation of batch_size says; results come in order while others still run.
-    options: dict[str, Any] = {"batch_size": 1, "return_as": "generator", "pre_dispatch": "2*n_jobs"}
-    options |= {"initializer": _end_with, "initargs": (os.getpid(),)}
-    pool: Any = Parallel(n_jobs=num_workers, backend="loky", **options)
-    try:
-        return list(track(pool(delayed(function)(item) for item in items), what, len(items), unit))
-    except TerminatedWorkerError as error:
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"{what}: a worker process died ({reason}); try fewer workers if memory ran out") from error
+    initial: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    return _in_parallel(function, items, num_workers, what, unit, backend="loky", **initial)
+
+
+class _Counted(Parallel):
+    """Tells of each finished item; joblib's Ray backend gives all results at the end only."""
+
+    def __init__(self, advance: Callable[[int], None], **options: Any):
+        super().__init__(**options)
+        self._advance, self._told = advance, 0
+
+    def print_progress(self) -> None:
+        """Called by joblib whenever an item is finished."""
+        done = self.n_completed_tasks
+        self._advance(done - self._told)
+        self._told = done
+
+
+def _in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, what: str, unit: str, **options: Any
+) -> list[Result]:
+    # One shard a task, whatever joblib's annotation of batch_size says.
+    options |= {"batch_size": 1, "pre_dispatch": "2*n_jobs"}
+    with progress(what, len(items), unit) as advance:
+        pool: Any = _Counted(advance, n_jobs=workers, **options)
+        try:
+            return list(pool(delayed(function)(item) for item in items))
+        except Exception as error:
+            if not isinstance(error, TerminatedWorkerError) and type(error).__name__ != "ActorDiedError":
+                raise
+            reason = str(error).splitlines()[0]
+            advice = "try fewer workers if memory ran out"
+            raise EngineError(f"{what}: a worker process died ({reason}); {advice}") from error
 
 
 def _end_with(parent: int) -> None:

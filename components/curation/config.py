@@ -106,7 +106,9 @@ class ScoresConfig(Config):
 class EmbedConfig(Config):
     """Stage `embed`."""
 
-    embedder: EmbedderConfig = DescriptorConfig()
+    embedder: EmbedderConfig = DescriptorConfig()  # finds copies
+    semantic: EmbedderConfig | None = None  # clusters and retrieves; None: the same
+    scores: ScoresConfig = ScoresConfig()
     workers: PositiveInt | None = None  # processes; None: one for each CPU
 
 

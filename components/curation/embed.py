@@ -1,25 +1,35 @@
-"""Embeddings of a collection, shard by shard: what the cache holds is not computed again."""
+"""One pass over a collection: each image is decoded once, embedded and scored; what is in the cache is not repeated."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
 
 from components.core.engine import map_shards
 from components.core.storage import sha256_file, write_bytes
 from components.curation.embedders import Embedder, EmbedderError, load
+from components.curation.scores import SCORES_SCHEMA, Scorer
+from components.data.manifest import read_table
 from components.data.shards import ImageError, ShardReader, decode_image
 
 log = logging.getLogger(__name__)
+
+COPIES, SEMANTIC, SCORES = "copies", "semantic", "scores"  # folders of data/embeddings
+PENDING_PIXELS = 50_000_000  # decoded images that wait for a full batch hold at most this and one more image
+
+Part = Embedder | Scorer  # one thing that is computed of each image
+Made = TypeVar("Made")
 
 
 class EmbeddingsError(ValueError):
@@ -28,49 +38,39 @@ class EmbeddingsError(ValueError):
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The images of one shard, and where their embeddings are kept."""
+    """The images of one shard, what is computed of them, and where it is kept."""
 
     collection: Path
     shard: str
-    image_ids: list[str]
-    offsets: list[int]  # bytes
-    lengths: list[int]
+    rows: pa.Table  # [n] image_id, offset, length; not a slice, which would be sent with all that it was cut from
+    parts: Mapping[str, Part]
     cache: Path
-    embedder: Embedder
 
 
 @dataclass(frozen=True)
 class EmbeddedShard:
-    """One shard's embeddings in the cache."""
+    """What the cache holds of one shard, by the names of the parts."""
 
-    shard: str
-    path: Path
-    fresh: bool  # computed now, not found
+    num_images: int
+    paths: Mapping[str, Path]
+    fresh: bool  # something was computed now, not found
 
 
 def embed_collection(
-    collection: Path, images: pa.Table, embedder: Embedder, cache: Path, workers: int | None
+    collection: Path, images: pa.Table, parts: Mapping[str, Part], cache: Path, workers: int | None
 ) -> list[EmbeddedShard]:
-    """Embed every shard of a collection into `cache`, whose entries are named by the shard's SHA-256.
+    """Embed and score every shard of a collection into `cache`.
 
     Args:
         collection: folder below which the shards lie.
         images: its manifest, as `read_collection` gives it.
-        embedder: resolved; loaded once in each worker.
-        cache: folder for this embedder only.
+        parts: resolved, by name; models are loaded once in each worker.
+        cache: folder of all embedders and scorers; each has one of its own in there, named by its digest.
         workers: processes, see `map_shards`.
     """
     tasks = [
-        ShardTask(
-            collection,
-            shard,
-            rows["image_id"].to_pylist(),
-            rows["offset"].to_pylist(),
-            rows["length"].to_pylist(),
-            cache,
-            embedder,
-        )
-        for shard, rows in split_by_shard(images)
+        ShardTask(collection, shard, rows.take(pa.array(range(len(rows)))), parts, cache)
+        for shard, rows in split_by_shard(images.select(["image_id", "shard", "offset", "length"]))
     ]
     done = map_shards(embed_shard, tasks, workers=workers, what=f"embedding {collection.name}")
     fresh = sum(item.fresh for item in done)
@@ -79,50 +79,80 @@ def embed_collection(
 
 
 def embed_shard(task: ShardTask) -> EmbeddedShard:
-    """Embed one shard, or find that it has been; the file appears whole, so a killed run loses this shard at most."""
-    path = task.cache / f"{sha256_file(task.collection / task.shard)}.npy"
-    if _num_rows(path) == len(task.image_ids):
-        return EmbeddedShard(task.shard, path, fresh=False)
-    buffer = io.BytesIO()
-    np.save(buffer, _embeddings(task))
-    write_bytes(path, buffer.getvalue())
-    return EmbeddedShard(task.shard, path, fresh=True)
+    """Compute what is missing of one shard; files appear whole, so a killed run loses this shard at most."""
+    reader = ShardReader(task.collection)
+    reader.read(task.shard, 0, 0)  # refuses a shard that is missing or lies elsewhere
+    key = _key(task)
+    paths = {name: _kept(task.cache, part, key) for name, part in task.parts.items()}
+    missing = {name: task.parts[name] for name, path in paths.items() if _num_rows(path) != len(task.rows)}
+    if missing:
+        for name, data in _compute(task, reader, missing).items():
+            write_bytes(paths[name], data)
+    return EmbeddedShard(len(task.rows), paths, fresh=bool(missing))
 
 
-def write_embeddings(shards: list[EmbeddedShard], folder: Path) -> None:
-    """Copy embeddings out of the cache to `<folder>/<shard>.npy`."""
-    for item in shards:
-        target = folder / f"{item.shard}.npy"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(item.path, target)
+def write_parts(shards: Sequence[EmbeddedShard], folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Assemble a collection's shards from the cache, one file a part, one shard in memory at a time.
+
+    Args:
+        shards: of the collection, in the order of its manifest.
+        folder: gets `copies/<name>.npy`, `semantic/<name>.npy` and `scores/<name>.parquet`, as there are.
+        name: of the collection.
+
+    Returns:
+        The shape of each part: (N, D), or (N,) for scores.
+    """
+    shapes = {}
+    for part in shards[0].paths if shards else ():
+        (folder / part).mkdir(exist_ok=True)
+        paths = [item.paths[part] for item in shards]
+        if part == SCORES:
+            shapes[part] = _write_tables(paths, folder / part / f"{name}.parquet")
+        else:
+            shapes[part] = _write_vectors(paths, folder / part / f"{name}.npy")
+    return shapes
 
 
-def read_embeddings(folder: Path, images: pa.Table) -> NDArray[np.float32]:
-    """Embeddings of all images of a manifest, in its order.
+def read_embeddings(path: Path, images: pa.Table) -> NDArray[np.float32]:
+    """Embeddings of all images of a manifest, in its order, mapped from the file and not read into memory.
 
     Returns:
         [N, D] float32 of unit norm; [0, 0] for an empty manifest.
 
     Raises:
-        EmbeddingsError: a shard without embeddings, or with another number of them than it has images.
+        EmbeddingsError: no such file, a damaged one, or another number of embeddings than of images.
     """
-    parts = []
-    for shard, rows in split_by_shard(images):
-        path = folder / f"{shard}.npy"
-        if not path.is_file():
-            raise EmbeddingsError(f"{path}: no such file: the images changed after they were embedded; run embed again")
-        part = np.load(path, mmap_mode="r", allow_pickle=False)
-        if len(part) != len(rows):
-            raise EmbeddingsError(f"{path}: {len(part)} embeddings for {len(rows)} images; run embed again")
-        parts.append(part)
-    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    if not len(images):
+        return np.zeros((0, 0), np.float32)
+    if not path.is_file():
+        raise EmbeddingsError(f"{path}: no such file; run the stage embed again")
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise EmbeddingsError(f"{path}: damaged ({str(error).splitlines()[0]}); run the stage embed again") from None
+    if vectors.ndim != 2 or len(vectors) != len(images):
+        raise EmbeddingsError(f"{path}: holds {vectors.shape} for {len(images)} images; run the stage embed again")
+    return vectors
+
+
+def read_scores(path: Path, images: pa.Table) -> pa.Table:
+    """Scores of all images of a manifest, in its order: [N] rows of `SCORES_SCHEMA`.
+
+    Raises:
+        ManifestError: no such file, or a damaged one.
+        EmbeddingsError: scores of other images.
+    """
+    scores = read_table(path, SCORES_SCHEMA)
+    if not scores["image_id"].equals(images["image_id"]):
+        raise EmbeddingsError(f"{path}: these are the scores of other images; run the stage embed again")
+    return scores
 
 
 def images_digest(images: pa.Table) -> str:
     """SHA-256 over the image ids in order: which images, in which order, a set of embeddings belongs to."""
     digest = hashlib.sha256()
-    for image_id in images["image_id"].to_pylist():
-        digest.update(image_id.encode())
+    for batch in images.select(["image_id"]).to_batches(max_chunksize=65_536):
+        digest.update("".join(batch["image_id"].to_pylist()).encode())
     return digest.hexdigest()
 
 
@@ -141,35 +171,122 @@ def split_by_shard(images: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         yield shards.dictionary[int(codes[start])].as_py(), images.slice(start, end - start)
 
 
-def _embeddings(task: ShardTask) -> NDArray[np.float32]:
-    """[n, D] float32 of unit norm."""
-    embed = load(task.embedder)
-    reader = ShardReader(task.collection)
-    step = task.embedder.batch_size
-    parts = []
-    for start in range(0, len(task.image_ids), step):
-        batch = [_decode(reader, task, i) for i in range(start, min(start + step, len(task.image_ids)))]
-        parts.append(embed(batch))
-    vectors = np.concatenate(parts)
+def _key(task: ShardTask) -> str:
+    """SHA-256 of what the results depend on: the shard's bytes, and what the manifest says lies where in them."""
+    digest = hashlib.sha256(sha256_file(task.collection / task.shard).encode())
+    for row in task.rows.to_pylist():
+        digest.update(f"{row['image_id']} {row['offset']} {row['length']}\n".encode())
+    return digest.hexdigest()
+
+
+def _kept(cache: Path, part: Part, key: str) -> Path:
+    if isinstance(part, Scorer):
+        return cache / SCORES / part.digest / f"{key}.parquet"
+    return cache / part.digest / f"{key}.npy"
+
+
+class _Batches(Generic[Made]):
+    """Collects images until a batch is full, and what is made of each batch."""
+
+    def __init__(self, make: Callable[[list[Image.Image]], Made], size: int):
+        self._make, self._size = make, size
+        self._images: list[Image.Image] = []
+        self._pixels = 0
+        self.made: list[Made] = []
+
+    def add(self, image: Image.Image) -> None:
+        self._images.append(image)
+        self._pixels += image.width * image.height
+        if len(self._images) == self._size or self._pixels > PENDING_PIXELS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._images:
+            self.made.append(self._make(self._images))
+        self._images, self._pixels = [], 0
+
+
+def _compute(task: ShardTask, reader: ShardReader, parts: Mapping[str, Part]) -> dict[str, bytes]:
+    """The file of each part."""
+    batches: dict[str, _Batches[Any]] = {
+        name: _Batches(part.score, 1) if isinstance(part, Scorer) else _Batches(load(part), part.batch_size)
+        for name, part in parts.items()
+    }
+    for row in task.rows.to_pylist():
+        image = _decode(reader, task, row)
+        for collected in batches.values():
+            collected.add(image)
+    files = {}
+    for name, collected in batches.items():
+        collected.flush()
+        part = parts[name]
+        files[name] = (_scores_file if isinstance(part, Scorer) else _vectors_file)(
+            collected.made, task.rows["image_id"]
+        )
+    return files
+
+
+def _vectors_file(made: list[NDArray[np.float32]], image_ids: pa.ChunkedArray) -> bytes:
+    """The .npy of [n, D] float32 of unit norm."""
+    vectors = np.concatenate(made)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
     if len(bad):
         raise EmbedderError(
-            f"the embedder gave zero or non-finite values for {len(bad)} images, first {task.image_ids[bad[0]]}"
+            f"the embedder gave zero or non-finite values for {len(bad)} images, first {image_ids[int(bad[0])]}"
         )
-    return (vectors / norms).astype(np.float32)
+    buffer = io.BytesIO()
+    np.save(buffer, (vectors / norms).astype(np.float32))
+    return buffer.getvalue()
 
 
-def _decode(reader: ShardReader, task: ShardTask, i: int):
+def _scores_file(made: list[dict[str, pa.Array]], image_ids: pa.ChunkedArray) -> bytes:
+    columns = {name: pa.concat_arrays([scores[name] for scores in made]) for name in made[0]}
+    buffer = io.BytesIO()
+    table = pa.table({"image_id": image_ids} | columns, schema=SCORES_SCHEMA)
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _decode(reader: ShardReader, task: ShardTask, row: Mapping[str, Any]) -> Image.Image:
+    data = reader.read(task.shard, row["offset"], row["length"])
+    where = f"{task.collection / task.shard}: image {row['image_id']}"
+    if hashlib.sha256(data).hexdigest() != row["image_id"]:
+        place = f"bytes {row['offset']} to {row['offset'] + row['length']}"
+        raise EmbeddingsError(f"{where}: {place} are not this image; the shard or its manifest is damaged")
     try:
-        return decode_image(reader.read(task.shard, task.offsets[i], task.lengths[i]))
+        return decode_image(data)
     except ImageError as error:
-        where = f"{task.collection / task.shard}: image {task.image_ids[i]}"
         raise EmbeddingsError(f"{where}: {error}; the shard is not what ingest wrote") from None
 
 
 def _num_rows(path: Path) -> int | None:
     try:
+        if path.suffix == ".parquet":
+            return pq.read_metadata(path).num_rows
         return len(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None
+
+
+def _write_vectors(paths: Sequence[Path], target: Path) -> tuple[int, ...]:
+    shapes = [np.load(path, mmap_mode="r", allow_pickle=False).shape for path in paths]
+    other = next((i for i, shape in enumerate(shapes) if shape[1] != shapes[0][1]), None)
+    if other is not None:
+        raise EmbedderError(f"{paths[other]}: {shapes[other][1]} values an image, but others have {shapes[0][1]}")
+    whole = (sum(shape[0] for shape in shapes), shapes[0][1])
+    with target.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": whole})
+        for path in paths:
+            file.write(np.load(path, allow_pickle=False).tobytes())
+    return whole
+
+
+def _write_tables(paths: Sequence[Path], target: Path) -> tuple[int, ...]:
+    count = 0
+    with pq.ParquetWriter(target, SCORES_SCHEMA, compression="zstd") as writer:
+        for path in paths:
+            table = read_table(path, SCORES_SCHEMA)
+            writer.write_table(table)
+            count += len(table)
+    return (count,)

@@ -48,13 +48,18 @@ class Embedder:
         return 1
 
 
-def resolve(config: EmbedderConfig, root: Path) -> Embedder:
+def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> Embedder:
     """Find the embedder's file or weights and name its bytes.
+
+    Args:
+        config: what to find.
+        root: the workspace, to which paths are relative.
+        key: of `config` among the parameters, for messages.
 
     Raises:
         EmbedderError: no such file or folder.
     """
-    location = _locate(config, root)
+    location = _locate(config, root, key)
     definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # bytes count, not where they lie
     definition |= {"version": VERSION, "descriptor_version": descriptor.VERSION if location is None else None}
     if location is not None:
@@ -63,7 +68,7 @@ def resolve(config: EmbedderConfig, root: Path) -> Embedder:
     return Embedder(config, location, digest)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one for copies, one for meaning
 def load(embedder: Embedder) -> Embed:
     """Load an embedder once a process; it maps B RGB images to [B, D] float32, not yet normalised."""
     config, location = embedder.config, embedder.location
@@ -90,18 +95,18 @@ def normalised_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
 
 
-def _locate(config: EmbedderConfig, root: Path) -> Path | None:
+def _locate(config: EmbedderConfig, root: Path, key: str) -> Path | None:
     if isinstance(config, DescriptorConfig):
         return None
     if isinstance(config, ModelConfig):
-        return _locate_weights(config.weights, root)
+        return _locate_weights(config.weights, root, key)
     path = root / config.path
     if not path.is_file():
-        raise EmbedderError(f"embed.embedder.path: {path}: no such file; a {config.kind} embedder needs one")
+        raise EmbedderError(f"{key}.path: {path}: no such file; a {config.kind} embedder needs one")
     return path
 
 
-def _locate_weights(weights: str, root: Path) -> Path:
+def _locate_weights(weights: str, root: Path, key: str) -> Path:
     if weights.startswith("models:/"):
         from components.core.tracking import download_weights
 
@@ -109,7 +114,7 @@ def _locate_weights(weights: str, root: Path) -> Path:
     folder = root / weights
     if not (folder / "model.safetensors").is_file():
         advice = "give a weights folder or models:/NAME@alias"
-        raise EmbedderError(f"embed.embedder.weights: {folder}: no model.safetensors in there; {advice}")
+        raise EmbedderError(f"{key}.weights: {folder}: no model.safetensors in there; {advice}")
     return folder
 
 
@@ -183,7 +188,7 @@ def _checked(vectors: Any, num_images: int, path: Path) -> NDArray[np.float32]:
 
 def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> EmbedderError:
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return EmbedderError(f"{path}: cannot take images of shape {list(batch.shape)}: {last}; see embed.embedder.size")
+    return EmbedderError(f"{path}: cannot take images of shape {list(batch.shape)}: {last}; see `size`")
 
 
 @contextmanager

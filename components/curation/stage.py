@@ -16,11 +16,15 @@ from components.curation.config import CurateConfig, EmbedConfig
 from components.curation.decontaminate import References, find_contamination
 from components.curation.deduplicate import Groups, group_duplicates, near_duplicates
 from components.curation.embed import (
+    COPIES,
+    SCORES,
+    SEMANTIC,
     EmbeddingsError,
+    Part,
     embed_collection,
     images_digest,
     read_embeddings,
-    write_embeddings,
+    write_parts,
 )
 from components.curation.embedders import resolve
 from components.curation.filters import filter_images
@@ -28,6 +32,7 @@ from components.curation.pack import CHOSEN_SCHEMA, Pool, pack
 from components.curation.rejections import CurationError, reason_counts, rejections, remaining
 from components.curation.report import Curation, write_report
 from components.curation.sample import balanced_sample
+from components.curation.scores import load_scorer
 from components.data.curation_gates import all_accounted, validate_curated
 from components.data.expectations import DataDocs
 from components.data.manifest import FINDINGS, read_collection
@@ -42,7 +47,7 @@ REPORTS, DATA_DOCS = Path("reports/curate"), Path(".pedigree/data-docs/curated")
 
 
 def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
-    """Embed the pool and the evaluation sets; shards that this embedder has seen come from the cache.
+    """Embed and score the pool, embed the evaluation sets; shards that were seen before come from the cache.
 
     Args:
         config: section `embed`.
@@ -51,25 +56,26 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
     """
     del seed
     pool, evaluation = _collections(root)
-    embedder = resolve(config.embedder, root)
-    cache = root / CACHE / embedder.digest
-    shards = {
-        folder: embed_collection(root / folder, images, embedder, cache, config.workers)
-        for folder, images in ((POOL, pool), (EVALUATION, evaluation))
+    parts: dict[str, Part] = {COPIES: resolve(config.embedder, root), SCORES: load_scorer(config.scores, root)}
+    if config.semantic is not None:
+        parts[SEMANTIC] = resolve(config.semantic, root, "embed.semantic")
+    asked = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
+    done = {
+        folder.name: embed_collection(root / folder, images, its_parts, root / CACHE, config.workers)
+        for folder, images, its_parts in asked
     }
-    dim = int(np.load(shards[POOL][0].path, mmap_mode="r", allow_pickle=False).shape[1])
     with atomic_dir(root / EMBEDDINGS) as folder:
-        for collection, done in shards.items():
-            write_embeddings(done, folder / collection.name)
+        shapes = {name: write_parts(shards, folder, name) for name, shards in done.items()}
+        dims = {part: shape[1] for part, shape in shapes[POOL.name].items() if part != SCORES}
         definition = {
-            "digest": embedder.digest,
-            "dim": dim,
-            "embedder": config.embedder.model_dump(),
+            "digests": {name: part.digest for name, part in parts.items()},
+            "dims": dims,
+            "config": config.model_dump(exclude={"workers"}),
             "pool": images_digest(pool),
             "evaluation": images_digest(evaluation),
         }
         write_json(folder / EMBEDDER, definition)
-    return {"images": {"pool": len(pool), "evaluation": len(evaluation)}, "dim": dim}
+    return {"images": {"pool": len(pool), "evaluation": len(evaluation)}, "dims": dims}
 
 
 def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
@@ -179,5 +185,6 @@ def _embeddings(root: Path, pool: pa.Table, evaluation: pa.Table) -> tuple[np.nd
     for folder, images in ((POOL, pool), (EVALUATION, evaluation)):
         if made_for.get(folder.name) != images_digest(images):
             raise EmbeddingsError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
-    embeddings = read_embeddings(root / EMBEDDINGS / POOL.name, pool)
-    return embeddings, References(evaluation, read_embeddings(root / EMBEDDINGS / EVALUATION.name, evaluation))
+    folder = root / EMBEDDINGS / COPIES
+    references = References(evaluation, read_embeddings(folder / f"{EVALUATION.name}.npy", evaluation))
+    return read_embeddings(folder / f"{POOL.name}.npy", pool), references

@@ -1,33 +1,22 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from components.core.storage import sha256_dir
-from components.curation.config import CurateConfig, DescriptorConfig, EmbedConfig
-from components.curation.descriptor import describe
+from components.curation.config import CurateConfig, EmbedConfig
 from components.curation.embed import EmbeddingsError
-from components.curation.embedders import resolve
 from components.curation.rejections import CurationError
-from components.curation.stage import CACHE, curate, embed
+from components.curation.stage import curate, embed
 from components.data.manifest import REJECTED_SCHEMA, read_collection, read_manifest, read_table
-from components.data.shards import ShardReader, decode_image
+from components.data.shards import decode_image
 
 CURATE = CurateConfig(num_clusters=16)
-
-
-def cache_of(root):
-    return root / CACHE / resolve(DescriptorConfig(), root).digest
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +58,6 @@ def test_every_planted_copy_and_leak_is_found_and_no_good_image_is_lost(curated,
     assert results["images"]["sampled"] == len(kept) == len(pool) - 145
 
 
-def test_embeddings_are_those_of_the_images_in_manifest_order(curated):
-    root, results, _ = curated
-    reader = ShardReader(root / "data/evaluation")
-    table = read_collection(root / "data/evaluation")
-    shard = table["shard"][0].as_py()
-    stored = np.load(root / f"data/embeddings/evaluation/{shard}.npy")
-    rows = table.slice(0, 5).to_pylist()
-    images = [decode_image(reader.read(row["shard"], row["offset"], row["length"])) for row in rows]
-    np.testing.assert_allclose(stored[:5], describe(images), atol=1e-6)
-    assert stored.dtype == np.float32
-    assert results["dim"] == stored.shape[1]
-    definition = json.loads((root / "data/embeddings/embedder.json").read_text())
-    assert definition["digest"] == cache_of(root).name
-    assert definition["embedder"] == {"kind": "descriptor"}
-
-
 def test_same_bytes_for_another_number_of_workers(curated, sample_workspace, tmp_path):
     root = tmp_path / "workspace"
     shutil.copytree(sample_workspace, root)
@@ -116,55 +89,6 @@ def test_balanced_sample(curated, tmp_path):
     assert len(table) == results["images"]["sampled"] == 300
     assert sizes.tolist() == [15] * 20
     assert results["rejected"]["not_sampled"] == results["images"]["deduplicated"] - 300
-
-
-def test_only_new_shards_are_embedded(small_workspace, photos, encode, write_collection):
-    embed(EmbedConfig(workers=1), small_workspace, 0)
-    first = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
-    assert len(first) >= 4
-    write_collection(small_workspace / "data/pool", [("new.png", encode(photos[3].rotate(90)))], "later")
-    embed(EmbedConfig(workers=1), small_workspace, 0)
-    second = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
-    assert len(second) == len(first) + 1
-    assert first.items() <= second.items()
-
-
-def test_a_killed_run_goes_on_at_the_shard_where_it_stood(small_workspace, tmp_path_factory):
-    whole = tmp_path_factory.mktemp("whole") / "workspace"
-    shutil.copytree(small_workspace, whole)
-    embed(EmbedConfig(workers=1), whole, 0)
-    killed = f"""
-import os, signal
-from pathlib import Path
-from components.curation import embed as module, stage
-from components.curation.config import EmbedConfig
-write, done = module.write_bytes, []
-def write_two(path, data):
-    if len(done) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, data)
-    done.append(path)
-module.write_bytes = write_two
-stage.embed(EmbedConfig(workers=1), Path({str(small_workspace)!r}), 0)
-"""
-    result = subprocess.run([sys.executable, "-c", killed], capture_output=True, env=os.environ, check=False)
-    assert result.returncode == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
-    assert len(before) == 2
-    assert not (small_workspace / "data/embeddings").exists()
-    embed(EmbedConfig(workers=1), small_workspace, 0)
-    after = {path: path.stat().st_mtime_ns for path in cache_of(small_workspace).iterdir()}
-    assert before.items() <= after.items()
-    assert sha256_dir(small_workspace / "data/embeddings") == sha256_dir(whole / "data/embeddings")
-
-
-def test_a_damaged_cache_entry_is_made_again(small_workspace):
-    embed(EmbedConfig(workers=1), small_workspace, 0)
-    whole = sha256_dir(small_workspace / "data/embeddings")
-    path = next(cache_of(small_workspace).iterdir())
-    path.write_bytes(path.read_bytes()[:200])
-    embed(EmbedConfig(workers=1), small_workspace, 0)
-    assert sha256_dir(small_workspace / "data/embeddings") == whole
 
 
 def test_no_pool_and_no_images(tmp_path):

@@ -111,5 +111,5 @@ def test_outputs_that_are_no_embeddings_are_refused(tmp_path, photos):
 def test_a_size_that_the_file_does_not_take_is_named(tmp_path, photos):
     mean_colour_onnx(tmp_path / "m.onnx", height=64)
     embed = load(resolve(OnnxConfig(path="m.onnx", size=32), tmp_path))
-    with pytest.raises(EmbedderError, match=r"cannot take images of shape \[1, 3, 32, 32\].*embed.embedder.size"):
+    with pytest.raises(EmbedderError, match=r"cannot take images of shape \[1, 3, 32, 32\].*see `size`"):
         embed(photos[:1])
