@@ -1,0 +1,32 @@
+"""`torchrun` that ends with the code of the rank that ended it, so that a supervisor can tell 75 from a failure.
+
+torchrun itself ends with 1 whatever happened. Usage is torchrun's: `python -m components.training.torchrun --nnodes=2
+--nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m components pretrain`. Ranks say themselves what went
+wrong.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from components.training.parallelize import EXIT_INTERRUPTED
+
+
+def main() -> None:
+    """Start this machine's ranks and wait for them."""
+    try:
+        run(parse_args(None))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        sys.exit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval)
+
+
+if __name__ == "__main__":
+    main()
