@@ -327,8 +327,8 @@ def _check_health(uri: str) -> None:
 
 def _advice(reason: str) -> str:
     return (
-        f"MLflow at {_uri()} does not answer ({reason}); start the local stack with 'pedigree up', "
-        "or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
+        f"MLflow at {_uri()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is down, "
+        "'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
     )
 
 

@@ -10,16 +10,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from components.core.distributed import barrier, rank
-from components.core.storage import sha256_dir, write_json
+import torch
+
+from components.core.distributed import all_reduce_sum, barrier, rank
+from components.core.storage import sha256_dir, sha256_file, write_json
 from components.data.batch import TrainingBatches
 from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints, only_trainer, run_key
 from components.training.loop import Job, train
-from components.training.parallelize import gather
+from components.training.monitors import read_rows
+from components.training.parallelize import gather, training_device
 from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
 
 logger = logging.getLogger(__name__)
+
+LOSSES, CROPS, PCA = "loss.csv", "crops.jpg", "pca.jpg"
+OUTPUTS = "outputs.json"  # in the run's folder: digests of what was delivered
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         "run_key": key,
     }
     with only_trainer(folder):
+        if _stands(folder, delivery):
+            logger.info("%s: trained by an earlier try, whose outputs stand", job.name)
+            return _figures(job, read_rows(delivery.report / LOSSES))
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
             begun = {**provenance, "git_commit": _git_commit(delivery.root)}
@@ -69,11 +78,28 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
             provenance |= {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
             save_weights(delivery.weights, shipped.backbone, shipped.heads, provenance)
             after = pca_colors(shipped.backbone, images)
-            save_picture(draw_pca(images, [before, after]), delivery.report / "pca.jpg")
-            shutil.copyfile(folder / "loss.csv", delivery.report / "loss.csv")
+            save_picture(draw_pca(images, [before, after]), delivery.report / PCA)
+            shutil.copyfile(folder / LOSSES, delivery.report / LOSSES)
             checkpoints.remove()
+            write_json(folder / OUTPUTS, _digests(delivery))
         barrier()
     return _figures(job, rows)
+
+
+def _stands(folder: Path, delivery: Delivery) -> bool:
+    """Whether this very run was delivered before and its outputs are untouched.
+
+    A stage can fail after training, when it reports to a service that is down: trying again must not train again.
+    """
+    noted, stands = folder / OUTPUTS, False
+    if rank() == 0 and noted.is_file():
+        stands = json.loads(noted.read_text()) == _digests(delivery)
+    return bool(all_reduce_sum(torch.tensor(float(stands), device=training_device())))
+
+
+def _digests(delivery: Delivery) -> dict[str, str]:
+    files = [delivery.report / name for name in (LOSSES, CROPS, PCA)]
+    return {"weights": sha256_dir(delivery.weights), **{f.name: sha256_file(f) for f in files if f.is_file()}}
 
 
 def _draw_first_batch(job: Job, report: Path) -> None:
@@ -83,7 +109,7 @@ def _draw_first_batch(job: Job, report: Path) -> None:
         batch = TrainingBatches(job.stream, plan)[0]
         if isinstance(batch, Exception):
             raise batch
-        save_picture(draw_crops(batch, plan.patch_size), report / "crops.jpg")
+        save_picture(draw_crops(batch, plan.patch_size), report / CROPS)
 
 
 def _figures(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:

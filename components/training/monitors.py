@@ -28,7 +28,7 @@ class Monitor:
 
     def __init__(self, path: Path, every_steps: int, batch_size: int, steps_done: int) -> None:
         self._path, self._every, self._batch_size = path, every_steps, batch_size
-        self.rows = [row for row in _read(path) if row["step"] <= steps_done]
+        self.rows = [row for row in read_rows(path) if row["step"] <= steps_done]
         if rank() == 0:
             _rewrite(path, self.rows)
         self._sums: dict[str, Tensor] = {}
@@ -90,12 +90,13 @@ def target_entropy(teacher_logits: Tensor, teacher_temp: float) -> float:
     return float(-(log_probs.exp() * log_probs).sum(dim=-1).mean())
 
 
-def _read(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a monitor's file, if there is one; a half-written one is left out."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows if "data_wait_share" in row]  # without a half-written one
+    return [{**row, "step": int(row["step"])} for row in rows if "data_wait_share" in row]
 
 
 def _rewrite(path: Path, rows: list[dict[str, float]]) -> None:

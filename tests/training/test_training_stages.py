@@ -25,6 +25,7 @@ from components.distillation.config import DistillConfig
 from components.model.export import load_backbone, load_heads
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
+from components.training import delivery
 from components.training.parallelize import EXIT_INTERRUPTED, RankError
 
 RUN = """
@@ -61,7 +62,8 @@ def test_pretrain_adapt_distill(workspace, curated, pretrain_values, tiny, backb
     assert len(read_losses(report / "loss.csv")) == 6
     for name in ("crops.jpg", "pca.jpg"):
         assert min(Image.open(report / name).size) > 100
-    assert list((workspace / ".pedigree" / "checkpoints").iterdir()) == []  # deleted: the outputs stand
+    kept = {path.name for path in workspace.glob(".pedigree/checkpoints/*/*")}
+    assert kept == {"outputs.json"}  # the checkpoints are deleted: the outputs stand
 
     larger = tiny(
         steps=2, crops={"global_size": 48, "local_size": 24, "num_local": 2}, teacher={"temp_warmup_steps": 0}
@@ -104,6 +106,19 @@ def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, b
     distillation.run(validate(DistillConfig, values, "test"), workspace, seed=0, student="s")
     losses = read_losses(workspace / "reports" / "distill" / "s" / "loss.csv")
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+
+
+def test_a_stage_that_failed_after_training_does_not_train_again(workspace, pretrain_values, monkeypatch):
+    config = validate(PretrainConfig, pretrain_values(), "test")
+    figures = pretraining.run(config, workspace, seed=0)
+    made = digest(workspace / "models" / "pretrained")
+    monkeypatch.setattr(delivery, "train", lambda *_: pytest.fail("trained again"))
+    assert pretraining.run(config, workspace, seed=0) == figures
+    assert digest(workspace / "models" / "pretrained") == made
+    monkeypatch.undo()
+    (workspace / "models" / "pretrained" / "model.safetensors").write_bytes(b"damaged")
+    assert pretraining.run(config, workspace, seed=0)["steps"] == config.steps
+    assert digest(workspace / "models" / "pretrained") == made
 
 
 def start_run(values: dict, workspace: Path) -> subprocess.Popen[str]:
