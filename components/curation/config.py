@@ -77,7 +77,7 @@ class CascadeConfig(Config):
 
     kind: Literal["cascade"] = "cascade"
     working_side: PositiveInt = 256  # larger images are shrunk to it; a face then needs 24 pixels
-    min_neighbors: PositiveInt = 2  # overlapping windows that must agree; fewer finds more faces and more else
+    min_neighbors: PositiveInt = 3  # overlapping windows that must agree; fewer: more faces found, and more else
 
 
 class FaceOnnxConfig(Config):
