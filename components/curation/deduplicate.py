@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -67,7 +68,7 @@ def keepers(label: NDArray[np.int64], images: pa.Table, first: NDArray[np.bool_]
     The paper does not say which image stays; largest loses least, and the id makes the rule deterministic.
     """
     pixels = images["width"].to_numpy().astype(np.int64) * images["height"].to_numpy()
-    ids = images["image_id"].to_numpy().astype("S64")
+    ids = pc.rank(images["image_id"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     others = np.ones(len(label), np.bool_) if first is None else ~first
     order = np.lexsort((ids, -pixels, others, label))
     _, start, inverse = np.unique(label[order], return_index=True, return_inverse=True)

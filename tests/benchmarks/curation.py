@@ -69,7 +69,7 @@ def dedup(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
     from components.curation.deduplicate import group_duplicates
 
     side = pa.array(np.full(len(vectors), 512, np.int32))
-    names = pa.array([f"{number:064x}" for number in range(len(vectors))])
+    names = pa.array(np.arange(len(vectors))).cast(pa.string())
     images = pa.table({"image_id": names, "width": side, "height": side})
     with clock():
         groups = group_duplicates(vectors, images, 64, 0.6, IndexConfig())
