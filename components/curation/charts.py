@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+BARS = 2000
 BLUE, GREY, RED, INK = "#2f6fab", "#c3ccd5", "#c8452e", "#1c2530"
 
 
@@ -61,18 +62,70 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
     return _png(figure)
 
 
+def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], what: str) -> bytes:
+    """Images by a score, on a logarithmic scale, with those that the filter refused in red.
+
+    Args:
+        values: [N], NaN where an image has no such score.
+        refused: [N].
+        what: the score and its unit.
+    """
+    figure, axes = _figure(5.4, 2.6)
+    known = np.isfinite(values)
+    low, high = (float(values[known].min()), float(values[known].max())) if known.any() else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, 61).tolist()
+    axes.hist([values[known & ~refused], values[known & refused]], edges, color=[BLUE, RED], stacked=True)
+    axes.set_yscale("log")
+    axes.set_xlabel(what)
+    axes.set_ylabel("images")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
 def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
-    """Images of each cluster, largest first, before and after sampling."""
+    """Share of the images in each cluster, largest first, before and after sampling; at most BARS clusters are drawn.
+
+    Args:
+        before: [C] images that could be drawn.
+        after: [C] images that were.
+    """
     figure, axes = _figure(10, 2.8)
     order = np.argsort(-before, kind="stable")
-    places = np.arange(len(before))
-    axes.fill_between(places, before[order], step="mid", color=GREY, label="before")
-    axes.fill_between(places, after[order], step="mid", color=BLUE, label="after")
-    axes.set_xlabel("clusters, largest first")
-    axes.set_ylabel("images")
+    shown = order[np.unique(np.linspace(0, len(order) - 1, min(BARS, len(order))).astype(int))]
+    places = np.linspace(0, len(order) - 1, len(shown))
+    for sizes, color, label in ((before, GREY, "pool"), (after, BLUE, "curated set")):
+        shares = 100 * sizes[shown] / max(sizes.sum(), 1)
+        axes.fill_between(places, shares, step="mid", color=color, alpha=0.45, linewidth=0)
+        axes.step(places, shares, where="mid", color=color, linewidth=1.5, label=label)
+    even = 100 / len(order)
+    axes.axhline(even, color=INK, linewidth=0.8, linestyle="--")
+    axes.text(0.995, even, "even", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    axes.set_xlabel("clusters, largest of the pool first")
+    axes.set_ylabel("% of the images")
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: NDArray[np.float64]) -> bytes:
+    """Images on a plane: what was left out in grey, what stays in blue over it.
+
+    Args:
+        points: [n, 2].
+        kept: [n].
+        explained: [2] share of the variance along each axis.
+    """
+    figure, axes = _figure(10, 5)
+    size = float(np.clip(20_000 / max(len(points), 1), 2, 12))
+    for chosen, color, label in ((~kept, GREY, "left out"), (kept, BLUE, "kept")):
+        axes.scatter(*points[chosen].T, s=size, color=color, linewidths=0, label=f"{label} ({chosen.sum():,} shown)")
+    axes.set_xlabel(f"first principal component, {explained[0]:.0%} of the variance")
+    axes.set_ylabel(f"second, {explained[1]:.0%}")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(frameon=False, markerscale=2)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 

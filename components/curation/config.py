@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
 
@@ -168,6 +168,15 @@ class SeedSetConfig(Config):
         return self
 
 
+class GatesConfig(Config):
+    """What a curated set must hold, beside what its own parameters promise; see components/data/curation_gates.py."""
+
+    max_cluster_share: Share | None = None  # of the balanced sample, in one top cluster; None: no more than before
+    max_source_shift: Share = 0.25  # of the share of any source, against the set before
+    size_ratio: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)  # least and most images, as multiples of that set's
+    previous: str | None = None  # manifest.parquet to compare with; None: the last set of these parameters and sources
+
+
 class CurateConfig(Config):
     """Stage `curate`."""
 
@@ -175,7 +184,10 @@ class CurateConfig(Config):
     num_neighbors: PositiveInt = 64  # per image in the duplicate graph, section 3
     dedup_similarity: Similarity = 0.6  # edges above this join duplicates, appendix A.3
     decontamination_similarity: Similarity = 0.45  # to any evaluation image, appendix A.3
-    num_clusters: PositiveInt  # of the deduplicated images; at most one an image
+    index: IndexConfig = IndexConfig()
+    seed_sets: dict[str, SeedSetConfig] = Field(default_factory=dict)  # by source of the pool; appendix A.4
+    levels: Annotated[list[LevelConfig], Field(min_length=1)]  # from the finest clusters up, of what is left
     kmeans_iterations: PositiveInt = 50  # arXiv 2405.15613, released code
-    target_images: PositiveInt | None = None  # balanced over the clusters; None: keep all
+    target_images: PositiveInt | None = None  # of the balanced sample; None: all
+    gates: GatesConfig = GatesConfig()
     max_shard_mib: PositiveInt = 1024

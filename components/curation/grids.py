@@ -50,6 +50,10 @@ class Album:
 def kept_grid(album: Album, rows: NDArray[np.int64]) -> bytes:
     """JPEG of an even sample of the kept images; ids are hashes, so their order is a random one."""
     shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(KEPT_IMAGES, len(rows))).astype(int))]
+    return _tiles(album, shown)
+
+
+def _tiles(album: Album, shown: NDArray[np.int64]) -> bytes:
     height = -(-len(shown) // KEPT_COLUMNS)
     sheet = Image.new("RGB", (KEPT_COLUMNS * (TILE + GAP) + GAP, height * (TILE + GAP) + GAP), "white")
     for place, row in enumerate(shown):
@@ -76,6 +80,15 @@ def removed_grid(album: Album, rejected: pa.Table) -> bytes:
     if not shown:
         draw.text((GAP, GAP), "no image was removed", "#1c2530", font)
     return _jpeg(sheet)
+
+
+def reason_grid(album: Album, rejected: pa.Table) -> bytes:
+    """JPEG of images removed for one reason; those without another image beside them stand closer."""
+    if rejected["duplicate_of"].null_count < len(rejected):
+        return removed_grid(album, rejected)
+    rows = rejected["row"].to_numpy()
+    shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(2 * KEPT_COLUMNS, len(rows))).astype(int))]
+    return _tiles(album, shown)
 
 
 def _examples(rejected: pa.Table) -> list[dict]:

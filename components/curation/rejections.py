@@ -13,6 +13,13 @@ MEANING = {
     "exact_duplicate": "the same bytes are listed before",
     "too_small": "the shorter side is below the limit",
     "aspect_ratio": "too long and narrow",
+    "format": "not one of the formats that are taken",
+    "blocked_source": "its address is on a block list",
+    "license": "under a licence that is not taken",
+    "grayscale": "too little colour",
+    "blank": "too little in it: one colour, or nearly",
+    "nsfw": "the classifier holds it unsafe",
+    "only_a_query": "of a seed set that only asks for images like its own",
     "evaluation_copy": "looks like an image of an evaluation set, or its group of duplicates has one that does",
     "near_duplicate": "shows the same picture as an image that stays",
     "not_sampled": "a good image of a cluster that has more than its share",
@@ -41,6 +48,7 @@ def rejections(
     similarity: NDArray[np.float32] | None = None,
 ) -> pa.Table:
     """A table of SCHEMA; `reason` and `detail` may be one text for all rows."""
+    assert ({reason} if isinstance(reason, str) else set(reason)) <= MEANING.keys(), "a reason without a meaning"
     count = len(rows)
     columns = [
         pa.array(rows, pa.int64()),
@@ -60,12 +68,12 @@ def remaining(rows: NDArray[np.int64], rejected: pa.Table, advice: str) -> NDArr
     """
     left = rows[~np.isin(rows, rejected["row"].to_numpy())]
     if len(rows) and not len(left):
-        counts = ", ".join(f"{reason} {count}" for reason, count in reason_counts(rejected).items())
+        counts = ", ".join(f"{reason} {count}" for reason, count in value_counts(rejected["reason"]).items())
         raise CurationError(f"no image is left of {len(rows)}: {counts}; {advice}")
     return left
 
 
-def reason_counts(rejected: pa.Table) -> dict[str, int]:
-    """How many images were rejected for each reason."""
-    counts = rejected["reason"].combine_chunks().value_counts().to_pylist()
+def value_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How many rows have each of a column's values, by value."""
+    counts = column.combine_chunks().value_counts().to_pylist()
     return dict(sorted((item["values"], item["counts"]) for item in counts))

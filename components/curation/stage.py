@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +9,39 @@ import numpy as np
 import pyarrow as pa
 
 from components.core.storage import atomic_dir, write_json
-from components.curation.cluster import cluster
 from components.curation.config import CurateConfig, EmbedConfig
-from components.curation.decontaminate import References, find_contamination
-from components.curation.deduplicate import Groups, group_duplicates, near_duplicates
 from components.curation.embed import (
     COPIES,
     SCORES,
     SEMANTIC,
-    EmbeddingsError,
     Part,
     embed_collection,
     images_digest,
-    read_embeddings,
     write_parts,
 )
 from components.curation.embedders import resolve
 from components.curation.filters import filter_images
-from components.curation.pack import CHOSEN_SCHEMA, Pool, pack
-from components.curation.rejections import CurationError, reason_counts, rejections, remaining
-from components.curation.report import Curation, write_report
-from components.curation.sample import balanced_sample
+from components.curation.inputs import (
+    EMBEDDER,
+    EMBEDDINGS,
+    EVALUATION,
+    POOL,
+    Inputs,
+    read_collections,
+    read_inputs,
+)
+from components.curation.pack import Pool, pack
+from components.curation.previous import find_previous, remember
+from components.curation.rejections import remaining, value_counts
+from components.curation.report import Curation, evenness, write_report
 from components.curation.scores import load_scorer
-from components.data.curation_gates import all_accounted, validate_curated
+from components.curation.select import Selection, find_seeds, rows_of, select
+from components.curation.unique import Unique, check_copies, drop_copies
+from components.data import curation_gates as gates
 from components.data.expectations import DataDocs
-from components.data.manifest import FINDINGS, read_collection
+from components.data.manifest import FINDINGS
 
-log = logging.getLogger(__name__)
-
-POOL, EVALUATION = Path("data/pool"), Path("data/evaluation")
-EMBEDDINGS, CURATED = Path("data/embeddings"), Path("data/curated")
-EMBEDDER = "embedder.json"
+CURATED = Path("data/curated")
 CACHE = Path(".pedigree/cache/embeddings")
 REPORTS, DATA_DOCS = Path("reports/curate"), Path(".pedigree/data-docs/curated")
 
@@ -55,7 +55,7 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
         seed: unused, embeddings have no randomness; every stage takes one.
     """
     del seed
-    pool, evaluation = _collections(root)
+    pool, evaluation = read_collections(root)
     parts: dict[str, Part] = {COPIES: resolve(config.embedder, root), SCORES: load_scorer(config.scores, root)}
     if config.semantic is not None:
         parts[SEMANTIC] = resolve(config.semantic, root, "embed.semantic")
@@ -79,112 +79,70 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
 
 
 def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
-    """Filter, find duplicates and evaluation copies, cluster, sample in balance, pack and report.
-
-    Components that touch an evaluation image go before one image is kept of each other component: what stays is
-    the same as in the paper's order, and every copy of an evaluation image is reported as one.
+    """Filter, drop copies, retrieve, cluster, sample in balance, pack; each step has its gate, the whole a report.
 
     Args:
         config: section `curate`.
         root: the workspace.
         seed: of k-means and of sampling.
     """
-    pool, evaluation = _collections(root)
-    embeddings, references = _embeddings(root, pool, evaluation)
-    funnel = [("pool", len(pool))]
+    inputs, licenses = read_inputs(root), config.filters.allowed_licenses
+    previous = find_previous(config, inputs.pool, root)
+    with DataDocs(root / DATA_DOCS) as docs:
+        filtered = filter_images(inputs.pool, config.filters)
+        rows = remaining(np.arange(len(inputs.pool)), filtered, "loosen curate.filters")
+        gates.after_filter(docs, _images(inputs, rows), config.filters.min_side, licenses)
 
-    filtered = filter_images(pool, config.filters)
-    rows = remaining(np.arange(len(pool)), filtered, "loosen curate.filters")
-    funnel.append(("filtered", len(rows)))
+        seeds = find_seeds(inputs.pool, rows, config.seed_sets)
+        unique = drop_copies(
+            inputs, np.setdiff1d(rows, rows_of(seeds, as_is=False)), rows_of(seeds, as_is=True), config
+        )
+        check_copies(docs, inputs, unique, config)
 
-    images, vectors = pool.take(pa.array(rows)), embeddings[rows]
-    groups = group_duplicates(vectors, images, config.num_neighbors, config.dedup_similarity)
-    contamination = find_contamination(groups, rows, vectors, references, config.decontamination_similarity)
-    clean = remaining(rows, contamination.rejected, "raise curate.decontamination_similarity, or add other images")
-    funnel.append(("decontaminated", len(clean)))
+        selection = select(inputs, unique.rows, seeds, config, seed)
+        balance = gates.Balance(selection.top_labels, selection.levels[-1].before, config.gates.max_cluster_share)
+        gates.after_sampling(docs, _images(inputs, selection.drawn), balance)
 
-    duplicates = near_duplicates(groups, rows, vectors, images, config.dedup_similarity)
-    duplicates = duplicates.filter(pa.array(np.isin(duplicates["row"].to_numpy(), clean)))
-    unique = remaining(clean, duplicates, "raise curate.dedup_similarity")
-    funnel.append(("deduplicated", len(unique)))
-
-    labels = cluster(embeddings[unique], config.num_clusters, config.kmeans_iterations, seed)
-    sampled = np.arange(len(unique))
-    if config.target_images is not None:
-        sampled = balanced_sample(labels, config.target_images, np.random.default_rng(seed))
-    left_out = np.setdiff1d(np.arange(len(unique)), sampled)
-    detail = [f"cluster {label}" for label in labels[left_out]]
-    rejected = pa.concat_tables(
-        [filtered, contamination.rejected, duplicates, rejections(unique[left_out], "not_sampled", detail)]
-    )
-    kept = unique[sampled]
-    funnel.append(("sampled", len(kept)))
-
-    chosen = pa.Table.from_pylist([{"row": row, "origin": "balanced"} for row in kept.tolist()], CHOSEN_SCHEMA)
-    whole = Pool(root / POOL, pool, _group_ids(pool, rows, groups), _findings(len(pool), unique, labels))
-    with DataDocs(root / DATA_DOCS) as docs, atomic_dir(root / CURATED) as folder:
-        pack(whole, chosen, rejected, folder, config.max_shard_mib * 2**20)
-        all_accounted(docs, folder, pool)
-        validate_curated(docs, folder, None, None)
-    write_report(
-        Curation(config, funnel, pool, evaluation, kept, rejected, groups.nearest, contamination, labels, sampled),
-        root / POOL,
-        root / EVALUATION,
-        root / REPORTS,
-    )
-    return {
-        "images": dict(funnel),
-        "rejected": reason_counts(rejected),
-        "evaluation_copies": contamination.per_set,
-        "clusters": int(labels.max()) + 1,
-    }
+        rejected = pa.concat_tables([filtered, unique.rejected, selection.rejected])
+        pool = _with_findings(root, inputs, unique, selection)
+        with atomic_dir(root / CURATED) as folder:
+            pack(pool, selection.chosen, rejected, folder, config.max_shard_mib * 2**20)
+            gates.all_accounted(docs, folder, inputs.pool)
+            gates.validate_curated(docs, folder, licenses, previous.drift)
+    kept = _images(inputs, selection.chosen["row"].to_numpy())
+    remember(previous, kept)
+    funnel = [("pool", len(inputs.pool)), ("filtered", len(rows)), *unique.funnel, ("curated", len(kept))]
+    result = Curation(config, inputs, funnel, pool.findings, unique, selection, rejected, docs.passed, [previous.note])
+    write_report(result, root, root / REPORTS)
+    return _figures(result)
 
 
-def _group_ids(pool: pa.Table, rows: np.ndarray, groups: Groups) -> pa.Array:
-    """[N] the id of the image that is kept for each one's group of duplicates; null for what was not grouped."""
-    keeper = np.full(len(pool), -1, np.int64)
-    keeper[rows] = rows[groups.keeper]
-    return pool["image_id"].combine_chunks().take(pa.array(keeper, mask=keeper < 0))
+def _images(inputs: Inputs, rows: np.ndarray) -> pa.Table:
+    return inputs.pool.take(pa.array(rows))
 
 
-def _findings(count: int, rows: np.ndarray, labels: np.ndarray) -> pa.Table:
-    """[N] the columns FINDINGS."""
-    paths = np.full(count, None, object)
-    paths[rows] = [str(label) for label in labels]
+def _with_findings(root: Path, inputs: Inputs, unique: Unique, selection: Selection) -> Pool:
+    """The pool with what is known of each image: its group of duplicates, its clusters, its scores."""
+    count = len(inputs.pool)
+    keeper, paths = np.full(count, -1, np.int64), np.full(count, None, object)
+    keeper[unique.compared] = unique.compared[unique.groups.keeper]
+    paths[selection.clustered] = selection.paths
+    group_id = inputs.pool["image_id"].combine_chunks().take(pa.array(keeper, mask=keeper < 0))
     columns = {field.name: pa.nulls(count, field.type) for field in FINDINGS}
-    return pa.table(columns | {"cluster_path": pa.array(paths, pa.string())})
+    return Pool(root / POOL, inputs.pool, group_id, pa.table(columns | {"cluster_path": pa.array(paths, pa.string())}))
 
 
-def _collections(root: Path) -> tuple[pa.Table, pa.Table]:
-    """The manifests of the pool and of the evaluation sets.
-
-    Raises:
-        CurationError: there is no pool, or no image in it.
-    """
-    if not (root / POOL).is_dir():
-        raise CurationError(f"{root / POOL}: no pool yet; take images in first: pedigree ingest SOURCE --name NAME")
-    pool = read_collection(root / POOL)
-    if not len(pool):
-        raise CurationError(f"{root / POOL}: the pool has no images; take some in: pedigree ingest SOURCE --name NAME")
-    evaluation = read_collection(root / EVALUATION)
-    if not len(evaluation):
-        log.warning("%s: no evaluation images, so nothing is decontaminated", root / EVALUATION)
-    return pool, evaluation
-
-
-def _embeddings(root: Path, pool: pa.Table, evaluation: pa.Table) -> tuple[np.ndarray, References]:
-    """[N, D] of the pool, and the evaluation images with theirs.
-
-    Raises:
-        EmbeddingsError: there are none, or they belong to other images.
-    """
-    path = root / EMBEDDINGS / EMBEDDER
-    if not path.is_file():
-        raise EmbeddingsError(f"{path}: no embeddings yet; run the stage embed first")
-    made_for = json.loads(path.read_text())
-    for folder, images in ((POOL, pool), (EVALUATION, evaluation)):
-        if made_for.get(folder.name) != images_digest(images):
-            raise EmbeddingsError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
-    folder = root / EMBEDDINGS / COPIES
-    references = References(evaluation, read_embeddings(folder / f"{EVALUATION.name}.npy", evaluation))
-    return read_embeddings(folder / f"{POOL.name}.npy", pool), references
+def _figures(result: Curation) -> dict[str, Any]:
+    """The stage's numbers, for metrics."""
+    levels = {f"level_{number}": level for number, level in enumerate(result.selection.levels, 1)}
+    return {
+        "images": dict(result.funnel),
+        "origins": value_counts(result.selection.chosen["origin"]),
+        "rejected": value_counts(result.rejected["reason"]),
+        "evaluation_copies": result.unique.contamination.per_set,
+        "index_recall": result.recalls,
+        "clusters": {name: len(level.before) for name, level in levels.items()},
+        "evenness": {
+            name: {"before": evenness(level.before), "after": evenness(level.after)} for name, level in levels.items()
+        },
+    }

@@ -200,6 +200,7 @@ class DataDocs:
         self._context = _context(self._gx, folder)
         self._source = self._context.data_sources.add_pandas("pedigree")
         self._suites = 0
+        self.passed: list[tuple[str, Check]] = []  # each check, with what it was made of
 
     def __enter__(self) -> DataDocs:
         return self
@@ -224,6 +225,7 @@ class DataDocs:
             raise ExpectationsFailed(_describe(examination, failed, self.folder, what))
         if not passed:
             raise ExpectationsFailed(f"{what}: a column expectation failed; see {self.folder / 'index.html'}")
+        self.passed += [(what, check) for check in checks]
         return ValidationReport(examination.table.num_rows, checks, self.folder / "index.html")
 
     def _run(self, title: str, frame: pa.Table, expected: list[Any]) -> bool:

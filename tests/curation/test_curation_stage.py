@@ -9,14 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from components.core.storage import sha256_dir
-from components.curation.config import CurateConfig, EmbedConfig
+from components.curation.config import CurateConfig, EmbedConfig, LevelConfig
 from components.curation.embed import EmbeddingsError
 from components.curation.rejections import CurationError
 from components.curation.stage import curate, embed
 from components.data.manifest import REJECTED_SCHEMA, read_collection, read_manifest, read_table
 from components.data.shards import decode_image
 
-CURATE = CurateConfig(num_clusters=16)
+CURATE = CurateConfig(levels=[LevelConfig(num_clusters=64), LevelConfig(num_clusters=16)])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_every_planted_copy_and_leak_is_found_and_no_good_image_is_lost(curated,
     assert kept == set(pool["image_id"].to_pylist()) - expected
     assert results["rejected"] == {"evaluation_copy": 30, "near_duplicate": 100, "too_small": 15}
     assert results["evaluation_copies"] == {"sample-evaluation": 30}
-    assert results["images"]["sampled"] == len(kept) == len(pool) - 145
+    assert results["images"]["curated"] == len(kept) == len(pool) - 145
 
 
 def test_same_bytes_for_another_number_of_workers(curated, sample_workspace, tmp_path):
@@ -71,7 +71,7 @@ def test_report(curated):
     folder = curated[0] / "reports/curate"
     with (folder / "funnel.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["stage"] for row in rows] == ["pool", "filtered", "decontaminated", "deduplicated", "sampled"]
+    assert [row["stage"] for row in rows] == ["pool", "filtered", "decontaminated", "deduplicated", "curated"]
     counts = [int(row["images"]) for row in rows]
     assert counts == [counts[0], counts[0] - 15, counts[0] - 45, counts[0] - 145, counts[0] - 145]
     page = (folder / "report.html").read_text()
@@ -83,10 +83,10 @@ def test_report(curated):
 def test_balanced_sample(curated, tmp_path):
     root = tmp_path / "workspace"
     shutil.copytree(curated[0], root)
-    results = curate(CurateConfig(num_clusters=20, target_images=300), root, 0)
+    results = curate(CurateConfig(levels=[LevelConfig(num_clusters=20)], target_images=300), root, 0)
     table = read_manifest(root / "data/curated/manifest.parquet")
     sizes = np.unique(table["cluster_path"].to_numpy(), return_counts=True)[1]
-    assert len(table) == results["images"]["sampled"] == 300
+    assert len(table) == results["images"]["curated"] == 300
     assert sizes.tolist() == [15] * 20
     assert results["rejected"]["not_sampled"] == results["images"]["deduplicated"] - 300
 
@@ -112,7 +112,7 @@ def test_embeddings_of_other_images_are_refused(small_workspace, photos, encode,
 
 def test_when_a_filter_takes_all_nothing_is_written(small_workspace):
     embed(EmbedConfig(workers=1), small_workspace, 0)
-    config = CurateConfig.model_validate({"num_clusters": 2, "filters": {"min_side": 500}})
+    config = CurateConfig.model_validate({"levels": [{"num_clusters": 2}], "filters": {"min_side": 500}})
     with pytest.raises(CurationError, match=r"no image is left of 12: too_small 12; loosen curate\.filters"):
         curate(config, small_workspace, 0)
     assert not (small_workspace / "data/curated").exists()
@@ -121,12 +121,12 @@ def test_when_a_filter_takes_all_nothing_is_written(small_workspace):
 def test_without_evaluation_sets_nothing_is_decontaminated(small_workspace):
     shutil.rmtree(small_workspace / "data/evaluation")
     embed(EmbedConfig(workers=1), small_workspace, 0)
-    results = curate(CurateConfig(num_clusters=2), small_workspace, 0)
-    assert results["images"]["sampled"] == 12
+    results = curate(CurateConfig(levels=[LevelConfig(num_clusters=2)]), small_workspace, 0)
+    assert results["images"]["curated"] == 12
     assert results["evaluation_copies"] == {}
 
 
 @pytest.mark.parametrize("values", [{"dedup_similarity": 1.2}, {"decontamination_similarity": 0}, {"num_neighbors": 0}])
 def test_values_out_of_range(values):
     with pytest.raises(ValidationError):
-        CurateConfig.model_validate({"num_clusters": 2} | values)
+        CurateConfig.model_validate({"levels": [{"num_clusters": 2}]} | values)

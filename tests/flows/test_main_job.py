@@ -83,24 +83,35 @@ def test_everything_is_made_and_recorded(checkout, first):
     subjects = git(checkout, "log", "--format=%s", f"main..{first['branch']}").splitlines()
     assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == sorted(STAGES)
     root = folder(checkout, first)
-    status = subprocess.run([BIN / "dvc", "status"], cwd=root, capture_output=True, text=True, check=True)
-    assert "up to date" in status.stdout
+    assert "up to date" in dvc(root, "status")
     assert git(root, "status", "--porcelain") == ""
     assert git(checkout, "rev-parse", first["branch"]) == first["commit"]
     assert git(checkout, "status", "--porcelain", "--", ":!data") == ""  # a run never touches the checkout
     assert {row["model"] for row in first["metrics"]} == {"teacher", "small", "random", "descriptor"}
 
 
-def test_dvc_reads_a_run_as_its_own(checkout, first):
-    def dvc(*arguments: str) -> str:
-        command = [BIN / "dvc", *arguments]
-        return subprocess.run(command, cwd=folder(checkout, first), capture_output=True, text=True, check=True).stdout
+def dvc(root: Path, *arguments: str) -> str:
+    """What a `dvc` command prints, with no Prefect in reach."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        [BIN / "dvc", *arguments], cwd=root, env=env, capture_output=True, text=True, check=True
+    ).stdout
 
-    assert json.loads(dvc("status", "--cloud", "--json")) == {}  # all of it is on S3
-    shown = json.loads(dvc("metrics", "show", "--json"))[""]["data"]
+
+def test_dvc_reads_a_run_as_its_own(checkout, first):
+    root = folder(checkout, first)
+    assert json.loads(dvc(root, "status", "--cloud", "--json")) == {}  # all of it is on S3
+    shown = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
     measured = shown["reports/evaluate/small/result.json"]["data"]["knn_top1"]
     assert f"{measured:.4g}" in {row.get("knn_top1") for row in first["metrics"] if row["model"] == "small"}
-    assert '"adapt" -> "distill@small"' in dvc("dag", "--dot")
+    assert '"adapt" -> "distill@small"' in dvc(root, "dag", "--dot")
+    assert "up to date" in dvc(root, "repro")
+    page = dvc(root, "plots", "show", "-o", str(checkout / ".pedigree" / "plots")).strip()
+    page = Path(page.removeprefix("file://"))
+    text = page.read_text()
+    for plot in ("Pretraining loss", "From pool to curated set", "kept.jpg", "pca.jpg"):
+        assert plot in text
 
 
 def test_what_was_planted_is_found_and_nothing_good_is_lost(checkout, first):
@@ -138,7 +149,7 @@ def test_prefect_shows_tables_and_pictures(first):
     found = request(url, "/api/artifacts/latest/filter", os.environ["PREFECT_API_AUTH_STRING"], "POST", {})
     shown = {artifact["key"]: artifact["data"] for artifact in found}
     steps = [row["stage"] for row in json.loads(shown["funnel"])]
-    assert steps == ["pool", "filtered", "decontaminated", "deduplicated", "sampled"]
+    assert steps == ["pool", "filtered", "decontaminated", "deduplicated", "curated"]
     assert {"teacher", "small", "random"} <= {row["model"] for row in json.loads(shown["metrics"])}
     for key in ("sample-kept", "sample-removed", "training-crops", "pca-teacher", "pca-small"):
         encoded = shown[key].partition("data:image/jpeg;base64,")[2].removesuffix(")")
@@ -160,6 +171,15 @@ def test_an_unchanged_run_computes_nothing(checkout, first):
 def test_a_parameter_of_distillation_changes_only_what_follows_it(checkout, first):
     changed = run(checkout, "distill.steps=4")
     assert computed(changed) == {"distill@small", "evaluate@small", "register"}
+    difference = json.loads(dvc(folder(checkout, changed), "params", "diff", "--json", first["branch"]))
+    assert difference == {"params.yaml": {"distill.steps": {"old": 3, "new": 4}}}
+    # With DVC alone, as an auditor does it: the changed stages, computed again from the run's own branch.
+    auditor = checkout / ".pedigree" / "auditor"
+    git(checkout, "worktree", "add", "-q", "--detach", str(auditor), changed["branch"])
+    dvc(auditor, "repro", "--pull", "--force", "--single-item", "distill@small")
+    for name in ("model.safetensors", "heads.safetensors", "config.json"):
+        made = [root / "models/students/small" / name for root in (auditor, folder(checkout, changed))]
+        assert made[0].read_bytes() == made[1].read_bytes()
 
 
 def test_all_data_comes_back_from_s3(checkout, first):

@@ -1,0 +1,85 @@
+"""What curation reads: the collections, and what the stage `embed` made of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from components.curation.decontaminate import References
+from components.curation.embed import (
+    COPIES,
+    SCORES,
+    SEMANTIC,
+    EmbeddingsError,
+    images_digest,
+    read_embeddings,
+    read_scores,
+)
+from components.curation.rejections import CurationError
+from components.data.manifest import read_collection
+
+log = logging.getLogger(__name__)
+
+POOL, EVALUATION = Path("data/pool"), Path("data/evaluation")
+EMBEDDINGS, EMBEDDER = Path("data/embeddings"), "embedder.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pool and the evaluation sets, and their embeddings, in the order of the manifests."""
+
+    pool: pa.Table  # [N]
+    evaluation: pa.Table  # [R]
+    copies: NDArray[np.float32]  # [N, D] by which copies are found
+    references: References
+    semantic: NDArray[np.float32]  # [N, D'] by which images are clustered and retrieved
+    scores: pa.Table  # [N]
+
+
+def read_collections(root: Path) -> tuple[pa.Table, pa.Table]:
+    """The manifests of the pool and of the evaluation sets.
+
+    Raises:
+        CurationError: there is no pool, or no image in it.
+    """
+    if not (root / POOL).is_dir():
+        raise CurationError(f"{root / POOL}: no pool yet; take images in first: pedigree ingest SOURCE --name NAME")
+    pool = read_collection(root / POOL)
+    if not len(pool):
+        raise CurationError(f"{root / POOL}: the pool has no images; take some in: pedigree ingest SOURCE --name NAME")
+    evaluation = read_collection(root / EVALUATION)
+    if not len(evaluation):
+        log.warning("%s: no evaluation images, so nothing is decontaminated", root / EVALUATION)
+    return pool, evaluation
+
+
+def read_inputs(root: Path) -> Inputs:
+    """Everything that the stage `curate` reads.
+
+    Raises:
+        CurationError: there is no pool, or no image in it.
+        EmbeddingsError: there are no embeddings, or they belong to other images.
+    """
+    pool, evaluation = read_collections(root)
+    path = root / EMBEDDINGS / EMBEDDER
+    if not path.is_file():
+        raise EmbeddingsError(f"{path}: no embeddings yet; run the stage embed first")
+    made_for = json.loads(path.read_text())
+    for folder, images in ((POOL, pool), (EVALUATION, evaluation)):
+        if made_for.get(folder.name) != images_digest(images):
+            raise EmbeddingsError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
+    folder = root / EMBEDDINGS
+    copies = read_embeddings(folder / COPIES / f"{POOL.name}.npy", pool)
+    references = References(evaluation, read_embeddings(folder / COPIES / f"{EVALUATION.name}.npy", evaluation))
+    semantic = copies
+    if made_for["config"]["semantic"] is not None:
+        semantic = read_embeddings(folder / SEMANTIC / f"{POOL.name}.npy", pool)
+    return Inputs(
+        pool, evaluation, copies, references, semantic, read_scores(folder / SCORES / f"{POOL.name}.parquet", pool)
+    )

@@ -1,0 +1,59 @@
+"""The curated set before this one, for the gate that looks at how far this one is from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from components.core.storage import write_json
+from components.curation.config import CurateConfig
+from components.curation.rejections import CurationError, value_counts
+from components.data.curation_gates import Drift
+from components.data.manifest import read_manifest
+
+KEPT = Path(".pedigree/curation")
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What there is to compare with, and where the next set will find this one."""
+
+    drift: Drift | None
+    note: str  # for the reader of the report
+    path: Path
+
+
+def find_previous(config: CurateConfig, pool: pa.Table, root: Path) -> Previous:
+    """The set that `gates.previous` names, else the last one of the same parameters and the same sources.
+
+    Raises:
+        CurationError: the named manifest is missing.
+    """
+    sources = sorted(set(pool["source"].to_pylist()))
+    key = json.dumps([config.model_dump(mode="json", exclude={"gates"}), sources], sort_keys=True)
+    path = root / KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if config.gates.previous is not None:
+        named = root / config.gates.previous
+        if not named.is_file():
+            raise CurationError(f"curate.gates.previous: {named} does not exist; give the manifest of a curated set")
+        counts, what = value_counts(read_manifest(named)["source"]), str(config.gates.previous)
+    elif path.is_file():
+        counts, what = json.loads(path.read_text()), "the last set of these parameters and sources"
+    else:
+        return Previous(None, "There is no earlier set of these parameters and sources to compare this one with.", path)
+    drift = Drift(counts, config.gates.max_source_shift, config.gates.size_ratio)
+    return Previous(drift, f"Compared with {what}, which has {sum(counts.values()):,} images.", path)
+
+
+def remember(previous: Previous, kept: pa.Table) -> None:
+    """Keep what the next curated set is compared with.
+
+    Args:
+        previous: what this set was compared with.
+        kept: rows of the pool that are in.
+    """
+    write_json(previous.path, value_counts(kept["source"]))

@@ -1,0 +1,170 @@
+"""The mix that a curated set is made of: seed sets as they are, images like theirs, and a balanced sample of the rest.
+
+DINOv2 (arXiv 2304.07193), appendix A.4 for the first two; DINOv3 (arXiv 2508.10104), section 3.1, which found the mix
+with a sample balanced by hierarchical k-means better than each alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from components.curation.cluster import Hierarchy, hierarchical_kmeans
+from components.curation.config import CurateConfig, SeedSetConfig
+from components.curation.inputs import Inputs
+from components.curation.pack import CHOSEN_SCHEMA
+from components.curation.rejections import CurationError, rejections
+from components.curation.retrieve import CompositionRow, Retrieval, SeedSet, retrieve
+from components.curation.sample import balanced_sample
+
+Rows = NDArray[np.int64]  # of the pool, ascending
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """One level of the hierarchy."""
+
+    before: NDArray[np.int64]  # [C] images of each cluster that could be drawn
+    after: NDArray[np.int64]  # [C] images that were
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images that are in, and how they came there."""
+
+    chosen: pa.Table  # rows of CHOSEN_SCHEMA, by row
+    rejected: pa.Table  # of the others
+    clustered: Rows
+    paths: list[str]  # the clusters of each of them, from the top down
+    drawn: Rows  # by the balanced sample, whether or not they came in by another part
+    top_labels: NDArray[np.int64]  # the cluster of the top level of each of those
+    levels: list[Clusters]  # from the images up
+    parts: list[CompositionRow]  # Table 15, and the balanced sample
+
+
+def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) -> dict[str, SeedSet]:
+    """The rows of each seed set, which is a source of the pool.
+
+    Args:
+        pool: its manifest.
+        rows: those that passed the filters.
+        configs: by source.
+
+    Raises:
+        CurationError: the pool has no such source, or no image of it is left.
+    """
+    sources = pool["source"].to_numpy()[rows]
+    found = {name: SeedSet(rows[sources == name], config) for name, config in configs.items()}
+    for name, seeds in found.items():
+        if not len(seeds.rows):
+            known = ", ".join(sorted(set(pool["source"].to_pylist())))
+            raise CurationError(f"curate.seed_sets.{name}: no image of such a source; sources of the pool: {known}")
+    return found
+
+
+def rows_of(seeds: dict[str, SeedSet], as_is: bool) -> Rows:
+    """Rows of the seed sets that are taken as they are, or of those that only ask for images like theirs."""
+    parts = [one.rows for one in seeds.values() if one.config.as_is == as_is]
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+
+def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: CurateConfig, seed: int) -> Selection:
+    """Cluster what is left, retrieve and draw from it, and put the parts together.
+
+    An image that several parts bring is in for the first of them: seeds, then retrieved images, then the sample.
+
+    Args:
+        inputs: the pool and its embeddings.
+        unique: rows of the pool that may be in.
+        seeds: the seed sets.
+        config: section `curate`.
+        seed: of k-means and of the draws.
+    """
+    taken, asking = np.intersect1d(unique, rows_of(seeds, as_is=True)), rows_of(seeds, as_is=False)
+    clustered = np.union1d(unique, asking)
+    vectors = inputs.semantic
+    hierarchy = hierarchical_kmeans(vectors, config.levels, config.kmeans_iterations, seed, clustered)
+
+    candidates = np.zeros(len(vectors), bool)
+    candidates[np.setdiff1d(unique, taken)] = True
+    labels = np.full(len(vectors), -1, np.int64)
+    labels[clustered] = hierarchy.labels[0]
+    retrieval = retrieve(vectors, candidates, labels, seeds, config.index, np.random.default_rng([seed, 1]))
+
+    places = np.flatnonzero(candidates[clustered])
+    rest = replace(hierarchy, labels=[hierarchy.labels[0][places], *hierarchy.labels[1:]])
+    target = len(places) if config.target_images is None else config.target_images
+    drawn = balanced_sample(rest, target, np.random.default_rng([seed, 2])) if len(places) else places
+
+    sample = clustered[places[drawn]]
+    chosen = _put_together(inputs.pool, _by_set(taken, seeds), retrieval, sample)
+    paths = hierarchy.paths()
+    rejected = _left_out(clustered, paths, chosen, seeds)
+    parts = _composition(chosen, retrieval, len(sample))
+    ancestors = _ancestors(rest)
+    return Selection(
+        chosen, rejected, clustered, paths, sample, ancestors[-1][drawn], _levels(rest, ancestors, drawn), parts
+    )
+
+
+def _by_set(rows: Rows, seeds: dict[str, SeedSet]) -> dict[str, Rows]:
+    """Those of the rows that belong to each seed set."""
+    return {name: rows[np.isin(rows, one.rows)] for name, one in seeds.items()}
+
+
+def _put_together(pool: pa.Table, taken: dict[str, Rows], retrieval: Retrieval, sample: Rows) -> pa.Table:
+    """All parts in the order in which an image belongs to them, each image once: rows of CHOSEN_SCHEMA."""
+    parts = [_part(rows, "seed", pa.array([name] * len(rows), pa.string())) for name, rows in taken.items()]
+    retrieved = _part(retrieval.row, "retrieved", pa.array(retrieval.seed_set, pa.string()))
+    query_ids = pool["image_id"].take(pa.array(retrieval.query_row))
+    retrieved = retrieved.set_column(3, CHOSEN_SCHEMA.field(3), query_ids)
+    retrieved = retrieved.set_column(4, CHOSEN_SCHEMA.field(4), pa.array(retrieval.similarity))
+    rest = _part(sample, "balanced", pa.nulls(len(sample), pa.string()))
+    together = pa.concat_tables([*parts, retrieved, rest])
+    return together.take(pa.array(np.unique(together["row"].to_numpy(), return_index=True)[1]))
+
+
+def _part(rows: Rows, origin: str, seed_set: pa.Array) -> pa.Table:
+    count = len(rows)
+    origins = pa.array([origin] * count, pa.string())
+    none = pa.nulls(count, pa.string()), pa.nulls(count, pa.float32())
+    return pa.Table.from_arrays([pa.array(rows), origins, seed_set, *none], schema=CHOSEN_SCHEMA)
+
+
+def _left_out(clustered: Rows, paths: list[str], chosen: pa.Table, seeds: dict[str, SeedSet]) -> pa.Table:
+    asking = rows_of(seeds, as_is=False)
+    out = np.flatnonzero(~np.isin(clustered, chosen["row"].to_numpy()) & ~np.isin(clustered, asking))
+    parts = [rejections(clustered[out], "not_sampled", [f"cluster {paths[place]}" for place in out])]
+    for name, rows in _by_set(asking, seeds).items():
+        parts.append(rejections(rows, "only_a_query", f"seed set {name}"))
+    return pa.concat_tables(parts)
+
+
+def _composition(chosen: pa.Table, retrieval: Retrieval, num_drawn: int) -> list[CompositionRow]:
+    """The rows of Table 15 with what is really in, and one for the sample."""
+    origins, names = chosen["origin"].to_numpy(), chosen["seed_set"].to_numpy()
+    rows = []
+    for row in retrieval.composition:
+        origin = "seed" if row.mode == "as is" else "retrieved"
+        rows.append(replace(row, final=int(((origins == origin) & (names == row.seed_set)).sum())))
+    final = int((origins == "balanced").sum())
+    return [*rows, CompositionRow("the rest of the pool", 0, "balanced", num_drawn, num_drawn - final, final)]
+
+
+def _ancestors(hierarchy: Hierarchy) -> list[NDArray[np.int64]]:
+    """[N] the cluster of each point, of each level from the images up."""
+    labels = [hierarchy.labels[0]]
+    for parents in hierarchy.labels[1:]:
+        labels.append(parents[labels[-1]])
+    return labels
+
+
+def _levels(hierarchy: Hierarchy, labels: list[NDArray[np.int64]], drawn: NDArray[np.int64]) -> list[Clusters]:
+    sizes = [len(centroids) for centroids in hierarchy.centroids]
+    return [
+        Clusters(np.bincount(all_, minlength=size), np.bincount(all_[drawn], minlength=size))
+        for all_, size in zip(labels, sizes, strict=True)
+    ]
