@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
-from skimage import data
 
-from components.data.manifest import CURATED_SCHEMA, MANIFEST, write_manifest
-from components.data.shards import ShardWriter
-
-TILE = 64
+from tests.training.jobs import write_curated
 
 
 @pytest.fixture(scope="session")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 tiles of a photograph in several shards, as curation writes them; read only."""
     folder = tmp_path_factory.mktemp("workspace") / "data" / "curated"
-    photo = Image.fromarray(data.astronaut())
-    boxes = [(x, y, x + TILE, y + TILE) for y in range(0, 384, TILE) for x in range(0, 512, TILE)]
-    images = {}
-    for box in boxes:
-        file = io.BytesIO()
-        photo.crop(box).save(file, "JPEG", quality=90)
-        images[hashlib.sha256(file.getvalue()).hexdigest()] = file.getvalue()
-    rows = []
-    folder.mkdir(parents=True)
-    with ShardWriter(folder, 40_000) as writer:
-        for image_id, encoded in sorted(images.items()):
-            shard, offset, length = writer.add(image_id, "jpg", encoded)
-            rows.append({"image_id": image_id, "shard": shard, "offset": offset, "length": length})
-    known: dict[str, Any] = {
-        "format": "JPEG", "width": TILE, "height": TILE, "source": "astronaut", "source_uri": "skimage",
-        "source_version": "1", "license": "public domain", "origin": "balanced", "group_id": "",
-        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    }  # fmt: skip
-    empty = dict.fromkeys(CURATED_SCHEMA.names)
-    write_manifest(pa.Table.from_pylist([{**empty, **known, **row} for row in rows], CURATED_SCHEMA), folder / MANIFEST)
-    assert len(rows) == 48
+    write_curated(folder)
     return folder
 
 

@@ -1,20 +1,54 @@
-"""A small pretraining job, for tests that need its networks in their hands."""
+"""A small curated set of a real photograph, and a small pretraining job with its networks in one's hands."""
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from PIL import Image
+from skimage import data
 
 from components.core.config import validate
+from components.data.manifest import CURATED_SCHEMA, MANIFEST, write_manifest
+from components.data.shards import ShardWriter
 from components.data.stream import ImageStream
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
 from components.training.loop import Job
 from components.training.networks import Network, self_distillation
+
+TILE = 64
+
+
+def write_curated(folder: Path) -> None:
+    """Write 48 tiles of a photograph in several shards, as curation does."""
+    photo = Image.fromarray(data.astronaut())
+    boxes = [(x, y, x + TILE, y + TILE) for y in range(0, 384, TILE) for x in range(0, 512, TILE)]
+    images = {}
+    for box in boxes:
+        file = io.BytesIO()
+        photo.crop(box).save(file, "JPEG", quality=90)
+        images[hashlib.sha256(file.getvalue()).hexdigest()] = file.getvalue()
+    rows = []
+    folder.mkdir(parents=True)
+    with ShardWriter(folder, 40_000) as writer:
+        for image_id, encoded in sorted(images.items()):
+            shard, offset, length = writer.add(image_id, "jpg", encoded)
+            rows.append({"image_id": image_id, "shard": shard, "offset": offset, "length": length})
+    known: dict[str, Any] = {
+        "format": "JPEG", "width": TILE, "height": TILE, "source": "astronaut", "source_uri": "skimage",
+        "source_version": "1", "license": "public domain", "origin": "balanced", "group_id": "",
+        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    }  # fmt: skip
+    empty = dict.fromkeys(CURATED_SCHEMA.names)
+    write_manifest(pa.Table.from_pylist([{**empty, **known, **row} for row in rows], CURATED_SCHEMA), folder / MANIFEST)
 
 
 def make_job(values: dict[str, Any], curated: Path) -> Job:
