@@ -28,7 +28,7 @@ from components.curation.config import LevelConfig
 
 SEEDING_POINTS = 32
 SEEDING_BYTES = 2**28  # but two points a cluster
-SEEDING_PARTS = 16  # that threads share
+SEEDING_PART_BYTES = 2**23  # of them, for one thread: enough work to be worth handing over
 TRAINING_POINTS = 256  # FAISS's own default
 TOLERANCE = 1e-4
 CHUNK_BYTES = 2**21  # of vectors that one thread reads at once
@@ -165,8 +165,8 @@ class _KMeans:
             count: C.
         """
         norms = np.einsum("ij,ij->i", points, points)
-        step = -(-len(points) // SEEDING_PARTS)
-        parts = [slice(start, start + step) for start in range(0, len(points), step)]
+        parts = self._blocks(len(points), SEEDING_PART_BYTES)
+        each = self.threads.map if len(parts) > 1 else map
         nearest = np.full(len(points), np.inf, np.float32)  # squared distance of each point to the chosen ones
 
         def nearer(drawn: NDArray[np.int64]) -> NDArray[np.float32]:  # [c, n] what `nearest` becomes with each
@@ -174,7 +174,7 @@ class _KMeans:
                 distances = norms[part] + norms[drawn, None] - 2 * (points[drawn] @ points[part].T)
                 return np.minimum(np.maximum(distances, 0), nearest[part])
 
-            distances = np.concatenate(list(self.threads.map(one, parts)), axis=1)
+            distances = np.concatenate(list(each(one, parts)), axis=1)
             distances[np.arange(len(drawn)), drawn] = 0
             return distances
 
@@ -220,8 +220,8 @@ class _KMeans:
             return rows
         return rows[np.sort(self.generator.choice(len(rows), count, replace=False))]
 
-    def _blocks(self, count: int) -> list[slice]:
-        step = max(1, CHUNK_BYTES // (4 * self.points.shape[1]))
+    def _blocks(self, count: int, num_bytes: int = CHUNK_BYTES) -> list[slice]:
+        step = max(1, num_bytes // (4 * self.points.shape[1]))
         return [slice(start, start + step) for start in range(0, count, step)]
 
     def _read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -234,35 +234,3 @@ def _nearest(assigned: _Assignment, sample_size: int) -> NDArray[np.int64]:
     labels = assigned.label[order]
     first = np.searchsorted(labels, labels)  # where the cluster of each begins
     return np.sort(order[np.arange(len(order)) - first < sample_size])
-
-
-def cluster(embeddings: NDArray[np.float32], num_clusters: int, iterations: int, seed: int) -> NDArray[np.int64]:
-    """Assign each image to a cluster by k-means with k-means++ seeding, L2 distance.
-
-    The number of iterations and the clipping follow facebookresearch/ssl-data-curation (arXiv 2405.15613).
-
-    Args:
-        embeddings: [N, D].
-        num_clusters: C, clipped to N.
-        iterations: Lloyd steps.
-        seed: of the k-means++ seeding.
-
-    Returns:
-        [N] in [0, C).
-    """
-    import faiss
-
-    count, dim = embeddings.shape
-    kmeans = faiss.Kmeans(
-        dim,
-        min(num_clusters, count),
-        niter=iterations,
-        seed=seed,
-        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-        min_points_per_centroid=1,
-        max_points_per_centroid=count,  # no subsampling
-    )
-    data = np.ascontiguousarray(embeddings, np.float32)
-    with threadpool_limits(1):  # sums in one order, whatever machine
-        kmeans.train(data)
-        return kmeans.assign(data)[1].astype(np.int64)

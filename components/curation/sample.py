@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from components.curation.cluster import Hierarchy
 
 
-def balanced_sample(
-    hierarchy: Hierarchy | NDArray[np.int64], target: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
+def balanced_sample(hierarchy: Hierarchy, target: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Positions of the chosen points, ascending: random members of each finest cluster, without replacement.
 
     Args:
@@ -22,8 +20,6 @@ def balanced_sample(
         target: points wanted; all where there are no more.
         generator: draws clusters and members.
     """
-    if isinstance(hierarchy, np.ndarray):
-        hierarchy = Hierarchy([hierarchy], [np.empty((int(hierarchy.max()) + 1, 0), np.float32)])
     counts = [len(centroids) for centroids in hierarchy.centroids]
     members = [_members(labels, count) for labels, count in zip(hierarchy.labels, counts, strict=True)]
     sizes = [np.array([len(rows) for rows in members[0]])]  # points of each cluster, level by level
