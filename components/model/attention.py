@@ -18,13 +18,18 @@ SCORES_BYTES = 2**24  # of attention scores that exist at a time on a CPU; about
 def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
     """Scaled dot-product attention within each sequence: packed [T, 3 D] to [T, D].
 
-    By torch's fused kernels, one call for each group; no mask is needed, and no sequence is padded. On a CPU in
-    bfloat16 by matrix products instead, whose backward pass is 2.5 times as fast (components/training/README.md).
+    By torch's fused kernels, or on a CPU in bfloat16 by matrix products, which are 2.5 times as fast there
+    (components/training/README.md).
     """
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         mixed = _ProductAttention.apply(qkv, layout, num_heads)
         assert isinstance(mixed, Tensor)
         return mixed
+    return fused_attention(qkv, layout, num_heads)
+
+
+def fused_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+    """`attend` by torch's kernels: one call for each group, without a mask or padding."""
     groups = []
     for (count, length), part in zip(layout, qkv.split([c * n for c, n in layout]), strict=True):
         query, key, value = part.view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)

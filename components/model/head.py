@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.model.config import HeadConfig
+
+LayerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class WeightNormLinear(nn.Module):
@@ -24,8 +27,10 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # torch's default for linear layers, as in DINOv2
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in_dim] to [..., out_dim]."""
+    def forward(self, inputs: Tensor, loss: LayerLoss | None = None) -> Tensor:
+        """[..., in_dim] to [..., out_dim]; with `loss`, what it makes of the inputs, directions and lengths."""
+        if loss is not None:
+            return loss(inputs, self.weight_v, self.weight_g)
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
         return F.linear(inputs, self.weight_v * (self.weight_g / length))
 
@@ -48,8 +53,14 @@ class ProjectionHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits over prototypes: [N, in_dim] to [N, K]; each is a cosine times the prototype's length."""
+    def forward(self, tokens: Tensor, loss: LayerLoss | None = None) -> Tensor:
+        """Logits over prototypes: [N, in_dim] to [N, K]; each is a cosine times the prototype's length.
+
+        Args:
+            tokens: [N, in_dim].
+            loss: computed in place of the logits, from unit features [N, bottleneck_dim] and the last layer's weights,
+                [K, bottleneck_dim] and [K, 1]. So it may make the logits in pieces, and weights stay in their module.
+        """
         bottleneck = self.mlp(tokens)
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # the smaller one is 0 in half precision
-        return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps))
+        return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps), loss)

@@ -1,6 +1,13 @@
-"""Teacher targets: logits become probabilities that cannot collapse onto a few prototypes."""
+"""Teacher targets: logits become probabilities that cannot collapse onto a few prototypes.
+
+Both ways end in a softmax over prototypes of logits less one number for each prototype. So a batch's targets need not
+exist: they are kept as the logits and those numbers, and made for some rows at a time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,35 +16,82 @@ from components.core import distributed
 
 # exp(-75) is far below what float32 resolves in a sum, yet divided by any batch size still a normal number.
 MIN_EXPONENT = -75.0
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of float32 logits that exist at a time: a CPU's cache, a GPU's launches
+
+
+def chunks(num_rows: int, row_numbers: int, device_type: str) -> Iterator[slice]:
+    """Cut rows of `row_numbers` float32 numbers each into pieces of CHUNK_BYTES, or of one row if a row is larger."""
+    step = max(1, CHUNK_BYTES.get(device_type, 2**24) // (4 * row_numbers))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Assignments of rows to prototypes: softmax(max(logits / temp - top, floor) - shift).
+
+    Attributes:
+        logits: [..., M, K] of the teacher, in the dtype in which they came.
+        temp: of the teacher.
+        shift: [K] float32.
+        top: [] float32.
+        floor: smallest exponent.
+    """
+
+    logits: Tensor
+    temp: float
+    shift: Tensor
+    top: Tensor
+    floor: float
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """Probabilities of some rows, [..., n, K] float32, that sum to 1."""
+        exponents = self.exponents(rows).sub_(self.shift)
+        exponents.sub_(exponents.amax(dim=-1, keepdim=True)).exp_()
+        return exponents.div_(exponents.sum(dim=-1, keepdim=True))
+
+    def exponents(self, rows: slice) -> Tensor:
+        """The softmax's exponents without the shift, [..., n, K] float32, in memory of its own."""
+        exponents = self.logits[..., rows, :].to(torch.float32, copy=True)
+        return exponents.div_(self.temp).sub_(self.top).clamp_(min=self.floor)
+
+    def by_crop(self, crops: int) -> Targets:
+        """The same with crop-major rows [G * B] as [G, B]; `rows` then selects images."""
+        return replace(self, logits=self.logits.unflatten(0, (crops, -1)))
 
 
 @torch.no_grad()
-def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: int = 3) -> Targets:
     """Assign the rows of all ranks to prototypes, each prototype about equally often.
 
-    SwAV (arXiv 2006.09882, sec. 3.1), `sinkhorn_knopp_teacher` of `dinov2/loss/`: take exp(logits / temp), then in turn
-    scale every prototype to equal weight over the rows of all ranks and every row to sum 1. One function serves class
-    tokens and masked patches: a rank may bring any number of rows, none too, but every rank must call.
+    SwAV (arXiv 2006.09882, sec. 3.1), `sinkhorn_knopp_teacher` of `dinov2/loss/`: take E = exp(logits / temp), then in
+    turn scale every prototype to equal weight over the rows of all ranks and every row to sum 1. One function serves
+    class tokens and masked patches: a rank may bring any number of rows, none too, but every rank must call.
 
-    Two things differ from the released code without changing its values. Its divisions by K and by the global number of
-    rows, and its first normalisation, cancel, so they are left out. It overflows once a logit exceeds 88 * temp: here
-    the largest logit of all ranks is subtracted first (cancels too) and exponents below -75 are raised to that, so
-    that finite logits always give finite targets.
+    The scaled matrix is diag(u) E diag(v), so only u [M] and v [K] are computed: u = 1 / (E v), v = 1 / (u E), over E
+    made in pieces. Two things more differ from the released code without changing its values. Its divisions by K and by
+    the global number of rows, and its first normalisation, cancel, so they are left out. It overflows once a logit
+    exceeds 88 * temp: here the largest logit of all ranks is subtracted first (cancels too) and exponents below -75 are
+    raised to that, so that finite logits always give finite targets.
 
     Args:
-        teacher_logits: [M, K], M may differ between ranks.
+        teacher_logits: [M, K], M may differ between ranks; kept by the result.
         teacher_temp: positive.
         num_iterations: at least 1.
-
-    Returns:
-        [M, K] float32, rows that sum to 1.
     """
-    exponents = teacher_logits.float() / teacher_temp
-    assigned = torch.exp((exponents - _max_over_ranks(exponents)).clamp(min=MIN_EXPONENT))
+    num_rows, num_prototypes = teacher_logits.shape
+    top = _max_over_ranks(teacher_logits) / teacher_temp
+    targets = Targets(teacher_logits, teacher_temp, torch.zeros_like(top), top, MIN_EXPONENT)
+    scale: Tensor | None = None  # v
     for _ in range(num_iterations):
-        assigned /= distributed.all_reduce_sum(assigned.sum(dim=0, keepdim=True))  # over rows of all ranks: [1, K]
-        assigned /= assigned.sum(dim=1, keepdim=True)  # [M, 1]
-    return assigned
+        total = torch.zeros(num_prototypes, device=top.device)  # u E over this rank's rows
+        for rows in chunks(num_rows, num_prototypes, top.device.type):
+            assigned = targets.exponents(rows).exp_()  # [n, K]
+            with torch.autocast(top.device.type, enabled=False):
+                total += assigned.sum(dim=0) if scale is None else (assigned @ scale).reciprocal_() @ assigned
+        scale = distributed.all_reduce_sum(total).reciprocal()
+    assert scale is not None
+    return replace(targets, shift=-scale.log())
 
 
 class SoftmaxCentering(nn.Module):
@@ -56,24 +110,23 @@ class SoftmaxCentering(nn.Module):
         self.register_buffer("center", torch.zeros(1, num_prototypes))
 
     @torch.no_grad()
-    def forward(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """Centre and sharpen: [M, K] to [M, K] float32, rows that sum to 1. Every rank must call."""
-        logits = teacher_logits.float()
-        probs = torch.softmax((logits - self.center) / teacher_temp, dim=-1)
+    def forward(self, teacher_logits: Tensor, teacher_temp: float) -> Targets:
+        """Centre and sharpen rows [M, K], which the result keeps. Every rank must call."""
+        shift = (self.center / teacher_temp)[0]
         if self.training:
-            self._update(logits)
-        return probs
+            self._update(teacher_logits)
+        return Targets(teacher_logits, teacher_temp, shift, shift.new_zeros(()), -torch.inf)
 
     def _update(self, logits: Tensor) -> None:
-        rows = distributed.all_reduce_sum(logits.new_tensor(float(len(logits))))
-        total = distributed.all_reduce_sum(logits.sum(dim=0, keepdim=True))  # [1, K]
+        rows = distributed.all_reduce_sum(self.center.new_tensor(float(len(logits))))
+        total = distributed.all_reduce_sum(logits.sum(dim=0, keepdim=True, dtype=torch.float32))  # [1, K]
         # Without a row anywhere the mean would be 0 / 0, and the centre stays. No branch: it would wait for the device.
         moved = self.center * self.momentum + total / rows.clamp(min=1) * (1 - self.momentum)
         self.center.copy_(torch.where(rows > 0, moved, self.center))
 
 
 def _max_over_ranks(values: Tensor) -> Tensor:
-    """Largest entry of all ranks' tensors, [] ; each rank adds its own to one slot of a sum, so that sums suffice."""
-    slots = values.new_zeros(distributed.world_size())
+    """Largest entry of all ranks' tensors, [] float32; each adds its own to one slot of a sum, so that sums suffice."""
+    slots = torch.zeros(distributed.world_size(), device=values.device)
     slots[distributed.rank()] = values.max() if values.numel() else -torch.inf
     return distributed.all_reduce_sum(slots).max()

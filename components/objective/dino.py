@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+
+from components.objective.centering import Targets
+from components.objective.prototypes import PrototypeLoss, Term
 
 
-def dino_loss(
-    student_logits: Tensor, teacher_probs: Tensor, student_temp: float, *, skip_same_crop: bool = False
-) -> Tensor:
-    """Sum over pairs of a student and a teacher crop of the cross-entropy, mean over the batch, in nats.
+def dino_loss(targets: Targets, weight: float, student_temp: float) -> PrototypeLoss:
+    """Over pairs of a student and a teacher crop that is not the same: cross-entropy, mean over the batch, in nats.
 
     DINO (arXiv 2104.14294, eq. 2), `dinov2/loss/dino_clstoken_loss.py`:
 
-        for each student crop s, for each teacher crop t:
-            loss -= mean over b of (probs[t, b] * log_softmax(logits[s, b] / temp)).sum()
+        for each student crop s, for each teacher crop t != s:
+            loss -= weight * mean over b of (probs[t, b] * log_softmax(logits[s, b] / temp)).sum()
+
+    The student's first G views are the teacher's crops, the others are local. Cross-entropy is linear in the target, so
+    the teacher crops paired with a student crop are summed first; with two of them, global crops swap targets.
 
     Args:
-        student_logits: [S, B, K].
-        teacher_probs: [T, B, K], rows that sum to 1; taken as constant.
+        targets: of the teacher's crops, logits [G, B, K].
+        weight: of the sum over pairs.
         student_temp: positive.
-        skip_same_crop: leave out the pairs s = t, where student and teacher saw the same crop; S = T. With two global
-            crops that is the released code's swap of the teacher's crops.
 
     Returns:
-        [] float32, whatever the autocast dtype; 0 if there is no student crop.
+        A loss of two terms, local and global, over G + L views of B rows.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)  # [S, B, K]
-        targets = teacher_probs.detach().float()
-        # Cross-entropy is linear in the target, so the teacher crops paired with a student crop are summed first.
-        if skip_same_crop:
-            others = [targets.roll(shift, dims=0) for shift in range(1, len(targets))]
-            summed = torch.stack(others).sum(dim=0)  # [S, B, K]
-        else:
-            summed = targets.sum(dim=0, keepdim=True)  # [1, B, K]
-        return -(summed * log_probs).sum() / student_logits.shape[1]
+    crops, batch = targets.logits.shape[:2]
+
+    def terms(images: slice) -> Iterator[Term]:
+        probs = targets.rows(images)  # [G, n, K]
+        summed = probs.sum(dim=0, keepdim=True)
+        yield Term(slice(crops, None), summed, crops)
+        yield Term(slice(0, crops), probs.neg_().add_(summed), crops - 1)
+
+    weights = targets.shift.new_full((batch,), weight / max(batch, 1))
+    return PrototypeLoss(terms, 2, weights, student_temp)

@@ -45,12 +45,14 @@ REPORT = "loss.csv"  # goes along, so that a run that goes on elsewhere has its 
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
     "num_processes": True,
+    "activation_checkpointing": True,
+    "compile": True,
     "sharding": True,
     "checkpoint_uri": True,
     "checkpoint_every_steps": True,
     "log_every_steps": True,
     "max_skipped_steps": True,
-    "stream": {"num_workers", "max_bad_images"},
+    "stream": {"num_workers", "max_bad_images", "cache_gib"},
 }
 
 

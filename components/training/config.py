@@ -66,6 +66,9 @@ class TrainingConfig(Config):
     steps: PositiveInt = 625_000
     batch_size: PositiveInt = 3_072  # images a step, over all ranks
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # released: float16 with a loss scaler; bfloat16 needs none
+    accumulation_steps: PositiveInt = 1  # parts of a step's batch whose gradients are added up; each has own targets
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # what is made again rather than kept
+    compile: bool = False  # torch.compile of each block; needs a C++ compiler on the CPU
     num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
     sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: the ranks share weights, averages and moments; for large models
     checkpoint_uri: str | None = Field(default=None, pattern="^s3://[^/]+")  # None: .pedigree/checkpoints
@@ -81,11 +84,14 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        check_divisible("batch_size", self.batch_size, "num_processes", self.num_processes)
-        if self.objective.koleo_weight and self.batch_size < 2 * self.num_processes:
+        parts, what = self.num_processes * self.accumulation_steps, "num_processes"
+        if self.accumulation_steps > 1:
+            what = "num_processes * accumulation_steps"
+        check_divisible("batch_size", self.batch_size, what, parts)
+        if self.objective.koleo_weight and self.batch_size < 2 * parts:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbour: "
-                f"use {2 * self.num_processes} or more, or set objective.koleo_weight to 0"
+                f"use {2 * parts} or more, or set objective.koleo_weight to 0"
             )
         for name, steps in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),

@@ -14,15 +14,7 @@ from components.core.distributed import own_part
 from components.model.export import load_backbone, load_heads
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
-from components.objective.total import StudentLogits, TeacherLogits
-
-
-@dataclass(frozen=True)
-class StudentOutput:
-    """What the objective needs of the student."""
-
-    logits: StudentLogits
-    cls_tokens: Tensor  # [G*B, D] of the global crops, before the head
+from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
 
 
 class Network(nn.Module):
@@ -40,24 +32,27 @@ class Network(nn.Module):
         return {"dino": self.dino_head, "ibot": self.ibot_head}
 
     def forward(
-        self, global_crops: Tensor, local_crops: Tensor, input_masks: Tensor | None, loss_masks: Tensor
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        input_masks: Tensor | None,
+        loss_masks: Tensor,
+        losses: HeadLosses,
     ) -> StudentOutput:
-        """The student's view: masked global crops, and local crops.
+        """The student's view, masked global crops and local crops in one pass, up to the losses of its heads.
 
         Args:
             global_crops: [G*B, 3, H, W].
             local_crops: [L*B, 3, h, w]; may have no rows.
             input_masks: [G*B, P] bool, patches hidden from the student; None hides none.
-            loss_masks: [G*B, P] bool, the M patches whose logits are asked for.
+            loss_masks: [G*B, P] bool, the M patches that enter the patch loss.
+            losses: what the heads compute.
         """
-        seen = self.backbone(global_crops, input_masks)
-        cls_tokens = [seen.cls_token]
-        if len(local_crops):
-            cls_tokens.append(self.backbone(local_crops).cls_token)
-        logits = self.dino_head(torch.cat(cls_tokens))  # [(G+L)*B, K]
-        global_logits, local_logits = logits.split([len(global_crops), len(local_crops)])
-        patch_logits = self.ibot_head(seen.patch_tokens[loss_masks])  # [M, K]
-        return StudentOutput(StudentLogits(global_logits, local_logits, patch_logits), seen.cls_token)
+        batches = [(global_crops, input_masks), (local_crops, None)]
+        seen = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
+        dino = self.dino_head(torch.cat([crops.cls_token for crops in seen]), losses.dino)  # of [(G+L)*B, D]
+        ibot = self.ibot_head(seen[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
+        return StudentOutput(dino, ibot, seen[0].cls_token)
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
-from components.objective.total import Objective
+from components.data.crops import NUM_GLOBAL
+from components.objective.total import Objective, StudentOutput
 from components.training.config import TrainingConfig
-from components.training.networks import Networks, StudentOutput
+from components.training.networks import Networks
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
 from components.training.parallelize import parallelize
 from components.training.schedules import StepValues
@@ -51,15 +53,24 @@ class TrainingStep:
         student = networks.student
         prototypes = [head.config.num_prototypes for head in (student.dino_head, student.ibot_head)]
         self.objective = Objective(config.objective, *prototypes).to(device)
+        student.backbone.checkpoint_activations(config.activation_checkpointing)
+        if config.compile:
+            for network in {student, networks.teacher}:
+                for block in network.backbone.blocks:
+                    block.compile()
         self._parallel: nn.Module = parallelize(networks, config, device)
         self.optimizer = build_optimizer(student, config.optimizer)
         self._clip_norm = config.optimizer.clip_grad_norm
+        self._accumulation_steps = config.accumulation_steps
         self._device_type = device.type
         self._half = config.precision == "bfloat16"
         self._seed = seed
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
-        """Train on a normalised batch.
+        """Train on a normalised batch, in `accumulation_steps` parts of equally many images.
+
+        Each part is a batch of its own to the targets (Sinkhorn-Knopp and centres are over all ranks' images of the
+        part) and to KoLeo; the gradient is the mean of the parts', and weights change once.
 
         Raises:
             DivergedError: a loss (on any rank) or a gradient is NaN or infinite. No weight has changed.
@@ -67,29 +78,69 @@ class TrainingStep:
         # Stochastic depth draws from torch's generator. Seeded anew for each step and rank, it has no state to keep:
         # a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(int(np.random.SeedSequence([self._seed, step, rank()]).generate_state(1)[0]))
-        patches = (batch.global_crops.shape[-1] // self.networks.student.backbone.config.patch_size) ** 2
-        loss_masks = batch.masks
-        if loss_masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
-            loss_masks = batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half), self._attention():
-            teacher = self.networks.teacher.targets(batch.global_crops, loss_masks)
-            student: StudentOutput = self._parallel(batch.global_crops, batch.local_crops, batch.masks, loss_masks)
-        losses = self.objective(student.logits, teacher, student.cls_tokens, loss_masks, values.teacher_temp)
-        terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
-        _check_losses(terms, step)
-        with self._attention():
-            losses.total.backward()
+        parts = split_images(batch, self._accumulation_steps)
+        outputs = []
+        for number, part in enumerate(parts, start=1):
+            with self._reduced(last=number == len(parts)):
+                outputs.append(self._add_gradient(part, step, values.teacher_temp))
         grad_norms = clip_gradients(self.networks.student, self._clip_norm)
         _check_gradients(grad_norms, step)
         set_values(self.optimizer, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        return StepOutput(terms, grad_norms, student.cls_tokens.detach(), teacher.global_cls)
+        terms = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
+        joined = [_join_images([getattr(o, name) for o in outputs]) for name in ("cls_tokens", "teacher_cls_logits")]
+        return StepOutput(terms, grad_norms, *joined)
 
-    def _attention(self) -> AbstractContextManager[object]:
-        """On CPU, attention as plain matrix products: the fused kernel's backward took half of a step (LOG.md)."""
-        return sdpa_kernel(SDPBackend.MATH) if self._device_type == "cpu" else nullcontext()
+    def _add_gradient(self, batch: Batch, step: int, teacher_temp: float) -> StepOutput:
+        """Add the gradient of one part of the step's images."""
+        loss_masks = batch.masks
+        if loss_masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
+            patches = (batch.global_crops.shape[-1] // self.networks.student.backbone.config.patch_size) ** 2
+            loss_masks = batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
+        num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half):
+            teacher = self.networks.teacher.targets(batch.global_crops, loss_masks)
+            head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
+            student: StudentOutput = self._parallel(
+                batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
+            )
+        losses = self.objective(student)
+        terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
+        _check_losses(terms, step)
+        del head_losses
+        (losses.total / self._accumulation_steps).backward()
+        return StepOutput(terms, {}, student.cls_tokens.detach(), teacher.global_cls)
+
+    @contextmanager
+    def _reduced(self, *, last: bool) -> Iterator[None]:
+        """Gradients are reduced over ranks with the last part only."""
+        network = self._parallel
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        with nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync():
+            yield
+
+
+def split_images(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch of B images into `parts` batches of B / parts; crop-major, like the whole."""
+    if parts == 1:
+        return [batch]
+    images = len(batch.global_crops) // NUM_GLOBAL
+
+    def cut(rows: Tensor) -> list[Tensor]:
+        by_crop = rows.unflatten(0, (-1, images)) if len(rows) else rows.unsqueeze(1).expand(0, images, *rows.shape[1:])
+        return [part.flatten(0, 1) for part in by_crop.tensor_split(parts, dim=1)]
+
+    masks = [None] * parts if batch.masks is None else cut(batch.masks)
+    cuts = zip(cut(batch.global_crops), cut(batch.local_crops), masks, strict=True)
+    return [Batch(large, small, hidden, batch.skipped) for large, small, hidden in cuts]
+
+
+def _join_images(parts: list[Tensor]) -> Tensor:
+    """Crop-major [G * b, N] of each part as [G * B, N] of all."""
+    return torch.cat([part.unflatten(0, (NUM_GLOBAL, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def _check_losses(terms: dict[str, Tensor], step: int) -> None:

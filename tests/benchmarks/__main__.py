@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import typer
@@ -121,6 +122,8 @@ def attention() -> Row:
     from components.data.batch import Batch
     from components.data.config import MaskingConfig
     from components.data.masking import sample_masks
+    from components.model import layers
+    from components.model.attention import attend, fused_attention
     from components.model.config import HeadConfig, ViTConfig
     from components.model.head import ProjectionHead
     from components.model.vit import VisionTransformer
@@ -129,27 +132,28 @@ def attention() -> Row:
     from components.training.schedules import StepValues
     from components.training.step import TrainingStep
 
-    class DefaultAttention(TrainingStep):
-        def _attention(self) -> contextlib.nullcontext[None]:
-            return contextlib.nullcontext()
-
     size, batch = 32, 64
     shape = ViTConfig(patch_size=8, dim=128, depth=4, num_heads=2, num_registers=2, image_size=48)
     head = HeadConfig(num_prototypes=256, hidden_dim=256, bottleneck_dim=64)
 
-    def prepare(kind: type[TrainingStep]) -> Callable[[], Any]:
+    def prepare(attend: Callable[..., Any]) -> Callable[[], Any]:
         torch.manual_seed(0)
         heads = {name: ProjectionHead(shape.dim, head) for name in ("dino", "ibot")}
         networks = self_distillation(Network(VisionTransformer(shape), heads))
-        step = kind(networks, TrainingConfig(batch_size=size), 0, torch.device("cpu"))
+        step = TrainingStep(networks, TrainingConfig(batch_size=size), 0, torch.device("cpu"))
         masks = torch.from_numpy(sample_masks(batch, (6, 6), MaskingConfig(), np.random.default_rng(0)))
         images = Batch(torch.randn(batch, 3, 48, 48), torch.randn(6 * size, 3, 24, 24), masks, [])
-        return lambda: step(images, 0, StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04))
+
+        def run() -> None:
+            with mock.patch.object(layers, "attend", attend):
+                step(images, 0, StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04))
+
+        return run
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _take_turns(prepare(TrainingStep), prepare(DefaultAttention), turns=15)
+        seconds = _take_turns(prepare(attend), prepare(fused_attention), turns=15)
     finally:
         torch.set_num_threads(threads)
     what = "training step, 1 thread, bfloat16, against torch's default SDPA"
@@ -188,7 +192,19 @@ def knn() -> Row:
     return Row("knn", "near-duplicates by FAISS, against NumPy", *_rates(len(vectors), seconds), "vectors/s")
 
 
-BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (crops, crops_large, shards, attention, knn)}
+def curate_throughput() -> Row:
+    """Decode, score and embed 32 photographs of 1024 pixels with a ViT-Ti/16: the stage against a plain loop."""
+    return _embedding("curate_throughput", "decode + score + ViT-Ti/16, against plain Pillow + torch", network=True)
+
+
+def curate_descriptor() -> Row:
+    """The same with the built-in descriptor, which costs so little that all else is seen."""
+    return _embedding("curate_descriptor", "decode + score + descriptor, against a plain loop", network=False)
+
+
+BENCHMARKS: dict[str, Callable[[], Row]] = {
+    one.__name__: one for one in (crops, crops_large, shards, attention, knn, curate_throughput, curate_descriptor)
+}
 CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
 NAMES = [*BENCHMARKS, CURATION]
 
@@ -210,6 +226,23 @@ def _photographs(pixels: int) -> list[bytes]:
         mosaic.resize((pixels, pixels), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
+
+
+def _embedding(name: str, what: str, network: bool) -> Row:
+    import torch
+
+    from tests.benchmarks.curate_throughput import REPEATS, sides
+
+    threads, files = torch.get_num_threads(), _photographs(1024)
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, plain = sides(Path(folder), files, network)
+            np.testing.assert_allclose(ours(), plain(), atol=1e-5, err_msg="the two sides embed differently")
+            seconds = _take_turns(ours, plain, turns=5)
+    finally:
+        torch.set_num_threads(threads)
+    return Row(name, what, *_rates(REPEATS * len(files), seconds), "images/s")
 
 
 def _take_turns(ours: Callable[[], Any], other: Callable[[], Any], turns: int) -> tuple[float, float]:

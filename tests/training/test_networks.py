@@ -5,6 +5,7 @@ from torch import Tensor
 from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
+from components.objective.total import HeadLosses
 from components.training.networks import Network, distillation, self_distillation
 
 
@@ -22,16 +23,28 @@ def crops() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8), masks
 
 
+def weighed(weights):
+    """Head losses that are sums of logits with given weights [N, K], one a head."""
+
+    def loss(rows):
+        return lambda x, v, g: (x @ (v / v.norm(dim=1, keepdim=True) * g).T * rows).sum().unsqueeze(0)
+
+    return HeadLosses(*map(loss, weights))  # pyright: ignore[reportArgumentType]
+
+
 def test_student_sees_masked_global_crops_and_teacher_whole_ones(crops):
     global_crops, local_crops, masks = crops
     model = network(1).eval()
-    seen = model.backbone(global_crops, masks)
-    output = model(global_crops, local_crops, masks, masks)
+    seen, hidden = model.backbone(global_crops, masks), model.backbone(global_crops, masks).patch_tokens[0, [0, 2]]
+    logits = (
+        model.dino_head(torch.cat([seen.cls_token, model.backbone(local_crops).cls_token])),
+        model.ibot_head(hidden),
+    )
+    weights = [torch.randn_like(rows) for rows in logits]
+    output = model(global_crops, local_crops, masks, masks, weighed(weights))
     torch.testing.assert_close(output.cls_tokens, seen.cls_token)
-    torch.testing.assert_close(output.logits.global_cls, model.dino_head(seen.cls_token))
-    torch.testing.assert_close(output.logits.local_cls, model.dino_head(model.backbone(local_crops).cls_token))
-    hidden = torch.stack([seen.patch_tokens[0, 0], seen.patch_tokens[0, 2]])
-    torch.testing.assert_close(output.logits.masked_patches, model.ibot_head(hidden))
+    torch.testing.assert_close(output.dino, (logits[0] * weights[0]).sum().unsqueeze(0))
+    torch.testing.assert_close(output.ibot, (logits[1] * weights[1]).sum().unsqueeze(0))
     whole = model.backbone(global_crops)
     targets = model.targets(global_crops, masks)
     torch.testing.assert_close(targets.global_cls, model.dino_head(whole.cls_token).detach())
@@ -40,8 +53,10 @@ def test_student_sees_masked_global_crops_and_teacher_whole_ones(crops):
 
 
 def test_no_local_crops_and_nothing_masked(crops):
-    output = network(1)(crops[0], crops[1][:0], None, torch.zeros(2, 4, dtype=torch.bool))
-    assert output.logits.local_cls.shape == output.logits.masked_patches.shape == (0, 12)
+    losses = weighed([torch.ones(2, 12), torch.ones(0, 12)])
+    output = network(1)(crops[0], crops[1][:0], None, torch.zeros(2, 4, dtype=torch.bool), losses)
+    assert output.dino != 0
+    assert output.ibot == 0
 
 
 def test_average_follows_the_student():

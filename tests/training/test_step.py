@@ -11,7 +11,7 @@ from components.model.vit import VisionTransformer
 from components.training.config import TrainingConfig
 from components.training.networks import Network, distillation, self_distillation
 from components.training.schedules import StepValues
-from components.training.step import DivergedError, TrainingStep
+from components.training.step import DivergedError, TrainingStep, split_images
 
 CPU = torch.device("cpu")
 VALUES = StepValues(lr=1e-2, last_layer_lr=0.0, weight_decay=0.1, ema_momentum=0.5, teacher_temp=0.05)
@@ -78,7 +78,8 @@ def test_distillation_hides_nothing_and_leaves_the_teacher():
     networks = distillation(network(1), network(2))
     teacher, average = snapshot(networks.teacher), snapshot(networks.ema)
     seen = []
-    networks.student.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[1] if len(args) > 1 else None))
+    packed = networks.student.backbone.forward_packed
+    networks.student.backbone.forward_packed = lambda batches: seen.extend(m for _, m in batches) or packed(batches)
     counted = []
     for head in (networks.teacher.ibot_head, networks.student.ibot_head):
         head.register_forward_pre_hook(lambda _, args: counted.append(len(args[0])))
@@ -105,7 +106,7 @@ def test_bfloat16_is_close_to_float32():
     losses, dtypes = [], []
     for precision in ("float32", "bfloat16"):
         networks = self_distillation(network(1))
-        networks.student.dino_head.register_forward_hook(lambda _, args, logits: dtypes.append(logits.dtype))
+        networks.student.dino_head.mlp.register_forward_hook(lambda _, args, features: dtypes.append(features.dtype))
         losses.append(
             TrainingStep(networks, config(precision=precision), 0, CPU)(make_batch(), 0, VALUES).losses["total"]
         )
@@ -134,3 +135,60 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes():
     with pytest.raises(DivergedError, match="step 7: gradient of backbone is not finite although the loss is"):
         TrainingStep(networks, config(), 0, CPU)(make_batch(), 7, VALUES)
     assert len(same(student, networks.student)) == len(student)
+
+
+def gradients_of(batch: Batch, **changes) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients of the first step, unclipped, and its losses."""
+    networks = self_distillation(network(1, drop_path=changes.pop("drop_path", 0.0)))
+    training = TrainingStep(networks, config(optimizer={"clip_grad_norm": None}, **changes), 0, CPU)
+    kept = {}
+    training.optimizer.step = lambda: kept.update(
+        {name: p.grad.clone() for name, p in networks.student.named_parameters()}
+    )
+    return kept, training(batch, 0, VALUES).losses
+
+
+def test_accumulated_parts_are_batches_of_their_own():
+    """Two parts of two images: the mean of the gradients, and of the losses, that each alone has."""
+    whole = make_batch()
+    halves = split_images(whole, 2)
+    assert torch.equal(halves[1].global_crops, whole.global_crops[[2, 3, 6, 7]])
+    assert torch.equal(halves[0].local_crops, whole.local_crops[[0, 1, 4, 5, 8, 9]])
+    assert torch.equal(halves[1].masks, whole.masks[[2, 3, 6, 7]])
+    together, losses = gradients_of(whole, accumulation_steps=2)
+    (one, one_losses), (other, other_losses) = (gradients_of(half) for half in halves)
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, (one[name] + other[name]) / 2, rtol=1e-4, atol=1e-7)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, (one_losses[name] + other_losses[name]) / 2)
+
+
+def test_accumulation_needs_whole_parts_with_neighbours():
+    with pytest.raises(ValueError, match=r"batch_size 4 is not a multiple of num_processes \* accumulation_steps 3"):
+        config(accumulation_steps=3)
+    with pytest.raises(ValueError, match="KoLeo needs a neighbour: use 8 or more"):
+        config(accumulation_steps=4)
+
+
+def test_compiled_blocks_equal_eager_ones(monkeypatch):
+    """Blocks as torch.compile traces and differentiates them; its C++ code, two minutes of g++, is left out."""
+    plain = torch.nn.Module.compile
+    traced = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: traced.append(self) or plain(self, backend="aot_eager", fullgraph=True)
+    )
+    (eager, losses), (compiled, compiled_losses) = (
+        gradients_of(make_batch(), drop_path=0.5, compile=value) for value in (False, True)
+    )
+    assert len(traced) == 4  # two blocks of the student and of the teacher
+    torch.testing.assert_close(compiled_losses, losses, rtol=1e-5, atol=1e-6)
+    for name, gradient in eager.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_steps_equal_others(mode):
+    batch = make_batch()
+    plain, _ = gradients_of(batch, drop_path=0.5)
+    again, _ = gradients_of(batch, drop_path=0.5, activation_checkpointing=mode)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)

@@ -1,0 +1,105 @@
+"""Cross-entropy over prototypes without the whole of its logits, which would be the largest tensors of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from components.objective.centering import chunks
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term's part for some rows: the cross-entropy of `views` of these rows with `target`."""
+
+    views: slice  # of the student's V
+    target: Tensor  # [V' or 1, n, K] float32, changed by nobody
+    mass: int  # what a row of `target` sums to
+
+
+@dataclass(frozen=True)
+class PrototypeLoss:
+    """Weighted sum over rows of -(target * log_softmax(features . prototypes / temp)), for one head.
+
+    It is called with what the head's last layer has, [V * M, d] features of V student views of M rows, view-major, and
+    the layer's weights, so that pieces of the logits can be made, used and forgotten, and the gradients with them.
+
+    Attributes:
+        terms: gives the terms' parts of a slice of rows, always in the same order.
+        num_terms: how many.
+        weights: [M] float32, of a row in the sum.
+        student_temp: positive.
+    """
+
+    terms: Callable[[slice], Iterable[Term]]
+    num_terms: int
+    weights: Tensor
+    student_temp: float
+
+    def __call__(self, features: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
+        """Terms [num_terms] float32. Only their plain sum can be differentiated, and only once.
+
+        Args:
+            features: [V * M, d].
+            weight_v: [K, d], directions of the prototypes.
+            weight_g: [K, 1], lengths of the prototypes.
+        """
+        terms = _PrototypeLoss.apply(features, weight_v, weight_g, self)
+        assert isinstance(terms, Tensor)
+        return terms
+
+
+class _PrototypeLoss(torch.autograd.Function):
+    """Computes the gradients on the way forward, while a piece of the logits is at hand."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
+        device = features.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        with torch.autocast(device, enabled=False):
+            length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
+            prototypes = (weight_v * (weight_g / length)).to(dtype)
+            views = max(1, len(features) // max(1, len(loss.weights)))
+            by_view = features.detach().to(dtype).view(views, len(loss.weights), features.shape[1])  # [V, M, d]
+            terms, into_features, into_prototypes = _walk(by_view, prototypes, loss)
+            del prototypes
+            into_g = (into_prototypes * weight_v).sum(dim=1, keepdim=True).div_(length)
+            into_v = into_prototypes.addcmul_(weight_v, into_g / length, value=-1).mul_(weight_g / length)
+        ctx.gradients = (into_features.view_as(features), into_v, into_g)  # pyright: ignore[reportAttributeAccessIssue]
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients: tuple[Tensor, ...] = ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
+        del ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
+        return (*(part.mul_(gradient[0]) for part in gradients), None)
+
+
+def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
+    views, num_rows, _ = features.shape
+    terms = torch.zeros(loss.num_terms, device=features.device)
+    into_features = torch.zeros_like(features)
+    into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+    for rows in chunks(num_rows, views * len(prototypes), features.device.type):
+        weights = loss.weights[rows, None]  # [n, 1]
+        for number, term in enumerate(loss.terms(rows)):
+            seen = features[term.views, rows]  # [V', n, d]
+            if not seen.numel():
+                continue
+            flat = seen.flatten(0, 1)
+            scores = (flat @ prototypes.T).float().div_(loss.student_temp).view(*seen.shape[:2], -1)  # [V', n, K]
+            scores -= scores.amax(dim=-1, keepdim=True)
+            agreement = (term.target * scores).sum(dim=-1, keepdim=True)  # [V', n, 1]
+            total = scores.exp_().sum(dim=-1, keepdim=True)
+            terms[number] += ((term.mass * total.log() - agreement) * weights).sum()
+            scores.mul_(term.mass / total).sub_(term.target).mul_(weights / loss.student_temp)
+            into_scores = scores.to(features.dtype).flatten(0, 1)
+            into_features[term.views, rows] = (into_scores @ prototypes).view_as(seen)
+            into_prototypes += into_scores.T @ flat
+    return terms, into_features, into_prototypes
