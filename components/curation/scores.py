@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,9 +90,7 @@ def gray_share(image: Image.Image) -> float:
 
 def entropy(image: Image.Image) -> float:
     """Shannon entropy of the histogram of an RGB image's luma (ITU-R 601), in bits: 0 (one flat colour) to 8."""
-    counts = [count for count in image.convert("L").histogram() if count]
-    total = sum(counts)
-    return sum(count / total * math.log2(total / count) for count in counts)
+    return image.convert("L").entropy()
 
 
 @lru_cache(maxsize=1)
