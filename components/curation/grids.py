@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from components.curation.faces import blur
+from components.curation.pack import Pool
 from components.data.shards import ShardReader, decode_image
 
 TILE = 112  # pixels
@@ -29,22 +31,23 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class Album:
     """Where the images of the pool and of the evaluation sets are found."""
 
-    pool: pa.Table
-    pool_folder: Path
+    pool: Pool
     evaluation: pa.Table
     evaluation_folder: Path
 
     def pool_tile(self, row: int) -> Image.Image:
-        """The pool image of that row, fitted into a square tile."""
-        return _tile(self.pool, row, self.pool_folder)
+        """The pool image of that row, fitted into a square tile; its faces are blurred here too."""
+        image = _decode(self.pool.images, row, self.pool.folder)
+        boxes = self.pool.faces[row].as_py()
+        return _tile(blur(image, boxes) if boxes else image)
 
     def find_tile(self, image_id: str) -> Image.Image:
         """The image of that id, from the pool or from an evaluation set."""
-        row = pc.index(self.pool["image_id"], image_id).as_py()
+        row = pc.index(self.pool.images["image_id"], image_id).as_py()
         if row >= 0:
             return self.pool_tile(row)
         row = pc.index(self.evaluation["image_id"], image_id).as_py()
-        return _tile(self.evaluation, row, self.evaluation_folder)
+        return _tile(_decode(self.evaluation, row, self.evaluation_folder))
 
 
 def kept_grid(album: Album, rows: NDArray[np.int64]) -> bytes:
@@ -100,9 +103,12 @@ def _examples(rejected: pa.Table) -> list[dict]:
     return [row for part in parts for row in part.to_pylist()]
 
 
-def _tile(images: pa.Table, row: int, folder: Path) -> Image.Image:
+def _decode(images: pa.Table, row: int, folder: Path) -> Image.Image:
     place = images.slice(row, 1).to_pylist()[0]
-    image = decode_image(ShardReader(folder).read(place["shard"], place["offset"], place["length"]))
+    return decode_image(ShardReader(folder).read(place["shard"], place["offset"], place["length"]))
+
+
+def _tile(image: Image.Image) -> Image.Image:
     return ImageOps.pad(image, (TILE, TILE), Image.Resampling.BICUBIC, color="#eef2f5")
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from components.core.progress import track
+from components.curation.faces import Box, blur
 from components.curation.rejections import CurationError
 from components.data.manifest import (
     CURATED_SCHEMA,
@@ -22,7 +27,7 @@ from components.data.manifest import (
     write_manifest,
     write_table,
 )
-from components.data.shards import EXTENSIONS, ShardReader, ShardWriter
+from components.data.shards import EXTENSIONS, ShardReader, ShardWriter, decode_image
 
 # Why an image is in: `row` is a row of the pool; the other columns are those of CURATED_SCHEMA.
 CHOSEN_SCHEMA = pa.schema(
@@ -32,6 +37,10 @@ CHOSEN_SCHEMA = pa.schema(
     ]
 )
 PLACE = ("shard", "offset", "length")
+JPEG_QUALITY = 95  # of an image whose faces were blurred, where it was a JPEG; all others become PNG
+BLURRED = ("image_id", "derived_from", "format", "width", "height")  # columns that are new for such an image
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Pool:
     images: pa.Table  # [N] rows of POOL_SCHEMA
     group_id: pa.Array  # [N] the id that stands for its component of duplicates; null for what was filtered out
     findings: pa.Table  # [N] the columns FINDINGS
+    faces: pa.ChunkedArray  # [N] the boxes to blur, as in SCORES_SCHEMA; null where none were looked for
 
 
 def check_accounting(num_images: int, chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> None:
@@ -70,15 +80,17 @@ def pack(pool: Pool, chosen: pa.Table, rejected: pa.Table, folder: Path, max_byt
         CurationError: an image whose bytes are not those that its id was made from.
     """
     check_accounting(len(pool.images), chosen["row"].to_numpy(), rejected["row"].to_numpy())
-    ids = pool.images["image_id"].take(chosen["row"]).to_numpy().astype("S64")
-    chosen = chosen.take(pa.array(np.argsort(ids, kind="stable")))
     rows = chosen["row"]
     images = pool.images.take(rows)
     columns = {name: images[name] for name in POOL_SCHEMA.names}
-    columns |= _copy_bytes(pool.folder, images, folder, max_bytes)
     columns |= {name: chosen[name] for name in CHOSEN_SCHEMA.names[1:]}
     columns |= _findings(pool, rows) | {"derived_from": pa.nulls(len(images), pa.string())}
-    write_manifest(pa.table({name: columns[name] for name in CURATED_SCHEMA.names}), folder / MANIFEST)
+    table = pa.table({name: columns[name] for name in CURATED_SCHEMA.names}, schema=CURATED_SCHEMA)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        table = _blur_faces(pool, table, rows, Path(aside))
+        table = table.sort_by("image_id")
+        table = _copy_bytes(pool.folder, table, Path(aside), ShardWriter(folder, max_bytes))
+    write_manifest(table, folder / MANIFEST)
     write_table(rejected_table(pool, rejected), REJECTED_SCHEMA, folder / REJECTED)
 
 
@@ -98,18 +110,51 @@ def _findings(pool: Pool, rows: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
     return columns | {"group_id": pa.chunked_array([pool.group_id.take(rows.combine_chunks())])}
 
 
-def _copy_bytes(pool_folder: Path, images: pa.Table, folder: Path, max_bytes: int) -> dict[str, pa.Array]:
-    """Copy the images, which are in order of their ids; returns the columns that say where they lie now."""
+def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, aside: Path) -> pa.Table:
+    """Make a new image of each that has faces, in a file named by its id; returns the table with these in place."""
+    found = pc.fill_null(pc.list_value_length(pool.faces.take(rows)), 0).to_numpy()
+    places = np.flatnonzero(found)
+    if not len(places):
+        return table
+    reader = ShardReader(pool.folder)
+    new = {name: table[name].to_pylist() for name in BLURRED}
+    for place in track(places.tolist(), "blurring faces", len(places)):
+        old = table.slice(place, 1).to_pylist()[0]
+        boxes: list[Box] = pool.faces[rows[place].as_py()].as_py()
+        image = blur(decode_image(_read(reader, pool.folder, old)), boxes)
+        kind = "JPEG" if old["format"] == "JPEG" else "PNG"
+        buffer = io.BytesIO()
+        image.save(buffer, kind, quality=JPEG_QUALITY)
+        data = buffer.getvalue()
+        image_id = hashlib.sha256(data).hexdigest()
+        (aside / image_id).write_bytes(data)
+        for name, value in zip(BLURRED, (image_id, old["image_id"], kind, *image.size), strict=True):
+            new[name][place] = value
+    for name, values in new.items():
+        field = CURATED_SCHEMA.field(name)
+        table = table.set_column(CURATED_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def _copy_bytes(pool_folder: Path, table: pa.Table, aside: Path, shards: ShardWriter) -> pa.Table:
+    """Copy the images, which are in order of their ids; returns the table that says where they lie now."""
     reader = ShardReader(pool_folder)
-    rows = images.select(["image_id", *PLACE, "format"]).to_pylist()
+    rows = table.select(["image_id", "derived_from", "format", *PLACE]).to_pylist()
     places: list[tuple[str, int, int]] = []
-    with ShardWriter(folder, max_bytes) as writer:
+    with shards as writer:
         for row in track(rows, "packing", len(rows)):
-            data = reader.read(row["shard"], row["offset"], row["length"])
-            if hashlib.sha256(data).hexdigest() != row["image_id"]:
-                where = f"{pool_folder / row['shard']} at byte {row['offset']}"
-                raise CurationError(
-                    f"{where}: not the bytes of image {row['image_id']}; the pool was changed, pull it again"
-                )
+            blurred = row["derived_from"] is not None
+            data = (aside / row["image_id"]).read_bytes() if blurred else _read(reader, pool_folder, row)
             places.append(writer.add(row["image_id"], EXTENSIONS[row["format"]], data))
-    return {name: pa.array([p[i] for p in places], POOL_SCHEMA.field(name).type) for i, name in enumerate(PLACE)}
+    for name, values in zip(PLACE, zip(*places, strict=True), strict=True):
+        field = CURATED_SCHEMA.field(name)
+        table = table.set_column(CURATED_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def _read(reader: ShardReader, pool_folder: Path, row: dict[str, Any]) -> bytes:
+    data = reader.read(row["shard"], row["offset"], row["length"])
+    if hashlib.sha256(data).hexdigest() != row["image_id"]:
+        where = f"{pool_folder / row['shard']} at byte {row['offset']}"
+        raise CurationError(f"{where}: not the bytes of image {row['image_id']}; the pool was changed, pull it again")
+    return data

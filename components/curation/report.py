@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from components.core.storage import write_bytes
 from components.curation import charts, grids
 from components.curation.config import CurateConfig
-from components.curation.inputs import EVALUATION, POOL, Inputs
+from components.curation.inputs import EVALUATION, Inputs
+from components.curation.pack import Pool
 from components.curation.rejections import MEANING, value_counts
 from components.curation.retrieve import CompositionRow
 from components.curation.select import Clusters, Selection
@@ -49,7 +50,7 @@ class Curation:
     config: CurateConfig
     inputs: Inputs
     funnel: list[tuple[str, int]]  # step, images left after it
-    findings: pa.Table  # [N] of the pool
+    found: Pool  # what was found of each image
     unique: Unique
     selection: Selection
     rejected: pa.Table
@@ -71,7 +72,7 @@ def write_report(result: Curation, root: Path, folder: Path) -> None:
     """Write funnel.csv, kept.jpg, removed.jpg and report.html into `folder`."""
     rows = "".join(f"{stage},{images}\n" for stage, images in result.funnel)
     write_bytes(folder / "funnel.csv", f"stage,images\n{rows}".encode())
-    album = grids.Album(result.inputs.pool, root / POOL, result.inputs.evaluation, root / EVALUATION)
+    album = grids.Album(result.found, result.inputs.evaluation, root / EVALUATION)
     kept = grids.kept_grid(album, result.kept)
     write_bytes(folder / "kept.jpg", kept)
     write_bytes(folder / "removed.jpg", grids.removed_grid(album, result.rejected))
@@ -184,7 +185,7 @@ def _histograms(result: Curation) -> list[str]:
     for name, (reason, limit, what) in SCORES.items():
         if getattr(config.filters, limit, None) is None:
             continue
-        values = result.findings[name].to_numpy().astype(np.float32)
+        values = result.found.findings[name].to_numpy().astype(np.float32)
         refused = np.zeros(len(values), bool)
         refused[rows[reasons == reason]] = True
         pictures.append(charts.inline(charts.score_histogram(values, refused, what), what))

@@ -54,7 +54,7 @@ def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) ->
         configs: by source.
 
     Raises:
-        CurationError: the pool has no such source, or no image of it is left.
+        CurationError: the pool has no such source, no image of it is left, or there is nothing else.
     """
     sources = pool["source"].to_numpy()[rows]
     found = {name: SeedSet(rows[sources == name], config) for name, config in configs.items()}
@@ -62,6 +62,8 @@ def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) ->
         if not len(seeds.rows):
             known = ", ".join(sorted(set(pool["source"].to_pylist())))
             raise CurationError(f"curate.seed_sets.{name}: no image of such a source; sources of the pool: {known}")
+    if len(rows_of(found, as_is=False)) == len(rows):
+        raise CurationError("curate.seed_sets: all images only ask for images like theirs; set as_is: true for one set")
     return found
 
 

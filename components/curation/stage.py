@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from components.core.storage import atomic_dir, write_json
 from components.curation.config import CurateConfig, EmbedConfig
@@ -43,6 +44,7 @@ from components.data.manifest import FINDINGS
 
 CURATED = Path("data/curated")
 CACHE = Path(".pedigree/cache/embeddings")
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 REPORTS, DATA_DOCS = Path("reports/curate"), Path(".pedigree/data-docs/curated")
 
 
@@ -89,7 +91,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     inputs, licenses = read_inputs(root), config.filters.allowed_licenses
     previous = find_previous(config, inputs.pool, root)
     with DataDocs(root / DATA_DOCS) as docs:
-        filtered = filter_images(inputs.pool, config.filters)
+        filtered = filter_images(inputs.pool, config.filters, inputs.scores)
         rows = remaining(np.arange(len(inputs.pool)), filtered, "loosen curate.filters")
         gates.after_filter(docs, _images(inputs, rows), config.filters.min_side, licenses)
 
@@ -112,7 +114,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     kept = _images(inputs, selection.chosen["row"].to_numpy())
     remember(previous, kept)
     funnel = [("pool", len(inputs.pool)), ("filtered", len(rows)), *unique.funnel, ("curated", len(kept))]
-    result = Curation(config, inputs, funnel, pool.findings, unique, selection, rejected, docs.passed, [previous.note])
+    result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, [previous.note])
     write_report(result, root, root / REPORTS)
     return _figures(result)
 
@@ -128,8 +130,11 @@ def _with_findings(root: Path, inputs: Inputs, unique: Unique, selection: Select
     keeper[unique.compared] = unique.compared[unique.groups.keeper]
     paths[selection.clustered] = selection.paths
     group_id = inputs.pool["image_id"].combine_chunks().take(pa.array(keeper, mask=keeper < 0))
-    columns = {field.name: pa.nulls(count, field.type) for field in FINDINGS}
-    return Pool(root / POOL, inputs.pool, group_id, pa.table(columns | {"cluster_path": pa.array(paths, pa.string())}))
+    faces = inputs.scores["faces"]
+    columns = {name: inputs.scores[name] for name in ("gray_share", "entropy", "nsfw")}
+    columns |= {"cluster_path": pa.array(paths, pa.string()), "num_faces": pc.list_value_length(faces)}
+    findings = pa.table({field.name: columns[field.name] for field in FINDINGS})
+    return Pool(root / POOL, inputs.pool, group_id, findings, faces)
 
 
 def _figures(result: Curation) -> dict[str, Any]:

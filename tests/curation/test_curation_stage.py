@@ -14,7 +14,7 @@ from components.curation.embed import EmbeddingsError
 from components.curation.rejections import CurationError
 from components.curation.stage import curate, embed
 from components.data.manifest import REJECTED_SCHEMA, read_collection, read_manifest, read_table
-from components.data.shards import decode_image
+from components.data.shards import ShardReader, decode_image
 
 CURATE = CurateConfig(levels=[LevelConfig(num_clusters=64), LevelConfig(num_clusters=16)])
 
@@ -58,6 +58,23 @@ def test_every_planted_copy_and_leak_is_found_and_no_good_image_is_lost(curated,
     assert results["images"]["curated"] == len(kept) == len(pool) - 145
 
 
+def test_both_tables_say_what_was_found_of_each_image(curated):
+    root, _, _ = curated
+    kept = read_manifest(root / "data/curated/manifest.parquet")
+    rejected = read_table(root / "data/curated/rejected.parquet", REJECTED_SCHEMA).to_pylist()
+    reader = ShardReader(root / "data/curated")
+    for row in kept.slice(0, 5).to_pylist():
+        image = decode_image(reader.read(row["shard"], row["offset"], row["length"]))
+        counts = np.bincount(np.asarray(image.convert("L")).ravel())
+        shares = counts[counts > 0] / counts.sum()
+        assert row["entropy"] == pytest.approx(-(shares * np.log2(shares)).sum(), abs=1e-5)
+        assert row["group_id"] == row["image_id"]
+        assert row["nsfw"] is row["num_faces"] is row["derived_from"] is None
+    assert all(row["group_id"] == row["duplicate_of"] for row in rejected if row["reason"] == "near_duplicate")
+    assert all(row["group_id"] is None for row in rejected if row["reason"] == "too_small")
+    assert {path.count("/") for path in kept["cluster_path"].to_pylist()} == {1}
+
+
 def test_same_bytes_for_another_number_of_workers(curated, sample_workspace, tmp_path):
     root = tmp_path / "workspace"
     shutil.copytree(sample_workspace, root)
@@ -75,6 +92,10 @@ def test_report(curated):
     counts = [int(row["images"]) for row in rows]
     assert counts == [counts[0], counts[0] - 15, counts[0] - 45, counts[0] - 145, counts[0] - 145]
     page = (folder / "report.html").read_text()
+    for reason in ("too small", "evaluation copy", "near duplicate"):
+        assert f"<h3>{reason} " in page
+    assert "Level 2: 16 clusters" in page
+    assert page.count("1 (exact search)") == 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # self-contained
     for name in ("kept.jpg", "removed.jpg"):
         assert decode_image((folder / name).read_bytes()).width > 800
