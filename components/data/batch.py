@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step, rank, number of ranks), and all ranks
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from components.core.storage import StorageError
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import NUM_GLOBAL, sample_crops
 from components.data.masking import sample_masks
 from components.data.shards import ShardError
 from components.data.stream import BadImage, ImageStream, StreamError, too_many_bad
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,13 +76,16 @@ class TrainingBatches(Dataset[Batch | Exception]):
         """The batch of `step`; what makes it impossible is returned, because a worker would wrap what it raises."""
         try:
             return self._batch(step)
-        except (StreamError, ShardError) as error:
+        except (StreamError, ShardError, StorageError) as error:
             return error
 
     def _batch(self, step: int) -> Batch:
         plan = self._plan
         share = plan.batch_size // plan.num_ranks
         first = step * plan.batch_size + plan.rank * share
+        if get_worker_info() is not None:  # not in the trainer itself, which will fork: threads do not survive that
+            for position in range(first, first + share):
+                self._stream.fetch_ahead(position)
         found = [
             self._stream.find(position, partial(sample_crops, config=plan.crops, seed=plan.seed, position=position))
             for position in range(first, first + share)
@@ -107,6 +114,7 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
 
     Raises:
         StreamError, ShardError: the curated set is unusable, or more than `max_bad_images` of it.
+        StorageError: it is streamed, and S3 does not answer or refuses.
     """
     options: dict[str, Any] = {}
     if config.num_workers:
@@ -118,6 +126,9 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
+        for item in batch.skipped:
+            if item.image_id not in bad:
+                logger.warning("image %s is skipped: %s", item.image_id, item.reason)
         bad.update({item.image_id: item for item in batch.skipped})
         if len(bad) > config.max_bad_images:
             raise too_many_bad(list(bad.values()), config)

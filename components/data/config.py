@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from fractions import Fraction
+from typing import Literal, Self, get_args
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
+
+Origin = Literal["seed", "retrieved", "balanced"]  # column `origin` of the curated manifest
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 class MaskingConfig(Config):
@@ -73,6 +77,17 @@ class StreamConfig(Config):
 
     num_workers: int = Field(default=10, ge=0)  # processes that read, decode and crop; 0: the training process itself
     window_shards: PositiveInt = 16  # images are shuffled inside windows of so many shuffled shards
+    cache_gib: PositiveFloat = 40.0  # of shards streamed from S3; holds two windows at least. Local shards need none
+    mix: dict[Origin, float] | None = None  # share of each part among the images; None: the set as it is
     max_bad_images: int = Field(
         default=100, ge=0
     )  # images that cannot be decoded are skipped, up to so many different ones
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        if self.mix is None:
+            return self
+        shares = [Fraction(str(share)) for share in self.mix.values()]
+        if sum(shares) != 1 or min(shares, default=0) <= 0 or any(1000 % share.denominator for share in shares):
+            raise ValueError(f"mix is {self.mix}; allowed: shares above 0 in steps of 0.001 that add up to 1")
+        return self

@@ -1,25 +1,32 @@
-"""The endless, shuffled stream of curated images, in which one integer is a position.
+"""The stream of curated images by position, from local shards or straight from S3.
 
-The order is a pure function of (seed, epoch, dataset): shards are shuffled, then images inside windows of shards, so
-that a reader touches few shards at a time. Which process asks, and how many there are, changes nothing.
+`order.py` says which image belongs at a position; here its bytes are read and decoded, and a bad one is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from components.core.storage import sha256_file
-from components.data.config import StreamConfig
+from components.data.config import ORIGINS, StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
+from components.data.order import Order, Shuffle, Window
+from components.data.remote_shards import RemoteShards
 from components.data.shards import ImageError, ShardReader, decode_image
 
-_SHARDS, _IMAGES = 1_000_001, 1_000_002  # third number of their generators, out of the way of the crops' numbers
+ADDRESSES = "shards.json"  # beside the manifest: S3 address of each shard
+CACHE = Path(".pedigree/cache/shards")  # in the workspace
+WHOLE = "all"  # the one part of a set that is not mixed
 
 T = TypeVar("T")
 
@@ -45,51 +52,67 @@ class StreamImage(Generic[T]):
     skipped: list[BadImage] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """One window of an epoch: `rows` are the manifest's rows of its images, in stream order."""
-
-    start: int
-    rows: np.ndarray  # [images of the window]
-
-
 class ImageStream:
-    """Images of `root` (a curated set) by position; position p is image p % len(self) of epoch p // len(self)."""
+    """Images of `root` (the curated set of a workspace, `data/curated`) by position.
+
+    Without a mix, position p is image p % len(self) of epoch p // len(self). Where shards are not on disk but
+    `shards.json` says at which S3 address each is, they are streamed through a cache in the workspace.
+    """
 
     def __init__(self, root: Path, config: StreamConfig, seed: int) -> None:
         table = read_manifest(root / MANIFEST)
         if table.num_rows == 0:
             raise StreamError(f"{root}: no images to train on; loosen the curation or ingest more images")
         self.digest = sha256_file(root / MANIFEST)  # the manifest holds every image's own SHA-256
-        self._reader = ShardReader(root)
-        self._config, self._seed = config, seed
-        self._ids = table["image_id"].to_numpy(zero_copy_only=False)
+        self._root, self._config = root, config
+        self._ids = table["image_id"].combine_chunks()
         self._offsets = table["offset"].to_numpy()
         self._lengths = table["length"].to_numpy()
-        names, self._shard_of_row = np.unique(table["shard"].to_numpy(zero_copy_only=False), return_inverse=True)
-        self._shard_names = [str(name) for name in names]
-        # Rows of each shard, sorted by offset: a function of the set, not of the manifest's order.
-        self._rows_by_shard = np.lexsort((self._offsets, self._shard_of_row))
-        self._shard_starts = np.searchsorted(self._shard_of_row[self._rows_by_shard], np.arange(len(names) + 1))
-        self._epoch_cache: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._window_cache: dict[tuple[int, int], _Window] = {}
+        names = sorted(pc.unique(table["shard"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+        self._shard_names = names
+        self._shard = pc.index_in(table["shard"], pa.array(names)).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+        self._parts = self._shuffles(table["origin"], seed)
+        shares = {WHOLE: 1.0} if config.mix is None else {str(part): share for part, share in config.mix.items()}
+        self._order = Order(self._parts, shares, seed)
+        self._remote = self._remote_shards()
+        self._reader = self._remote or ShardReader(root)
+        self._ahead: dict[tuple[int, int, int], int] = {}  # window -> images whose bytes were asked for
 
     def __len__(self) -> int:
-        return len(self._ids)
+        """Different images that may come."""
+        return len(self._order)
 
     def row(self, position: int) -> int:
         """Row of the manifest that belongs at `position`."""
-        epoch, offset = divmod(position, len(self))
-        window = self._window(epoch, offset)
-        return int(window.rows[offset - window.start])
+        return self._order.row(position)
 
     def shard(self, position: int) -> str:
         """Name of the shard that holds the image at `position`."""
-        return self._shard_names[self._shard_of_row[self.row(position)]]
+        return self._shard_names[self._shard[self.row(position)]]
 
     def image_ids(self, first: int, count: int) -> list[str]:
-        """Ids of the images that belong at `count` positions from `first` on."""
-        return [str(self._ids[self.row(position)]) for position in range(first, first + count)]
+        """Ids of the images that belong at `count` positions from `first` on; `seen` knows what bad images change."""
+        return [self._ids[self.row(position)].as_py() for position in range(first, first + count)]
+
+    def seen(self, image_id: str, first: int, count: int) -> list[int]:
+        """The positions, of `count` from `first` on, whose batch holds this image; exact also beside bad images.
+
+        An image comes at its own positions if it can be decoded, and instead of the bad ones right before them.
+        """
+        row = int(pc.index(self._ids, image_id).as_py())  # pyright: ignore[reportAttributeAccessIssue]
+        if row < 0:
+            return []
+        parts = [part for part in self._parts.values() if part.holds(row)]
+        stop = first + count
+        found: list[int] = []
+        for own in (p for part in parts for p in self._order.positions(row, part, first, stop + self._reach())):
+            if self.image(own).image_id != image_id:
+                return []
+            position = own
+            while position >= first and self.image(position).image_id == image_id:
+                found.append(position)
+                position -= 1
+        return sorted({position for position in found if position < stop})
 
     def image(self, position: int) -> StreamImage[Image.Image]:
         """Decode the image at `position`, as `find` does."""
@@ -107,38 +130,112 @@ class ImageStream:
             ShardError: a shard is missing or too short.
         """
         skipped: list[BadImage] = []
-        for candidate in range(position, position + min(self._config.max_bad_images + 1, len(self))):
+        for candidate in range(position, position + self._reach() + 1):
             row = self.row(candidate)
-            image_id = str(self._ids[row])
-            data = self._reader.read(self.shard(candidate), int(self._offsets[row]), int(self._lengths[row]))
+            image_id = self._ids[row].as_py()
             try:
-                return StreamImage(decode(data), image_id, skipped)
+                return StreamImage(decode(self._read(row, image_id)), image_id, skipped)
             except ImageError as error:
                 skipped.append(BadImage(image_id, str(error)))
         raise too_many_bad(skipped, self._config)
 
-    def _window(self, epoch: int, offset: int) -> _Window:
-        shard_order, starts = self._epoch(epoch)
-        number = int(np.searchsorted(starts, offset, side="right")) - 1
-        if (epoch, number) not in self._window_cache:
-            if len(self._window_cache) > 2:  # the next window begins before all images of the last one are read
-                self._window_cache.pop(next(iter(self._window_cache)))
-            size = self._config.window_shards
-            shards = shard_order[number * size : (number + 1) * size]
-            parts = [self._rows_by_shard[self._shard_starts[s] : self._shard_starts[s + 1]] for s in shards]
-            generator = np.random.default_rng([self._seed, epoch, _IMAGES, number])
-            rows = generator.permutation(np.concatenate(parts))
-            self._window_cache[epoch, number] = _Window(int(starts[number]), rows)
-        return self._window_cache[epoch, number]
+    def fetch_ahead(self, position: int) -> None:
+        """Have bytes fetched that will be needed after `position`; of local shards, nothing.
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shuffled shards of an epoch, and the offset at which each window begins."""
-        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch, _SHARDS]).permutation(len(self._shard_names))
-            ends = np.cumsum(np.diff(self._shard_starts)[order])
-            starts = np.concatenate([[0], ends])[:-1][:: self._config.window_shards]
-            self._epoch_cache = (epoch, order, starts)
-        return self._epoch_cache[1], self._epoch_cache[2]
+        All of a window's images come in it, so its bytes are fetched in stored order: while a window is read, the same
+        share of the next one.
+        """
+        if self._remote is None:
+            return
+        part, index = self._order.locate(position)
+        window = part.window(index)
+        self._fetch(window, len(window.stored))
+        following = part.after(window)
+        done = (index % len(part) - window.start + 1) / len(window.rows)
+        self._fetch(following, round(done * len(following.stored)))
+
+    def _fetch(self, window: Window, upto: int) -> None:
+        assert self._remote is not None
+        for row in window.stored[self._ahead.get(window.key, 0) : upto]:
+            self._remote.fetch_ahead(*self._place(row))
+        self._ahead[window.key] = max(upto, self._ahead.get(window.key, 0))
+
+    def _read(self, row: int, image_id: str) -> bytes:
+        data = self._reader.read(*self._place(row))
+        if self._remote is None or _sha256(data) == image_id:
+            return data
+        self._remote.forget(*self._place(row))  # perhaps the cache is damaged, not what it was filled from
+        data = self._remote.read(*self._place(row))
+        if _sha256(data) != image_id:
+            shard = self._place(row)[0]
+            raise StreamError(f"{image_id}: its bytes in shard {shard} on S3 have another SHA-256; restore that object")
+        return data
+
+    def _place(self, row: int) -> tuple[str, int, int]:
+        """Shard, offset and length of an image."""
+        return self._shard_names[self._shard[row]], int(self._offsets[row]), int(self._lengths[row])
+
+    def _reach(self) -> int:
+        """How many positions further an image may be taken from."""
+        return min(self._config.max_bad_images, len(self) - 1)
+
+    def _shuffles(self, origins: pa.ChunkedArray, seed: int) -> dict[str, Shuffle]:
+        """The whole set, or the parts that the mix names; rows sorted by shard and offset, whatever the manifest's."""
+        stored, size = np.lexsort((self._offsets, self._shard)), self._config.window_shards
+        if self._config.mix is None:
+            return {WHOLE: Shuffle(stored, self._shard, size, seed)}
+        counts = {item["values"]: item["counts"] for item in origins.value_counts().to_pylist()}
+        if missing := [name for name in self._config.mix if name not in counts]:
+            held = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
+            raise StreamError(
+                f"stream.mix asks for the part {missing[0]!r}, but {self._root} has only: {held}. "
+                f"Leave {missing[0]} out of stream.mix, or curate with that part"
+            )
+        origin = origins.to_numpy()[stored]
+        parts = {name: stored[origin == name] for name in self._config.mix}
+        return {n: Shuffle(parts[n], self._shard, size, seed, 1 + ORIGINS.index(n)) for n in parts}
+
+    def _remote_shards(self) -> RemoteShards | None:
+        """Shards on S3, if they are not on disk and their addresses are known."""
+        addresses = self._root / ADDRESSES
+        if not addresses.is_file() or all((self._root / name).exists() for name in self._shard_names):
+            return None
+        ends = np.zeros(len(self._shard_names), np.int64)
+        np.maximum.at(ends, self._shard, self._offsets + self._lengths)
+        held = 2 * self._config.window_shards * len(self._parts)  # a window and the next one, of each part
+        needed, limit = int(np.sort(ends)[-held:].sum()), int(self._config.cache_gib * 2**30)
+        if needed > limit:
+            raise StreamError(
+                f"streaming needs {needed / 2**30:.3g} GiB of cache for windows of {self._config.window_shards} shards "
+                f"(a window and the next one), but stream.cache_gib is {self._config.cache_gib:g}: "
+                "raise it, or lower stream.window_shards"
+            )
+        return RemoteShards(json.loads(addresses.read_bytes()), self._root.parents[1] / CACHE, limit)
+
+
+def seen_before(root: Path, provenance: Mapping[str, Any], image_id: str, step: int | None = None) -> list[int]:
+    """At which positions a trained model had seen an image before a step; by default before its last one ended.
+
+    Args:
+        root: the curated set that it was trained on.
+        provenance: of the model's `config.json`.
+        image_id: SHA-256 of the image's bytes.
+        step: number of steps done; None: all.
+
+    Raises:
+        StreamError: `root` holds another version of the curated set.
+    """
+    config = provenance["config"]
+    stream = ImageStream(root, StreamConfig(**config["stream"]), provenance["seed"])
+    if stream.digest != provenance["dataset_sha256"]:
+        raise StreamError(f"{root}: not the curated set that the model was trained on; check out its version first")
+    first, stop = provenance["positions"]
+    stop = stop if step is None else min(stop, first + step * config["batch_size"])
+    return stream.seen(image_id, first, stop - first)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def too_many_bad(bad: list[BadImage], config: StreamConfig) -> StreamError:

@@ -15,9 +15,9 @@ from skimage import data
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import sample_crops
-from components.data.manifest import CURATED_SCHEMA, MANIFEST, write_manifest
+from components.data.manifest import CURATED_SCHEMA, MANIFEST, read_manifest, write_manifest
 from components.data.shards import ShardWriter
-from components.data.stream import ImageStream, StreamError
+from components.data.stream import ImageStream, StreamError, seen_before
 
 NUM_IMAGES = 40
 BROKEN = 3  # of them, where asked for
@@ -26,7 +26,7 @@ CROPS = CropConfig(global_size=16, local_size=8, num_local=2)
 
 
 def write_set(folder: Path, *, num_images: int = NUM_IMAGES, broken: int = 0) -> Path:
-    """A curated set of tiles of a photograph, the first `broken` of them cut short."""
+    """A curated set of tiles of a photograph, the first `broken` of them cut short; every fifth image is a seed."""
     folder.mkdir(parents=True)
     photo = Image.fromarray(data.astronaut())
     encoded = []
@@ -38,7 +38,7 @@ def write_set(folder: Path, *, num_images: int = NUM_IMAGES, broken: int = 0) ->
     images = {hashlib.sha256(image).hexdigest(): image for image in encoded}
     known: dict[str, Any] = {
         "format": "JPEG", "width": 32, "height": 32, "source": "a", "source_uri": "b", "source_version": "1",
-        "license": "c", "origin": "balanced", "group_id": "",
+        "license": "c", "group_id": "",
         "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     }  # fmt: skip
     rows = []
@@ -46,7 +46,8 @@ def write_set(folder: Path, *, num_images: int = NUM_IMAGES, broken: int = 0) ->
         for image_id, image in sorted(images.items()):
             shard, offset, length = writer.add(image_id, "jpg", image)
             place = {"image_id": image_id, "shard": shard, "offset": offset, "length": length}
-            rows.append({**dict.fromkeys(CURATED_SCHEMA.names), **known, **place})
+            origin = "balanced" if len(rows) % 5 else "seed"
+            rows.append({**dict.fromkeys(CURATED_SCHEMA.names), **known, **place, "origin": origin})
     write_manifest(pa.Table.from_pylist(rows, CURATED_SCHEMA), folder / MANIFEST)
     return folder
 
@@ -149,6 +150,54 @@ def test_bad_images_are_replaced_named_and_counted(tmp_path):
         strict = StreamConfig(num_workers=workers, max_bad_images=BROKEN - 1)
         with pytest.raises(StreamError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
             list(iterate_batches(batches, strict, range(5)))
+
+
+def test_seen_is_exact_beside_bad_images_and_under_a_mix(tmp_path):
+    """Against going through all positions and looking what is really there."""
+    folder = write_set(tmp_path / "curated", broken=BROKEN)
+    ids = read_manifest(folder / MANIFEST)["image_id"].to_pylist()
+    for mix in (None, {"seed": 0.25, "balanced": 0.75}, {"balanced": 1.0}):
+        config = StreamConfig(num_workers=0, window_shards=2, mix=mix)
+        stream = ImageStream(folder, config, seed=0)
+        first, count = 13, 70
+        consumed = [stream.image(position).image_id for position in range(first, first + count)]
+        belonging = stream.image_ids(first, count)
+        assert 0 < sum(a != b for a, b in zip(consumed, belonging, strict=True)) <= 2 * BROKEN
+        for image_id in ids:
+            expected = [first + k for k, found in enumerate(consumed) if found == image_id]
+            assert stream.seen(image_id, first, count) == expected
+        assert stream.seen("0" * 64, first, count) == []
+        provenance = {
+            "config": {"stream": config.model_dump(), "batch_size": 8}, "seed": 0, "dataset_sha256": stream.digest,
+            "positions": [0, 80],
+        }  # fmt: skip
+        one = stream.image(26).image_id
+        assert seen_before(folder, provenance, one, step=5) == stream.seen(one, 0, 40)
+        assert seen_before(folder, provenance, one) == stream.seen(one, 0, 80)
+    with pytest.raises(StreamError, match="not the curated set that the model was trained on"):
+        seen_before(folder, provenance | {"dataset_sha256": "0"}, one)
+
+
+def test_a_mix_keeps_its_shares_over_ranks_and_resumes(curated):
+    config = StreamConfig(num_workers=0, window_shards=2, mix={"seed": 0.5, "balanced": 0.5})
+    whole = [batch(TrainingBatches(ImageStream(curated, config, seed=0), plan()), step) for step in (5, 6)]
+    resumed = TrainingBatches(ImageStream(curated, config, seed=0), plan())
+    assert torch.equal(batch(resumed, 6).global_crops, whole[1].global_crops)
+    halves = [
+        batch(TrainingBatches(ImageStream(curated, config, seed=0), plan(rank=r, num_ranks=2)), 5) for r in (0, 1)
+    ]
+    joined = torch.cat([half.global_crops.unflatten(0, (2, -1)) for half in halves], dim=1).flatten(0, 1)
+    assert torch.equal(joined, whole[0].global_crops)
+    seeds = set(np.arange(0, NUM_IMAGES, 5))
+    stream = ImageStream(curated, config, seed=0)
+    assert sum(stream.row(position) in seeds for position in range(400)) == 200
+
+
+def test_a_part_that_is_not_there_is_named(curated):
+    config = StreamConfig(mix={"seed": 0.5, "retrieved": 0.5})
+    message = r"asks for the part 'retrieved', but .*curated has only: balanced \(32\), seed \(8\). Leave retrieved out"
+    with pytest.raises(StreamError, match=message):
+        ImageStream(curated, config, seed=0)
 
 
 def test_refuses_too_few_images(tmp_path):

@@ -1,0 +1,181 @@
+"""Shards read straight from S3: ranges of objects, fetched ahead, in a local cache of bounded size.
+
+Objects never change (DVC names them by their content), so a block of one is right for ever. The cache is shared by all
+processes of the machine; the block that was not used for longest goes first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from components.core.storage import StorageError, s3_client, s3_errors, split_s3_uri
+from components.data.shards import ShardError
+
+BLOCK = 8 * 2**20  # bytes fetched at once
+FETCHERS = 4  # threads of each process that fetch ahead
+_LOCKS = 1024  # files that keep two processes from fetching the same block
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteShards:
+    """Reads images of shards on S3 by offset; safe to share between threads, to fork and to pickle.
+
+    Args:
+        objects: address (`s3://bucket/key`) of each shard.
+        cache: folder for fetched blocks.
+        limit: bytes that the cache may take, at least one block.
+    """
+
+    def __init__(self, objects: Mapping[str, str], cache: Path, limit: int) -> None:
+        if limit < BLOCK:
+            raise ShardError(f"a cache of {limit} bytes cannot hold one block of {BLOCK}; raise stream.cache_gib")
+        self._objects, self._cache, self._limit = dict(objects), cache, limit
+        self._start()
+
+    def __getstate__(self) -> tuple[dict[str, str], Path, int]:
+        return self._objects, self._cache, self._limit
+
+    def __setstate__(self, state: tuple[dict[str, str], Path, int]) -> None:
+        self.__init__(*state)
+
+    def read(self, shard: str, offset: int, length: int) -> bytes:
+        """The `length` bytes at `offset` of a shard.
+
+        Raises:
+            ShardError: no address is known for the shard, or it is shorter than offset + length.
+            StorageError: S3 does not answer or refuses.
+        """
+        if offset < 0 or length < 0:
+            raise ShardError(f"{shard}: bytes {offset} to {offset + length} cannot be read")
+        parts = []
+        for block in _blocks(offset, length):
+            start = block * BLOCK
+            begin, end = max(offset - start, 0), min(offset + length - start, BLOCK)
+            part = _read_cached(self._path(shard, block), begin, end)
+            if len(part) < end - begin:  # not there, or left over by a machine that lost power
+                data = self._fetch_once(shard, block, end)
+                part = data[begin:end]
+                if len(part) < end - begin:
+                    place = f"bytes {offset} to {offset + length}"
+                    raise ShardError(f"{self._address(shard)}: {place} are not all inside this object")
+            parts.append(part)
+        return b"".join(parts)
+
+    def fetch_ahead(self, shard: str, offset: int, length: int) -> None:
+        """Begin to fetch what a later `read` will need; what goes wrong is told by that one."""
+        self._same_process()
+        for block in _blocks(offset, length):
+            if (shard, block) != self._last_asked and not self._path(shard, block).exists():
+                self._wanted.put((shard, block))
+                if len(self._fetchers) < FETCHERS:  # daemons: a worker that ends does not wait for them
+                    self._fetchers.append(threading.Thread(target=self._fetch_wanted, daemon=True))
+                    self._fetchers[-1].start()
+            self._last_asked = (shard, block)
+
+    def forget(self, shard: str, offset: int, length: int) -> None:
+        """Drop blocks from the cache, because their bytes are wrong."""
+        for block in _blocks(offset, length):
+            self._path(shard, block).unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._client: Any = None
+        self._wanted: SimpleQueue[tuple[str, int]] = SimpleQueue()
+        self._fetchers: list[threading.Thread] = []
+        self._last_asked: tuple[str, int] | None = None
+
+    def _same_process(self) -> None:
+        if self._pid != os.getpid():  # in a forked child: its parent's connections and threads are not here
+            self._start()
+
+    def _fetch_wanted(self) -> None:
+        while True:
+            try:
+                self._fetch_once(*self._wanted.get(), 1, wait=False)
+            except BlockingIOError:
+                continue  # another process is fetching this block
+            except (ShardError, StorageError, OSError) as error:
+                logger.debug("fetching ahead: %s", error)  # whoever reads the block meets it again
+
+    def _fetch_once(self, shard: str, block: int, end: int, *, wait: bool = True) -> bytes:
+        """Fetch a block into the cache, unless another process has done so by now and it has `end` bytes."""
+        self._same_process()
+        path = self._path(shard, block)
+        number = int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % _LOCKS
+        with self._locked(f"fetch-{number}", wait=wait):
+            if len(data := _read_cached(path, 0, BLOCK)) >= end:
+                return data
+            data = self._fetch(shard, block)
+            with self._locked("write"):
+                self._make_room(len(data))
+                aside = path.with_suffix(".partial")
+                aside.write_bytes(data)
+                aside.replace(path)
+        return data
+
+    def _fetch(self, shard: str, block: int) -> bytes:
+        address = self._address(shard)
+        bucket, key = split_s3_uri(address)
+        with s3_errors(address):
+            self._client = self._client or s3_client()
+            try:
+                span = f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}"
+                return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
+                    return b""  # past the end
+                raise
+
+    def _make_room(self, size: int) -> None:
+        """Remove blocks, the longest unused first, until `size` more bytes fit; also what a killed process left."""
+        with os.scandir(self._cache) as entries:
+            blocks = [(e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if e.is_file()]
+        taken = sum(length for _, length, _ in blocks)
+        for _, length, path in sorted(blocks):
+            if taken + size <= self._limit:
+                return
+            Path(path).unlink(missing_ok=True)
+            taken -= length
+
+    @contextmanager
+    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        folder = self._cache / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    def _address(self, shard: str) -> str:
+        try:
+            return self._objects[shard]
+        except KeyError:
+            raise ShardError(f"{shard}: no address on S3 is known for this shard") from None
+
+    def _path(self, shard: str, block: int) -> Path:
+        return self._cache / f"{hashlib.sha256(self._address(shard).encode()).hexdigest()[:32]}-{block}"
+
+
+def _blocks(offset: int, length: int) -> range:
+    return range(offset // BLOCK, -(-(offset + length) // BLOCK))
+
+
+def _read_cached(path: Path, begin: int, end: int) -> bytes:
+    """A part of a cached block, which is then the last used one; nothing if it is not there."""
+    try:
+        os.utime(path)
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), end - begin, begin)
+    except FileNotFoundError:
+        return b""
