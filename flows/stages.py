@@ -28,6 +28,7 @@ STOP_SECONDS = 30.0
 _running: set[subprocess.Popen[str]] = set()
 _stopping = threading.Event()
 _PR_SET_PDEATHSIG = 1
+WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
 
 class StageFailedError(RuntimeError):
@@ -35,7 +36,7 @@ class StageFailedError(RuntimeError):
 
 
 class StageUnreachableError(StageFailedError):
-    """A stage could not reach the storage or a service: worth another try."""
+    """A stage could not reach the storage or a service, or was told to go: worth another try."""
 
 
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
@@ -102,7 +103,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
     """Run a command line in `root` and hand on its lines as they come; it dies with this process.
 
     Raises:
-        StageUnreachableError: it ended with 75, "try again".
+        StageUnreachableError: it ended with 75, "try again", or by SIGTERM: its machine was taken away.
         StageFailedError: it ended with any other code but 0.
     """
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
@@ -129,7 +130,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
     if code:
         said = [line for line in last if line.startswith("error: ")] or [line for line in last if line][-1:]
         reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"
-        kind = StageUnreachableError if code == os.EX_TEMPFAIL else StageFailedError
+        kind = StageUnreachableError if code in WORTH_A_RETRY else StageFailedError
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         raise kind(f"`{command}` failed ({ended}): {reason}")
 

@@ -93,6 +93,10 @@ def test_75_is_a_service_that_did_not_answer(tmp_path):
 def test_a_killed_command_is_named(tmp_path):
     error = failure("echo working; kill -9 $$", tmp_path)
     assert str(error) == "`sh script.sh` failed (killed by SIGKILL): working"
+    assert not isinstance(error, StageUnreachableError)
+    told_to_go = failure("echo working; kill -TERM $$", tmp_path)
+    assert str(told_to_go) == "`sh script.sh` failed (killed by SIGTERM): working"
+    assert isinstance(told_to_go, StageUnreachableError)
 
 
 @pytest.mark.parametrize(
