@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.storage import StorageError, write_json
 from components.core.tracking import TrackingError, stage_run
@@ -76,11 +77,18 @@ def _seed(seed: int) -> None:
 
 
 @app.command()
-def run(stage: str, item: str | None = typer.Argument(None, help="which student or model, of a foreach stage")) -> None:
+def run(
+    stage: str,
+    item: str | None = typer.Argument(None, help="which student or model, of a foreach stage"),
+    engine: EngineOption = None,
+    address: AddressOption = None,
+) -> None:
     """Run one stage in the current folder.
 
-    Examples: `python -m components pretrain`, `python -m components distill small`.
+    Examples: `python -m components pretrain`, `python -m components distill small`,
+    `python -m components embed --engine ray --address 10.0.0.7:6379`.
     """
+    choose_engine(engine, address)
     root = Path.cwd()
     recipe = load_recipe(root, None)
     extra, function = _extra(recipe, stage, item), _function(stage)

@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
 from flows import curate_command, promote, stack_commands, trace_commands
@@ -54,13 +55,15 @@ def _connect_first(context: typer.Context) -> None:
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913, PLR0917 - the options of a command
     images: Annotated[
         Path | None, typer.Option(help="A folder of your own images, instead of the sample pool.")
     ] = None,
     license_: Annotated[str, typer.Option("--license", help="Licence of those images.")] = NOT_STATED,
     recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
+    engine: EngineOption = None,
+    address: AddressOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
     """Run the whole main job: ingest, curate, pretrain, adapt, distill, evaluate, register.
@@ -73,8 +76,11 @@ def run(
       pedigree run --images ~/photos --license CC-BY-4.0
 
       pedigree run --recipe tiny-cpu --set pretrain.optimizer.base_lr=2e-3
+
+      pedigree run --engine ray --address 10.0.0.7:6379
     """
     with _clear_errors():
+        choose_engine(engine, address)
         checkout = _checkout()
         params = load_recipe(checkout, recipe, set_ or [])
         if images is not None:

@@ -119,12 +119,16 @@ def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
     champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
     if champions and not recipe.evaluate.champions:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
-    embedder = recipe.embed.embedder
-    if embedder.kind == "model" and (named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", embedder.weights)):
-        if (weights := version(*named.groups())) is None:
-            raise WorkspaceError(f"embed.embedder.weights: {embedder.weights} names no registered version")
-        embed = recipe.embed.model_copy(update={"embedder": embedder.model_copy(update={"weights": weights})})
-        recipe = recipe.model_copy(update={"embed": embed})
+    exact = {}
+    for key in ("embedder", "semantic"):
+        config: Any = getattr(recipe.embed, key)
+        weights = getattr(config, "weights", "")  # which the kind `model` has
+        if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", weights):
+            if (found := version(*named.groups())) is None:
+                raise WorkspaceError(f"embed.{key}.weights: {weights} names no registered version")
+            exact[key] = config.model_copy(update={"weights": found})
+    if exact:
+        recipe = recipe.model_copy(update={"embed": recipe.embed.model_copy(update=exact)})
     return recipe
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from components.core.storage import sha256_dir, sha256_file
+from components.core.storage import sha256_file
+from components.core.weights_cache import FILES as WEIGHTS_FILES
 from components.curation import descriptor
 from components.curation.config import DescriptorConfig, EmbedderConfig, ModelConfig, OnnxConfig, TorchScriptConfig
 
@@ -63,7 +64,8 @@ def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> 
     definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # bytes count, not where they lie
     definition |= {"version": VERSION, "descriptor_version": descriptor.VERSION if location is None else None}
     if location is not None:
-        definition["sha256"] = sha256_dir(location) if location.is_dir() else sha256_file(location)
+        files = [location / name for name in WEIGHTS_FILES] if location.is_dir() else [location]
+        definition["sha256"] = [sha256_file(path) for path in files]
     digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
     return Embedder(config, location, digest)
 
@@ -112,9 +114,10 @@ def _locate_weights(weights: str, root: Path, key: str) -> Path:
 
         return download_weights(weights, root)
     folder = root / weights
-    if not (folder / "model.safetensors").is_file():
-        advice = "give a weights folder or models:/NAME@alias"
-        raise EmbedderError(f"{key}.weights: {folder}: no model.safetensors in there; {advice}")
+    for name in WEIGHTS_FILES:
+        if not (folder / name).is_file():
+            advice = "give a weights folder or models:/NAME@alias"
+            raise EmbedderError(f"{key}.weights: {folder}: no {name} in there; {advice}")
     return folder
 
 

@@ -175,3 +175,19 @@ def test_dvc_yaml_calls_every_stage():
     for stage, entry in pipeline.items():
         command = (entry.get("do") or entry)["cmd"]
         assert command == f"python -m components {stage}" + (" ${key}" if "do" in entry else "")
+
+
+def test_the_engine_is_chosen_for_the_stage_and_what_it_starts(folder, monkeypatch):
+    seen: list[str | None] = []
+
+    def stage(*_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(os.environ.get("RAY_ADDRESS"))
+        return {}
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    options = (["--engine", "ray", "--address", "10.0.0.7:6379"], ["--engine", "ray"], [], ["--engine", "loky"])
+    assert [main(monkeypatch, stage, "embed", *chosen) for chosen in options] == [0] * 4
+    assert seen == ["10.0.0.7:6379", "10.0.0.7:6379", "10.0.0.7:6379", None]
+    assert main(monkeypatch, stage, "embed", "--engine", "loky", "--address", "10.0.0.7:6379") == 2
+    assert main(monkeypatch, stage, "embed", "--engine", "ray") == 2
+    assert len(seen) == 4

@@ -85,6 +85,17 @@ def test_a_parameter_that_cannot_be(folder, setting, told):
     assert told in refused(folder, "run", "--set", setting)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--engine", "ray"], "--engine ray needs the cluster's --address HOST:PORT, or RAY_ADDRESS"),
+        (["--address", "10.0.0.7:6379"], "--address 10.0.0.7:6379 is for --engine ray, but the engine is not given"),
+    ],
+)
+def test_an_engine_that_cannot_be(folder, options, told):
+    assert told in refused(folder, "run", *options, env={"RAY_ADDRESS": ""})
+
+
 def test_two_wrong_parameters_are_a_line_each(folder):
     done = pedigree(folder, "run", "--set", "seed=-1", "--set", "distill.steps=0")
     assert done.returncode == 2

@@ -1,0 +1,109 @@
+"""The same bytes from a real Ray cluster of two nodes as from processes of this machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import psutil
+import pytest
+
+from components.core.cluster import ADDRESS, ClusterError, Engine, choose_engine
+from components.core.engine import EngineError, map_shards
+from components.core.storage import sha256_dir
+from components.curation.config import EmbedConfig, ModelConfig
+from components.curation.stage import embed
+from tests.core.test_engine import die_on_three, fail_on_three, slow_square
+from tests.curation.test_embed import save_small_model
+
+NODE = {
+    "num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False,
+    "object_store_memory": 80 * 2**20, "memory": 2**30,
+}  # fmt: skip
+CHILD = (
+    "import time; from components.core.engine import map_shards; map_shards(time.sleep, [60] * 4, workers=2, what='x')"
+)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of two nodes of one CPU each, which listen to this machine only."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on the loopback address, as `connected` does it
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args=NODE | {"temp_dir": folder})
+        try:
+            nodes.add_node(**NODE)
+            yield nodes.address
+        finally:
+            started = [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()]
+            nodes.shutdown()
+        assert len(started) >= 2
+        assert psutil.wait_procs(started, timeout=10)[1] == []
+
+
+@pytest.fixture
+def on_ray(cluster, monkeypatch):
+    monkeypatch.setenv(ADDRESS, "")
+    choose_engine(Engine.RAY, cluster)
+
+
+def test_embeddings_and_scores_are_the_same_bytes(small_workspace, tmp_path_factory, cluster, monkeypatch):
+    save_small_model(small_workspace / "weights")
+    ours = ModelConfig(weights="weights", image_size=28, batch_size=3)
+    made = {}
+    for engine, workers in ((Engine.LOKY, 1), (Engine.LOKY, 2), (Engine.RAY, 2)):
+        root = tmp_path_factory.mktemp("run") / "workspace"
+        shutil.copytree(small_workspace, root)
+        monkeypatch.setenv(ADDRESS, "")
+        choose_engine(engine, cluster if engine is Engine.RAY else None)
+        embed(EmbedConfig(workers=workers, semantic=ours), root, 0)
+        made[engine, workers] = sha256_dir(root / "data/embeddings")
+    assert len(set(made.values())) == 1
+
+
+def test_order_progress_and_errors(on_ray, capsys):
+    assert map_shards(slow_square, range(7), workers=None, what="squares") == [0, 1, 4, 9, 16, 25, 36]
+    assert "progress: squares on Ray 7/7 shards" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="shard 3 is damaged"):
+        map_shards(fail_on_three, range(6), workers=2, what="reading")
+    with pytest.raises(EngineError, match=r"reading on Ray: a worker process died .* fewer workers"):
+        map_shards(die_on_three, range(6), workers=2, what="reading")
+
+
+def test_the_cluster_stops_the_work_of_a_killed_driver_and_listens_to_this_machine_only(on_ray):
+    def actors():
+        return [p for p in psutil.process_iter(["cmdline"]) if "ray::PoolActor" in " ".join(p.info["cmdline"] or ())]
+
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while len(actors()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        heard = {c.laddr.ip for p in (*actors(), psutil.Process(child.pid)) for c in p.net_connections() if c.laddr}
+        assert {address.removeprefix("::ffff:") for address in heard} == {"127.0.0.1"}
+    finally:
+        child.kill()
+        child.wait()
+    assert psutil.wait_procs(actors(), timeout=20)[1] == []
+
+
+def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv(ADDRESS, "127.0.0.1:9")
+    with pytest.raises(
+        ClusterError, match=r"^no Ray cluster answers at 127\.0\.0\.1:9 \(.*refused\); start one, or use"
+    ):
+        map_shards(abs, range(2), workers=2, what="x")
+    monkeypatch.setenv(ADDRESS, "ray")
+    with pytest.raises(ClusterError, match="expected HOST:PORT of a Ray cluster"):
+        map_shards(abs, range(2), workers=2, what="x")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("components.core.cluster._reach", lambda _: "host")
+    with pytest.raises(ClusterError, match=r"not installed: pip install 'pedigree\[cluster\]'"):
+        map_shards(abs, range(2), workers=2, what="x")
