@@ -16,13 +16,13 @@ from components.curation.config import FilterConfig
 from components.curation.rejections import CurationError, rejections
 
 
-def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table | None = None) -> pa.Table:
+def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table) -> pa.Table:
     """Rejections by all filters; an image is rejected by the first that refuses it.
 
     Args:
         pool: a pool manifest.
         config: the limits.
-        scores: rows of SCORES_SCHEMA for the same images in the same order; None: only the manifest is asked.
+        scores: rows of SCORES_SCHEMA for the same images in the same order.
 
     Raises:
         CurationError: a limit on a score that was not computed.
@@ -39,11 +39,11 @@ def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table | None 
     if config.allowed_licenses is not None:
         parts.append(not_allowed_license(pool["license"], config.allowed_licenses))
     if config.max_gray_share is not None:
-        parts.append(grayscale(_score(scores, "gray_share", "max_gray_share", len(pool)), config.max_gray_share))
+        parts.append(grayscale(scores["gray_share"].to_numpy(), config.max_gray_share))
     if config.min_entropy is not None:
-        parts.append(blank(_score(scores, "entropy", "min_entropy", len(pool)), config.min_entropy))
+        parts.append(blank(scores["entropy"].to_numpy(), config.min_entropy))
     if config.max_nsfw is not None:
-        parts.append(not_safe(_score(scores, "nsfw", "max_nsfw", len(pool)), config.max_nsfw))
+        parts.append(not_safe(_nsfw(scores), config.max_nsfw))
     rejected = pa.concat_tables(parts)
     first = np.unique(rejected["row"].to_numpy(), return_index=True)[1]
     return rejected.take(pa.array(first))
@@ -119,15 +119,14 @@ def not_safe(nsfw: NDArray[np.float32], highest: float) -> pa.Table:
     return rejections(rows, "nsfw", [f"score {nsfw[r]:.3f} > {highest:g}" for r in rows])
 
 
-def _score(scores: pa.Table | None, name: str, limit: str, count: int) -> NDArray[np.float32]:
-    """[N] one score of every image."""
-    source = "embed.scores.nsfw" if name == "nsfw" else "embed.scores"
-    if scores is None or scores[name].null_count:
-        what = f"curate.filters.{limit} needs the score {name} of every image, which {source} did not compute"
-        raise CurationError(f"{what}; set {source} and run the stage embed again, or leave curate.filters.{limit} out")
-    if len(scores) != count:
-        raise CurationError(f"{len(scores)} scores for {count} images; run the stage embed again")
-    return scores[name].to_numpy()
+def _nsfw(scores: pa.Table) -> NDArray[np.float32]:
+    """[N] what the classifier said of every image."""
+    if scores["nsfw"].null_count:
+        missing = "curate.filters.max_nsfw needs a score that the stage embed did not compute"
+        raise CurationError(
+            f"{missing}: set embed.scores.nsfw (kind: opennsfw) and run it again, or leave max_nsfw out"
+        )
+    return scores["nsfw"].to_numpy()
 
 
 def _blocked(uris: pa.ChunkedArray, patterns: dict[str, str]) -> pa.Table:

@@ -22,14 +22,21 @@ def pool_with(images):
     return pool_with
 
 
+def no_nsfw(table: pa.Table) -> pa.Table:
+    """Scores of colourful images that no classifier was asked about."""
+    count = len(table)
+    columns = {"gray_share": [0.1] * count, "entropy": [5.0] * count, "nsfw": [None] * count, "faces": [None] * count}
+    return pa.table({"image_id": table["image_id"]} | columns, schema=SCORES_SCHEMA)
+
+
 def refused(table: pa.Table, **limits) -> dict[int, tuple[str, str]]:
-    rejected = filter_images(table, FilterConfig.model_validate(limits)).to_pylist()
+    rejected = filter_images(table, FilterConfig.model_validate(limits), no_nsfw(table)).to_pylist()
     return {row["row"]: (row["reason"], row["detail"]) for row in rejected}
 
 
 def test_each_filter_names_what_it_refuses(images):
     table = images([(16, 16), (15, 400), (129, 16), (128, 16), (16, 16)], ids=["a", "b", "c", "d", "a"])
-    rejected = filter_images(table, FilterConfig(min_side=16, max_aspect_ratio=8)).to_pylist()
+    rejected = filter_images(table, FilterConfig(min_side=16, max_aspect_ratio=8), no_nsfw(table)).to_pylist()
     assert [(row["row"], row["reason"], row["detail"]) for row in rejected] == [
         (1, "too_small", "15 x 400, shorter side < 16"),
         (2, "aspect_ratio", "129 x 16, ratio > 8"),
@@ -39,7 +46,7 @@ def test_each_filter_names_what_it_refuses(images):
 
 
 def test_any_ratio_may_be_allowed(images):
-    assert len(filter_images(images([(5000, 16)]), FilterConfig(max_aspect_ratio=None))) == 0
+    assert refused(images([(5000, 16)]), max_aspect_ratio=None) == {}
 
 
 def test_formats(pool_with):
@@ -103,15 +110,9 @@ def test_the_first_filter_that_refuses_is_named(images):
 
 def test_a_limit_on_a_score_that_was_not_computed_names_both_keys(images):
     table = images([(50, 50)])
-    with pytest.raises(CurationError, match=r"curate\.filters\.min_entropy .* embed\.scores did not compute"):
-        filter_images(table, FilterConfig(min_entropy=1))
-    columns = {"image_id": table["image_id"], "gray_share": [0.1], "entropy": [5.0], "nsfw": [None], "faces": [None]}
-    scores = pa.table(columns, schema=SCORES_SCHEMA)
-    assert len(filter_images(table, FilterConfig(min_entropy=1), scores)) == 0
-    with pytest.raises(CurationError, match=r"curate\.filters\.max_nsfw .* embed\.scores\.nsfw did not compute"):
-        filter_images(table, FilterConfig(max_nsfw=0.5), scores)
-    with pytest.raises(CurationError, match="1 scores for 2 images; run the stage embed again"):
-        filter_images(images([(50, 50)] * 2), FilterConfig(min_entropy=1), scores)
+    assert refused(table, min_entropy=1, max_gray_share=0.5) == {}
+    with pytest.raises(CurationError, match=r"curate\.filters\.max_nsfw needs .* set embed\.scores\.nsfw"):
+        refused(table, max_nsfw=0.5)
 
 
 @pytest.mark.parametrize(

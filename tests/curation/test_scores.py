@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from components.curation.config import CascadeConfig, OpenNsfwConfig, ScoresConfig
+from components.curation.config import CascadeConfig, FilterConfig, OpenNsfwConfig, ScoresConfig
 from components.curation.filters import filter_images
 from components.curation.scores import SCORES_SCHEMA, entropy, gray_share, load_scorer, sample_pixels
 
@@ -94,8 +94,6 @@ def test_thresholds_change_without_new_scores(images):
     scores = pa.table({"image_id": table["image_id"], **columns}, schema=SCORES_SCHEMA)
 
     def reasons(**values) -> dict[int, str]:
-        from components.curation.config import FilterConfig
-
         rejected = filter_images(table, FilterConfig.model_validate(values), scores).to_pylist()
         return {row["row"]: f"{row['reason']}: {row['detail']}" for row in rejected}
 
