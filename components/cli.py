@@ -23,6 +23,7 @@ from components.recipe import Recipe, load_recipe
 
 BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer
 ITEM_STAGES = ("distill", "evaluate")
+TRAINING_STAGES = ("pretrain", "adapt", "distill")
 
 log = logging.getLogger("components")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -93,6 +94,10 @@ def run(
     recipe = load_recipe(root, None)
     extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
+    if stage in TRAINING_STAGES:
+        from components.lineage.streaming import prepare_stream
+
+        prepare_stream(root)
     section = getattr(recipe, "register_model" if stage == "register" else stage)
     params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}
     first_rank = int(os.environ.get("RANK", "0")) == 0

@@ -24,8 +24,9 @@ from components.data.order import Order, Shuffle, Window
 from components.data.remote_shards import RemoteShards
 from components.data.shards import ImageError, ShardReader, decode_image
 
-ADDRESSES = "shards.json"  # beside the manifest: S3 address of each shard
-CACHE = Path(".pedigree/cache/shards")  # in the workspace
+# In the workspace. A curated set that is not on disk: its manifest, and the S3 address of each shard.
+STREAMED, ADDRESSES = Path(".pedigree/streamed"), "shards.json"
+CACHE = Path(".pedigree/cache/shards")
 WHOLE = "all"  # the one part of a set that is not mixed
 
 T = TypeVar("T")
@@ -55,11 +56,14 @@ class StreamImage(Generic[T]):
 class ImageStream:
     """Images of `root` (the curated set of a workspace, `data/curated`) by position.
 
-    Without a mix, position p is image p % len(self) of epoch p // len(self). Where shards are not on disk but
-    `shards.json` says at which S3 address each is, they are streamed through a cache in the workspace.
+    Without a mix, position p is image p % len(self) of epoch p // len(self). If the set is not on disk, it is streamed
+    from the addresses that the workspace has for it (`components.lineage.streaming` writes them).
     """
 
     def __init__(self, root: Path, config: StreamConfig, seed: int) -> None:
+        self._workspace = root.parents[1]
+        streamed = self._workspace / STREAMED
+        root = root if (root / MANIFEST).is_file() or not streamed.is_dir() else streamed
         table = read_manifest(root / MANIFEST)
         if table.num_rows == 0:
             raise StreamError(f"{root}: no images to train on; loosen the curation or ingest more images")
@@ -196,9 +200,9 @@ class ImageStream:
         return {n: Shuffle(parts[n], self._shard, size, seed, 1 + ORIGINS.index(n)) for n in parts}
 
     def _remote_shards(self) -> RemoteShards | None:
-        """Shards on S3, if they are not on disk and their addresses are known."""
+        """Shards on S3, if the set is not on disk."""
         addresses = self._root / ADDRESSES
-        if not addresses.is_file() or all((self._root / name).exists() for name in self._shard_names):
+        if not addresses.is_file():
             return None
         ends = np.zeros(len(self._shard_names), np.int64)
         np.maximum.at(ends, self._shard, self._offsets + self._lengths)
@@ -210,7 +214,7 @@ class ImageStream:
                 f"(a window and the next one), but stream.cache_gib is {self._config.cache_gib:g}: "
                 "raise it, or lower stream.window_shards"
             )
-        return RemoteShards(json.loads(addresses.read_bytes()), self._root.parents[1] / CACHE, limit)
+        return RemoteShards(json.loads(addresses.read_bytes()), self._workspace / CACHE, limit)
 
 
 def seen_before(root: Path, provenance: Mapping[str, Any], image_id: str, step: int | None = None) -> list[int]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -18,7 +19,7 @@ from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
 from components.data.remote_shards import RemoteShards
 from components.data.shards import ShardError, ShardReader
-from components.data.stream import CACHE, ImageStream, StreamError
+from components.data.stream import CACHE, STREAMED, ImageStream, StreamError
 from tests.data.test_stream import batch, plan, write_set
 
 BLOCK = 4096
@@ -37,11 +38,10 @@ class Remote:
 
     def workspace(self, root: Path, addresses: dict[str, str] | None = None) -> Path:
         """The curated set of a new workspace."""
-        curated = root / "data" / "curated"
-        curated.mkdir(parents=True)
-        (curated / MANIFEST).write_bytes((self.local / MANIFEST).read_bytes())
-        (curated / "shards.json").write_text(json.dumps(addresses or self.addresses))
-        return curated
+        (root / STREAMED).mkdir(parents=True)
+        (root / STREAMED / MANIFEST).write_bytes((self.local / MANIFEST).read_bytes())
+        (root / STREAMED / "shards.json").write_text(json.dumps(addresses or self.addresses))
+        return root / "data" / "curated"
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,5 @@ def test_wrong_credentials_and_a_small_cache_are_one_line(remote, tmp_path, monk
     small = StreamConfig(window_shards=2, cache_gib=2e-5)
     with pytest.raises(StreamError, match=r"needs 3.\d+e-05 GiB of cache for windows of 2 shards .*cache_gib is 2e-05"):
         ImageStream(curated, small, seed=0)
-    for path in remote.local.glob("*.tar"):
-        (curated / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(remote.local, curated)
     assert batch(TrainingBatches(ImageStream(curated, small, seed=0), plan()), 0) is not None  # from disk

@@ -1,0 +1,47 @@
+"""Train on a machine that does not hold the images: of the curated set only the manifest comes, the rest is streamed.
+
+`dvc.lock` names the version of `data/curated`, its listing on the remote the object of each shard; `data.stream` reads
+ranges of those objects. A clone of the repository and the S3 variables are all that is needed, not DVC.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from components.core.storage import write_bytes, write_json
+from components.data.manifest import MANIFEST
+from components.data.stream import ADDRESSES, STREAMED
+from components.lineage.record import LOCK, Record, RecordError
+from components.lineage.remote import Remote
+
+CURATED = "data/curated"
+
+log = logging.getLogger(__name__)
+
+
+def prepare_stream(root: Path) -> bool:
+    """Fetch the manifest and write each shard's address, if the workspace does not hold the curated set itself.
+
+    Returns:
+        Whether the curated set is going to be streamed.
+
+    Raises:
+        RecordError: `dvc.lock` knows no curated set, or one without a manifest.
+        RemoteError: the repository's DVC remote is not on S3.
+        StorageError: S3 does not answer or refuses.
+    """
+    if (root / CURATED / MANIFEST).is_file() or not (root / LOCK).is_file():
+        return False
+    record = Record(root)
+    version = record.output(CURATED)
+    if version is None:
+        raise RecordError(f"dvc.lock knows no {CURATED}, and it is not on disk; curate first, or pull a later commit")
+    remote = Remote(record.remote_url())
+    files = remote.listing(version)
+    if MANIFEST not in files:
+        raise RecordError(f"{CURATED} of dvc.lock ({version}) has no {MANIFEST}; curate again")
+    write_json(root / STREAMED / ADDRESSES, {n: remote.address(m) for n, m in files.items() if n.endswith(".tar")})
+    write_bytes(root / STREAMED / MANIFEST, remote.read(files[MANIFEST]))
+    log.info("%s is not on disk: its shards are streamed from %s", CURATED, remote.url)
+    return True
