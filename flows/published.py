@@ -37,6 +37,9 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
             create_markdown_artifact(f"### {title}\n\n![{title}](data:image/jpeg;base64,{data})", key=key)
     if url := tracking.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
+    if (page := reports / "curate" / "report.html").exists():
+        told = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"
+        create_link_artifact(page.resolve().as_uri(), "Curation report", key="curation-report", description=told)
     docs = workspace.root / ".pedigree" / "data-docs" / "curated" / "index.html"
     if docs.exists():
         create_link_artifact(docs.resolve().as_uri(), "Data Docs", key="data-docs", description="Great Expectations")

@@ -62,12 +62,13 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
     return _png(figure)
 
 
-def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], what: str) -> bytes:
-    """Images by a score, on a logarithmic scale, with those that the filter refused in red.
+def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], threshold: float, what: str) -> bytes:
+    """Images by a score, on a logarithmic scale, with the threshold marked and those that it refused in red.
 
     Args:
         values: [N], NaN where an image has no such score.
         refused: [N].
+        threshold: of the filter.
         what: the score and its unit.
     """
     figure, axes = _figure(5.4, 2.6)
@@ -75,6 +76,7 @@ def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], wha
     low, high = (float(values[known].min()), float(values[known].max())) if known.any() else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, 61).tolist()
     axes.hist([values[known & ~refused], values[known & refused]], edges, color=[BLUE, RED], stacked=True)
+    axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.set_yscale("log")
     axes.set_xlabel(what)
     axes.set_ylabel("images")
@@ -93,7 +95,7 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
     order = np.argsort(-before, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, min(BARS, len(order))).astype(int))]
     places = np.linspace(0, len(order) - 1, len(shown))
-    for sizes, color, label in ((before, GREY, "pool"), (after, BLUE, "curated set")):
+    for sizes, color, label in ((before, GREY, "what could be drawn"), (after, BLUE, "the balanced sample")):
         shares = 100 * sizes[shown] / max(sizes.sum(), 1)
         axes.fill_between(places, shares, step="mid", color=color, alpha=0.45, linewidth=0)
         axes.step(places, shares, where="mid", color=color, linewidth=1.5, label=label)

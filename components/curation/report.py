@@ -55,12 +55,13 @@ class Curation:
     selection: Selection
     rejected: pa.Table
     gates: list[tuple[str, Check]]  # passed, with the step after which each stands
-    notes: list[str]  # what else a reader should know
+    note: str  # what the set was compared with
 
     @property
     def recalls(self) -> dict[str, float]:
         """Of each index that was searched, see `Neighbors`."""
-        return self.unique.recalls
+        asked = any(one.retrieve == "sample" for one in self.config.seed_sets.values())
+        return self.unique.recalls | ({"images like the seeds": self.selection.recall} if asked else {})
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -93,7 +94,7 @@ def _page(result: Curation, album: grids.Album, kept: bytes) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title><style>{STYLE}</style>',
         f'<h1>Curation</h1><p class="lead">{lead} <code>data/curated/rejected.parquet</code>.</p>',
         charts.inline(charts.funnel(result.funnel), "Images left after each step"),
-        *(f'<p class="note">{html.escape(note)}</p>' for note in result.notes),
+        *(f'<p class="note">{html.escape(note)}</p>' for note in (result.note, *_faces(result))),
         "<h2>What the set is made of</h2>",
         _parts(result.selection.parts),
         "<h2>Balance</h2>",
@@ -115,6 +116,14 @@ def _page(result: Curation, album: grids.Album, kept: bytes) -> str:
         "</html>\n",
     ]
     return "\n".join(sections)
+
+
+def _faces(result: Curation) -> list[str]:
+    counts = result.found.findings["num_faces"]
+    if counts.null_count == len(counts):
+        return []
+    blurred = int((counts.to_numpy()[result.kept] > 0).sum())
+    return [f"In {blurred:,} of the images that stay, faces were found and blurred, in the set and on this page."]
 
 
 def _parts(parts: list[CompositionRow]) -> str:
@@ -183,12 +192,13 @@ def _histograms(result: Curation) -> list[str]:
         pictures.append(charts.inline(chart, "Similarity to the nearest evaluation image"))
     rows, reasons = result.rejected["row"].to_numpy(), result.rejected["reason"].to_numpy()
     for name, (reason, limit, what) in SCORES.items():
-        if getattr(config.filters, limit, None) is None:
+        threshold = getattr(config.filters, limit)
+        if threshold is None:
             continue
         values = result.found.findings[name].to_numpy().astype(np.float32)
         refused = np.zeros(len(values), bool)
         refused[rows[reasons == reason]] = True
-        pictures.append(charts.inline(charts.score_histogram(values, refused, what), what))
+        pictures.append(charts.inline(charts.score_histogram(values, refused, threshold, what), what))
     return pictures
 
 

@@ -52,6 +52,7 @@ class Retrieval:
     similarity: NDArray[np.float32]  # [M] cosine to it
     seed_set: list[str]  # [M] that seed's
     composition: list[CompositionRow]
+    recall: float = 1.0  # of the index that "sample" searched, see `Neighbors`
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class _Found:
     query_row: NDArray[np.int64]  # [E]
     similarity: NDArray[np.float32]  # [E]
     retrieved: int  # before any cap
+    recall: float = 1.0
 
 
 def retrieve(
@@ -113,7 +115,7 @@ def _by_sample(
         end = start + len(seeds.rows)
         own = np.flatnonzero((pairs.query >= start) & (pairs.query < end) & (rank < seeds.config.k))
         row, query = rows[pairs.neighbor[own]], queries[pairs.query[own]]
-        found[name] = _Found(row, query, pairs.similarity[own], len(own))
+        found[name] = _Found(row, query, pairs.similarity[own], len(own), pairs.recall)
         start = end
     return found
 
@@ -180,7 +182,9 @@ def _each_once(found: dict[str, _Found], seed_sets: Mapping[str, SeedSet]) -> Re
             mode = "cluster" if seeds.config.retrieve == "cluster" else f"sample k={seeds.config.k}"
             collisions = len(found[name].row) - final
             composition.append(CompositionRow(name, len(seeds.rows), mode, found[name].retrieved, collisions, final))
-    return Retrieval(row[order], query[order], similarity[order], [names[o] for o in owner[order]], composition)
+    recall = min((one.recall for one in found.values()), default=1.0)
+    owners = [names[o] for o in owner[order]]
+    return Retrieval(row[order], query[order], similarity[order], owners, composition, recall)
 
 
 @contextmanager

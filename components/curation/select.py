@@ -43,6 +43,7 @@ class Selection:
     top_labels: NDArray[np.int64]  # the cluster of the top level of each of those
     levels: list[Clusters]  # from the images up
     parts: list[CompositionRow]  # Table 15, and the balanced sample
+    recall: float  # of the index that retrieval searched, see `Neighbors`
 
 
 def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) -> dict[str, SeedSet]:
@@ -107,9 +108,8 @@ def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: Cura
     rejected = _left_out(clustered, paths, chosen, seeds)
     parts = _composition(chosen, retrieval, len(sample))
     ancestors = _ancestors(rest)
-    return Selection(
-        chosen, rejected, clustered, paths, sample, ancestors[-1][drawn], _levels(rest, ancestors, drawn), parts
-    )
+    levels = _levels(rest, ancestors, drawn)
+    return Selection(chosen, rejected, clustered, paths, sample, ancestors[-1][drawn], levels, parts, retrieval.recall)
 
 
 def _by_set(rows: Rows, seeds: dict[str, SeedSet]) -> dict[str, Rows]:

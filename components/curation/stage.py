@@ -96,9 +96,8 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
         gates.after_filter(docs, _images(inputs, rows), config.filters.min_side, licenses)
 
         seeds = find_seeds(inputs.pool, rows, config.seed_sets)
-        unique = drop_copies(
-            inputs, np.setdiff1d(rows, rows_of(seeds, as_is=False)), rows_of(seeds, as_is=True), config
-        )
+        candidates = np.setdiff1d(rows, rows_of(seeds, as_is=False))
+        unique = drop_copies(inputs, candidates, rows_of(seeds, as_is=True), config)
         check_copies(docs, inputs, unique, config)
 
         selection = select(inputs, unique.rows, seeds, config, seed)
@@ -113,8 +112,10 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
             gates.validate_curated(docs, folder, licenses, previous.drift)
     kept = _images(inputs, selection.chosen["row"].to_numpy())
     remember(previous, kept)
-    funnel = [("pool", len(inputs.pool)), ("filtered", len(rows)), *unique.funnel, ("curated", len(kept))]
-    result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, [previous.note])
+    asked = [("candidates", len(candidates))] if len(candidates) < len(rows) else []  # without what only asks
+    first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *asked]
+    funnel = [*first, *unique.funnel, ("curated", len(kept))]
+    result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
     write_report(result, root, root / REPORTS)
     return _figures(result)
 

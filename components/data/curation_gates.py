@@ -202,7 +202,8 @@ def _blocks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 def _check_licenses(examination: Examination, licenses: Sequence[str] | None) -> None:
     if licenses is not None:
-        allowed = mask_of(pc.is_in(examination.table["license"], pa.array(licenses, pa.string())))
+        names = pa.array([name.lower() for name in licenses], pa.string())  # in any case, as the filter takes them
+        allowed = mask_of(pc.is_in(pc.utf8_lower(examination.table["license"]), names))
         examination.rows("license_allowed", f"license is one of {', '.join(licenses)}", ~allowed)
 
 

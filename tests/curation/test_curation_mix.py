@@ -74,6 +74,7 @@ def test_each_part_is_in_once_and_says_why(mixed):
     assert len(drawn) <= 3
     assert results["origins"] == {"seed": 2, "retrieved": len(best)} | ({"balanced": len(drawn)} if drawn else {})
     assert results["images"]["curated"] == len(kept)
+    assert results["images"]["candidates"] == len(ids) - 1
     assert all(len(row["cluster_path"].split("/")) == 2 for row in [*kept.values(), rejected[ids[asking]]])
     page = (root / "reports/curate/report.html").read_text()
     assert "<td>flowers</td><td>as is</td>" in page
@@ -135,7 +136,7 @@ def test_a_set_far_from_the_last_one_is_stopped_and_the_last_one_stays(
         ),
         ({"seed_sets": {"photos": {"retrieve": "sample"}}}, "all images only ask for images like theirs"),
         ({"gates": {"previous": "nowhere.parquet"}}, "curate.gates.previous: .*nowhere.parquet does not exist"),
-        ({"filters": {"max_nsfw": 0.5}}, "curate.filters.max_nsfw needs the score nsfw"),
+        ({"filters": {"max_nsfw": 0.5}}, "curate.filters.max_nsfw needs a score"),
     ],
 )
 def test_parameters_that_the_pool_cannot_answer(small_workspace, values, told):

@@ -48,7 +48,7 @@ def stopped(call) -> dict[str, list[str]]:
 
 def test_after_the_filters(docs):
     gates.after_filter(docs, rows(width=[9, 30]), 9, None)
-    bad = rows(image_id=[IDS[0], IDS[1], IDS[1], IDS[3]], width=[9, 30, 30, 8], license=["MIT", "x", "MIT", "MIT"])
+    bad = rows(image_id=[IDS[0], IDS[1], IDS[1], IDS[3]], width=[9, 30, 30, 8], license=["MIT", "x", "mit", "MIT"])
     assert stopped(lambda: gates.after_filter(docs, bad, 9, ["MIT"])) == {
         "ids_unique": [IDS[1], IDS[1]],
         "large_enough": [IDS[3]],

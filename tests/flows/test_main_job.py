@@ -156,6 +156,7 @@ def test_prefect_shows_tables_and_pictures(first):
         assert base64.b64decode(encoded, validate=True).startswith(b"\xff\xd8")  # a JPEG
     assert first["mlflow"] in shown["mlflow"]
     assert "/data-docs/curated/index.html" in shown["data-docs"]
+    assert "/reports/curate/report.html" in shown["curation-report"]
 
 
 def test_an_unchanged_run_computes_nothing(checkout, first):
