@@ -82,18 +82,20 @@ class TrainingStep:
         outputs = []
         for number, part in enumerate(parts, start=1):
             with self._reduced(last=number == len(parts)):
-                outputs.append(self._add_gradient(part, step, values.teacher_temp))
+                outputs.append(self._add_gradient(part, values.teacher_temp))
+        terms = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
+        # Only now, also if a loss is not finite: the last backward makes FSDP2 give up what it keeps of the parts before.
+        _check_losses(terms, step)
         grad_norms = clip_gradients(self.networks.student, self._clip_norm)
         _check_gradients(grad_norms, step)
         set_values(self.optimizer, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        terms = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
         joined = [_join_images([getattr(o, name) for o in outputs]) for name in ("cls_tokens", "teacher_cls_logits")]
         return StepOutput(terms, grad_norms, *joined)
 
-    def _add_gradient(self, batch: Batch, step: int, teacher_temp: float) -> StepOutput:
+    def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
         """Add the gradient of one part of the step's images."""
         loss_masks = batch.masks
         if loss_masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
@@ -108,7 +110,6 @@ class TrainingStep:
             )
         losses = self.objective(student)
         terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
-        _check_losses(terms, step)
         del head_losses
         (losses.total / self._accumulation_steps).backward()
         return StepOutput(terms, {}, student.cls_tokens.detach(), teacher.global_cls)

@@ -63,8 +63,8 @@ def make_job(values: dict[str, Any], curated: Path) -> Job:
     return Job("pretrain", config, self_distillation(student), stream, config.masking, seed=0)
 
 
-def at_step(job: Job, number: int, action: Callable[[], None]) -> None:
-    """Do something when the student is called for the step `number`, counted from 0 at the start of this job."""
+def at_call(job: Job, number: int, action: Callable[[], None]) -> None:
+    """Do something before the student's call `number`, from 0: one a step, or as many as gradient accumulation has."""
     calls = []
 
     def hook(*_: Any) -> None:
@@ -75,13 +75,13 @@ def at_step(job: Job, number: int, action: Callable[[], None]) -> None:
     job.networks.student.register_forward_pre_hook(hook)
 
 
-def break_step(job: Job, number: int) -> None:
-    """Let the student's class-token logits be NaN in the step `number`."""
+def break_call(job: Job, number: int) -> None:
+    """Let what the student's class-token head gives be NaN in the student's call `number`."""
     broken: list[None] = []
 
     def hook(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor | None:
         return logits * float("nan") if broken else None
 
     job.networks.student.dino_head.register_forward_hook(hook)
-    at_step(job, number, lambda: broken.append(None))
-    at_step(job, number + 1, broken.clear)
+    at_call(job, number, lambda: broken.append(None))
+    at_call(job, number + 1, broken.clear)

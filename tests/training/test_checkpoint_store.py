@@ -11,7 +11,7 @@ from components.core.storage import StorageError, s3_client
 from components.training.checkpoint import CheckpointError, Checkpoints
 from components.training.checkpoint_store import INDEX
 from components.training.loop import train
-from tests.training.jobs import at_step, make_job
+from tests.training.jobs import at_call, make_job
 
 BUCKET = "checkpoints"
 
@@ -43,7 +43,7 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
 
     job = make_job(values, curated)
-    at_step(job, 3, expire)
+    at_call(job, 3, expire)
     with pytest.raises(StorageError) as error:
         train(job, Checkpoints(tmp_path / "here", uri))
     line = f"checkpoint not written, those before it stand: {uri}/step_4/"

@@ -15,7 +15,7 @@ from components.training.divergence import read_dumped_batch
 from components.training.loop import Job, train
 from components.training.schedules import Schedules
 from components.training.step import DivergedError, TrainingStep
-from tests.training.jobs import break_step, make_job
+from tests.training.jobs import break_call, make_job
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp
     """A run in which step 2 breaks ends in the bits of one that never takes it: weights, average, centres, moments."""
     values = pretrain_values(steps=5, objective={"centering": "softmax"})
     job = make_job(values, curated)
-    break_step(job, 2)
+    break_call(job, 2)
     with caplog.at_level(logging.ERROR):
         rows = train(job, Checkpoints(tmp_path))
     assert [row["step"] for row in rows] == [1, 2, 4, 5]

@@ -13,7 +13,7 @@ from components.core.distributed import rank
 from components.training.checkpoint import Checkpoints
 from components.training.loop import train
 from components.training.parallelize import gather, launch
-from tests.training.jobs import break_step, make_job
+from tests.training.jobs import break_call, make_job
 
 # As far apart as float32 sums in another order come in 4 steps; AdamW's first steps enlarge what is near 0.
 LOSS = {"rtol": 2e-5}
@@ -22,10 +22,10 @@ NEWEST = "step_4"
 
 
 def run(values: dict[str, Any], curated: Path, folder: Path, broken: int | None = None) -> list[dict[str, Any]]:
-    """Train a job and keep its checkpoints and `ema.safetensors`; a step may break on rank 1."""
+    """Train a job and keep its checkpoints and `ema.safetensors`; one call of the student may break on rank 1."""
     job = make_job(values, curated)
     if broken is not None and rank() == 1:
-        break_step(job, broken)
+        break_call(job, broken)
     rows = train(job, Checkpoints(folder))
     if network := gather(job.networks.ema):
         save_file(network.state_dict(), folder / "ema.safetensors")
@@ -40,7 +40,9 @@ def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str,
         changed = values | {"sharding": sharding}
         rows[sharding] = run(changed, curated, root / sharding)
         rows[f"{sharding} goes on"] = run(changed, curated, root / f"{sharding}_from_one")
-        rows[f"{sharding} broken"] = run(changed, curated, root / f"{sharding}_broken", broken=1)
+        # The second part of step 1 breaks, when the gradient of its first part is there already.
+        parts = changed | {"accumulation_steps": 2}
+        rows[f"{sharding} broken"] = run(parts, curated, root / f"{sharding}_broken", broken=3)
     half = values | {"sharding": "fsdp", "precision": "bfloat16"}
     rows["half"] = run(half, curated, root / "half")
     if rank() == 0:
