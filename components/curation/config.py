@@ -176,6 +176,13 @@ class GatesConfig(Config):
     size_ratio: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)  # least and most images, as multiples of that set's
     previous: str | None = None  # manifest.parquet to compare with; None: the last set of these parameters and sources
 
+    @model_validator(mode="after")
+    def _range(self) -> GatesConfig:
+        least, most = self.size_ratio
+        if least > most:
+            raise ValueError(f"size_ratio is {least} to {most}; allowed: from <= to")
+        return self
+
 
 class CurateConfig(Config):
     """Stage `curate`."""

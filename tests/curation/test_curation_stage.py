@@ -147,7 +147,16 @@ def test_without_evaluation_sets_nothing_is_decontaminated(small_workspace):
     assert results["evaluation_copies"] == {}
 
 
-@pytest.mark.parametrize("values", [{"dedup_similarity": 1.2}, {"decontamination_similarity": 0}, {"num_neighbors": 0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dedup_similarity": 1.2},
+        {"decontamination_similarity": 0},
+        {"num_neighbors": 0},
+        {"levels": []},
+        {"gates": {"size_ratio": (2.0, 0.5)}},
+    ],
+)
 def test_values_out_of_range(values):
     with pytest.raises(ValidationError):
         CurateConfig.model_validate({"levels": [{"num_clusters": 2}]} | values)
