@@ -82,17 +82,20 @@ class TrainingConfig(Config):
     teacher: TeacherConfig = TeacherConfig()
     ema: EmaConfig = EmaConfig()
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        parts, what = self.num_processes * self.accumulation_steps, "num_processes"
+    def check_ranks(self, name: str, num_ranks: int) -> None:
+        """Raise ValueError unless so many ranks, called `name`, can share the batch."""
         if self.accumulation_steps > 1:
-            what = "num_processes * accumulation_steps"
-        check_divisible("batch_size", self.batch_size, what, parts)
-        if self.objective.koleo_weight and self.batch_size < 2 * parts:
+            name, num_ranks = f"{name} * accumulation_steps", num_ranks * self.accumulation_steps
+        check_divisible("batch_size", self.batch_size, name, num_ranks)
+        if self.objective.koleo_weight and self.batch_size < 2 * num_ranks:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbour: "
-                f"use {2 * parts} or more, or set objective.koleo_weight to 0"
+                f"use {2 * num_ranks} or more, or set objective.koleo_weight to 0"
             )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        self.check_ranks("num_processes", self.num_processes)
         for name, steps in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("optimizer.freeze_last_layer_steps", self.optimizer.freeze_last_layer_steps),

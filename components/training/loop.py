@@ -20,7 +20,7 @@ from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_bat
 from components.data.config import MaskingConfig
 from components.data.stream import ImageStream
 from components.training.checkpoint import Checkpoints, Progress
-from components.training.config import TrainingConfig, check_divisible
+from components.training.config import TrainingConfig
 from components.training.divergence import Dump, SkippedSteps, unchanged_if_diverged
 from components.training.monitors import Monitor
 from components.training.networks import Networks
@@ -44,7 +44,7 @@ class Job:
 
     def __post_init__(self) -> None:
         # Under torchrun the number of ranks is nowhere in the configuration.
-        check_divisible("batch_size", self.config.batch_size, "the number of ranks", world_size())
+        self.config.check_ranks("number of ranks", world_size())
 
     def batch_plan(self) -> BatchPlan:
         """What determines this rank's batches."""

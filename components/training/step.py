@@ -84,7 +84,7 @@ class TrainingStep:
             with self._reduced(last=number == len(parts)):
                 outputs.append(self._add_gradient(part, values.teacher_temp))
         terms = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
-        # Only now, also if a loss is not finite: the last backward makes FSDP2 give up what it keeps of the parts before.
+        # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the parts before the last.
         _check_losses(terms, step)
         grad_norms = clip_gradients(self.networks.student, self._clip_norm)
         _check_gradients(grad_norms, step)

@@ -189,10 +189,16 @@ def test_a_rank_that_fails_says_why(workspace, pretrain_values):
         pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
 
 
-@pytest.mark.parametrize(("ranks", "instead"), [(3, 9), (16, 16)])
-def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_values, monkeypatch, ranks, instead):
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (3, "batch_size 8 is not a multiple of number of ranks 3; use for example 9"),
+        (16, "batch_size 8 is not a multiple of number of ranks 16; use for example 16"),
+        (8, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs a neighbour: use 16 or more"),
+    ],
+)
+def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_values, monkeypatch, ranks, message):
     monkeypatch.setattr("components.training.loop.world_size", lambda: ranks)
-    message = f"batch_size 8 is not a multiple of the number of ranks {ranks}; use for example {instead}"
     with pytest.raises(ValueError, match=message):
         pretraining.run(validate(PretrainConfig, pretrain_values(), "test"), workspace, seed=0)
 
