@@ -11,19 +11,23 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
-from components.core.storage import StorageError, s3_client, s3_errors, split_s3_uri
+from components.core.storage import ATTEMPTS, StorageError, s3_client, s3_errors, split_s3_uri
 from components.data.shards import ShardError
 
 BLOCK = 8 * 2**20  # bytes fetched at once
 FETCHERS = 4  # threads of each process that fetch ahead
+# The client itself repeats requests that fail, but not those whose answer breaks off half-way.
+BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _LOCKS = 1024  # files that keep two processes from fetching the same block
 
 logger = logging.getLogger(__name__)
@@ -118,25 +122,34 @@ class RemoteShards:
             if len(data := _read_cached(path, 0, BLOCK)) >= end:
                 return data
             data = self._fetch(shard, block)
-            with self._locked("write"):
-                self._make_room(len(data))
-                aside = path.with_suffix(".partial")
-                aside.write_bytes(data)
-                aside.replace(path)
+            try:
+                with self._locked("write"):
+                    self._make_room(len(data))
+                    aside = path.with_suffix(".partial")
+                    aside.write_bytes(data)
+                    aside.replace(path)
+            except OSError as error:
+                advice = "free space there, or lower stream.cache_gib"
+                raise ShardError(f"{self._cache}: {error.strerror or error}; {advice}") from None
         return data
 
     def _fetch(self, shard: str, block: int) -> bytes:
         address = self._address(shard)
         bucket, key = split_s3_uri(address)
+        span = f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}"
         with s3_errors(address):
             self._client = self._client or s3_client()
-            try:
-                span = f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}"
-                return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
-            except ClientError as error:
-                if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
-                    return b""  # past the end
-                raise
+            for attempt in count(1):
+                try:
+                    return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+                except ClientError as error:
+                    if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
+                        return b""  # past the end
+                    raise
+                except BROKEN_OFF:
+                    if attempt == ATTEMPTS:
+                        raise
+                    time.sleep(2 ** (attempt - 1))
 
     def _make_room(self, size: int) -> None:
         """Remove blocks, the longest unused first, until `size` more bytes fit; also what a killed process left."""

@@ -7,10 +7,12 @@ import shutil
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
 import torch
+from botocore.exceptions import IncompleteReadError
 
 from components.core.storage import MissingInStorageError, StorageError
 from components.data import remote_shards
@@ -117,6 +119,24 @@ def test_what_is_asked_for_ahead_comes_while_nobody_waits(remote, tmp_path, monk
         for r in remote.rows
     )
     assert made == []
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(remote, tmp_path, monkeypatch):
+    class Broken:
+        def read(self) -> bytes:
+            raise IncompleteReadError(actual_bytes=1, expected_bytes=2)
+
+    reader, client, pauses = RemoteShards(remote.addresses, tmp_path / "cache", 10**6), boto3.client("s3"), []
+    answers = [{"Body": Broken()}, {"Body": Broken()}]
+    reader._client = SimpleNamespace(get_object=lambda **what: answers.pop() if answers else client.get_object(**what))
+    monkeypatch.setattr(remote_shards.time, "sleep", pauses.append)
+    row = remote.rows[0]
+    assert hashlib.sha256(reader.read(row["shard"], row["offset"], row["length"])).hexdigest() == row["image_id"]
+    assert pauses == [1, 2]
+    answers += [{"Body": Broken()}] * 4
+    reader.forget(row["shard"], row["offset"], row["length"])
+    with pytest.raises(StorageError, match="1 read, but total bytes expected is 2"):
+        reader.read(row["shard"], row["offset"], row["length"])
 
 
 def test_wrong_places_and_objects_are_named(remote, tmp_path):
