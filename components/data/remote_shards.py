@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -136,20 +135,25 @@ class RemoteShards:
     def _fetch(self, shard: str, block: int) -> bytes:
         address = self._address(shard)
         bucket, key = split_s3_uri(address)
-        span = f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}"
         with s3_errors(address):
-            self._client = self._client or s3_client()
-            for attempt in count(1):
-                try:
-                    return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
-                except ClientError as error:
-                    if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
-                        return b""  # past the end
+            return self._get(bucket, key, f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}")
+
+    def _get(self, bucket: str, key: str, span: str) -> bytes:
+        """A range of an object; nothing past its end."""
+        self._client = self._client or s3_client()
+        attempt = 1
+        while True:
+            try:
+                return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
+                    return b""
+                raise
+            except BROKEN_OFF:
+                if attempt == ATTEMPTS:
                     raise
-                except BROKEN_OFF:
-                    if attempt == ATTEMPTS:
-                        raise
-                    time.sleep(2 ** (attempt - 1))
+                time.sleep(2 ** (attempt - 1))
+                attempt += 1
 
     def _make_room(self, size: int) -> None:
         """Remove blocks, the longest unused first, until `size` more bytes fit; also what a killed process left."""
