@@ -71,10 +71,14 @@ def main(times: int) -> None:
         calm, killed = Path(name) / "calm", Path(name) / "killed"
         expected, first, whole = undisturbed(calm, values)
         alive, halves = [], 0
-        for _ in range(times):
-            process = start(killed, values)
-            # From a little before the first step on, over a tenth of the steps.
-            time.sleep(generator.uniform(0.8 * first, first + (whole - first) / 10))
+        for number in range(times):
+            process, newest = start(killed, values), checkpoints(killed)
+            if number % 4:  # during its steps, of which each checkpoint has three
+                while checkpoints(killed) == newest and process.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(generator.uniform(0, 6 * (whole - first) / values["steps"]))
+            else:  # while it starts
+                time.sleep(generator.uniform(0, first))
             process.kill()
             process.wait()
             alive.append(max(checkpoints(killed), default=0))

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.core.distributed import rank
+from components.core.storage import s3_client
 from components.training.checkpoint import Checkpoints
+from components.training.checkpoint_store import INDEX
 from components.training.loop import train
 from components.training.parallelize import gather, launch
 from tests.training.jobs import break_call, make_job
@@ -18,15 +20,17 @@ from tests.training.jobs import break_call, make_job
 # As far apart as float32 sums in another order come in 4 steps; AdamW's first steps enlarge what is near 0.
 LOSS = {"rtol": 2e-5}
 WEIGHTS = {"rtol": 1e-3, "atol": 2e-4}
-NEWEST = "step_4"
+NEWEST, BUCKET = "step_4", "checkpoints-of-ranks"
 
 
-def run(values: dict[str, Any], curated: Path, folder: Path, broken: int | None = None) -> list[dict[str, Any]]:
+def run(
+    values: dict[str, Any], curated: Path, folder: Path, *, broken: int | None = None, uri: str | None = None
+) -> list[dict[str, Any]]:
     """Train a job and keep its checkpoints and `ema.safetensors`; one call of the student may break on rank 1."""
     job = make_job(values, curated)
     if broken is not None and rank() == 1:
         break_call(job, broken)
-    rows = train(job, Checkpoints(folder))
+    rows = train(job, Checkpoints(folder, uri))
     if network := gather(job.networks.ema):
         save_file(network.state_dict(), folder / "ema.safetensors")
     return rows
@@ -45,16 +49,18 @@ def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str,
         rows[f"{sharding} broken"] = run(parts, curated, root / f"{sharding}_broken", broken=3)
     half = values | {"sharding": "fsdp", "precision": "bfloat16"}
     rows["half"] = run(half, curated, root / "half")
+    # On S3: the first run's newest checkpoint is lost, the second goes on in another folder.
+    sharded, uri = values | {"sharding": "fsdp"}, f"s3://{BUCKET}/{root.name}"
+    rows["s3"] = run(sharded, curated, root / "s3", uri=uri)
     if rank() == 0:
-        shutil.copytree(root / "fsdp", root / "again")
-        shutil.rmtree(root / "again" / NEWEST)
+        s3_client().delete_object(Bucket=BUCKET, Key=f"{root.name}/{NEWEST}/{INDEX}")
     torch.distributed.barrier()
-    run(values | {"sharding": "fsdp"}, curated, root / "again")
+    rows["again"] = run(sharded, curated, root / "again", uri=uri)
     return rows
 
 
 @pytest.fixture(scope="module")
-def curated_runs(curated, tmp_path_factory):
+def curated_runs(storage, curated, tmp_path_factory):
     """(values, curated set, folder of runs, rows by run) of runs on one and on two ranks."""
     root = tmp_path_factory.mktemp("runs")
     head = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16}
@@ -72,6 +78,7 @@ def curated_runs(curated, tmp_path_factory):
     for name in ("ddp_from_one", "fsdp_from_one"):
         shutil.copytree(root / "one", root / name)
         shutil.rmtree(root / name / NEWEST)
+    s3_client().create_bucket(Bucket=BUCKET)
     rows |= launch(on_each_rank, 2, values, curated, root)
     return values, curated, root, rows
 
@@ -121,9 +128,12 @@ def test_a_run_of_two_ranks_goes_on_on_one(curated_runs, tmp_path, sharding):
 
 
 def test_on_as_many_ranks_the_bits_are_the_same(curated_runs):
-    root = curated_runs[2]
-    first, again = (load_file(root / name / "ema.safetensors") for name in ("fsdp", "again"))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    """The second of the runs on S3 took two steps only, and had the report of the first two from the checkpoint."""
+    _, _, root, rows = curated_runs
+    first, *others = (load_file(root / name / "ema.safetensors") for name in ("fsdp", "s3", "again"))
+    assert all(torch.equal(first[name], other[name]) for name in first for other in others)
+    assert [row["step"] for row in rows["again"]] == [1, 2, 3, 4]
+    assert rows["again"][:2] == rows["s3"][:2]
 
 
 def test_what_breaks_on_one_rank_is_skipped_on_all(curated_runs):
