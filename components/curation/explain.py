@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 
 from components.core.storage import sha256_file
 from components.curation.rejections import MEANING
-from components.data.manifest import FINDINGS, snapshot_manifests
+from components.data.manifest import CURATED_SCHEMA, FINDINGS, REJECTED_SCHEMA, snapshot_manifests
 
 SHOWN_MATCHES = 5
 EXACT = "exact_duplicate"
@@ -84,6 +84,9 @@ def explain(tables: CuratedTables, asked: str) -> Explanation:
     Raises:
         ExplainError: nothing matches, or several images do.
     """
+    for path, schema in ((tables.manifest, CURATED_SCHEMA), (tables.rejected, REJECTED_SCHEMA)):
+        if missing := sorted(set(schema.names) - set(_open(path).schema.names)):
+            raise ExplainError(f"{path}: an older version of Pedigree wrote it, without {missing}; run it again")
     kept = [_pool_row(row) for row in _matching(tables.manifest, asked, ("image_id", "derived_from"))]
     rejected = _matching(tables.rejected, asked, ("image_id",))
     again = [row for row in rejected if row["reason"] == EXACT]
@@ -136,9 +139,20 @@ def _matching(path: Path, asked: str, id_columns: tuple[str, ...]) -> list[dict[
 def _rows(path: Path, condition: Any) -> list[dict[str, Any]]:
     """The rows that meet a condition, read as a stream."""
     try:
-        return ds.dataset(path, format="parquet").to_table(filter=condition).to_pylist()
+        return _open(path).to_table(filter=condition).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
-        raise ExplainError(f"{path}: not a table of a curated set: {str(error).splitlines()[0]}") from None
+        raise _unreadable(path, error) from None
+
+
+def _open(path: Path) -> ds.Dataset:
+    try:
+        return ds.dataset(path, format="parquet")
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ExplainError:
+    return ExplainError(f"{path}: not a readable table: {str(error).splitlines()[0]}")
 
 
 def _pool_row(row: dict[str, Any]) -> dict[str, Any]:

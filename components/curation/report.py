@@ -25,6 +25,7 @@ from components.curation.unique import Unique
 from components.data.expectations import Check
 
 MAP_POINTS = 20_000  # images on the coverage map
+UNSEEN = "nsfw"  # the reason whose images no picture shows
 # The scores that a filter has a limit for: the reason, the parameter of `filters`, and what the score is.
 SCORES = {
     "gray_share": ("grayscale", "max_gray_share", "share of grey pixels"),
@@ -76,7 +77,8 @@ def write_report(result: Curation, root: Path, folder: Path) -> None:
     album = grids.Album(result.found, result.inputs.evaluation, root / EVALUATION)
     kept = grids.kept_grid(album, result.kept)
     write_bytes(folder / "kept.jpg", kept)
-    write_bytes(folder / "removed.jpg", grids.removed_grid(album, result.rejected))
+    decent = result.rejected.filter(pc.not_equal(result.rejected["reason"], UNSEEN))
+    write_bytes(folder / "removed.jpg", grids.removed_grid(album, decent))
     write_bytes(folder / "report.html", _page(result, album, kept).encode())
 
 
@@ -172,9 +174,12 @@ def _reasons(rejected: pa.Table, album: grids.Album) -> list[str]:
     sections = []
     counts = value_counts(rejected["reason"])
     for reason in (r for r in MEANING if r in counts):
-        grid = grids.reason_grid(album, rejected.filter(pc.equal(rejected["reason"], reason)))
         told = f"{counts[reason]:,} images · {html.escape(MEANING[reason])}"
         sections.append(f"<h3>{reason.replace('_', ' ')} <span>· {told}</span></h3>")
+        if reason == UNSEEN:
+            sections.append('<p class="note">Not shown.</p>')
+            continue
+        grid = grids.reason_grid(album, rejected.filter(pc.equal(rejected["reason"], reason)))
         sections.append(charts.inline(grid, f"Images left out: {reason}", "jpeg"))
     return sections or ["<p>None was.</p>"]
 

@@ -98,7 +98,7 @@ def after_dedup(docs: DataDocs, left: Embedded, limit: Limit) -> None:
     """No two images that are left are alike."""
     failing, checked = alike(left, left, limit.similarity)
     examination = Examination(left.images)
-    meaning = f"no other image that is left has a cosine above {limit.similarity:g}"
+    meaning = f"no other image that is left has a cosine above {limit.similarity:g}, else raise curate.num_neighbors"
     examination.sampled("no_duplicates", meaning, failing, checked, int(limit.allowed_share * checked))
     docs.judge(examination, "after deduplication")
 
@@ -223,7 +223,7 @@ def _check_drift(examination: Examination, drift: Drift) -> None:
     lost = [name for name in lost if name not in shifts]
     examination.fact("no_source_lost", f"no large source is gone ({', '.join(lost) or 'none is'})", len(lost))
     least, most = (ratio * before for ratio in drift.size_ratio)
-    meaning = f"{least:.0f} to {most:.0f} images, because the set before had {before}; see curate.gates.size_ratio"
+    meaning = f"{least:.0f} to {most:.0f} images, because the set before had {before}, see curate.gates.size_ratio"
     outside = max(least - len(sources), len(sources) - most, 0)
     examination.fact("size_as_before", meaning, int(np.ceil(outside)))
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from components.core.storage import sha256_dir
+from components.curation import grids
 from components.curation.config import CurateConfig, EmbedConfig, LevelConfig
 from components.curation.explain import CuratedTables, explain
-from components.curation.inputs import read_inputs
-from components.curation.rejections import CurationError
+from components.curation.inputs import POOL, read_inputs
+from components.curation.pack import Pool
+from components.curation.rejections import CurationError, rejections
+from components.curation.report import Curation, write_report
+from components.curation.select import select
 from components.curation.stage import curate, embed
+from components.curation.unique import drop_copies
 from components.data.expectations import ExpectationsFailed
-from components.data.manifest import REJECTED_SCHEMA, read_manifest, read_table
+from components.data.manifest import FINDINGS, REJECTED_SCHEMA, read_manifest, read_table
 
 LEVELS = [LevelConfig(num_clusters=4), LevelConfig(num_clusters=2)]
+CONFIG = CurateConfig(levels=LEVELS)
 SEEDS = {
     "flowers": {"as_is": True, "retrieve": "sample", "k": 2},
     "asking": {"retrieve": "sample", "k": 3},
@@ -118,7 +126,7 @@ def test_a_set_far_from_the_last_one_is_stopped_and_the_last_one_stays(
     more = [(f"more{i}.png", encode(photo.rotate(90))) for i, photo in enumerate(photos[:6])]
     write_collection(small_workspace / "data/pool", more)
     embed(EmbedConfig(workers=1), small_workspace, 0)
-    with pytest.raises(ExpectationsFailed, match=r"size_as_before \(.*the set before had 11; .*size_ratio\): off by"):
+    with pytest.raises(ExpectationsFailed, match=r"size_as_before \(.*the set before had 11, .*size_ratio\): off by"):
         curate(config, small_workspace, 0)
     assert sha256_dir(small_workspace / "data/curated") == before
     assert json.loads(remembered.read_text()) == {"photos": 11}
@@ -143,3 +151,22 @@ def test_parameters_that_the_pool_cannot_answer(small_workspace, values, told):
     embed(EmbedConfig(workers=1), small_workspace, 0)
     with pytest.raises(CurationError, match=told):
         curate(CurateConfig.model_validate({"levels": LEVELS} | values), small_workspace, 0)
+
+
+def test_no_picture_shows_what_the_classifier_refused(mixed, monkeypatch):
+    root, _ = mixed
+    inputs = read_inputs(root)
+    shown: list[int] = []
+    monkeypatch.setattr(grids.Album, "pool_tile", lambda _, row: shown.append(row) or Image.new("RGB", (112, 112)))
+    count = len(inputs.pool)
+    nulls = {field.name: pa.nulls(count, field.type) for field in FINDINGS}
+    ids = inputs.pool["image_id"].combine_chunks()
+    pool = Pool(root / POOL, inputs.pool, ids, pa.table(nulls), inputs.scores["faces"])
+    rows = np.arange(count)
+    unique = drop_copies(inputs, rows[3:], rows[:0], CONFIG)
+    selection = select(inputs, unique.rows, {}, CONFIG, 0)
+    refused = rejections(rows[:3], "nsfw", "score 0.9 > 0.5")
+    result = Curation(CONFIG, inputs, [("pool", count)], pool, unique, selection, refused, [], "note")
+    write_report(result, root, root / "unseen")
+    assert set(shown) <= set(rows[3:])
+    assert "<h3>nsfw " in (root / "unseen/report.html").read_text()

@@ -4,6 +4,7 @@ import hashlib
 from datetime import UTC, datetime
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.curation.explain import CuratedTables, ExplainError, Mention, explain
@@ -115,8 +116,15 @@ def test_no_image_several_images_and_no_tables(tables, tmp_path):
     with pytest.raises(ExplainError, match=r"2 images match: .*; give more of the id"):
         explain(_with_twins(tables, tmp_path), "ab12")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ExplainError, match=r"broken\.parquet: not a table of a curated set"):
+    with pytest.raises(ExplainError, match=r"broken\.parquet: not a readable table"):
         explain(CuratedTables(tmp_path / "broken.parquet", tables.rejected), "large.png")
+
+    old = pa.Table.from_pylist([placed("large")], CURATED_SCHEMA).drop_columns(["derived_from"])
+    pq.write_table(old, tmp_path / "old.parquet")
+    with pytest.raises(
+        ExplainError, match=r"old\.parquet: an older version .* without \['derived_from'\]; run it again"
+    ):
+        explain(CuratedTables(tmp_path / "old.parquet", tables.rejected), "large.png")
 
 
 def _with_twins(tables, folder) -> CuratedTables:
