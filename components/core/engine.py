@@ -51,7 +51,7 @@ def map_shards(
     address = os.environ.get(ADDRESS)
     if address and workers != 1:
         with connected(address) as cpus:
-            num_workers = min(workers or cpus, cpus, len(items))
+            num_workers = max(min(workers or cpus, cpus, len(items)), 1)
             # Arguments are never shared through files of this machine, as joblib does with large arrays.
             return _in_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
     num_workers = min(workers or len(os.sched_getaffinity(0)), len(items))
