@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from components.lineage.ledger import Ledger
 from components.recipe import PARAMS_FILE, Recipe
+
+if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
+    from components.lineage.ledger import Ledger
 
 COLLECTIONS = ("data/pool", "data/evaluation")
 SAMPLE = "sample"  # the source that `make run` builds when there is no other
@@ -59,6 +62,8 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
     Raises:
         WorkspaceError: not a git repository, or one without a commit.
     """
+    from components.lineage.ledger import Ledger
+
     runs = checkout / ".pedigree" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     _remove_old(checkout, runs)
