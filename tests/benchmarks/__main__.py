@@ -160,6 +160,36 @@ def attention() -> Row:
     return Row("attention", what, *_rates(size, seconds), "images/s")
 
 
+def checkpoint() -> Row:
+    """All state of a ViT-S/14 in training: MiB a second that training stands still, against waiting for the disk."""
+    import torch
+
+    from components.model.config import HeadConfig, ViTConfig
+    from components.model.head import ProjectionHead
+    from components.model.vit import VisionTransformer
+    from components.training.checkpoint import Checkpoints, Progress
+    from components.training.config import TrainingConfig
+    from components.training.networks import Network, self_distillation
+    from components.training.step import TrainingStep
+
+    shape, head = ViTConfig(dim=384, depth=12, num_heads=6), HeadConfig(num_prototypes=16_384)
+    heads = {name: ProjectionHead(shape.dim, head) for name in ("dino", "ibot")}
+    networks = self_distillation(Network(VisionTransformer(shape), heads))
+    training = TrainingStep(networks, TrainingConfig(), 0, torch.device("cpu"))
+    still, whole = [], []
+    with tempfile.TemporaryDirectory() as name:
+        checkpoints = Checkpoints(Path(name))
+        for turn in range(6):
+            begun = time.perf_counter()
+            checkpoints.save(training, Progress(turn))
+            still.append(time.perf_counter() - begun)
+            checkpoints.wait()
+            whole.append(time.perf_counter() - begun)
+        mib = sum(file.stat().st_size for file in Path(name, "step_5").iterdir()) / 2**20
+    rates = (mib / statistics.median(seconds[1:]) for seconds in (still, whole))
+    return Row("checkpoint", f"{mib:,.0f} MiB of state, copied, against written and checked", *rates, "MiB/s")
+
+
 def knn() -> Row:
     """Pairs above 0.6 among the 64 nearest of 8,000 vectors of 256 numbers: FAISS against NumPy."""
     from components.curation.neighbors import CHUNK, cosine, find_neighbors
@@ -203,7 +233,8 @@ def curate_descriptor() -> Row:
 
 
 BENCHMARKS: dict[str, Callable[[], Row]] = {
-    one.__name__: one for one in (crops, crops_large, shards, attention, knn, curate_throughput, curate_descriptor)
+    one.__name__: one
+    for one in (crops, crops_large, shards, attention, checkpoint, knn, curate_throughput, curate_descriptor)
 }
 CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
 NAMES = [*BENCHMARKS, CURATION]
