@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from components.core.progress import progress
 from components.data.batch import to_input
 from components.data.crops import crop_box
+from components.data.evaluation_set import EvaluationSet, centre_crop
 from components.data.shards import ShardReader, decode_image
 from components.evaluation.config import EvaluateConfig, InstanceConfig
 from components.evaluation.descriptor import describe
-from components.evaluation.evaluation_set import EvaluationSet
 from components.model.vit import VisionTransformer
 
 Extractor = Callable[[Tensor], NDArray[np.float32]]  # [B, S, S, 3] uint8 -> [B, D]
@@ -55,15 +55,6 @@ class EvaluationImages(Dataset[Tensor]):
             generator = np.random.default_rng([self._augmentation.seed, index])
             image = augmented_view(image, self._crop, self._augmentation.config, generator)
         return torch.from_numpy(np.array(image))
-
-
-def centre_crop(image: Image.Image, resize_size: int, crop_size: int) -> Image.Image:
-    """Resize the shorter side to `resize_size` pixels (bicubic, antialiased) and cut the middle."""
-    scale = resize_size / min(image.size)
-    width, height = (max(resize_size, round(side * scale)) for side in image.size)
-    left, top = (width - crop_size) // 2, (height - crop_size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + crop_size, top + crop_size))
 
 
 def augmented_view(

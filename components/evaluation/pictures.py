@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from components.evaluation.evaluation_set import EvaluationSet
+from components.core.knn import nearest
+from components.data.evaluation_set import EvaluationSet
 from components.evaluation.features import EvaluationImages
-from components.evaluation.knn import nearest
 
 TILE, GAP, MARGIN, LINE, FRAME = 128, 8, 12, 20, 4  # pixels
 INK, PAPER, MUTED = (25, 28, 33), (255, 255, 255), (110, 115, 122)

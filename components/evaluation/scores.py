@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from components.core.knn import knn_predictions, nearest
 from components.core.metrics import Interval, bootstrap_interval, effective_rank, feature_std, top1_accuracy
+from components.data.evaluation_set import EvaluationSet, Labels
 from components.evaluation.config import EvaluateConfig, KnnConfig
-from components.evaluation.evaluation_set import EvaluationSet, Labels
 from components.evaluation.features import Augmentation, EvaluationImages, Extractor, Features, extract_features
 from components.evaluation.instance import retrieval_ranks
-from components.evaluation.knn import knn_predictions, nearest
 from components.evaluation.linear import linear_predictions
 
 

@@ -13,8 +13,8 @@ import torch
 
 from components.core.storage import atomic_dir
 from components.core.tracking import download_weights
+from components.data.evaluation_set import EvaluationError, EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
-from components.evaluation.evaluation_set import EvaluationError, EvaluationSet, read_evaluation_set
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
 from components.evaluation.pictures import choose_queries, draw_neighbours, draw_pca, neighbour_rows
 from components.evaluation.report import write_comparison, write_report

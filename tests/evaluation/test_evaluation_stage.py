@@ -13,11 +13,11 @@ from PIL import Image
 from skimage import data as photographs
 
 from components.core.storage import sha256_dir
+from components.data.evaluation_set import EvaluationError, centre_crop, read_evaluation_set
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConfig, LinearConfig
-from components.evaluation.evaluation_set import EvaluationError, read_evaluation_set
-from components.evaluation.features import Augmentation, EvaluationImages, centre_crop
+from components.evaluation.features import Augmentation, EvaluationImages
 from components.evaluation.pictures import pca_colours
 from components.evaluation.stage import run
 from components.model.config import ViTConfig

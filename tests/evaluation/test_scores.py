@@ -6,9 +6,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
+from components.core.knn import knn_predictions, nearest
 from components.evaluation.config import EvaluateConfig, KnnConfig, LinearConfig
 from components.evaluation.instance import retrieval_ranks
-from components.evaluation.knn import knn_predictions, nearest
 from components.evaluation.linear import linear_predictions
 from components.evaluation.scores import Scores, differences
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
 from components.data.manifest import read_collection
 
@@ -60,6 +61,15 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
         log.warning("%s has no labels: measuring retrieval of augmented views and effective rank instead", root)
         return EvaluationSet(root, table, None)
     return EvaluationSet(root, table, _read_labels(root, table, names))
+
+
+def centre_crop(image: Image.Image, resize_size: int, crop_size: int) -> Image.Image:
+    """Resize the shorter side to `resize_size` pixels (bicubic, antialiased) and cut the middle."""
+    scale = resize_size / min(image.size)
+    width, height = (max(resize_size, round(side * scale)) for side in image.size)
+    left, top = (width - crop_size) // 2, (height - crop_size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + crop_size, top + crop_size))
 
 
 def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels | None:
