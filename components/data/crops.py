@@ -147,6 +147,7 @@ def _make(pixels: torch.Tensor, scale: tuple[float, float], draws: Sequence[Draw
         left, right = (round(x * scale[0]) for x in (draw.box[0], draw.box[2]))
         top, bottom = (round(y * scale[1]) for y in (draw.box[1], draw.box[3]))
         box = pixels[:, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-        resized = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0].contiguous().numpy()
-        crop[:] = resized[:, :, ::-1] if draw.flip else resized
+        torch.from_numpy(crop).copy_(F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0])
+        if draw.flip:
+            crop[:] = crop[:, :, ::-1].copy()
     return change_colors(cut, [draw.photometrics for draw in draws])

@@ -107,7 +107,8 @@ def _enhance(crop: Floats, kind: int, factor: float, work: Floats) -> None:
     elif gray is not None:
         gray *= np.float32(1 - factor)
         crop += gray
-    np.clip(crop, 0, 255, out=crop)
+    if factor > 1:  # else it lies between two colours
+        np.clip(crop, 0, 255, out=crop)
 
 
 def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
@@ -145,11 +146,10 @@ def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
     np.floor(np.multiply(sector, np.float32(1 / 6), out=middle), out=middle)
     middle *= 6
     sector -= middle  # in 0 to 6 again
-    for plane, (center, sign, base) in zip(planes, ((3, 1, -1), (2, -1, 2), (4, -1, 2)), strict=True):
+    for plane, center in zip(planes, (3, 2, 4), strict=True):
         np.subtract(sector, np.float32(center), out=middle)
         np.abs(middle, out=middle)
-        middle *= sign
-        middle += base
+        np.subtract(*((middle, np.float32(1)) if center == 3 else (np.float32(2), middle)), out=middle)
         np.clip(middle, 0, 1, out=middle)
         middle *= chroma
         np.add(middle, low, out=plane)
