@@ -69,10 +69,11 @@ class _Counted(Parallel):
         self._advance, self._told = advance, 0
 
     def print_progress(self) -> None:
-        """Called by joblib whenever an item is finished."""
-        done = self.n_completed_tasks
-        self._advance(done - self._told)
-        self._told = done
+        """Called by joblib whenever an item is finished, and at the end."""
+        new = self.n_completed_tasks - self._told
+        if new:
+            self._advance(new)
+        self._told += new
 
 
 def _in_parallel(
