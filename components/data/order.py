@@ -46,7 +46,7 @@ class Shuffle:
         self._size, self._seed, self._part = window_shards, seed, part
         self._numbers, starts = np.unique(shard[rows], return_index=True)
         self._starts = np.append(starts, len(rows))  # of each shard's images in `rows`
-        self._epoch_cache: tuple[int, Rows, Rows] | None = None
+        self._epochs: dict[int, tuple[Rows, Rows]] = {}
         self._windows: dict[tuple[int, int], Window] = {}
 
     def __len__(self) -> int:
@@ -94,12 +94,14 @@ class Shuffle:
 
     def _epoch(self, epoch: int) -> tuple[Rows, Rows]:
         """Shuffled shards of an epoch, and the offset at which each window begins."""
-        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # the next epoch is fetched ahead before this one ends
+                self._epochs.pop(next(iter(self._epochs)))
             generator = np.random.default_rng([self._seed, epoch, _SHARDS + 10 * self._part])
             order = generator.permutation(len(self._numbers))
             ends = np.cumsum(np.diff(self._starts)[order])
-            self._epoch_cache = (epoch, order, np.concatenate([[0], ends])[:-1][:: self._size])
-        return self._epoch_cache[1], self._epoch_cache[2]
+            self._epochs[epoch] = (order, np.concatenate([[0], ends])[:-1][:: self._size])
+        return self._epochs[epoch]
 
 
 class Order:
