@@ -153,7 +153,7 @@ class _KMeans:
             near = faiss.knn(self._read(rows[block]), centroids, 1, faiss.METRIC_L2)
             distance[block], label[block] = near[0][:, 0], near[1][:, 0]
 
-        for _ in self.threads.map(fill, self._blocks(len(rows))):
+        for _ in self.threads.map(fill, self._blocks(len(rows), CHUNK_BYTES)):
             pass
         return _Assignment(label, distance)
 
@@ -208,7 +208,7 @@ class _KMeans:
             return filled, sums, sizes, float(near[0].sum(dtype=np.float64))
 
         total, count, error = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64), 0.0
-        for filled, sums, sizes, distance in self.threads.map(part, self._blocks(len(rows))):
+        for filled, sums, sizes, distance in self.threads.map(part, self._blocks(len(rows), CHUNK_BYTES)):
             total[filled] += sums
             count[filled] += sizes
             error += distance
@@ -220,7 +220,7 @@ class _KMeans:
             return rows
         return rows[np.sort(self.generator.choice(len(rows), count, replace=False))]
 
-    def _blocks(self, count: int, num_bytes: int = CHUNK_BYTES) -> list[slice]:
+    def _blocks(self, count: int, num_bytes: int) -> list[slice]:
         step = max(1, num_bytes // (4 * self.points.shape[1]))
         return [slice(start, start + step) for start in range(0, count, step)]
 

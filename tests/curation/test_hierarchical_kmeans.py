@@ -7,6 +7,7 @@ import pytest
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
+from components.curation import cluster
 from components.curation.cluster import hierarchical_kmeans
 from components.curation.config import LevelConfig
 
@@ -53,7 +54,7 @@ def test_levels_are_clusters_of_clusters():
     assert (len(fine), len(coarse)) == (len(truth), 12)
     assert len(set(zip(truth.tolist(), fine.tolist(), strict=True))) == 12
     assert len(set(zip((truth // 4).tolist(), coarse[fine].tolist(), strict=True))) == 3
-    assert hierarchy.paths() == [f"{coarse[cluster]}/{cluster}" for cluster in fine]
+    assert hierarchy.paths() == [f"{coarse[number]}/{number}" for number in fine]
     np.testing.assert_allclose(hierarchy.centroids[1][coarse[fine[truth == 0]][0]], [4, 4], atol=0.2)  # of 4 centroids
 
 
@@ -84,7 +85,9 @@ def test_resampling_spreads_centroids_over_the_support():
     assert share_right(LevelConfig(num_clusters=100)) == pytest.approx(0.27, abs=0.03)
 
 
-def test_the_same_for_any_thread_count_and_for_a_file(unit_vectors, tmp_path):
+def test_the_same_for_any_thread_count_and_for_a_file(unit_vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "CHUNK_BYTES", 2**17)  # 1,024 vectors: six chunks, and ten parts to seed from
+    monkeypatch.setattr(cluster, "SEEDING_PART_BYTES", 2**14)
     vectors = unit_vectors(6000, 32, 4)
     path = tmp_path / "vectors.npy"
     np.save(path, np.concatenate([vectors[:10], vectors]))
