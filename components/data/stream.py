@@ -69,7 +69,7 @@ class ImageStream:
             raise StreamError(f"{root}: no images to train on; loosen the curation or ingest more images")
         self.digest = sha256_file(root / MANIFEST)  # the manifest holds every image's own SHA-256
         self._root, self._config = root, config
-        self._ids = table["image_id"].combine_chunks()
+        self._ids = table["image_id"]  # in chunks: together, 34 million would be too many bytes for one array
         self._offsets = table["offset"].to_numpy()
         self._lengths = table["length"].to_numpy()
         names = sorted(pc.unique(table["shard"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
@@ -195,8 +195,7 @@ class ImageStream:
                 f"stream.mix asks for the part {missing[0]!r}, but {self._root} has only: {held}. "
                 f"Leave {missing[0]} out of stream.mix, or curate with that part"
             )
-        origin = origins.to_numpy()[stored]
-        parts = {name: stored[origin == name] for name in self._config.mix}
+        parts = {name: stored[pc.equal(origins, name).to_numpy()[stored]] for name in self._config.mix}  # pyright: ignore[reportAttributeAccessIssue]
         return {n: Shuffle(parts[n], self._shard, size, seed, 1 + ORIGINS.index(n)) for n in parts}
 
     def _remote_shards(self) -> RemoteShards | None:
