@@ -16,7 +16,7 @@ from components.core import distributed
 
 # exp(-75) is far below what float32 resolves in a sum, yet divided by any batch size still a normal number.
 MIN_EXPONENT = -75.0
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of float32 logits that exist at a time: a CPU's cache, a GPU's launches
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of float32 numbers that exist at a time: a CPU's cache, a GPU's launches
 
 
 def chunks(num_rows: int, row_numbers: int, device_type: str) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +62,19 @@ class _PrototypeLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         with torch.autocast(device, enabled=False):
             length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
-            prototypes = (weight_v * (weight_g / length)).to(dtype)
+            scale = weight_g / length
+            prototypes = torch.empty_like(weight_v, dtype=dtype)
+            for some in _blocks(weight_v):
+                prototypes[some] = weight_v[some] * scale[some]
             views = max(1, len(features) // max(1, len(loss.weights)))
             by_view = features.detach().to(dtype).view(views, len(loss.weights), features.shape[1])  # [V, M, d]
-            terms, into_features, into_prototypes = _walk(by_view, prototypes, loss)
-            del prototypes
-            into_g = (into_prototypes * weight_v).sum(dim=1, keepdim=True).div_(length)
-            into_v = into_prototypes.addcmul_(weight_v, into_g / length, value=-1).mul_(weight_g / length)
+            terms, into_features, into_v = _walk(by_view, prototypes, loss)
+            into_g = torch.empty_like(length)
+            for some in _blocks(
+                weight_v
+            ):  # from the gradient by prototypes to that by directions and lengths, in place
+                into_g[some] = (into_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
+                into_v[some].addcmul_(weight_v[some], into_g[some] / length[some], value=-1).mul_(scale[some])
         ctx.gradients = (into_features.view_as(features), into_v, into_g)  # pyright: ignore[reportAttributeAccessIssue]
         return terms
 
@@ -101,5 +107,11 @@ def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Te
             scores.mul_(term.mass / total).sub_(term.target).mul_(weights / loss.student_temp)
             into_scores = scores.to(features.dtype).flatten(0, 1)
             into_features[term.views, rows] = (into_scores @ prototypes).view_as(seen)
-            into_prototypes += into_scores.T @ flat
+            for some in _blocks(prototypes):
+                into_prototypes[some] += into_scores[:, some].T @ flat
     return terms, into_features, into_prototypes
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of [K, d] weights some at a time, so that what is computed from them needs little memory."""
+    return chunks(weight.shape[0], weight.shape[1], weight.device.type)

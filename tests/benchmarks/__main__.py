@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -160,6 +161,30 @@ def attention() -> Row:
     return Row("attention", what, *_rates(size, seconds), "images/s")
 
 
+def step() -> Row:
+    """ViT-S/14 with drop path 0.3, 2 x 224 + 8 x 98 pixels, 65,536 prototypes, batch 8, against a plain step."""
+    what = "training step, ViT-S/14, against one written plainly"
+    ours, plain = _steps()
+    return Row("step", what, _STEP_IMAGES / ours.seconds, _STEP_IMAGES / plain.seconds, "images/s")
+
+
+def step_memory() -> Row:
+    """Peak memory of these steps' processes."""
+    ours, plain = _steps()
+    return Row("step_memory", "its peak memory, imports included", 1024 / ours.peak_mib, 1024 / plain.peak_mib, "1/GiB")
+
+
+_STEP_IMAGES = 8
+
+
+@functools.cache
+def _steps() -> list[Any]:
+    from tests.benchmarks.step_side import Side
+    from tests.benchmarks.step_speed import measure
+
+    return list(measure({side: Side(side, batch_size=_STEP_IMAGES) for side in ("ours", "plain")}).values())
+
+
 def checkpoint() -> Row:
     """All state of a ViT-S/14 in training: MiB a second that training stands still, against waiting for the disk."""
     import torch
@@ -232,10 +257,8 @@ def curate_descriptor() -> Row:
     return _embedding("curate_descriptor", "decode + score + descriptor, against a plain loop", network=False)
 
 
-BENCHMARKS: dict[str, Callable[[], Row]] = {
-    one.__name__: one
-    for one in (crops, crops_large, shards, attention, checkpoint, knn, curate_throughput, curate_descriptor)
-}
+_MADE = (crops, crops_large, shards, attention, step, step_memory, checkpoint, knn, curate_throughput)
+BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor)}
 CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
 NAMES = [*BENCHMARKS, CURATION]
 
@@ -288,6 +311,10 @@ def _take_turns(ours: Callable[[], Any], other: Callable[[], Any], turns: int) -
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
 def _rates(count: int, seconds: tuple[float, float]) -> tuple[float, float]:
     return count / seconds[0], count / seconds[1]
 
@@ -314,7 +341,7 @@ def run(
     if rows:
         table = Table("name", "what", "ours", "other", "unit", "ours / other", box=None)
         for row in rows:
-            table.add_row(row.name, row.what, f"{row.ours:,.0f}", f"{row.other:,.0f}", row.unit, f"{row.ratio:.2f}")
+            table.add_row(row.name, row.what, _figure(row.ours), _figure(row.other), row.unit, f"{row.ratio:.2f}")
         console.print(table)
     if costs:
         table = Table("curation", "vectors", "seconds", "peak MiB", "", box=None)

@@ -12,6 +12,7 @@ from components.training.config import TrainingConfig
 from components.training.networks import Network, distillation, self_distillation
 from components.training.schedules import StepValues
 from components.training.step import DivergedError, TrainingStep, split_images
+from tests.benchmarks.ibot_baseline import PlainStep
 
 CPU = torch.device("cpu")
 VALUES = StepValues(lr=1e-2, last_layer_lr=0.0, weight_decay=0.1, ema_momentum=0.5, teacher_temp=0.05)
@@ -192,3 +193,15 @@ def test_checkpointed_steps_equal_others(mode):
     plain, _ = gradients_of(batch, drop_path=0.5)
     again, _ = gradients_of(batch, drop_path=0.5, activation_checkpointing=mode)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_losses_and_gradients_are_those_of_a_plainly_written_step():
+    """The other side of the `step` benchmark: a pass for each size, plain formulas, all logits, centring by softmax."""
+    batch = make_batch()
+    gradients, losses = gradients_of(batch, objective={"centering": "softmax"})
+    networks = self_distillation(network(1))
+    plain = PlainStep(networks, config())._loss(batch, VALUES.teacher_temp)
+    plain.backward()
+    torch.testing.assert_close(losses["total"], plain.detach(), rtol=1e-5, atol=0)
+    for name, parameter in networks.student.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,97 @@
+"""Our step without one of its techniques, for the ablation of the `step` benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from components.data.batch import Batch
+from components.model import layers
+from components.model.attention import Layout, fused_attention
+from components.model.vit import VisionTransformer
+from components.objective import centering
+from components.objective.prototypes import PrototypeLoss
+from components.training import step as step_module
+from components.training.step import StepOutput, TrainingStep
+
+
+def _packing() -> AbstractContextManager[Any]:
+    packed = VisionTransformer.forward_packed
+    return mock.patch.object(
+        VisionTransformer, "forward_packed", lambda self, batches: [packed(self, [one])[0] for one in batches]
+    )
+
+
+def _attention() -> AbstractContextManager[Any]:
+    return mock.patch.object(layers, "attend", fused_attention)
+
+
+def _subset_drop_path() -> AbstractContextManager[Any]:
+    def masked(tokens: Tensor, layout: Layout, branch: Callable[..., Tensor], drop_path: float) -> Tensor:
+        added = branch(tokens, layout)
+        if drop_path == 0:
+            return tokens + added
+        weights = [
+            ((torch.rand(count, 1) >= drop_path) / (1 - drop_path)).expand(-1, n).flatten() for count, n in layout
+        ]
+        return tokens + added * torch.cat(weights)[:, None]
+
+    return mock.patch.object(layers, "add_to_subset", masked)
+
+
+def _pieces() -> AbstractContextManager[Any]:
+    def whole(loss: PrototypeLoss, features: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
+        logits = features @ (weight_v * (weight_g / weight_v.norm(dim=1, keepdim=True))).T
+        with torch.autocast("cpu", enabled=False):
+            log_probs = (logits.float() / loss.student_temp).log_softmax(-1).unflatten(0, (-1, len(loss.weights)))
+            parts = [
+                -((term.target * log_probs[term.views]).sum(-1) * loss.weights).sum()
+                for term in loss.terms(slice(None))
+            ]
+            return torch.stack(parts)
+
+    chunks = mock.patch.dict(centering.CHUNK_BYTES, {"cpu": 2**40})
+    chunks.start()
+    return mock.patch.object(PrototypeLoss, "__call__", whole)
+
+
+def _fused_adamw() -> AbstractContextManager[Any]:
+    build = step_module.build_optimizer
+
+    def unfused(*args: Any) -> torch.optim.AdamW:
+        return torch.optim.AdamW([{**g, "fused": False, "foreach": True} for g in build(*args).param_groups])
+
+    return mock.patch.object(step_module, "build_optimizer", unfused)
+
+
+class _AllTokens(TrainingStep):
+    """The patch head and loss take every patch, as where nothing is masked; the student still sees masks."""
+
+    def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
+        student, masks = self._parallel, batch.masks
+        with mock.patch.object(self, "_parallel", lambda large, small, _, *rest: student(large, small, masks, *rest)):
+            return super()._add_gradient(Batch(batch.global_crops, batch.local_crops, None, []), teacher_temp)
+
+
+_PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "packing": _packing,
+    "product attention": _attention,
+    "subset drop path": _subset_drop_path,
+    "losses in pieces": _pieces,
+    "fused AdamW": _fused_adamw,
+}
+ALL_TOKENS = "heads on needed tokens"
+TECHNIQUES = [*_PATCHES, ALL_TOKENS]
+
+
+def leave_out(technique: str) -> type[TrainingStep]:
+    """Switch a technique off for the rest of this process; the kind of step to use."""
+    if technique == ALL_TOKENS:
+        return _AllTokens
+    _PATCHES[technique]().__enter__()
+    return TrainingStep
