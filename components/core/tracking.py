@@ -146,6 +146,17 @@ def log_metrics(metrics: Mapping[str, float], step: int) -> None:
         run.metrics.add(flatten_numbers(metrics), step)
 
 
+def tag_run(tags: Mapping[str, str]) -> None:
+    """Set tags of the open run; a tracker that is away for a while stops nothing, and nothing is done without one."""
+    try:
+        if run := _active():
+            with _reported():
+                for key, value in tags.items():
+                    run.client.set_tag(run.run_id, _key(key), value[:_MAX_VALUE])
+    except TrackingError as error:
+        log.warning("run not tagged with %s: %s", ", ".join(tags), error)
+
+
 def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context: str) -> None:
     """Record a dataset that the open stage run reads.
 

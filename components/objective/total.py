@@ -44,11 +44,13 @@ class StudentOutput:
         dino: [2] float32, terms of local and global crops.
         ibot: [1] float32.
         cls_tokens: [G * B, D] class tokens of the global crops before the head, crop-major.
+        cls_patch_cosine: [] float32, of the global crops; for the monitors.
     """
 
     dino: Tensor
     ibot: Tensor
     cls_tokens: Tensor
+    cls_patch_cosine: Tensor
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ SPEED_ONLY = {
     "checkpoint_every_steps": True,
     "log_every_steps": True,
     "max_skipped_steps": True,
+    "monitor": True,
     "stream": {"num_workers", "max_bad_images", "cache_gib"},
 }
 

@@ -60,6 +60,40 @@ class EmaConfig(Config):
         return self
 
 
+class KnnProbeConfig(Config):
+    """Accuracy of nearest neighbours on some labelled images of data/evaluation, while training goes on."""
+
+    every_steps: PositiveInt
+    num_images: int = Field(default=1_000, ge=2)  # held in memory; a fifth of them are test images
+    num_neighbours: PositiveInt = 20
+
+
+class AlertConfig(Config):
+    """Limits beyond which a training says that something is wrong; it goes on."""
+
+    after_steps: int | None = Field(default=None, ge=0)  # collapse is looked for then; None: optimizer.warmup_steps
+    min_feature_std: float = Field(default=0.1, ge=0.0)  # 1: spread over the sphere; 0.1: mean cosine 0.99; 0: all same
+    min_effective_rank: float = Field(default=2.0, ge=0.0)
+    max_entropy_share: float = Field(default=0.995, gt=0.0)  # of log K, which a target has that says nothing
+    max_wait_share: float = Field(default=0.5, gt=0.0)  # of the time, waiting for data, in two rows in a row
+
+
+class EnergyConfig(Config):
+    """Energy = power x hours x PUE; CO2e = energy x intensity. Defaults: arXiv:2304.07193, Table 14."""
+
+    device_watts: PositiveFloat | None = None  # of a GPU, or a CPU's rank; None: a known GPU's limit (A100: 400)
+    pue: float = Field(default=1.1, ge=1.0)  # power usage effectiveness of the data centre
+    kg_co2e_per_kwh: float = Field(default=0.385, ge=0.0)
+
+
+class MonitorConfig(Config):
+    """What is watched beside the losses. Nothing here changes what is trained."""
+
+    knn: KnnProbeConfig | None = None
+    alerts: AlertConfig = AlertConfig()
+    energy: EnergyConfig = EnergyConfig()
+
+
 class TrainingConfig(Config):
     """One training run; counts are in steps, and in images over all ranks together."""
 
@@ -75,6 +109,7 @@ class TrainingConfig(Config):
     checkpoint_every_steps: PositiveInt = 3_750  # 3 epochs
     log_every_steps: PositiveInt = 10
     max_skipped_steps: int = Field(default=10, ge=0)  # steps left out for a loss that is not finite; one more ends it
+    monitor: MonitorConfig = MonitorConfig()
     stream: StreamConfig = StreamConfig()
     crops: CropConfig = CropConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

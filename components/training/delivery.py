@@ -17,8 +17,9 @@ from components.core.storage import sha256_dir, sha256_file, write_json
 from components.data.batch import TrainingBatches
 from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints, only_trainer, run_key
+from components.training.knn_probe import KnnProbe, load_probe
 from components.training.loop import Job, train
-from components.training.monitors import read_rows
+from components.training.loss_table import Row, read_rows
 from components.training.parallelize import gather, training_device
 from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
 
@@ -71,7 +72,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         _draw_first_batch(job, delivery.report)
 
         checkpoints = Checkpoints(folder, f"{uri.rstrip('/')}/{key}" if (uri := job.config.checkpoint_uri) else None)
-        rows = train(job, checkpoints)
+        rows = train(job, checkpoints, _probe(job, delivery.root))
 
         if shipped := gather(job.networks.ema):  # on the first rank
             steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
@@ -84,6 +85,14 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
             write_json(folder / OUTPUTS, _digests(delivery))
         barrier()
     return _figures(job, rows)
+
+
+def _probe(job: Job, root: Path) -> KnnProbe | None:
+    config = job.config
+    if config.monitor.knn is None:
+        return None
+    half = config.precision == "bfloat16"
+    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=half)
 
 
 def _stands(folder: Path, delivery: Delivery) -> bool:
@@ -112,7 +121,7 @@ def _draw_first_batch(job: Job, report: Path) -> None:
         save_picture(draw_crops(batch, plan.patch_size), report / CROPS)
 
 
-def _figures(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(job: Job, rows: list[Row]) -> dict[str, Any]:
     """The run's length, and the last row that the monitor wrote."""
     config = job.config
     last = rows[-1] if rows else {}

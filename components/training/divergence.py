@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from components.core.distributed import barrier, rank
 from components.core.storage import write_json
 from components.core.tracking import log_metrics
 from components.data.batch import Batch
+from components.training.alerts import Alert, Alerts
 from components.training.step import DivergedError, TrainingStep
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -41,9 +39,9 @@ class SkippedSteps:
         count: how many so far; part of a checkpoint.
     """
 
-    def __init__(self, limit: int, count: int) -> None:
+    def __init__(self, limit: int, count: int, alerts: Alerts) -> None:
         self.count = count
-        self._limit = limit
+        self._limit, self._alerts = limit, alerts
 
     def may_skip(self, error: DivergedError, step: int) -> bool:
         """Count one more step and raise the alert, if the limit allows one more; every rank must call."""
@@ -52,7 +50,8 @@ class SkippedSteps:
         self.count += 1
         if rank() == 0:
             log_metrics({"skipped_steps": float(self.count)}, step + 1)
-            logger.error("alert: %s. Step skipped, %d of at most %d", error, self.count, self._limit)
+            message = f"{error}. Step skipped, {self.count} of at most {self._limit}"
+            self._alerts.add(Alert(step + 1, "not_finite", message))
         return True
 
 

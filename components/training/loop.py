@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,10 +20,14 @@ from components.core.progress import progress
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import MaskingConfig
 from components.data.stream import ImageStream
+from components.training.alerts import Alerts, Watch
 from components.training.checkpoint import Checkpoints, Progress
 from components.training.config import TrainingConfig
+from components.training.cost import CostMeter, accelerator, training_flops
 from components.training.divergence import Dump, SkippedSteps, unchanged_if_diverged
-from components.training.monitors import Monitor
+from components.training.knn_probe import KnnProbe
+from components.training.loss_table import Row
+from components.training.monitors import Instruments, Monitor
 from components.training.networks import Networks
 from components.training.parallelize import EXIT_INTERRUPTED, training_device
 from components.training.schedules import Schedules
@@ -53,8 +58,13 @@ class Job:
         return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
 
 
-def train(job: Job, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+def train(job: Job, checkpoints: Checkpoints, probe: KnnProbe | None = None) -> list[Row]:
     """Train to the last step, from the newest checkpoint if there is one; return the monitor's rows.
+
+    Args:
+        job: what to train.
+        checkpoints: of this run.
+        probe: measures kNN as the configuration asks for it.
 
     Raises:
         DivergedError: more than `max_skipped_steps` had a loss or gradient that is not finite.
@@ -65,8 +75,10 @@ def train(job: Job, checkpoints: Checkpoints) -> list[dict[str, Any]]:
     training = TrainingStep(job.networks.to(device), config, job.seed, device)
     schedules = Schedules(config)
     start = checkpoints.load_newest(training)
-    skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps)
-    monitor = Monitor(checkpoints.folder / "loss.csv", config.log_every_steps, config.batch_size, start.steps_done)
+    alerts = Alerts(checkpoints.folder)
+    skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps, alerts)
+    tools = _instruments(job, alerts, device, probe)
+    monitor = Monitor(checkpoints.folder / "loss.csv", config, tools, start.steps_done)
     coming = iterate_batches(batches, config.stream, range(start.steps_done, config.steps))
 
     # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
@@ -95,6 +107,19 @@ def train(job: Job, checkpoints: Checkpoints) -> list[dict[str, Any]]:
                 logger.info("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
                 raise SystemExit(EXIT_INTERRUPTED)
     return monitor.rows
+
+
+def _instruments(job: Job, alerts: Alerts, device: torch.device, probe: KnnProbe | None) -> Instruments:
+    config, networks = job.config, job.networks
+    limits, known = config.monitor.alerts, accelerator(device)
+    after_steps = config.optimizer.warmup_steps if limits.after_steps is None else limits.after_steps
+    return Instruments(
+        Watch(alerts, limits, after_steps, math.log(networks.teacher.dino_head.config.num_prototypes)),
+        CostMeter(device, world_size(), config.monitor.energy),
+        training_flops(networks, config.crops, job.masking),
+        known.flops if known else None,
+        partial(probe.top1, networks.ema) if probe else None,
+    )
 
 
 def _diverged(job: Job, error: DivergedError, step: int, batch: Batch, folder: Path) -> DivergedError:

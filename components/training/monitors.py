@@ -1,10 +1,12 @@
-"""What a person watches to see whether training goes well: losses, rates, speed, and signs of collapse."""
+"""What a person watches to see whether training goes well: losses, rates, speed, cost, and signs of collapse."""
 
 from __future__ import annotations
 
-import csv
 import logging
+import resource
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,24 +15,48 @@ from torch import Tensor
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.core.metrics import effective_rank, feature_std
 from components.core.tracking import log_metrics
+from components.training.alerts import Watch
+from components.training.config import TrainingConfig
+from components.training.cost import CostMeter
+from components.training.loss_table import Row, append_row, read_rows, write_rows
 from components.training.schedules import StepValues
 from components.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
 
 
-class Monitor:
-    """Writes one row every `every_steps` steps to a CSV file, the log and the tracker.
+@dataclass(frozen=True)
+class Instruments:
+    """What the monitor reads off beside the step itself.
 
-    Losses are means over the steps and ranks since the last row; the rest are values of the row's own step. Rows after
-    `steps_done` are dropped at the start: a resumed run writes them again.
+    Attributes:
+        watch: raises alerts.
+        cost: of the run so far.
+        flops_per_image: floating-point operations, by formula.
+        peak_flops: of this rank's device in a second, where they are known.
+        knn: measures the average's kNN accuracy, if that is asked for; every rank calls.
     """
 
-    def __init__(self, path: Path, every_steps: int, batch_size: int, steps_done: int) -> None:
-        self._path, self._every, self._batch_size = path, every_steps, batch_size
-        self.rows = [row for row in read_rows(path) if row["step"] <= steps_done]
+    watch: Watch
+    cost: CostMeter
+    flops_per_image: float
+    peak_flops: float | None
+    knn: Callable[[], float] | None = None
+
+
+class Monitor:
+    """Writes one row every `log_every_steps` steps to a CSV file, the log and the tracker.
+
+    Losses are means over the steps and ranks since the last row; the rest are values of the row's own step, means over
+    ranks where nothing else is said. Rows after `steps_done` are dropped at the start: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, config: TrainingConfig, instruments: Instruments, steps_done: int) -> None:
+        self._path, self._config, self._instruments = path, config, instruments
+        self.rows = [row for row in read_rows(path) if (row["step"] or 0) <= steps_done]
+        self._seconds = 3600 * ((self.rows[-1].get("hours") if self.rows else None) or 0.0)
         if rank() == 0:
-            _rewrite(path, self.rows)
+            write_rows(path, self.rows)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._waited = 0.0
@@ -46,40 +72,96 @@ class Monitor:
         for name, term in output.losses.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
         self._steps += 1
-        if last or steps_done % self._every == 0:
-            self._write(output, values, steps_done)
+        knn = self._config.monitor.knn
+        measure = knn is not None and (last or steps_done % knn.every_steps == 0)
+        if last or measure or steps_done % self._config.log_every_steps == 0:
+            self._write(output, values, steps_done, measure=measure)
 
-    def _write(self, output: StepOutput, values: StepValues, steps_done: int) -> None:
-        terms = all_reduce_sum(torch.stack(list(self._sums.values()))) / (self._steps * world_size())
+    def _write(self, output: StepOutput, values: StepValues, steps_done: int, *, measure: bool) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
-        features = output.cls_tokens.float().cpu().numpy()
-        row = {
+        waited = self._waited / seconds
+        knn = self._instruments.knn
+        row: Row = {
             "step": steps_done,
-            **dict(zip((f"loss_{name}" for name in self._sums), terms.tolist(), strict=True)),
+            **self._losses(),
             "learning_rate": values.lr,
             "weight_decay": values.weight_decay,
             "ema_momentum": values.ema_momentum,
             "teacher_temp": values.teacher_temp,
             **{f"grad_norm_{name}": float(norm) for name, norm in output.grad_norms.items()},
+            **self._signs_of_collapse(output, values, steps_done, waited),
+            "knn_top1": knn() if knn and measure else None,
+            **self._speed(seconds),
+        }
+        # A kNN is not training, so it starts no step late; but it is time of the run.
+        self._seconds += time.monotonic() - self._since
+        row |= {"hours": self._seconds / 3600, **self._instruments.cost.so_far(self._seconds)}
+        self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.monotonic()
+        self._add(row)
+
+    def _losses(self) -> Row:
+        means = all_reduce_sum(torch.stack(list(self._sums.values()))) / (self._steps * world_size())
+        return dict(zip((f"loss_{name}" for name in self._sums), means.tolist(), strict=True))
+
+    def _signs_of_collapse(self, output: StepOutput, values: StepValues, steps_done: int, waited: float) -> Row:
+        features = output.cls_tokens.float().cpu().numpy()
+        targets = describe_targets(output.teacher_cls_logits, values.teacher_temp)
+        own = {
             "feature_std": feature_std(features),
             "effective_rank": effective_rank(features),
-            "target_entropy": target_entropy(output.teacher_cls_logits, values.teacher_temp),
-            "images_per_second": self._steps * self._batch_size / seconds,
-            "data_wait_share": self._waited / seconds,
+            "cls_patch_cosine": float(output.cls_patch_cosine),
+            "target_entropy": targets.entropy,
+            "data_wait_share": waited,
         }
-        self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.monotonic()
-        self.rows.append(row)
+        by_rank = _of_ranks(own, output.cls_tokens.device)
         if rank() == 0:
-            _append(self._path, row)
-            log_metrics({name: value for name, value in row.items() if name != "step"}, steps_done)
+            self._instruments.watch.look(steps_done, by_rank)
+        means = {name: sum(numbers) / len(numbers) for name, numbers in by_rank.items()}
+        return {**means, "prototypes_used": targets.used, "prototype_perplexity": targets.perplexity}
+
+    def _speed(self, seconds: float) -> Row:
+        rate = self._steps * self._config.batch_size / seconds
+        tools, device = self._instruments, self._sums["total"].device
+        peak = tools.peak_flops if self._config.precision == "bfloat16" else None  # it is of bfloat16
+        peaks = _of_ranks({"gib": _peak_memory_gib(device)}, device)["gib"]
+        return {
+            "images_per_second": rate,
+            "mfu": rate * tools.flops_per_image / (world_size() * peak) if peak else None,
+            "peak_memory_gib": max(peaks),
+        }
+
+    def _add(self, row: Row) -> None:
+        if rank() == 0:
+            if self.rows and self.rows[-1].keys() != row.keys():  # an older version of this code wrote them
+                self.rows = [dict.fromkeys(row) | {k: v for k, v in old.items() if k in row} for old in self.rows]
+                write_rows(self._path, self.rows)
+            append_row(self._path, row)
+            numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+            log_metrics(numbers, int(row["step"] or 0))
             logger.info(
                 "step %d: loss %.4f, %.1f images/s, %.0f %% of the time waiting for data",
-                steps_done, row["loss_total"], row["images_per_second"], 100 * row["data_wait_share"],
+                row["step"], row["loss_total"], row["images_per_second"], 100 * numbers["data_wait_share"],
             )  # fmt: skip
+        self.rows.append(row)
 
 
-def target_entropy(teacher_logits: Tensor, teacher_temp: float) -> float:
-    """Mean entropy, in nats, of the teacher's softmax with the batch mean as centre: log K if it says nothing.
+@dataclass(frozen=True)
+class TargetFigures:
+    """What the teacher's targets are like.
+
+    Attributes:
+        entropy: mean over this rank's crops, in nats; log K if a target says nothing.
+        used: share of the K prototypes that are some crop's first choice, of all ranks' crops: at most crops / K.
+        perplexity: exp of the entropy of the mean target of all ranks, 1 to K; 1 if all crops have the same prototype.
+    """
+
+    entropy: float
+    used: float
+    perplexity: float
+
+
+def describe_targets(teacher_logits: Tensor, teacher_temp: float) -> TargetFigures:
+    """Figures of the teacher's softmax with the mean of the rank's crops as centre; every rank must call.
 
     Args:
         teacher_logits: [N, K].
@@ -87,29 +169,24 @@ def target_entropy(teacher_logits: Tensor, teacher_temp: float) -> float:
     """
     logits = teacher_logits.float()
     log_probs = torch.log_softmax((logits - logits.mean(dim=0)) / teacher_temp, dim=-1)
-    return float(-(log_probs.exp() * log_probs).sum(dim=-1).mean())
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(dim=-1).mean()
+    chosen = torch.zeros(logits.shape[1], device=logits.device)
+    chosen[probs.argmax(dim=1)] = 1.0
+    chosen, mean = all_reduce_sum(torch.stack([chosen, probs.mean(dim=0) / world_size()]))
+    spread = -torch.xlogy(mean, mean).sum()
+    return TargetFigures(float(entropy), float((chosen > 0).float().mean()), float(spread.exp()))
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a monitor's file, if there is one; a half-written one is left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows if "data_wait_share" in row]
+def _of_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, list[float]]:
+    """Each value of every rank, in their order; every rank must call."""
+    table = torch.zeros(world_size(), len(values), device=device)
+    table[rank()] = torch.tensor(list(values.values()))
+    return dict(zip(values, all_reduce_sum(table).T.tolist(), strict=True))
 
 
-def _rewrite(path: Path, rows: list[dict[str, float]]) -> None:
-    path.unlink(missing_ok=True)
-    for row in rows:
-        _append(path, row)
-
-
-def _append(path: Path, row: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def _peak_memory_gib(device: torch.device) -> float:
+    """The most that this process held: of GPU memory in tensors, or on a CPU of memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux

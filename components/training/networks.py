@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from components.core.distributed import own_part
 from components.model.export import load_backbone, load_heads
 from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
+from components.model.vit import VisionTransformer, ViTOutput
 from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
 
 
@@ -52,7 +52,7 @@ class Network(nn.Module):
         seen = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
         dino = self.dino_head(torch.cat([crops.cls_token for crops in seen]), losses.dino)  # of [(G+L)*B, D]
         ibot = self.ibot_head(seen[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
-        return StudentOutput(dino, ibot, seen[0].cls_token)
+        return StudentOutput(dino, ibot, seen[0].cls_token, cls_patch_cosine(seen[0]))
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
@@ -66,11 +66,28 @@ class Network(nn.Module):
         return TeacherLogits(self.dino_head(seen.cls_token), self.ibot_head(seen.patch_tokens[loss_masks]))
 
     @torch.no_grad()
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The backbone's features of whole images: [N, 3, H, W] to [N, D]."""
+        return self.backbone(images).cls_token
+
+    @torch.no_grad()
     def follow(self, student: Network, momentum: float) -> None:
         """Move every parameter to momentum * own + (1 - momentum) * the student's."""
         own = [own_part(parameter) for parameter in self.parameters()]  # sharded alike, so part goes to part
         theirs = [own_part(parameter) for parameter in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def cls_patch_cosine(seen: ViTOutput) -> Tensor:
+    """Mean cosine of images' class token and their patch tokens, [] float32: it rises as dense features degrade.
+
+    DINOv3 watches it for that (arXiv:2508.10104, sec. 4).
+    """
+    cls_token, patches = seen.cls_token.detach(), seen.patch_tokens.detach()
+    products = torch.einsum("bd,bpd->bp", cls_token, patches).float()
+    lengths = [torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) for tokens in (cls_token, patches)]
+    return (products / (lengths[0].unsqueeze(1) * lengths[1]).clamp(min=1e-12)).mean()
 
 
 @dataclass(frozen=True)

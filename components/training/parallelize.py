@@ -103,7 +103,8 @@ def _shard(network: Network, mesh: DeviceMesh, half: bool) -> None:
     for module in (*network.backbone.blocks, network.dino_head, network.ibot_head, network):
         # Always taken apart again, the root too: what stayed whole would hide the next update of the average.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    register_fsdp_forward_method(network, "targets")
+    for method in ("targets", "class_tokens"):
+        register_fsdp_forward_method(network, method)
 
 
 def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any) -> dict[str, Any]:

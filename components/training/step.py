@@ -43,6 +43,7 @@ class StepOutput:
     grad_norms: dict[str, Tensor]  # of backbone, dino_head and ibot_head, before clipping
     cls_tokens: Tensor  # [G*B, D] of the student's global crops
     teacher_cls_logits: Tensor  # [G*B, K]
+    cls_patch_cosine: Tensor  # [], mean over the student's global crops
 
 
 class TrainingStep:
@@ -93,7 +94,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
         joined = [_join_images([getattr(o, name) for o in outputs]) for name in ("cls_tokens", "teacher_cls_logits")]
-        return StepOutput(terms, grad_norms, *joined)
+        cosine = torch.stack([out.cls_patch_cosine for out in outputs]).mean()
+        return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
 
     def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
         """Add the gradient of one part of the step's images."""
@@ -112,7 +114,7 @@ class TrainingStep:
         terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
         del head_losses
         (losses.total / self._accumulation_steps).backward()
-        return StepOutput(terms, {}, student.cls_tokens.detach(), teacher.global_cls)
+        return StepOutput(terms, {}, student.cls_tokens.detach(), teacher.global_cls, student.cls_patch_cosine)
 
     @contextmanager
     def _reduced(self, *, last: bool) -> Iterator[None]:

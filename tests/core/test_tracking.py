@@ -64,6 +64,7 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
     with tracking.stage_run("evaluate", "small", PARAMS, workspace) as run:
         tracking.log_metrics({"loss": 2.0}, step=10)
         tracking.log_metrics({"loss": 1.0}, step=20)
+        tracking.tag_run({"pedigree.alert.collapse": "step 20: collapse"})
         tracking.log_input("data/evaluation", "a" * 32 + ".dir", "s3://b/e", {"sha256": "c" * 64}, "evaluation")
         reports = workspace / "reports" / "evaluate" / "small"
         reports.mkdir(parents=True)
@@ -77,6 +78,7 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
     assert child.info.status == found[run_id].info.status == "FINISHED"
     assert child.data.tags["mlflow.parentRunId"] == parent
     assert child.data.tags["pedigree.stage"] == "evaluate"
+    assert child.data.tags["pedigree.alert.collapse"] == "step 20: collapse"
     head = subprocess.run(["git", "-C", workspace, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert child.data.tags["pedigree.commit"] == head.stdout.strip()
     assert child.data.tags["pedigree.dirty"] == "false"

@@ -37,7 +37,7 @@ def losses_of(config, logits, teacher=TEACHER, cls_tokens=CLASS_TOKENS, hidden=N
         loss(rows, torch.eye(rows.shape[1]), torch.ones(rows.shape[1], 1))
         for loss, rows in zip((heads.dino, heads.ibot), logits, strict=True)
     ]
-    return objective(StudentOutput(*terms, cls_tokens)), objective
+    return objective(StudentOutput(*terms, cls_tokens, torch.zeros(()))), objective
 
 
 def test_terms_have_the_weights_of_the_released_code():

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 
 from components.core.config import validate
-from components.data.manifest import CURATED_SCHEMA, MANIFEST, write_manifest
+from components.data.manifest import CURATED_SCHEMA, MANIFEST, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.data.stream import ImageStream
 from components.model.head import ProjectionHead
@@ -29,26 +29,37 @@ TILE = 64
 
 def write_curated(folder: Path) -> None:
     """Write 48 tiles of a photograph in several shards, as curation does."""
+    facts = {"origin": "balanced", "group_id": ""}
+    _write_tiles(folder, CURATED_SCHEMA, lambda _: facts)
+
+
+def write_labelled(folder: Path) -> None:
+    """Write the same tiles as an evaluation set of data/evaluation, each with its column of the photograph as class."""
+    snapshot = folder / "astronaut" / "0123456789ab"
+    _write_tiles(snapshot, POOL_SCHEMA, lambda box: {"label": f"column {box[0] // 128}"})
+
+
+def _write_tiles(folder: Path, schema: pa.Schema, facts: Callable[[tuple[int, int, int, int]], dict[str, Any]]) -> None:
     photo = Image.fromarray(data.astronaut())
     boxes = [(x, y, x + TILE, y + TILE) for y in range(0, 384, TILE) for x in range(0, 512, TILE)]
     images = {}
     for box in boxes:
         file = io.BytesIO()
         photo.crop(box).save(file, "JPEG", quality=90)
-        images[hashlib.sha256(file.getvalue()).hexdigest()] = file.getvalue()
+        images[hashlib.sha256(file.getvalue()).hexdigest()] = file.getvalue(), box
     rows = []
     folder.mkdir(parents=True)
     with ShardWriter(folder, 40_000) as writer:
-        for image_id, encoded in sorted(images.items()):
+        for image_id, (encoded, box) in sorted(images.items()):
             shard, offset, length = writer.add(image_id, "jpg", encoded)
-            rows.append({"image_id": image_id, "shard": shard, "offset": offset, "length": length})
+            rows.append({"image_id": image_id, "shard": shard, "offset": offset, "length": length, **facts(box)})
     known: dict[str, Any] = {
         "format": "JPEG", "width": TILE, "height": TILE, "source": "astronaut", "source_uri": "skimage",
-        "source_version": "1", "license": "public domain", "origin": "balanced", "group_id": "",
+        "source_version": "1", "license": "public domain",
         "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     }  # fmt: skip
-    empty = dict.fromkeys(CURATED_SCHEMA.names)
-    write_manifest(pa.Table.from_pylist([{**empty, **known, **row} for row in rows], CURATED_SCHEMA), folder / MANIFEST)
+    empty = dict.fromkeys(schema.names)
+    write_manifest(pa.Table.from_pylist([{**empty, **known, **row} for row in rows], schema), folder / MANIFEST)
 
 
 def make_job(values: dict[str, Any], curated: Path) -> Job:

@@ -26,7 +26,9 @@ from components.model.export import load_backbone, load_heads
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training import delivery
+from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, RankError
+from tests.training.jobs import write_labelled
 
 RUN = """
 import json, logging, sys
@@ -167,10 +169,13 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretra
 def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory):
     """Same batch over all ranks, which share the weights. KoLeo seeks its neighbours on each rank: it is left out."""
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
-    values = pretrain_values(steps=4, objective={"koleo_weight": 0.0}, backbone=backbone)
+    monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}}
+    values = pretrain_values(steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor)
+    write_labelled(workspace / "data" / "evaluation")
     pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
     two = tmp_path_factory.mktemp("two")
     (two / "data").mkdir()
+    (two / "data" / "evaluation").symlink_to(workspace / "data" / "evaluation")
     (two / "data" / "curated").symlink_to(curated)
     figures = pretraining.run(
         validate(PretrainConfig, values | {"num_processes": 2, "sharding": "fsdp"}, "test"), two, seed=0
@@ -178,6 +183,9 @@ def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_f
     assert figures["steps"] == 4
     reports = [folder / "reports" / "pretrain" / "loss.csv" for folder in (workspace, two)]
     np.testing.assert_allclose(read_losses(reports[0]), read_losses(reports[1]), rtol=2e-5)
+    found = [[row["knn_top1"] for row in read_rows(report)] for report in reports]
+    assert found[0] == found[1]
+    assert [value is None for value in found[0]] == [True, False, True, False]
     one, other = (load_file(f / "models" / "pretrained" / "model.safetensors") for f in (workspace, two))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,99 @@
+"""Alerts: a training that goes wrong says so once, with step, rank, term and likely cause. No torch here."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from components.core.storage import write_json
+from components.core.tracking import log_metrics, tag_run
+from components.training.config import AlertConfig
+
+logger = logging.getLogger(__name__)
+
+FILE = "alerts.json"
+Kind = Literal["collapse", "starvation", "not_finite"]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing that went wrong, in a sentence."""
+
+    step: int
+    kind: Kind
+    message: str
+
+
+@dataclass(frozen=True)
+class _Limit:
+    kind: Kind
+    term: str
+    value: float
+    is_floor: bool
+    cause: str
+
+    def broken_by(self, value: float) -> bool:
+        return value < self.value if self.is_floor else value > self.value
+
+
+def read_alerts(folder: Path) -> list[Alert]:
+    """The alerts of a run's folder."""
+    path = folder / FILE
+    return [Alert(**alert) for alert in json.loads(path.read_text())] if path.exists() else []
+
+
+class Alerts:
+    """Raises alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. First rank only."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._all = read_alerts(folder)
+
+    def add(self, alert: Alert) -> None:
+        """Raise an alert."""
+        self._all.append(alert)
+        logger.warning("alert: %s", alert.message)
+        write_json(self._path, [asdict(alert) for alert in self._all])
+        count = sum(alert.kind == other.kind for other in self._all)
+        log_metrics({f"alerts_{alert.kind}": float(count)}, alert.step)
+        tag_run({f"pedigree.alert.{alert.kind}": alert.message})
+
+
+class Watch:
+    """Compares what the monitor measures with its limits; what stays beyond a limit is told once."""
+
+    def __init__(self, alerts: Alerts, config: AlertConfig, after_steps: int, max_entropy: float) -> None:
+        self._alerts, self._after_steps = alerts, after_steps
+        collapse = "all images look alike to the student: lower optimizer.base_lr or lengthen its warm-up, raise "
+        collapse += "objective.koleo_weight, and look for duplicate images"
+        targets = "the teacher tells prototypes apart no more: lower teacher.temp_end and check objective.centering"
+        loading = "images come too slowly: raise stream.num_workers or stream.cache_gib, or store smaller images"
+        self._limits = (
+            _Limit("collapse", "feature_std", config.min_feature_std, is_floor=True, cause=collapse),
+            _Limit("collapse", "effective_rank", config.min_effective_rank, is_floor=True, cause=collapse),
+            _Limit("collapse", "target_entropy", config.max_entropy_share * max_entropy, is_floor=False, cause=targets),
+            _Limit("starvation", "data_wait_share", config.max_wait_share, is_floor=False, cause=loading),
+        )
+        self._beyond: Counter[str] = Counter()  # rows in a row
+
+    def look(self, step: int, by_rank: Mapping[str, Sequence[float]]) -> None:
+        """Check a row's values, one of each rank for each term."""
+        for limit in self._limits:
+            if limit.kind == "collapse" and step <= self._after_steps:
+                continue  # at its start a network with small LayerScale gives every image the same features
+            values = by_rank[limit.term]
+            ranks = [number for number, value in enumerate(values) if limit.broken_by(value)]
+            self._beyond[limit.term] = self._beyond[limit.term] + 1 if ranks else 0
+            # The first row waits for the workers' start: only the second in a row tells of starvation.
+            if self._beyond[limit.term] == (2 if limit.kind == "starvation" else 1):
+                worst = (min if limit.is_floor else max)(values)
+                message = (
+                    f"step {step}: {limit.kind}: {limit.term} is {worst:.3g}, "
+                    f"{'below' if limit.is_floor else 'above'} {limit.value:.3g} (ranks: {ranks}); {limit.cause}"
+                )
+                self._alerts.add(Alert(step, limit.kind, message))

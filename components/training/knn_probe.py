@@ -1,0 +1,78 @@
+"""How well the average tells a small labelled set's classes apart while it trains, by its nearest neighbours."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from components.core.knn import knn_predictions, nearest
+from components.core.metrics import top1_accuracy
+from components.data.batch import to_input
+from components.data.evaluation_set import EvaluationSet, Labels, centre_crop, read_evaluation_set
+from components.data.manifest import snapshot_manifests
+from components.data.shards import ShardReader, decode_image
+from components.training.config import KnnProbeConfig
+from components.training.networks import Network
+
+logger = logging.getLogger(__name__)
+
+RESIZE = 256 / 224  # of the shorter side to the crop, and
+TEMPERATURE = 0.07  # of the votes (dinov2/eval/knn.py)
+TEST_SHARE = 5  # one image of the probe in five is a test image
+CHUNK = 64  # images at once
+
+
+class KnnProbe:
+    """Some labelled images in memory, as the evaluation crops them; nothing learns from them."""
+
+    def __init__(self, images: Tensor, labels: Labels, num_neighbours: int, half: bool) -> None:
+        """Labels are those of the images: train and test are indices into [N, 3, S, S] uint8."""
+        self._images, self._labels, self._half = images, labels, half
+        self._neighbours = min(num_neighbours, len(labels.train))
+
+    def top1(self, network: Network) -> float:
+        """Accuracy in [0, 1]; every rank must call, since they may share the weights."""
+        device = next(network.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+            parts = [network.class_tokens(to_input(part.to(device))) for part in self._images.split(CHUNK)]
+        features = torch.cat([part.float().cpu() for part in parts]).numpy()  # [N, D]
+        labels = self._labels
+        found = nearest(features[labels.test], features[labels.train], self._neighbours)
+        votes = labels.targets[labels.train][found.indices]
+        predictions = knn_predictions(found.similarities, votes, [self._neighbours], TEMPERATURE)
+        return top1_accuracy(predictions[self._neighbours], labels.targets[labels.test])
+
+
+def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, half: bool) -> KnnProbe | None:
+    """A probe of at most `num_images` of the labelled images of `folder`; None, and a warning, where it has none.
+
+    Args:
+        folder: data/evaluation.
+        config: how many images and neighbours.
+        crop_size: pixels.
+        half: whether the network runs in bfloat16.
+    """
+    found = read_evaluation_set(folder) if snapshot_manifests(folder) else None
+    if found is None or found.labels is None:
+        logger.warning("%s holds no labelled images: no kNN while training (monitor.knn)", folder)
+        return None
+    # Images are in the order of their SHA-256, so the first of them are drawn at random, and always the same.
+    test = found.labels.test[: max(config.num_images // TEST_SHARE, 1)]
+    train = found.labels.train[: config.num_images - len(test)]
+    rows = np.concatenate([train, test])
+    places = np.arange(len(rows))
+    labels = Labels(found.labels.classes, found.labels.targets[rows], places[: len(train)], places[len(train) :])
+    return KnnProbe(_read(found, rows, crop_size), labels, config.num_neighbours, half)
+
+
+def _read(images: EvaluationSet, rows: NDArray[np.int64], crop_size: int) -> Tensor:
+    reader = ShardReader(images.root)
+    columns = (images.images[name].take(rows).to_pylist() for name in ("shard", "offset", "length"))
+    decoded = (decode_image(reader.read(*place)) for place in zip(*columns, strict=True))
+    crops = [np.asarray(centre_crop(image, round(crop_size * RESIZE), crop_size)) for image in decoded]
+    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
