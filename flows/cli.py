@@ -21,7 +21,7 @@ from rich.text import Text
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
-from flows import curate_command, promote, stack_commands, trace_commands
+from flows import curate_command, promote, stack_commands, trace_commands, train_status
 from infra.local import supervisor
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ app.command("env")(stack_commands.env)
 app.command("promote")(promote.promote)
 app.command("trace")(trace_commands.trace)
 app.command("curate")(curate_command.curate)
+app.command("train-status")(train_status.train_status)
 
 
 @app.callback()
