@@ -105,7 +105,7 @@ def _read(folder: Path, now: float) -> TrainStatus:
         seconds_left=left,
         checkpoint_step=newest,
         checkpoint_age_seconds=None if newest is None else now - kept[newest],
-        checkpoint_uri=config["checkpoint_uri"],
+        checkpoint_uri=config.get("checkpoint_uri"),
         alerts=[alert.message for alert in read_alerts(folder)],
     )
 
