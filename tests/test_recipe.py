@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from components.core.config import ConfigError
+from components.model.vit import VisionTransformer
 from components.recipe import PARAMS_FILE, RECIPES, Recipe, load_recipe, recipe_names
+from components.training.schedules import Schedules
 
 PROJECT = Path(__file__).parents[1]
 
@@ -38,6 +41,23 @@ def test_a_recipe_written_out_reads_as_the_same(name, tmp_path):
     recipe = load_recipe(PROJECT, name)
     (tmp_path / PARAMS_FILE).write_text(yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True)))
     assert load_recipe(tmp_path, None) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "learning_rate"),
+    [
+        ("vits14-small-batch", 22, 4e-3 * (128 / 1024) ** 0.5),
+        ("vitl16-in1k", 303, 4e-3 * 2**0.5),
+        ("vitl14", 304, 3.5e-4),  # Table 16, at 3072
+        ("vitg14-lvd142m", 1_136, 3.5e-4),
+    ],
+)
+def test_recipes_have_the_published_sizes_and_rates(name, millions, learning_rate):
+    config = load_recipe(PROJECT, name).pretrain
+    with torch.device("meta"):
+        backbone = VisionTransformer(config.backbone)
+    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert Schedules(config).at(config.optimizer.warmup_steps - 1).lr == pytest.approx(learning_rate, rel=0.015)
 
 
 def test_overrides_are_set_and_typed():
