@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,11 +29,18 @@ CHILD = (
 )
 
 
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder whose removal may meet a node's last words."""
+    return tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """The address of two nodes of one CPU each, which listen to this machine only."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+    with pytest.MonkeyPatch.context() as patch, _scratch() as folder:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder)  # Ray writes its address below it, and does not make the folder for that
+        (Path(folder) / "ray").mkdir()
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on the loopback address, as `connected` does it
         from ray.cluster_utils import Cluster
 
@@ -44,7 +52,7 @@ def cluster():
             started = [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()]
             nodes.shutdown()
         assert len(started) >= 2
-        assert psutil.wait_procs(started, timeout=10)[1] == []
+        assert psutil.wait_procs(started, timeout=30)[1] == []
 
 
 @pytest.fixture
