@@ -122,7 +122,8 @@ def after_sampling(docs: DataDocs, drawn: pa.Table, balance: Balance) -> None:
         drawn: [M] rows of the images that were drawn.
         balance: their clusters.
     """
-    share = balance.before.max() / balance.before.sum() if balance.max_share is None else balance.max_share
+    before = balance.before.max() / max(balance.before.sum(), 1)  # 0 where all images are seeds
+    share = before if balance.max_share is None else balance.max_share
     most = int(np.ceil(share * len(balance.labels) - 1e-9))  # a part of an image is one image
     too_large = np.bincount(balance.labels, minlength=len(balance.before)) > most
     examination = Examination(drawn)

@@ -103,6 +103,14 @@ def test_every_image_can_be_explained(mixed):
             assert answer.other.where in ("kept", "left out")
 
 
+def test_a_pool_of_seeds_alone_is_taken_as_it_is(small_workspace):
+    embed(EmbedConfig(workers=1), small_workspace, 0)
+    config = CurateConfig.model_validate({"levels": LEVELS, "seed_sets": {"photos": {"as_is": True}}})
+    results = curate(config, small_workspace, 0)
+    assert results["origins"] == {"seed": 11}
+    assert results["rejected"] == {"evaluation_copy": 1}
+
+
 def test_a_gate_that_fails_leaves_nothing_behind(small_workspace):
     embed(EmbedConfig(workers=1), small_workspace, 0)
     values = {"levels": LEVELS, "target_images": 8, "gates": {"max_cluster_share": 0.1}}
