@@ -1,7 +1,7 @@
 """Weights folders: `model.safetensors`, optional `heads.safetensors`, and a `config.json` that says all about them.
 
-Nothing here is ever unpickled. Tensors are float32 under the parameter names of the published DINOv2 weights, so
-`model.safetensors` also loads into the released DINOv2 code as it is.
+Nothing that a pickle asks for is ever run. Tensors are float32 under the parameter names of the published DINOv2
+weights, so `model.safetensors` also loads into the released DINOv2 code as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.core.config import Config, ConfigError, validate
-from components.core.storage import atomic_dir, write_json
+from components.core.storage import atomic_dir, sha256_file, write_json
 from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -95,7 +95,7 @@ def load_backbone(folder: Path) -> VisionTransformer:
     description = _read_description(folder)
     with torch.device("meta"):
         backbone = VisionTransformer(description.backbone)
-    _fill(backbone, folder / BACKBONE_FILE)
+    _fill_from(backbone, folder / BACKBONE_FILE)
     return backbone.eval()
 
 
@@ -113,7 +113,7 @@ def load_heads(folder: Path) -> dict[str, ProjectionHead]:
         for name, values in description.heads.items():
             config = HeadConfig(**values.model_dump(exclude={"in_dim"}))
             heads[name] = ProjectionHead(values.in_dim, config)
-    _fill(heads, folder / HEADS_FILE)
+    _fill_from(heads, folder / HEADS_FILE)
     return {name: head for name, head in heads.eval().items() if isinstance(head, ProjectionHead)}
 
 
@@ -136,6 +136,39 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise WeightsError(f"two tensors of the given state are named {short} once chunk numbers are dropped")
         renamed[short] = tensor
     return renamed
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise WeightsError unless the file is there and has this SHA-256."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a .safetensors or .pth file, or a weights folder")
+    if (found := sha256_file(path)) != expected:
+        raise WeightsError(f"{path}: its SHA-256 is {found}, not {expected} as configured")
+
+
+def load_published(path: Path, config: ViTConfig) -> VisionTransformer:
+    """A backbone of this shape with the weights of a file in DINOv2's names, in evaluation mode, on CPU.
+
+    A .pth file is read without running anything that is in it; of a training checkpoint the teacher is taken.
+
+    Raises:
+        WeightsError: not readable, or not of this shape.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("teacher", state)
+            state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    except Exception as error:  # torch's reader of pickles raises whatever a damaged file leads it to
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: not readable as weights: {line}") from None
+    with torch.device("meta"):
+        backbone = VisionTransformer(config)
+    floats = {name: tensor.float() for name, tensor in from_dinov2(state).items()}
+    _fill(backbone, floats, f"{path}: not the backbone that is configured", "correct `backbone`, or give other weights")
+    return backbone.eval()
 
 
 def to_dinov2(backbone: VisionTransformer) -> dict[str, Tensor]:
@@ -167,11 +200,7 @@ def _read_description(folder: Path) -> _WeightsDescription:
         raise WeightsError(f"{problems}; restore the folder with `dvc checkout` or export it again") from None
 
 
-def _fill(module: nn.Module, path: Path) -> None:
-    """Give memory to a module built on the meta device and copy the file's tensors into it, once all of them fit.
-
-    Comparing shapes first means that a config.json with absurd numbers costs no memory.
-    """
+def _fill_from(module: nn.Module, path: Path) -> None:
     restore = "restore the folder with `dvc checkout` or export it again"
     try:
         state = load_file(path)
@@ -179,6 +208,14 @@ def _fill(module: nn.Module, path: Path) -> None:
         raise WeightsError(f"{path}: no such file; {restore}") from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); {restore}") from None
+    _fill(module, state, f"{path}: does not match {CONFIG_FILE} beside it", restore)
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Give memory to a module built on the meta device and copy the tensors into it, once all of them fit.
+
+    Comparing shapes first means that a config.json with absurd numbers costs no memory.
+    """
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
     problems += [f"{name} is unknown" for name in state.keys() - expected.keys()]
@@ -189,8 +226,8 @@ def _fill(module: nn.Module, path: Path) -> None:
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise WeightsError(f"{path}: does not match {CONFIG_FILE} beside it: {shown}; {restore}")
-    _check_finite(state, str(path), restore)
+        raise WeightsError(f"{what}: {shown}; {remedy}")
+    _check_finite(state, what.partition(": ")[0], remedy)
     module.to_empty(device="cpu").load_state_dict(state)
 
 

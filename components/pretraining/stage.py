@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from components.data.stream import ImageStream
+from components.model.export import BACKBONE_FILE, check_sha256, load_published
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
@@ -27,7 +28,14 @@ def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
     stream = ImageStream(root / "data" / "curated", config.stream, seed)
     torch.manual_seed(seed)  # every rank draws the same initial weights
     heads = {"dino": config.dino_head, "ibot": config.ibot_head}
-    backbone = VisionTransformer(config.backbone)
+    backbone, parents = VisionTransformer(config.backbone), {}
+    if config.init is not None:
+        path = root / config.init.weights
+        path = path / BACKBONE_FILE if path.is_dir() else path
+        parents = {"initial_weights": path}
+        check_sha256(path, config.init.sha256)
+        backbone = load_published(path, config.backbone)
     student = Network(backbone, {name: ProjectionHead(config.backbone.dim, head) for name, head in heads.items()})
     job = Job("pretrain", config, self_distillation(student), stream, config.masking, seed)
-    return train_and_deliver(job, Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain"))
+    outputs = Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain", parents)
+    return train_and_deliver(job, outputs)

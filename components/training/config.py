@@ -28,6 +28,7 @@ class OptimizerConfig(Config):
     )  # learning rate x layer_decay for each block further from the head
     patch_embed_lr_factor: PositiveFloat = 0.2
     freeze_last_layer_steps: int = Field(default=1_250, ge=0)  # 1 epoch
+    freeze_backbone_steps: int = Field(default=0, ge=0)  # new heads learn first; then it has a warm-up too
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
     clip_grad_norm: PositiveFloat | None = 3.0  # for backbone and each head by itself; None clips nothing
@@ -134,6 +135,7 @@ class TrainingConfig(Config):
         for name, steps in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("optimizer.freeze_last_layer_steps", self.optimizer.freeze_last_layer_steps),
+            ("optimizer.freeze_backbone_steps", self.optimizer.freeze_backbone_steps),
             ("teacher.temp_warmup_steps", self.teacher.temp_warmup_steps),
         ):
             if steps > self.steps:

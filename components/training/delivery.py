@@ -36,7 +36,7 @@ class Delivery:
     root: Path  # workspace
     weights: Path
     report: Path
-    parents: dict[str, Path] = field(default_factory=dict)  # weights folders that it starts from or learns from
+    parents: dict[str, Path] = field(default_factory=dict)  # weights that it starts from or learns from: folder or file
 
 
 def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     facts = {
         "seed": job.seed,
         "dataset_sha256": job.stream.digest,
-        **{f"{name}_sha256": sha256_dir(path) for name, path in delivery.parents.items()},
+        **{f"{name}_sha256": _sha256(path) for name, path in delivery.parents.items()},
     }
     key = run_key(job.name, job.config, facts)
     folder = delivery.root / ".pedigree" / "checkpoints" / key
@@ -104,6 +104,10 @@ def _stands(folder: Path, delivery: Delivery) -> bool:
     if rank() == 0 and noted.is_file():
         stands = json.loads(noted.read_text()) == _digests(delivery)
     return bool(all_reduce_sum(torch.tensor(float(stands), device=training_device())))
+
+
+def _sha256(path: Path) -> str:
+    return sha256_dir(path) if path.is_dir() else sha256_file(path)
 
 
 def _digests(delivery: Delivery) -> dict[str, str]:

@@ -23,6 +23,7 @@ class ParameterRole:
     lr_factor: float
     decays: bool
     last_layer: bool
+    backbone: bool = False
 
 
 def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterRole:
@@ -42,7 +43,7 @@ def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterR
     if "patch_embed" in name:
         factor *= config.patch_embed_lr_factor
     decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
-    return ParameterRole(factor, decays, last_layer="last_layer" in name)
+    return ParameterRole(factor, decays, last_layer="last_layer" in name, backbone=name.startswith("backbone."))
 
 
 def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -69,7 +70,8 @@ def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Give every group its learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
         role: ParameterRole = group["role"]
-        group["lr"] = (values.last_layer_lr if role.last_layer else values.lr) * role.lr_factor
+        lr = values.last_layer_lr if role.last_layer else values.lr
+        group["lr"] = lr * role.lr_factor * (values.backbone_lr_factor if role.backbone else 1.0)
         group["weight_decay"] = values.weight_decay if role.decays else 0.0
 
 

@@ -45,6 +45,7 @@ class StepValues:
     weight_decay: float
     ema_momentum: float
     teacher_temp: float
+    backbone_lr_factor: float = 1.0  # of lr, for the backbone
 
 
 class Schedules:
@@ -54,6 +55,7 @@ class Schedules:
         optimizer, teacher, ema = config.optimizer, config.teacher, config.ema
         scale = math.sqrt(config.batch_size / REFERENCE_BATCH_SIZE)
         self._frozen_last_layer_steps = optimizer.freeze_last_layer_steps
+        self._frozen_backbone_steps, self._warmup_steps = optimizer.freeze_backbone_steps, optimizer.warmup_steps
         self._lr = CosineSchedule(
             optimizer.base_lr * scale, optimizer.min_lr, config.steps, warmup_steps=optimizer.warmup_steps
         )
@@ -76,4 +78,12 @@ class Schedules:
             weight_decay=self._weight_decay(step),
             ema_momentum=self._ema_momentum(step),
             teacher_temp=self._teacher_temp(step),
+            backbone_lr_factor=self._backbone_lr_factor(step),
         )
+
+    def _backbone_lr_factor(self, step: int) -> float:
+        """Zero while the backbone stands still, then a line up to 1, as long as the warm-up: it has its own."""
+        if not self._frozen_backbone_steps:
+            return 1.0
+        moving = step + 1 - self._frozen_backbone_steps
+        return min(max(moving / max(self._warmup_steps, 1), 0.0), 1.0)

@@ -11,9 +11,11 @@ from components.core.storage import sha256_dir
 from components.model.config import HeadConfig, ViTConfig
 from components.model.export import (
     WeightsError,
+    check_sha256,
     from_dinov2,
     load_backbone,
     load_heads,
+    load_published,
     save_weights,
     to_dinov2,
 )
@@ -54,6 +56,38 @@ def test_round_trip_is_bit_equal(folder, models):
     backbone.eval()
     assert torch.equal(backbone(images).patch_tokens, loaded(images).patch_tokens)
     assert loaded_heads["ibot"].config.num_prototypes == 5
+
+
+def test_published_weights_by_path(tmp_path, models):
+    """As safetensors, and as the teacher of a training checkpoint in half precision with heads beside it."""
+    backbone, _ = models
+    save_file(to_dinov2(backbone), tmp_path / "vit.safetensors")
+    teacher = {f"backbone.{name}": tensor.half() for name, tensor in to_dinov2(backbone).items()}
+    torch.save({"teacher": teacher | {"dino_head.mlp.0.bias": torch.zeros(3)}}, tmp_path / "teacher_checkpoint.pth")
+    for name, tolerance in (("vit.safetensors", 0.0), ("teacher_checkpoint.pth", 1e-3)):
+        loaded = load_published(tmp_path / name, VIT)
+        for mine, theirs in zip(backbone.parameters(), loaded.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    other = ViTConfig(**VIT.model_dump() | {"num_registers": 0, "depth": 1})
+    message = "not the backbone that is configured: blocks.1.attn.proj.bias is unknown; .* and 12 more; correct `backb"
+    with pytest.raises(WeightsError, match=message):
+        load_published(tmp_path / "vit.safetensors", other)
+    with pytest.raises(WeightsError, match=r"its SHA-256 is [0-9a-f]{64}, not 00 as configured"):
+        check_sha256(tmp_path / "vit.safetensors", "00")
+
+
+class _Program:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('run from a pickle')",))
+
+
+def test_a_pickle_that_is_a_program_is_not_run(tmp_path):
+    torch.save({"teacher": _Program()}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"weights\.pth: not readable as weights: Weights only load failed"):
+        load_published(tmp_path / "weights.pth", VIT)
+    (tmp_path / "weights.pth").write_text("text")
+    with pytest.raises(WeightsError, match=r"weights\.pth: not readable as weights: "):
+        load_published(tmp_path / "weights.pth", VIT)
 
 
 def test_loaded_weights_do_not_depend_on_the_file(folder):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from components.training.config import TrainingConfig
+from components.training.config import OptimizerConfig, TeacherConfig, TrainingConfig
 from components.training.schedules import CosineSchedule, Schedules
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "dinov2.safetensors")
@@ -26,6 +26,13 @@ def test_equals_released_code(name, schedule):
 def test_stays_at_end():
     assert CosineSchedule(1.0, 0.25, 10)(10) == 0.25
     assert CosineSchedule(1.0, 0.25, 10)(1_000) == 0.25
+
+
+def test_a_backbone_under_new_heads_stands_still_and_then_has_a_warm_up_of_its_own():
+    optimizer = OptimizerConfig(warmup_steps=4, freeze_last_layer_steps=0, freeze_backbone_steps=6)
+    schedules = Schedules(TrainingConfig(steps=20, optimizer=optimizer, teacher=TeacherConfig(temp_warmup_steps=0)))
+    factors = [schedules.at(step).backbone_lr_factor for step in range(12)]
+    assert factors == [0, 0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_paper_values():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from components.adaptation import stage as adaptation
 from components.adaptation.config import AdaptConfig
@@ -22,7 +22,8 @@ from components.core.config import ConfigError, validate
 from components.core.storage import sha256_file
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
-from components.model.export import load_backbone, load_heads
+from components.model.export import load_backbone, load_heads, to_dinov2
+from components.model.vit import VisionTransformer
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training import delivery
@@ -97,6 +98,29 @@ def test_pretrain_adapt_distill(workspace, curated, pretrain_values, tiny, backb
     patch16 = tiny(students={"big": {"backbone": backbone | {"patch_size": 16}}})
     with pytest.raises(ValueError, match="patch_size is 16, the teacher's is 8"):
         distillation.run(validate(DistillConfig, patch16, "test"), workspace, seed=0, student="big")
+
+
+def test_published_weights_stand_still_while_new_heads_warm_up(workspace, pretrain_values, tmp_path):
+    values = pretrain_values(steps=4)
+    torch.manual_seed(1)
+    start = to_dinov2(VisionTransformer(validate(PretrainConfig, values, "test").backbone))
+    save_file(start, tmp_path / "published.safetensors")
+    sha256 = sha256_file(tmp_path / "published.safetensors")
+    init = {"weights": str(tmp_path / "published.safetensors"), "sha256": sha256}
+    with pytest.raises(
+        ConfigError, match=r"new heads, which would ruin them at once: set optimizer\.freeze_back"
+    ):
+        validate(PretrainConfig, values | {"init": init}, "test")
+    folder = workspace / "models" / "pretrained"
+    for frozen, moves in ((4, False), (2, True)):
+        optimizer = values["optimizer"] | {"freeze_backbone_steps": frozen, "freeze_last_layer_steps": 0}
+        config = validate(PretrainConfig, values | {"init": init, "optimizer": optimizer}, "test")
+        pretraining.run(config, workspace, seed=0)
+        end = load_file(folder / "model.safetensors")
+        assert all(torch.equal(start[name], end[name]) for name in start) == (not moves)
+        assert json.loads((folder / "config.json").read_text())["provenance"]["initial_weights_sha256"] == sha256
+        lengths = load_heads(folder)["dino"].last_layer.weight_g
+        assert not torch.equal(lengths, torch.ones_like(lengths))  # heads learn all the while
 
 
 def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, backbone):
