@@ -107,9 +107,7 @@ def test_published_weights_stand_still_while_new_heads_warm_up(workspace, pretra
     save_file(start, tmp_path / "published.safetensors")
     sha256 = sha256_file(tmp_path / "published.safetensors")
     init = {"weights": str(tmp_path / "published.safetensors"), "sha256": sha256}
-    with pytest.raises(
-        ConfigError, match=r"new heads, which would ruin them at once: set optimizer\.freeze_back"
-    ):
+    with pytest.raises(ConfigError, match=r"new heads, which would ruin them at once: set optimizer\.freeze_back"):
         validate(PretrainConfig, values | {"init": init}, "test")
     folder = workspace / "models" / "pretrained"
     for frozen, moves in ((4, False), (2, True)):
