@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,22 +38,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train DINOv2-style vision foundation models, and prove where every weight came from.",
 )
+
+
+def _at_the_services(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that reads the registry, pointed at the services first."""
+
+    @functools.wraps(command)
+    def connected(*args: Any, **options: Any) -> None:
+        with _clear_errors():
+            os.environ.update(supervisor.connect(Path.cwd(), start=False))
+        command(*args, **options)
+
+    return connected
+
+
 app.command("up")(stack_commands.up)
 app.command("status")(stack_commands.status)
 app.command("down")(stack_commands.down)
 app.command("env")(stack_commands.env)
-app.command("promote")(promote.promote)
-app.command("trace")(trace_commands.trace)
+app.command("promote")(_at_the_services(promote.promote))
+app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("curate")(curate_command.curate)
 app.command("train-status")(train_status.train_status)
-
-
-@app.callback()
-def _connect_first(context: typer.Context) -> None:
-    """Point the commands that read the registry at the services; `run` and `ingest` do it when their input is good."""
-    if context.invoked_subcommand in ("promote", "trace") and not context.resilient_parsing:
-        with _clear_errors():
-            os.environ.update(supervisor.connect(Path.cwd(), start=False))
 
 
 @app.command()

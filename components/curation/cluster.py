@@ -14,17 +14,16 @@ less than TOLERANCE of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from components.core.progress import progress
 from components.curation.config import LevelConfig
+from components.curation.neighbors import independent_threads
 
 SEEDING_POINTS = 32
 SEEDING_BYTES = 2**28  # but two points a cluster
@@ -67,7 +66,7 @@ def hierarchical_kmeans(
     """
     points, labels, centroids = vectors, [], []
     rows = np.arange(len(vectors)) if rows is None else rows
-    with _threads() as threads:
+    with independent_threads() as threads:
         for number, level in enumerate(levels, 1):
             with progress(
                 f"k-means level {number}", (1 + level.resampling_steps) * iterations, "iterations"
@@ -79,19 +78,6 @@ def hierarchical_kmeans(
             centroids.append(found)
             points, rows = found, np.arange(len(found))
     return Hierarchy(labels, centroids)
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as FAISS would take, each of which computes alone."""
-    import faiss
-
-    threads = ThreadPoolExecutor(faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,))
-    try:
-        with threadpool_limits(1):
-            yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ are counted.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from components.core.progress import track
 from components.curation.config import IndexConfig, SeedSetConfig
-from components.curation.neighbors import cosine, find_neighbors
+from components.curation.neighbors import VectorRows, cosine, find_neighbors
 
 BLOCK_BYTES = 2**24  # of vectors or products held at once
 
@@ -107,8 +104,7 @@ def _by_sample(
         return {}
     queries = np.concatenate([seeds.rows for seeds in seed_sets.values()])
     most = max(seeds.config.k for seeds in seed_sets.values())
-    with _gather(vectors, queries) as asked, _gather(vectors, rows) as database:
-        pairs = find_neighbors(asked, database, most, None, index)
+    pairs = find_neighbors(VectorRows(vectors, queries), VectorRows(vectors, rows), most, None, index)
     rank = np.arange(len(pairs.query)) - np.searchsorted(pairs.query, pairs.query)  # nearest first for each query
     found, start = {}, 0
     for name, seeds in seed_sets.items():
@@ -185,19 +181,3 @@ def _each_once(found: dict[str, _Found], seed_sets: Mapping[str, SeedSet]) -> Re
     recall = min((one.recall for one in found.values()), default=1.0)
     owners = [names[o] for o in owner[order]]
     return Retrieval(row[order], query[order], similarity[order], owners, composition, recall)
-
-
-@contextmanager
-def _gather(vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-    """Those rows as one matrix, in a temporary file, so that memory does not grow with it."""
-    if not len(rows):
-        yield np.zeros((0, vectors.shape[1]), np.float32)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        matrix = np.lib.format.open_memmap(
-            Path(folder) / "vectors.npy", "w+", np.float32, (len(rows), vectors.shape[1])
-        )
-        step = max(1, BLOCK_BYTES // (4 * vectors.shape[1]))
-        for start in range(0, len(rows), step):
-            matrix[start : start + step] = vectors[rows[start : start + step]]
-        yield matrix

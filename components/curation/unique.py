@@ -12,6 +12,7 @@ from components.curation.config import CurateConfig
 from components.curation.decontaminate import Contamination, find_contamination
 from components.curation.deduplicate import Groups, group_duplicates, near_duplicates
 from components.curation.inputs import Inputs
+from components.curation.neighbors import VectorRows
 from components.curation.rejections import remaining
 from components.data import curation_gates as gates
 from components.data.expectations import DataDocs
@@ -51,8 +52,7 @@ def drop_copies(inputs: Inputs, rows: NDArray[np.int64], first: NDArray[np.int64
         CurationError: nothing is left, or an index misses too many pairs.
     """
     images = inputs.pool.take(pa.array(rows))
-    whole = len(rows) == len(inputs.pool)
-    vectors = inputs.copies if whole else inputs.copies[rows]
+    vectors = VectorRows(inputs.copies, rows)
     groups = group_duplicates(
         vectors, images, config.num_neighbors, config.dedup_similarity, config.index, np.isin(rows, first)
     )
