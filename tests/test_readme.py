@@ -27,6 +27,8 @@ RUN_ELSEWHERE = (
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
+    ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
+    ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
     ("pedigree up", "tests/infra/test_local_stack.py", r'"up"'),
     ("pedigree status", "tests/infra/test_local_stack.py", r'"status"'),
     ("pedigree down", "tests/infra/test_local_stack.py", r'"down"'),
