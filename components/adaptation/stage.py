@@ -26,6 +26,7 @@ def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
     check_crops_fit(config.crops, student.backbone.config.patch_size)
     # Another seed than pretraining's, or the run would begin with the same images in the same crops.
     stream = ImageStream(root / "data" / "curated", config.stream, seed + 1)
-    job = Job("adapt", config, self_distillation(student), stream, config.masking, seed + 1)
+    networks = self_distillation(student, anchored=config.gram is not None)
+    job = Job("adapt", config, networks, stream, config.masking, seed + 1)
     outputs = Delivery(root, root / "models" / "adapted", root / "reports" / "adapt", {"initial_weights": pretrained})
     return train_and_deliver(job, outputs)

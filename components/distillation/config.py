@@ -34,6 +34,8 @@ class DistillConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _students_fit(self) -> Self:
+        if self.gram is not None:
+            raise ValueError("gram anchors a student to its own average; distillation has a teacher: leave it out")
         for name, student in self.students.items():
             if name == "teacher" or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 raise ValueError(

@@ -9,6 +9,15 @@ from pydantic import Field
 from components.core.config import Config
 
 
+class GramConfig(Config):
+    """Gram anchoring to frozen snapshots of the average. Defaults: DINOv3's `dinov3_vit7b16_gram_anchor.yaml`."""
+
+    weight: float = Field(default=2.0, gt=0)
+    after_steps: int = Field(default=0, ge=0)  # of this run; the first snapshot is taken then
+    snapshot_every_steps: int = Field(default=10_000, ge=1)
+    max_snapshots: int = Field(default=4, ge=1)  # the first, and three that replace it
+
+
 class ObjectiveConfig(Config):
     """DINO + iBOT + KoLeo. Defaults: DINOv2's `ssl_default_config.yaml`, centring as in its L/14 and g/14 recipes."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from components.objective.centering import SoftmaxCentering, sinkhorn_knopp
 from components.objective.config import ObjectiveConfig
 from components.objective.dino import dino_loss
+from components.objective.gram import GramLoss
 from components.objective.ibot import ibot_loss
 from components.objective.koleo import koleo_loss
 from components.objective.prototypes import PrototypeLoss
@@ -34,6 +35,7 @@ class HeadLosses:
 
     dino: PrototypeLoss  # of class tokens [(G + L) * B, D], global crops first, crop-major
     ibot: PrototypeLoss  # of masked patches [M, D]
+    gram: GramLoss | None = None  # of all patches of the global crops [G * B, P, D]
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,26 @@ class StudentOutput:
         ibot: [1] float32.
         cls_tokens: [G * B, D] class tokens of the global crops before the head, crop-major.
         cls_patch_cosine: [] float32, of the global crops; for the monitors.
+        gram: [] float32; None without Gram anchoring.
     """
 
     dino: Tensor
     ibot: Tensor
     cls_tokens: Tensor
     cls_patch_cosine: Tensor
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Terms as they enter the total, weights included: the four add up to it. All [] float32, in nats."""
+    """Terms as they enter the total, weights included: the others add up to it. All [] float32, in nats but Gram's."""
 
     total: Tensor
     dino_local: Tensor
     dino_global: Tensor
     ibot: Tensor
     koleo: Tensor
+    gram: Tensor
 
 
 # So that wrappers which look for tensors in a module's output find them.
@@ -124,8 +129,9 @@ class Objective(nn.Module):
         """
         koleo = self._koleo(student.cls_tokens, num_global)
         local_term, global_term = student.dino.detach().unbind()
-        total = student.dino.sum() + student.ibot.sum() + koleo
-        return Losses(total, local_term, global_term, student.ibot.detach().sum(), koleo)
+        gram = torch.zeros_like(koleo) if student.gram is None else student.gram
+        total = student.dino.sum() + student.ibot.sum() + koleo + gram
+        return Losses(total, local_term, global_term, student.ibot.detach().sum(), koleo, gram)
 
     def _koleo(self, cls_tokens: Tensor, crops: int) -> Tensor:
         if not self.config.koleo_weight:  # a weight of 0 is how a run with one image per rank does without it

@@ -36,6 +36,7 @@ def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
         check_sha256(path, config.init.sha256)
         backbone = load_published(path, config.backbone)
     student = Network(backbone, {name: ProjectionHead(config.backbone.dim, head) for name, head in heads.items()})
-    job = Job("pretrain", config, self_distillation(student), stream, config.masking, seed)
+    networks = self_distillation(student, anchored=config.gram is not None)
+    job = Job("pretrain", config, networks, stream, config.masking, seed)
     outputs = Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain", parents)
     return train_and_deliver(job, outputs)

@@ -221,6 +221,8 @@ def _tensors(training: TrainingStep) -> dict[str, Tensor]:
     """The tensors themselves, by name: all that changes in a run. A frozen teacher's digest is in the run's key."""
     networks = training.networks
     modules = {"student": networks.student, "ema": networks.ema, "objective": training.objective}
+    if networks.anchor is not None:
+        modules["anchor"] = networks.anchor
     tensors = {
         f"{prefix}/{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
     }

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
 from components.data.config import CropConfig, StreamConfig
-from components.objective.config import ObjectiveConfig
+from components.objective.config import GramConfig, ObjectiveConfig
 
 
 class OptimizerConfig(Config):
@@ -114,6 +114,7 @@ class TrainingConfig(Config):
     stream: StreamConfig = StreamConfig()
     crops: CropConfig = CropConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    gram: GramConfig | None = None  # anchoring of patch features, of pretraining and adaptation
     optimizer: OptimizerConfig = OptimizerConfig()
     teacher: TeacherConfig = TeacherConfig()
     ema: EmaConfig = EmaConfig()

@@ -79,7 +79,7 @@ def training_flops(networks: Networks, crops: CropConfig, masking: MaskingConfig
     """
     student, teacher = networks.student.backbone.config, networks.teacher.backbone.config
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
-    total = NUM_GLOBAL * backbone_flops(teacher, crops.global_size)
+    total = NUM_GLOBAL * backbone_flops(teacher, crops.global_size) * (1 if networks.anchor is None else 2)
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)

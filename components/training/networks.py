@@ -52,7 +52,8 @@ class Network(nn.Module):
         seen = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
         dino = self.dino_head(torch.cat([crops.cls_token for crops in seen]), losses.dino)  # of [(G+L)*B, D]
         ibot = self.ibot_head(seen[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
-        return StudentOutput(dino, ibot, seen[0].cls_token, cls_patch_cosine(seen[0]))
+        gram = losses.gram(seen[0].patch_tokens) if losses.gram else None
+        return StudentOutput(dino, ibot, seen[0].cls_token, cls_patch_cosine(seen[0]), gram)
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
@@ -69,6 +70,11 @@ class Network(nn.Module):
     def class_tokens(self, images: Tensor) -> Tensor:
         """The backbone's features of whole images: [N, 3, H, W] to [N, D]."""
         return self.backbone(images).cls_token
+
+    @torch.no_grad()
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """The backbone's features of patches: [N, 3, H, W] to [N, P, D]."""
+        return self.backbone(images).patch_tokens
 
     @torch.no_grad()
     def follow(self, student: Network, momentum: float) -> None:
@@ -98,17 +104,24 @@ class Networks:
         student: is trained.
         teacher: sets the targets.
         ema: moving average of the student, which ships.
+        anchor: a snapshot of `ema` that Gram anchoring compares patches with; None without it.
     """
 
     student: Network
     teacher: Network
     ema: Network
+    anchor: Network | None = None
 
     def to(self, device: torch.device) -> Networks:
         """Move all networks; returns itself."""
-        for network in (self.student, self.teacher, self.ema):
+        for network in self.distinct():
             network.to(device)
         return self
+
+    def distinct(self) -> list[Network]:
+        """Each network once."""
+        named = (self.student, self.teacher, self.ema, self.anchor)
+        return list({id(network): network for network in named if network is not None}.values())
 
 
 def load_network(folder: Path) -> Network:
@@ -120,10 +133,10 @@ def load_network(folder: Path) -> Network:
     return Network(load_backbone(folder), load_heads(folder))
 
 
-def self_distillation(student: Network) -> Networks:
-    """A student taught by its own moving average, which starts as its copy."""
+def self_distillation(student: Network, *, anchored: bool = False) -> Networks:
+    """A student taught by its own moving average, which starts as its copy; `anchored` if Gram anchoring is used."""
     ema = _frozen(copy.deepcopy(student))
-    return Networks(student.train(), teacher=ema, ema=ema)
+    return Networks(student.train(), teacher=ema, ema=ema, anchor=copy.deepcopy(ema) if anchored else None)
 
 
 def distillation(student: Network, teacher: Network) -> Networks:

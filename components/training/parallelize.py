@@ -74,7 +74,7 @@ def parallelize(networks: Networks, config: TrainingConfig, device: torch.device
     if config.sharding == "ddp":
         return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for network in {id(n): n for n in (student, networks.teacher, networks.ema)}.values():
+    for network in networks.distinct():
         _shard(network, mesh, config.precision == "bfloat16")
     return student
 
@@ -103,7 +103,7 @@ def _shard(network: Network, mesh: DeviceMesh, half: bool) -> None:
     for module in (*network.backbone.blocks, network.dino_head, network.ibot_head, network):
         # Always taken apart again, the root too: what stayed whole would hide the next update of the average.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for method in ("targets", "class_tokens"):
+    for method in ("targets", "class_tokens", "patch_tokens"):
         register_fsdp_forward_method(network, method)
 
 

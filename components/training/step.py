@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
+from components.objective.gram import GramLoss
 from components.objective.total import Objective, StudentOutput
 from components.training.config import TrainingConfig
 from components.training.networks import Networks
@@ -66,6 +67,7 @@ class TrainingStep:
         self._device_type = device.type
         self._half = config.precision == "bfloat16"
         self._seed = seed
+        self._gram, self._anchored = config.gram, False
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
         """Train on a normalised batch, in `accumulation_steps` parts of equally many images.
@@ -76,6 +78,7 @@ class TrainingStep:
         Raises:
             DivergedError: a loss (on any rank) or a gradient is NaN or infinite. No weight has changed.
         """
+        self._take_snapshot(step)
         # Stochastic depth draws from torch's generator. Seeded anew for each step and rank, it has no state to keep:
         # a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(int(np.random.SeedSequence([self._seed, step, rank()]).generate_state(1)[0]))
@@ -97,6 +100,15 @@ class TrainingStep:
         cosine = torch.stack([out.cls_patch_cosine for out in outputs]).mean()
         return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
 
+    def _take_snapshot(self, step: int) -> None:
+        """Set the anchor to the average where this step is due to, and say whether the step is anchored."""
+        if self._gram is None or self.networks.anchor is None:
+            return
+        number, rest = divmod(step - self._gram.after_steps, self._gram.snapshot_every_steps)
+        self._anchored = number >= 0
+        if rest == 0 and 0 <= number < self._gram.max_snapshots:
+            self.networks.anchor.follow(self.networks.ema, 0.0)
+
     def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
         """Add the gradient of one part of the step's images."""
         loss_masks = batch.masks
@@ -107,6 +119,9 @@ class TrainingStep:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half):
             teacher = self.networks.teacher.targets(batch.global_crops, loss_masks)
             head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
+            if self._gram and self.networks.anchor and self._anchored:
+                anchor = self.networks.anchor.patch_tokens(batch.global_crops)
+                head_losses = replace(head_losses, gram=GramLoss(anchor, self._gram.weight))
             student: StudentOutput = self._parallel(
                 batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
             )

@@ -71,7 +71,8 @@ def make_job(values: dict[str, Any], curated: Path) -> Job:
         VisionTransformer(config.backbone), {n: ProjectionHead(config.backbone.dim, h) for n, h in heads.items()}
     )
     stream = ImageStream(curated, config.stream, seed=0)
-    return Job("pretrain", config, self_distillation(student), stream, config.masking, seed=0)
+    networks = self_distillation(student, anchored=config.gram is not None)
+    return Job("pretrain", config, networks, stream, config.masking, seed=0)
 
 
 def at_call(job: Job, number: int, action: Callable[[], None]) -> None:

@@ -192,7 +192,9 @@ def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_f
     """Same batch over all ranks, which share the weights. KoLeo seeks its neighbours on each rank: it is left out."""
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
     monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}}
-    values = pretrain_values(steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor)
+    values = pretrain_values(
+        steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor, gram={"weight": 1.0}
+    )
     write_labelled(workspace / "data" / "evaluation")
     pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
     two = tmp_path_factory.mktemp("two")

@@ -1,0 +1,54 @@
+"""Gram anchoring: keeps the likeness of an image's patches to each other where an earlier teacher had it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+@dataclass(frozen=True)
+class GramLoss:
+    """Weight times the mean squared difference of the Gram matrices of student and anchor (arXiv 2508.10104, sec. 4).
+
+    The Gram matrix of an image is [P, P], the cosines of its patch features; the mean is over its entries and over
+    images, as in the released code (the paper writes a sum).
+
+    Attributes:
+        anchor: [N, P, D'] patch features of the frozen network.
+        weight: of the term.
+    """
+
+    anchor: Tensor
+    weight: float
+
+    def __call__(self, patch_tokens: Tensor) -> Tensor:
+        """The term for the student's patches [N, P, D] of the same images; [] float32, whatever the autocast dtype."""
+        with torch.autocast(patch_tokens.device.type, enabled=False):
+            unit = F.normalize(patch_tokens.float(), dim=-1)
+            loss: Any = _GramDifference.apply(unit, F.normalize(self.anchor.float(), dim=-1))
+            return self.weight * loss
+
+
+class _GramDifference(torch.autograd.Function):
+    """The mean squared difference, and its gradient with it: one image's matrices exist at a time."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, unit: Tensor, anchor: Tensor) -> Tensor:
+        images, patches, _ = unit.shape
+        total, gradient = unit.new_zeros(()), torch.empty_like(unit)
+        for mine, theirs, into in zip(unit, anchor, gradient, strict=True):
+            difference = mine @ mine.T - theirs @ theirs.T  # [P, P]
+            total += difference.square().mean()
+            torch.mm(difference, mine, out=into)
+        ctx.gradient = gradient.mul_(4 / (patches**2 * images))  # pyright: ignore[reportAttributeAccessIssue]
+        return total / images
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.gradient * incoming, None  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,72 @@
+"""Gram anchoring in a training: when snapshots are taken, what is compared with them, and that a run can go on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.data.batch import TrainingBatches
+from components.training.checkpoint import Checkpoints
+from components.training.loop import Job, train
+from components.training.schedules import Schedules
+from components.training.step import TrainingStep
+from tests.training.jobs import at_call, make_job
+
+GRAM = {"weight": 3.0, "after_steps": 2, "snapshot_every_steps": 2, "max_snapshots": 2}
+
+
+def state(job: Job, name: str) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in getattr(job.networks, name).parameters()]
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.fixture
+def values(pretrain_values):
+    plain = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
+    return pretrain_values(steps=8, gram=GRAM, backbone=plain, ema={"momentum_start": 0.5}, checkpoint_every_steps=3)
+
+
+def test_snapshots_and_the_term(values, curated):
+    job = make_job(values, curated)
+    training = TrainingStep(job.networks, job.config, job.seed, torch.device("cpu"))
+    batches, schedules = TrainingBatches(job.stream, job.batch_plan()), Schedules(job.config)
+    averages, terms = [], []
+    for step in range(8):
+        averages.append(state(job, "ema"))
+        batch = batches[step]
+        assert not isinstance(batch, Exception)
+        normalised = batch.normalize(torch.device("cpu"))
+        student = job.networks.student.backbone(normalised.global_crops, normalised.masks).patch_tokens.detach()
+        terms.append(float(training(normalised, step, schedules.at(step)).losses["gram"]))
+        if step >= 2:
+            taken = 2 if step < 4 else 4  # after that there are no more
+            assert equal(state(job, "anchor"), averages[taken])
+            anchor = job.networks.anchor
+            assert anchor is not None
+            grams = [
+                (unit := torch.nn.functional.normalize(tokens, dim=-1)) @ unit.transpose(1, 2)
+                for tokens in (student, anchor.patch_tokens(normalised.global_crops))
+            ]
+            assert terms[-1] == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
+    assert terms[:2] == [0.0, 0.0]
+    assert min(terms[2:]) > 0
+
+
+def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
+    whole = make_job(values, curated)
+    train(whole, Checkpoints(tmp_path / "whole"))
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    stopped = make_job(values, curated)
+    at_call(stopped, 6, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, Checkpoints(tmp_path / "stopped"))
+    resumed = make_job(values, curated)
+    train(resumed, Checkpoints(tmp_path / "stopped"))
+    for name in ("student", "ema", "anchor"):
+        assert equal(state(resumed, name), state(whole, name))
