@@ -41,7 +41,7 @@ class Side:
 
     side: str  # "ours" or "plain"
     precision: str = "bfloat16"
-    activation_checkpointing: str = "off"
+    activation_checkpointing: str = "selective"
     without: str | None = None
     batch_size: int = 8
     prototypes: int = 65_536
