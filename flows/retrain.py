@@ -119,6 +119,10 @@ def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
     champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
     if champions and not recipe.evaluate.champions:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
+    if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", recipe.distill.teacher_weights):
+        if (found := version(*named.groups())) is None:
+            raise WorkspaceError(f"distill.teacher_weights: {named[0]} names no registered version")
+        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_weights": found})})
     exact = {}
     for key in ("embedder", "semantic"):
         config: Any = getattr(recipe.embed, key)

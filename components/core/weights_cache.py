@@ -12,6 +12,7 @@ from pathlib import Path
 from components.core.storage import atomic_dir, sha256_file, write_json
 
 FILES = ("model.safetensors", "config.json")
+HEADS = "heads.safetensors"  # only teachers are registered with them
 
 
 class FetchError(RuntimeError):
@@ -19,7 +20,7 @@ class FetchError(RuntimeError):
 
 
 def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: str | None) -> None:
-    """Make `folder` hold model.safetensors and config.json, fetching them unless they are there and unchanged.
+    """Make `folder` hold model.safetensors, config.json and heads if there are any, unless they are there, unchanged.
 
     Args:
         folder: where the weights are kept.
@@ -40,9 +41,10 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
             digest = sha256_file(found[0] / FILES[0])
             _check(digest, expected_sha256)
             with atomic_dir(folder) as aside:
-                for name in FILES:
+                names = [*FILES, HEADS] if (found[0] / HEADS).is_file() else FILES
+                for name in names:
                     shutil.copyfile(found[0] / name, aside / name)
-                write_json(aside / "sha256.json", {name: sha256_file(aside / name) for name in FILES})
+                write_json(aside / "sha256.json", {name: sha256_file(aside / name) for name in names})
     _check(digest, expected_sha256)
 
 
@@ -55,6 +57,6 @@ def _kept_sha256(folder: Path) -> str | None:
     """SHA-256 of the kept weights, if they are still the bytes that were fetched."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         known = json.loads((folder / "sha256.json").read_text())
-        if all(sha256_file(folder / name) == known[name] for name in FILES):
+        if all(sha256_file(folder / name) == known[name] for name in {*FILES, *known}):
             return known[FILES[0]]
     return None

@@ -28,6 +28,8 @@ class StudentConfig(Config):
 class DistillConfig(TrainingConfig):
     """A frozen teacher with its heads; no masking; the moving average of the student ships."""
 
+    teacher_weights: str = Field(default="models/adapted", min_length=1)  # a folder, or models:/NAME/VERSION
+
     students: dict[str, StudentConfig] = Field(min_length=1)
     batch_size: PositiveInt = 2_048  # Table 16
     optimizer: OptimizerConfig = OptimizerConfig(base_lr=1e-3 / math.sqrt(2))  # Table 16: 1e-3 at 2048

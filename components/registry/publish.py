@@ -40,6 +40,7 @@ CODE = (
     "components/data/__init__.py",
     "components/data/shards.py",
     "components/model/__init__.py",
+    "components/model/attention.py",
     "components/model/config.py",
     "components/model/export.py",
     "components/model/head.py",
@@ -48,6 +49,7 @@ CODE = (
 )
 REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow")
 WEIGHTS = ("model.safetensors", "config.json")
+HEADS = "heads.safetensors"
 SILENT = re.compile("Max retries exceeded|API request to .* failed")
 META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
 
@@ -69,6 +71,7 @@ class Candidate:
         evaluation: nested results; their numbers become metrics of the model.
         example: one encoded image.
         resolution: pixels a side when the caller gives none.
+        with_heads: its projection heads go along, which others need to learn from it.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Candidate:
     evaluation: Mapping[str, Any]
     example: bytes
     resolution: int
+    with_heads: bool
 
 
 def registry_client() -> MlflowClient:
@@ -192,7 +196,8 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
         parts = Path(temporary)
         for name in CODE:
             _copy(SOURCE / name, parts / name)
-        for name in WEIGHTS:
+        heads = [HEADS] if candidate.with_heads and (candidate.weights / HEADS).is_file() else []
+        for name in (*WEIGHTS, *heads):
             _copy(candidate.weights / name, parts / "weights" / name)
         (parts / "card.md").write_text(candidate.card)
         dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]

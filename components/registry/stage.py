@@ -54,7 +54,8 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
         done = {"teacher": teacher}
         for folder in sorted(p for p in (root / STUDENTS).glob("[!.]*") if p.is_dir()):
             path = f"{STUDENTS}/{folder.name}"
-            done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, parent)
+            taught_by = teacher_of(client, root, folder) or parent
+            done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, taught_by)
     return {item: _summary(version) for item, version in done.items()}
 
 
@@ -103,10 +104,23 @@ class _Register:
             evaluation=evaluation,
             example=_smallest_image(self.curated, self.root / CURATED),
             resolution=self.config.resolution,
+            with_heads=item == "teacher",
         )
         version = publish(self.client, candidate, self.run_id)
         log.info("%s version %s: %s", name, version.version, version.tags[Tag.WEIGHTS_SHA256])
         return version
+
+
+def teacher_of(client: MlflowClient, root: Path, student: Path) -> tuple[str, str] | None:
+    """Name and SHA-256 of the weights that taught a student, if they are not this run's `models/adapted`."""
+    trained_with = json.loads((student / "config.json").read_text())["provenance"].get("config", {})
+    teacher = trained_with.get("teacher_weights", TEACHER)
+    if not isinstance(teacher, str) or teacher == TEACHER:
+        return None
+    if not teacher.startswith("models:/"):
+        return teacher, _sha256(root / teacher / WEIGHTS_FILE)
+    name, _, version = teacher.removeprefix("models:/").rpartition("/")
+    return f"{name}/{version}", client.get_model_version(name, version).tags[Tag.WEIGHTS_SHA256]
 
 
 def log_inputs(root: Path, origin: Origin) -> None:

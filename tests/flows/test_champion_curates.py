@@ -63,6 +63,16 @@ def test_the_champion_of_the_moment_is_an_input_of_the_run(client, root):
     assert digests[0] != digests[1]
 
 
+def test_the_champion_teaches_as_an_exact_version(client, root):
+    client.set_registered_model_alias("curator", "champion", "2")
+    recipe = load_recipe(PROJECT, "tiny-cpu", ["distill.teacher_weights=models:/curator@champion"])
+    text = params_text(root, _resolved(recipe, client))
+    assert yaml.safe_load(text)["distill"]["teacher_weights"] == "models:/curator/2"
+    recipe = load_recipe(PROJECT, "tiny-cpu", ["distill.teacher_weights=models:/curator@best"])
+    with pytest.raises(WorkspaceError, match=r"^distill\.teacher_weights: models:/curator@best names no registered"):
+        _resolved(recipe, client)
+
+
 @pytest.mark.parametrize("key", ["embedder", "semantic"])
 def test_an_alias_that_nothing_has_is_named(client, key):
     recipe = load_recipe(PROJECT, "tiny-cpu", [f"embed.{key}={EMBEDDER.replace('@champion', '@best')}"])

@@ -24,8 +24,9 @@ from PIL import Image
 from components.data.manifest import CURATED_SCHEMA, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.lineage.record import folder_id
-from components.model.config import ViTConfig
+from components.model.config import HeadConfig, ViTConfig
 from components.model.export import save_weights
+from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.registry import stage
 from components.registry.config import RegisterConfig
@@ -53,10 +54,15 @@ PHOTOGRAPHS = [
 ]
 
 
-def weights(folder: Path, seed: int, dim: int) -> None:
+def weights(folder: Path, seed: int, dim: int, teacher: str | None = None) -> None:
     torch.manual_seed(seed)
     config = ViTConfig(patch_size=PATCH, dim=dim, depth=2, num_heads=2, image_size=28, num_registers=1)
-    save_weights(folder, VisionTransformer(config), None, {"seed": seed})
+    shape = HeadConfig(num_prototypes=8, hidden_dim=8, bottleneck_dim=4)
+    heads = {name: ProjectionHead(dim, shape) for name in ("dino", "ibot")}
+    provenance: dict[str, Any] = {"seed": seed}
+    if teacher is not None:
+        provenance["config"] = {"teacher_weights": teacher}
+    save_weights(folder, VisionTransformer(config), heads, provenance)
 
 
 def write_data(folder: Path, curated: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from components.model.export import load_backbone
 from components.registry import stage
 from components.registry.config import RegisterConfig
 from components.registry.publish import RegistryError
+from components.registry.stage import teacher_of
+from tests.registry.conftest import weights
 
 pytestmark = pytest.mark.stack
 CONFIG = RegisterConfig(resolution=28)
@@ -50,6 +53,10 @@ def test_version_states_its_origin(finished):
     assert teacher.tags[Tag.PARENT_SHA256] == sha256_file(workspace / "models/pretrained/model.safetensors")
     assert student.tags[Tag.PARENT] == f"{name}-candidates/{teacher.version}"
     assert student.tags[Tag.PARENT_SHA256] == teacher.tags[Tag.WEIGHTS_SHA256]
+    kept = [json.loads(version.tags[Tag.FILES]) for version in (teacher, student)]
+    heads = "artifacts/weights/heads.safetensors"
+    assert kept[0][heads] == sha256_file(workspace / "models/adapted/heads.safetensors")  # others may learn from it
+    assert heads not in kept[1]
     assert teacher.tags[Tag.VALIDATION] == "passed for 1 of 1 snapshots of the pool"
     (pool,) = data_versions(teacher.tags, Tag.POOL)
     snapshot = workspace / "data/pool/photos/ab12"
@@ -57,6 +64,18 @@ def test_version_states_its_origin(finished):
     assert pool.manifest_sha256 == sha256_file(snapshot / "manifest.parquet")
     assert teacher.description.startswith(f"# {name}-candidates")
     assert "| photos | CC0-1.0 | 3 |" in teacher.description
+
+
+def test_a_student_of_another_teacher_than_the_runs_names_it(finished, tmp_path: Path):
+    client, name, workspace = MlflowClient(), finished["name"], finished["root"]
+    sha256 = sha256_file(workspace / "models/adapted/model.safetensors")
+    for teacher, parent in (
+        ("models/adapted", None),
+        (f"models:/{name}-candidates/1", (f"{name}-candidates/1", sha256)),
+        (str(workspace / "models/adapted"), (str(workspace / "models/adapted"), sha256)),
+    ):
+        weights(tmp_path / "student", 5, 16, teacher)
+        assert teacher_of(client, workspace, tmp_path / "student") == parent
 
 
 def test_run_has_inputs_and_metrics_of_each_model(finished):

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +22,7 @@ from components.adaptation import stage as adaptation
 from components.adaptation.config import AdaptConfig
 from components.core.config import ConfigError, validate
 from components.core.storage import sha256_file
+from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
 from components.model.export import load_backbone, load_heads, to_dinov2
@@ -31,6 +34,10 @@ from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, RankError
 from tests.training.jobs import write_labelled
 
+ONE_STEP = {
+    "optimizer": {"warmup_steps": 0, "freeze_last_layer_steps": 0},
+    "teacher": {"temp_warmup_steps": 0},
+}
 RUN = """
 import json, logging, sys
 from pathlib import Path
@@ -119,6 +126,31 @@ def test_published_weights_stand_still_while_new_heads_warm_up(workspace, pretra
         assert json.loads((folder / "config.json").read_text())["provenance"]["initial_weights_sha256"] == sha256
         lengths = load_heads(folder)["dino"].last_layer.weight_g
         assert not torch.equal(lengths, torch.ones_like(lengths))  # heads learn all the while
+
+
+def test_a_registered_version_teaches_if_it_has_heads(workspace, pretrain_values, tiny, backbone, monkeypatch):
+    pretraining.run(validate(PretrainConfig, pretrain_values(steps=1, **ONE_STEP), "test"), workspace, seed=0)
+    uri = f"sqlite:///{workspace}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client, pretrained = MlflowClient(tracking_uri=uri), workspace / "models" / "pretrained"
+    client.create_registered_model("big")
+    tags = {WEIGHTS_SHA256_TAG: sha256_file(pretrained / "model.safetensors")}
+    headless = shutil.copytree(pretrained, workspace / "headless", ignore=lambda *_: ["heads.safetensors"])
+    for folder in (pretrained, headless):
+        client.create_model_version("big", str(folder), tags=tags)
+    values = tiny(steps=1, students={"s": {"backbone": backbone}}, **ONE_STEP)
+
+    def distil(teacher: str) -> None:
+        config = validate(DistillConfig, values | {"teacher_weights": teacher}, "test")
+        distillation.run(config, workspace, seed=0, student="s")
+
+    distil("models:/big/1")
+    provenance = json.loads((workspace / "models" / "students" / "s" / "config.json").read_text())["provenance"]
+    assert provenance["config"]["teacher_weights"] == "models:/big/1"
+    with pytest.raises(ValueError, match=r"models:/big/2: registered without heads, which students learn from"):
+        distil("models:/big/2")
+    with pytest.raises(ValueError, match=r"models:/big@champion: an alias moves, so it is no input"):
+        distil("models:/big@champion")
 
 
 def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, backbone):
