@@ -1,4 +1,4 @@
-"""The local stack, started once for the whole test run and only if a test asks for it."""
+"""The local stack, started once for the whole test run and only if a test asks for it; who runs which test."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from pathlib import Path
 import pytest
 
 from infra.local import supervisor
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests: those that need services go to one of them, the others file by file."""
+    for item in items:
+        needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("services" if needs_services else item.path.name))
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_a_parameter_of_distillation_changes_only_what_follows_it(checkout, firs
     changed = run(checkout, "distill.steps=4")
     assert computed(changed) == {"distill@small", "evaluate@small", "register"}
     difference = json.loads(dvc(folder(checkout, changed), "params", "diff", "--json", first["branch"]))
-    assert difference == {"params.yaml": {"distill.steps": {"old": 3, "new": 4}}}
+    assert difference == {"params.yaml": {"distill.steps": {"old": 3, "new": 4, "diff": 1}}}
     # With DVC alone, as an auditor does it: the changed stages, computed again from the run's own branch.
     auditor = checkout / ".pedigree" / "auditor"
     git(checkout, "worktree", "add", "-q", "--detach", str(auditor), changed["branch"])
