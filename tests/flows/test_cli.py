@@ -19,8 +19,8 @@ from components.recipe import recipe_names
 from flows.cli import _Plain, app
 from tests.flows.repository import PROJECT, pedigree
 
-COMMANDS = ("run", "ingest", "promote", "trace", "curate", "up", "status", "down", "env")
-WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate")
+COMMANDS = ("run", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
+WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate", "train-status")
 
 
 @pytest.fixture
