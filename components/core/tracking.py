@@ -157,6 +157,16 @@ def tag_run(tags: Mapping[str, str]) -> None:
         log.warning("run not tagged with %s: %s", ", ".join(tags), error)
 
 
+def log_file(path: Path, folder: str) -> None:
+    """Put a file among the open run's artifacts, below `folder`, at once; a tracker that is away stops nothing."""
+    try:
+        if run := _active():
+            with _reported():
+                run.client.log_artifact(run.run_id, str(path), folder)
+    except TrackingError as error:
+        log.warning("%s not logged: %s", path.name, error)
+
+
 def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context: str) -> None:
     """Record a dataset that the open stage run reads.
 

@@ -91,6 +91,7 @@ class MonitorConfig(Config):
     """What is watched beside the losses. Nothing here changes what is trained."""
 
     knn: KnnProbeConfig | None = None
+    pictures_every_steps: PositiveInt | None = None  # colours of patch features, to the tracker; None: at the ends only
     alerts: AlertConfig = AlertConfig()
     energy: EnergyConfig = EnergyConfig()
 

@@ -7,21 +7,32 @@ import logging
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from components.core.distributed import all_reduce_sum, barrier, rank
 from components.core.storage import sha256_dir, sha256_file, write_json
 from components.data.batch import TrainingBatches
 from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints, only_trainer, run_key
-from components.training.knn_probe import KnnProbe, load_probe
+from components.training.knn_probe import load_probe
 from components.training.loop import Job, train
 from components.training.loss_table import Row, read_rows
+from components.training.monitors import Probes
 from components.training.parallelize import gather, training_device
-from components.training.pictures import NUM_IMAGES, draw_crops, draw_pca, pca_colors, sample_images, save_picture
+from components.training.pictures import (
+    NUM_IMAGES,
+    draw_crops,
+    draw_pca,
+    pca_colors,
+    sample_images,
+    save_picture,
+    show_progress,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +83,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         _draw_first_batch(job, delivery.report)
 
         checkpoints = Checkpoints(folder, f"{uri.rstrip('/')}/{key}" if (uri := job.config.checkpoint_uri) else None)
-        rows = train(job, checkpoints, _probe(job, delivery.root))
+        rows = train(job, checkpoints, _probes(job, delivery.root, folder, images))
 
         if shipped := gather(job.networks.ema):  # on the first rank
             steps, images_seen = job.config.steps, job.config.steps * job.config.batch_size
@@ -87,12 +98,16 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     return _figures(job, rows)
 
 
-def _probe(job: Job, root: Path) -> KnnProbe | None:
-    config = job.config
-    if config.monitor.knn is None:
-        return None
-    half = config.precision == "bfloat16"
-    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=half)
+def _probes(job: Job, root: Path, folder: Path, images: Tensor) -> Probes:
+    config, average = job.config, job.networks.ema
+    knn = picture = None
+    if config.monitor.knn is not None:
+        half = config.precision == "bfloat16"
+        found = load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=half)
+        knn = partial(found.top1, average) if found else None
+    if config.monitor.pictures_every_steps is not None:
+        picture = partial(show_progress, average, images, folder)
+    return Probes(knn, picture)
 
 
 def _stands(folder: Path, delivery: Delivery) -> bool:

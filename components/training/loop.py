@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +24,8 @@ from components.training.checkpoint import Checkpoints, Progress
 from components.training.config import TrainingConfig
 from components.training.cost import CostMeter, accelerator, training_flops
 from components.training.divergence import Dump, SkippedSteps, unchanged_if_diverged
-from components.training.knn_probe import KnnProbe
 from components.training.loss_table import Row
-from components.training.monitors import Instruments, Monitor
+from components.training.monitors import Instruments, Monitor, Probes
 from components.training.networks import Networks
 from components.training.parallelize import EXIT_INTERRUPTED, training_device
 from components.training.schedules import Schedules
@@ -58,13 +56,13 @@ class Job:
         return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
 
 
-def train(job: Job, checkpoints: Checkpoints, probe: KnnProbe | None = None) -> list[Row]:
+def train(job: Job, checkpoints: Checkpoints, probes: Probes | None = None) -> list[Row]:
     """Train to the last step, from the newest checkpoint if there is one; return the monitor's rows.
 
     Args:
         job: what to train.
         checkpoints: of this run.
-        probe: measures kNN as the configuration asks for it.
+        probes: look at the average now and then.
 
     Raises:
         DivergedError: more than `max_skipped_steps` had a loss or gradient that is not finite.
@@ -77,7 +75,7 @@ def train(job: Job, checkpoints: Checkpoints, probe: KnnProbe | None = None) -> 
     start = checkpoints.load_newest(training)
     alerts = Alerts(checkpoints.folder)
     skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps, alerts)
-    tools = _instruments(job, alerts, device, probe)
+    tools = _instruments(job, alerts, device, probes or Probes())
     monitor = Monitor(checkpoints.folder / "loss.csv", config, tools, start.steps_done)
     coming = iterate_batches(batches, config.stream, range(start.steps_done, config.steps))
 
@@ -109,7 +107,7 @@ def train(job: Job, checkpoints: Checkpoints, probe: KnnProbe | None = None) -> 
     return monitor.rows
 
 
-def _instruments(job: Job, alerts: Alerts, device: torch.device, probe: KnnProbe | None) -> Instruments:
+def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes) -> Instruments:
     config, networks = job.config, job.networks
     limits, known = config.monitor.alerts, accelerator(device)
     after_steps = config.optimizer.warmup_steps if limits.after_steps is None else limits.after_steps
@@ -118,7 +116,7 @@ def _instruments(job: Job, alerts: Alerts, device: torch.device, probe: KnnProbe
         CostMeter(device, world_size(), config.monitor.energy),
         training_flops(networks, config.crops, job.masking),
         known.flops if known else None,
-        partial(probe.top1, networks.ema) if probe else None,
+        probes,
     )
 
 

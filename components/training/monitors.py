@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Probes:
+    """What looks at the average now and then, as the configuration asks for it; every rank calls."""
+
+    knn: Callable[[], float] | None = None
+    picture: Callable[[int], None] | None = None  # after so many steps
+
+
+@dataclass(frozen=True)
 class Instruments:
     """What the monitor reads off beside the step itself.
 
@@ -34,14 +42,14 @@ class Instruments:
         cost: of the run so far.
         flops_per_image: floating-point operations, by formula.
         peak_flops: of this rank's device in a second, where they are known.
-        knn: measures the average's kNN accuracy, if that is asked for; every rank calls.
+        probes: of the average.
     """
 
     watch: Watch
     cost: CostMeter
     flops_per_image: float
     peak_flops: float | None
-    knn: Callable[[], float] | None = None
+    probes: Probes
 
 
 class Monitor:
@@ -52,7 +60,7 @@ class Monitor:
     """
 
     def __init__(self, path: Path, config: TrainingConfig, instruments: Instruments, steps_done: int) -> None:
-        self._path, self._config, self._instruments = path, config, instruments
+        self._path, self._config, self._instruments, self._probes = path, config, instruments, instruments.probes
         self.rows = [row for row in read_rows(path) if (row["step"] or 0) <= steps_done]
         self._seconds = 3600 * ((self.rows[-1].get("hours") if self.rows else None) or 0.0)
         if rank() == 0:
@@ -72,15 +80,17 @@ class Monitor:
         for name, term in output.losses.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
         self._steps += 1
-        knn = self._config.monitor.knn
+        knn, every, picture = self._config.monitor.knn, self._config.monitor.pictures_every_steps, self._probes.picture
         measure = knn is not None and (last or steps_done % knn.every_steps == 0)
         if last or measure or steps_done % self._config.log_every_steps == 0:
             self._write(output, values, steps_done, measure=measure)
+        if picture and every and steps_done % every == 0:
+            picture(steps_done)
 
     def _write(self, output: StepOutput, values: StepValues, steps_done: int, *, measure: bool) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
         waited = self._waited / seconds
-        knn = self._instruments.knn
+        knn = self._probes.knn
         row: Row = {
             "step": steps_done,
             **self._losses(),

@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from components.core.distributed import rank
+from components.core.tracking import log_file
 from components.data.batch import Batch, to_input
 from components.data.crops import NUM_GLOBAL
 from components.data.stream import ImageStream
 from components.model.vit import VisionTransformer
+from components.training.networks import Network
 
 NUM_IMAGES = 8
 TILE = 96  # pixels on the page
@@ -57,7 +60,12 @@ def pca_colors(backbone: VisionTransformer, images: Tensor) -> np.ndarray:
         [N, grid, grid, 3] uint8.
     """
     device = next(backbone.parameters()).device
-    tokens = backbone(images.to(device)).patch_tokens.float().cpu()  # [N, P, D]
+    return colors_of(backbone(images.to(device)).patch_tokens)
+
+
+def colors_of(patch_tokens: Tensor) -> np.ndarray:
+    """`pca_colors` of patch features [N, P, D]."""
+    tokens = patch_tokens.float().cpu()
     flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(dim=0)
     directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
     # A direction's sign is free; fixed, the same weights always have the same colours.
@@ -66,7 +74,17 @@ def pca_colors(backbone: VisionTransformer, images: Tensor) -> np.ndarray:
     low, high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
     colors = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 255
     grid = round(tokens.shape[1] ** 0.5)
-    return colors.round().byte().numpy().reshape(len(images), grid, grid, 3)
+    return colors.round().byte().numpy().reshape(len(tokens), grid, grid, 3)
+
+
+def show_progress(network: Network, images: Tensor, folder: Path, steps_done: int) -> None:
+    """Write the colours after so many steps to `folder`, and hand them to the tracker; every rank must call."""
+    device = next(network.parameters()).device
+    colors = colors_of(network.patch_tokens(images.to(device)))
+    if rank() == 0:
+        path = folder / f"pca_step_{steps_done}.jpg"
+        save_picture(draw_pca(images, [colors]), path)
+        log_file(path, "progress")
 
 
 def draw_pca(images: Tensor, columns: list[np.ndarray]) -> Image.Image:

@@ -65,6 +65,9 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
         tracking.log_metrics({"loss": 2.0}, step=10)
         tracking.log_metrics({"loss": 1.0}, step=20)
         tracking.tag_run({"pedigree.alert.collapse": "step 20: collapse"})
+        (workspace / "pca.jpg").write_bytes(b"picture")
+        tracking.log_file(workspace / "pca.jpg", "progress")
+        assert [f.path for f in client.list_artifacts(run.run_id, "progress")] == ["progress/pca.jpg"]  # at once
         tracking.log_input("data/evaluation", "a" * 32 + ".dir", "s3://b/e", {"sha256": "c" * 64}, "evaluation")
         reports = workspace / "reports" / "evaluate" / "small"
         reports.mkdir(parents=True)
@@ -88,7 +91,7 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
     assert child.data.metrics == {"loss": 1.0, "knn_top1": 0.5, "random.knn_top1": 0.25}
     history = client.get_metric_history(child.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
-    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["result.json"]
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["progress", "result.json"]
     (dataset,) = child.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("data/evaluation", "a" * 32 + ".dir")
     assert {tag.key: tag.value for tag in dataset.tags}["sha256"] == "c" * 64

@@ -29,7 +29,7 @@ from components.model.export import load_backbone, load_heads, to_dinov2
 from components.model.vit import VisionTransformer
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
-from components.training import delivery
+from components.training import delivery, pictures
 from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, RankError
 from tests.training.jobs import write_labelled
@@ -220,15 +220,19 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretra
     assert read_losses(reports[0]) == read_losses(reports[1])  # no row twice, none missing
 
 
-def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory):
+def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory, monkeypatch):
     """Same batch over all ranks, which share the weights. KoLeo seeks its neighbours on each rank: it is left out."""
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
-    monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}}
+    monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}, "pictures_every_steps": 3}
     values = pretrain_values(
         steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor, gram={"weight": 1.0}
     )
     write_labelled(workspace / "data" / "evaluation")
+    shown = []
+    monkeypatch.setattr(pictures, "log_file", lambda path, folder: shown.append((path.name, Image.open(path).size)))
     pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
+    assert [name for name, _ in shown] == ["pca_step_3.jpg"]
+    assert min(shown[0][1]) > 100
     two = tmp_path_factory.mktemp("two")
     (two / "data").mkdir()
     (two / "data" / "evaluation").symlink_to(workspace / "data" / "evaluation")
