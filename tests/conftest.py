@@ -15,11 +15,13 @@ import pytest
 from infra.local import supervisor
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: those that need services go to one of them, the others file by file."""
+    """Where two processes share the tests: all that need services to one, but the main job; the others file by file."""
     for item in items:
         needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("services" if needs_services else item.path.name))
+        shared = needs_services and item.path.name != "test_main_job.py"
+        item.add_marker(pytest.mark.xdist_group("services" if shared else item.path.name))
 
 
 @dataclass(frozen=True)

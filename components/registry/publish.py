@@ -96,7 +96,6 @@ def registry_client() -> MlflowClient:
         raise RegistryError("MLFLOW_TRACKING_URI is not set: a model is registered on a server; run `pedigree up`")
     configure_client()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(uri)
     return MlflowClient(tracking_uri=uri)
 
 

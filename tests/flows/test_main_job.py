@@ -94,9 +94,10 @@ def dvc(root: Path, *arguments: str) -> str:
     """What a `dvc` command prints, with no Prefect in reach."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
-    return subprocess.run(
-        [BIN / "dvc", *arguments], cwd=root, env=env, capture_output=True, text=True, check=True
-    ).stdout
+    command = [BIN / "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_dvc_reads_a_run_as_its_own(checkout, first):
@@ -177,7 +178,8 @@ def test_a_parameter_of_distillation_changes_only_what_follows_it(checkout, firs
     # With DVC alone, as an auditor does it: the changed stages, computed again from the run's own branch.
     auditor = checkout / ".pedigree" / "auditor"
     git(checkout, "worktree", "add", "-q", "--detach", str(auditor), changed["branch"])
-    dvc(auditor, "repro", "--pull", "--force", "--single-item", "distill@small")
+    dvc(auditor, "pull")
+    dvc(auditor, "repro", "--force", "--single-item", "distill@small")
     for name in ("model.safetensors", "heads.safetensors", "config.json"):
         made = [root / "models/students/small" / name for root in (auditor, folder(checkout, changed))]
         assert made[0].read_bytes() == made[1].read_bytes()
