@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from components.core.distributed import all_reduce_sum, barrier, rank
-from components.core.storage import sha256_dir, sha256_file, write_json
+from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.data.batch import TrainingBatches
 from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints, only_trainer, run_key
@@ -37,7 +37,9 @@ from components.training.pictures import (
 logger = logging.getLogger(__name__)
 
 LOSSES, CROPS, PCA = "loss.csv", "crops.jpg", "pca.jpg"
-OUTPUTS = "outputs.json"  # in the run's folder: digests of what was delivered
+WEIGHTS, DIGEST = "weights", "sha256.json"
+TRAINED = Path(".pedigree/cache/trained")  # by run key: what the newest runs delivered
+NUM_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     }
     key = run_key(job.name, job.config, facts)
     folder = delivery.root / ".pedigree" / "checkpoints" / key
+    kept = delivery.root / TRAINED / key
     provenance = {
         "stage": job.name,
         "config": job.config.model_dump(mode="json"),
@@ -70,8 +73,8 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
         "run_key": key,
     }
     with only_trainer(folder):
-        if _stands(folder, delivery):
-            logger.info("%s: trained by an earlier try, whose outputs stand", job.name)
+        if _take_up(delivery, kept):
+            logger.info("%s: trained by an earlier try, whose outputs are taken up", job.name)
             return _figures(job, read_rows(delivery.report / LOSSES))
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
@@ -92,8 +95,8 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
             after = pca_colors(shipped.backbone, images)
             save_picture(draw_pca(images, [before, after]), delivery.report / PCA)
             shutil.copyfile(folder / LOSSES, delivery.report / LOSSES)
+            _keep(delivery, kept)
             checkpoints.remove()
-            write_json(folder / OUTPUTS, _digests(delivery))
         barrier()
     return _figures(job, rows)
 
@@ -110,24 +113,36 @@ def _probes(job: Job, root: Path, folder: Path, images: Tensor) -> Probes:
     return Probes(knn, picture)
 
 
-def _stands(folder: Path, delivery: Delivery) -> bool:
-    """Whether this very run was delivered before and its outputs are untouched.
+def _keep(delivery: Delivery, kept: Path) -> None:
+    """Keep a copy of what was delivered, for a stage that fails after training, when it reports to a service.
 
-    A stage can fail after training, when it reports to a service that is down: trying again must not train again.
+    Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
     """
-    noted, stands = folder / OUTPUTS, False
-    if rank() == 0 and noted.is_file():
-        stands = json.loads(noted.read_text()) == _digests(delivery)
-    return bool(all_reduce_sum(torch.tensor(float(stands), device=training_device())))
+    with atomic_dir(kept) as aside:
+        shutil.copytree(delivery.weights, aside / WEIGHTS)
+        for name in (LOSSES, CROPS, PCA):
+            shutil.copyfile(delivery.report / name, aside / name)
+        write_json(aside / DIGEST, {WEIGHTS: sha256_dir(aside / WEIGHTS)})
+    for old in sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+
+
+def _take_up(delivery: Delivery, kept: Path) -> bool:
+    """Deliver what is kept of this very run; every rank must call. Returns whether anything, undamaged, was."""
+    found = False
+    if rank() == 0 and (kept / DIGEST).is_file():
+        found = json.loads((kept / DIGEST).read_text()) == {WEIGHTS: sha256_dir(kept / WEIGHTS)}
+    if found:
+        with atomic_dir(delivery.weights) as folder:
+            shutil.copytree(kept / WEIGHTS, folder, dirs_exist_ok=True)
+        delivery.report.mkdir(parents=True, exist_ok=True)
+        for name in (LOSSES, CROPS, PCA):
+            shutil.copyfile(kept / name, delivery.report / name)
+    return bool(all_reduce_sum(torch.tensor(float(found), device=training_device())))
 
 
 def _sha256(path: Path) -> str:
     return sha256_dir(path) if path.is_dir() else sha256_file(path)
-
-
-def _digests(delivery: Delivery) -> dict[str, str]:
-    files = [delivery.report / name for name in (LOSSES, CROPS, PCA)]
-    return {"weights": sha256_dir(delivery.weights), **{f.name: sha256_file(f) for f in files if f.is_file()}}
 
 
 def _draw_first_batch(job: Job, report: Path) -> None:

@@ -52,8 +52,7 @@ def test_a_running_and_a_stopped_training(tmp_path):
     message = "step 20: collapse: feature_std is 0.01, below 0.1 (ranks: [0]); all images look alike"
     write_json(running / "alerts.json", [{"step": 20, "kind": "collapse", "message": message}])
     leave_run(tmp_path, "b" * 24, "distill/small")
-    delivered = tmp_path / ".pedigree" / "checkpoints" / ("c" * 24)
-    write_json(delivered / "outputs.json", {})
+    (tmp_path / ".pedigree" / "checkpoints" / ("c" * 24)).mkdir()  # of a delivered one
 
     trainer = subprocess.Popen([sys.executable, "-c", HOLD, str(running / "lock")], stdout=subprocess.PIPE, text=True)
     try:
