@@ -109,6 +109,10 @@ def run(
         folder = root / "reports" / stage / (item or "")
         write_json(folder / "result.json", result)
         tracked.log_result(result)
+    if "run_key" in result:  # a training
+        from components.training.delivery import forget
+
+        forget(root, result["run_key"])
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 LOSSES, CROPS, PCA = "loss.csv", "crops.jpg", "pca.jpg"
 WEIGHTS, DIGEST = "weights", "sha256.json"
-TRAINED = Path(".pedigree/cache/trained")  # by run key: what the newest runs delivered
+TRAINED = Path(".pedigree/cache/trained")  # by run key: what was delivered and is not yet reported
 NUM_KEPT = 3
 
 
@@ -75,7 +75,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     with only_trainer(folder):
         if _take_up(delivery, kept):
             logger.info("%s: trained by an earlier try, whose outputs are taken up", job.name)
-            return _figures(job, read_rows(delivery.report / LOSSES))
+            return _figures(job, key, read_rows(delivery.report / LOSSES))
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
             begun = {**provenance, "git_commit": _git_commit(delivery.root)}
@@ -98,7 +98,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
             _keep(delivery, kept)
             checkpoints.remove()
         barrier()
-    return _figures(job, rows)
+    return _figures(job, key, rows)
 
 
 def _probes(job: Job, root: Path, folder: Path, images: Tensor) -> Probes:
@@ -111,6 +111,11 @@ def _probes(job: Job, root: Path, folder: Path, images: Tensor) -> Probes:
     if config.monitor.pictures_every_steps is not None:
         picture = partial(show_progress, average, images, folder)
     return Probes(knn, picture)
+
+
+def forget(root: Path, key: str) -> None:
+    """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
+    shutil.rmtree(root / TRAINED / key, ignore_errors=True)
 
 
 def _keep(delivery: Delivery, kept: Path) -> None:
@@ -155,11 +160,11 @@ def _draw_first_batch(job: Job, report: Path) -> None:
         save_picture(draw_crops(batch, plan.patch_size), report / CROPS)
 
 
-def _figures(job: Job, rows: list[Row]) -> dict[str, Any]:
-    """The run's length, and the last row that the monitor wrote."""
+def _figures(job: Job, key: str, rows: list[Row]) -> dict[str, Any]:
+    """The run's key and length, and the last row that the monitor wrote."""
     config = job.config
     last = rows[-1] if rows else {}
-    return {"steps": config.steps, "images_seen": config.steps * config.batch_size, "last": last}
+    return {"run_key": key, "steps": config.steps, "images_seen": config.steps * config.batch_size, "last": last}
 
 
 def _git_commit(root: Path) -> str | None:

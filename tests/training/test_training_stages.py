@@ -182,6 +182,8 @@ def test_a_stage_that_failed_after_training_does_not_train_again(workspace, pret
     (kept / "weights" / "model.safetensors").write_bytes(b"damaged")
     assert pretraining.run(config, workspace, seed=0)["steps"] == config.steps
     assert digest(workspace / "models" / "pretrained") == made
+    delivery.forget(workspace, figures["run_key"])  # the stage has reported: what follows trains again
+    assert list(kept.parent.iterdir()) == []
 
 
 def start_run(values: dict, workspace: Path) -> subprocess.Popen[str]:
