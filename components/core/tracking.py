@@ -73,7 +73,7 @@ class StageRun:
                 self.client.log_batch(self.run_id, metrics=metrics)
 
 
-_OPEN: list[StageRun] = []  # this process's run, innermost last
+_OPEN: list[StageRun | None] = []  # this process's run, innermost last; None inside of `untracked`
 
 
 @contextmanager
@@ -165,6 +165,16 @@ def log_file(path: Path, folder: str) -> None:
                 run.client.log_artifact(run.run_id, str(path), folder)
     except TrackingError as error:
         log.warning("%s not logged: %s", path.name, error)
+
+
+@contextmanager
+def untracked() -> Iterator[None]:
+    """Report nothing inside: what is done there belongs to another run than the open one."""
+    _OPEN.append(None)
+    try:
+        yield
+    finally:
+        _OPEN.pop()
 
 
 def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context: str) -> None:

@@ -31,6 +31,7 @@ class DistillConfig(TrainingConfig):
     teacher_weights: str = Field(default="models/adapted", min_length=1)  # a folder, or models:/NAME/VERSION
 
     students: dict[str, StudentConfig] = Field(min_length=1)
+    share_teacher: bool = True  # students that are to be trained step together; False: one by one, for less memory
     batch_size: PositiveInt = 2_048  # Table 16
     optimizer: OptimizerConfig = OptimizerConfig(base_lr=1e-3 / math.sqrt(2))  # Table 16: 1e-3 at 2048
 

@@ -1,8 +1,13 @@
-"""Distil a teacher into one student: the training objective, with the teacher frozen and nothing masked."""
+"""Distil a teacher into students: the training objective, with the teacher frozen and nothing masked.
+
+Each student is a stage. The first stage that runs trains all students that are due, step by step on the same batches,
+so that the teacher looks at an image once; the stages of the others take up what is theirs.
+"""
 
 from __future__ import annotations
 
 import fcntl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from components.distillation.config import DistillConfig
 from components.model.export import HEADS_FILE
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
-from components.training.delivery import Delivery, train_and_deliver
+from components.training.delivery import Beside, Delivery, train_and_deliver
 from components.training.loop import Job
 from components.training.networks import Network, distillation, load_network
 from components.training.parallelize import launch
@@ -55,26 +60,37 @@ def find_teacher(weights: str, root: Path) -> Path:
 
 
 def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_weights: Path) -> dict[str, Any]:
-    """What one rank does."""
-    shape = config.students[student].backbone
+    """What one rank does: train the student, and beside it the others whose weights are missing or out of date."""
     teacher = load_network(teacher_weights)
-    theirs = teacher.backbone.config.patch_size
-    if shape.patch_size != theirs:
-        raise ValueError(
-            f"distill.students.{student}.backbone.patch_size is {shape.patch_size}, the teacher's is {theirs}: "
-            "patches are compared one to one, so they must be equal"
-        )
-    torch.manual_seed(seed)  # every rank draws the same initial weights
-    heads = {name: ProjectionHead(shape.dim, head.config) for name, head in teacher.heads.items()}
-    networks = distillation(Network(VisionTransformer(shape), heads), teacher)
-    # Only this student matters to its run: another one's change must not make it start anew.
-    config = config.model_copy(update={"students": {student: config.students[student]}})
+    check_patch_sizes(config, teacher)
     stream = ImageStream(root / "data" / "curated", config.stream, seed)
-    job = Job(f"distill/{student}", config, networks, stream, masking=None, seed=seed)
-    outputs = Delivery(
-        root,
-        root / "models" / "students" / student,
-        root / "reports" / "distill" / student,
-        {"teacher": teacher_weights},
+    # Only this student matters to its run: another one's change must not make it start anew.
+    own = {name: config.model_copy(update={"students": {name: kept}}) for name, kept in config.students.items()}
+    make = {name: partial(student_job, name, alone, teacher, stream, seed) for name, alone in own.items()}
+    models = root / "models" / "students"
+    others = [name for name in config.students if name != student] if config.share_teacher else []
+    return train_and_deliver(
+        make[student](),
+        Delivery(root, models / student, root / "reports" / "distill" / student, {"teacher": teacher_weights}),
+        [Beside(f"distill/{name}", own[name], models / name, make[name]) for name in others],
     )
-    return train_and_deliver(job, outputs)
+
+
+def student_job(name: str, config: DistillConfig, teacher: Network, stream: ImageStream, seed: int) -> Job:
+    """The training of one student, at its start."""
+    shape = config.students[name].backbone
+    torch.manual_seed(seed)  # every rank draws the same initial weights
+    heads = {head: ProjectionHead(shape.dim, theirs.config) for head, theirs in teacher.heads.items()}
+    networks = distillation(Network(VisionTransformer(shape), heads), teacher)
+    return Job(f"distill/{name}", config, networks, stream, masking=None, seed=seed)
+
+
+def check_patch_sizes(config: DistillConfig, teacher: Network) -> None:
+    """Raise ValueError unless all students cut images into patches as the teacher does."""
+    theirs = teacher.backbone.config.patch_size
+    for name, student in config.students.items():
+        if student.backbone.patch_size != theirs:
+            raise ValueError(
+                f"distill.students.{name}.backbone.patch_size is {student.backbone.patch_size}, the teacher's is "
+                f"{theirs}: patches are compared one to one, so they must be equal"
+            )

@@ -47,21 +47,28 @@ def read_alerts(folder: Path) -> list[Alert]:
     return [Alert(**alert) for alert in json.loads(path.read_text())] if path.exists() else []
 
 
+def report_alerts(alerts: Sequence[Alert]) -> None:
+    """Tell the tracker of a run's alerts: the newest of each kind, and how many there are."""
+    for kind, count in Counter(alert.kind for alert in alerts).items():
+        newest = [alert for alert in alerts if alert.kind == kind][-1]
+        log_metrics({f"alerts_{kind}": float(count)}, newest.step)
+        tag_run({f"pedigree.alert.{kind}": newest.message})
+
+
 class Alerts:
     """Raises alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. First rank only."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+    def __init__(self, folder: Path, name: str = "training") -> None:
+        self._path, self._name = folder / FILE, name
         self._all = read_alerts(folder)
+        report_alerts(self._all)  # to a run of the tracker that began with this process
 
     def add(self, alert: Alert) -> None:
         """Raise an alert."""
         self._all.append(alert)
-        logger.warning("alert: %s", alert.message)
+        logger.warning("%s: alert: %s", self._name, alert.message)
         write_json(self._path, [asdict(alert) for alert in self._all])
-        count = sum(alert.kind == other.kind for other in self._all)
-        log_metrics({f"alerts_{alert.kind}": float(count)}, alert.step)
-        tag_run({f"pedigree.alert.{alert.kind}": alert.message})
+        report_alerts([other for other in self._all if other.kind == alert.kind])
 
 
 class Watch:

@@ -12,16 +12,19 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,16 +34,19 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from components.core.distributed import barrier, is_distributed, rank, world_size
+from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
 from components.core.storage import StorageError
 from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
 from components.training.config import TrainingConfig
 from components.training.optimizer import moments
+from components.training.parallelize import training_device
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+LOCK = "lock"  # in a run's folder
+WAIT_SECONDS = 0.5
 REPORT = "loss.csv"  # goes along, so that a run that goes on elsewhere has its first rows too
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
@@ -53,6 +59,7 @@ SPEED_ONLY = {
     "log_every_steps": True,
     "max_skipped_steps": True,
     "monitor": True,
+    "share_teacher": True,
     "stream": {"num_workers", "max_bad_images", "cache_gib"},
 }
 
@@ -74,25 +81,47 @@ def run_key(stage: str, config: TrainingConfig, facts: Mapping[str, Any]) -> str
 
 
 @contextmanager
-def only_trainer(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, so that a process that outlived its supervisor and its successor do not both write there.
+def only_trainer(folder: Path, name: str) -> Iterator[None]:
+    """Hold a run's folder, so that no two processes write there; wait while another one does. Every rank must call.
 
-    Raises:
-        CheckpointError: another process trains the same run.
+    It may be a stage beside this one that trains the run along with its own, or one that outlived its supervisor.
+
+    Args:
+        folder: of the run.
+        name: of the job, for the log.
     """
-    if rank() > 0:
+    waiting = False
+    with ExitStack() as held:
+        # Tried again and again, and agreed upon each time: ranks that wait for a message give up after some minutes.
+        while not agreed(rank() == 0 and _lock(folder, held)):
+            if not waiting:
+                logger.info("%s: another process is training this run (`pedigree train-status`); waiting for it", name)
+            waiting = True
+            time.sleep(WAIT_SECONDS)
         yield
-        return
+        if rank() == 0 and [path.name for path in folder.glob("*")] == [LOCK]:
+            shutil.rmtree(folder)  # nothing was begun
+
+
+def agreed(answer: bool) -> bool:
+    """The first rank's answer, on all; every rank must call."""
+    mine = float(answer and rank() == 0)
+    return bool(all_reduce_sum(torch.tensor(mine, device=training_device())))
+
+
+def _lock(folder: Path, held: ExitStack) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{folder}: another process is training this very run; wait for it, or end it and start again"
-            ) from None
-        yield
+    file = (folder / LOCK).open("w")
+    try:
+        # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:  # else its folder was removed meanwhile
+            held.enter_context(file)
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    file.close()
+    return False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,24 +72,41 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
     return 2.0 * sum(before * after for before, after in pairwise(widths))
 
 
+def joint_flops(together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None) -> float:
+    """`training_flops` of students that are trained on the same images, whose teacher looks at them once."""
+    shared = (len(together) - 1) * _teacher_flops(together[0], crops, _patches(together[0], crops, masking))
+    return sum(training_flops(networks, crops, masking) for networks in together) - shared
+
+
 def training_flops(networks: Networks, crops: CropConfig, masking: MaskingConfig | None) -> float:
     """Operations that one image costs in training: its crops through the student and back, and through the teacher.
 
     What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
     definition of model FLOPs utilisation (arXiv 2204.02311, appendix B) that is no useful work.
     """
-    student, teacher = networks.student.backbone.config, networks.teacher.backbone.config
+    student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
-    total = NUM_GLOBAL * backbone_flops(teacher, crops.global_size) * (1 if networks.anchor is None else 2)
+    total = _teacher_flops(networks, crops, patches)
+    if networks.anchor is not None:
+        total += NUM_GLOBAL * backbone_flops(networks.anchor.backbone.config, crops.global_size)
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)
         total += count * ((1 + BACKWARD) * blocks + 2 * embedding)  # no gradient of the pixels
-    patches = NUM_GLOBAL * (crops.global_size // student.patch_size) ** 2
-    if masking is not None:
-        patches *= masking.mask_probability * (masking.mask_ratio_min + masking.mask_ratio_max) / 2
-    total += _heads(networks.teacher, NUM_GLOBAL, patches)
     return total + (1 + BACKWARD) * _heads(networks.student, NUM_GLOBAL + crops.num_local, patches)
+
+
+def _teacher_flops(networks: Networks, crops: CropConfig, patches: float) -> float:
+    backbone = NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, crops.global_size)
+    return backbone + _heads(networks.teacher, NUM_GLOBAL, patches)
+
+
+def _patches(networks: Networks, crops: CropConfig, masking: MaskingConfig | None) -> float:
+    """Patches of an image that enter the patch loss, on average."""
+    patches = NUM_GLOBAL * (crops.global_size // networks.student.backbone.config.patch_size) ** 2
+    if masking is None:
+        return patches
+    return patches * masking.mask_probability * (masking.mask_ratio_min + masking.mask_ratio_max) / 2
 
 
 def _heads(network: Network, class_tokens: float, patch_tokens: float) -> float:

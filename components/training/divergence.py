@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,7 @@ from components.core.storage import write_json
 from components.core.tracking import log_metrics
 from components.data.batch import Batch
 from components.training.alerts import Alert, Alerts
-from components.training.step import DivergedError, TrainingStep
-
-
-@contextmanager
-def unchanged_if_diverged(training: TrainingStep) -> Iterator[None]:
-    """Set back what a step that ends in DivergedError has touched before its update: centres and gradients."""
-    before = [buffer.clone() for buffer in training.objective.buffers()]
-    try:
-        yield
-    except DivergedError:
-        for buffer, value in zip(training.objective.buffers(), before, strict=True):
-            buffer.copy_(value)
-        training.optimizer.zero_grad()
-        raise
+from components.training.step import DivergedError
 
 
 class SkippedSteps:

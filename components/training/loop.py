@@ -7,31 +7,34 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
 import torch
 
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.core.progress import progress
+from components.core.tracking import untracked
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import MaskingConfig
 from components.data.stream import ImageStream
 from components.training.alerts import Alerts, Watch
 from components.training.checkpoint import Checkpoints, Progress
 from components.training.config import TrainingConfig
-from components.training.cost import CostMeter, accelerator, training_flops
-from components.training.divergence import Dump, SkippedSteps, unchanged_if_diverged
+from components.training.cost import CostMeter, accelerator, joint_flops
+from components.training.divergence import Dump, SkippedSteps
 from components.training.loss_table import Row
 from components.training.monitors import Instruments, Monitor, Probes
 from components.training.networks import Networks
 from components.training.parallelize import EXIT_INTERRUPTED, training_device
-from components.training.schedules import Schedules
-from components.training.step import DivergedError, TrainingStep
+from components.training.schedules import Schedules, StepValues
+from components.training.step import DivergedError, StepOutput, TrainingStep, take_step
 
 logger = logging.getLogger(__name__)
+
+LOSSES = "loss.csv"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -56,78 +59,179 @@ class Job:
         return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
 
 
-def train(job: Job, checkpoints: Checkpoints, probes: Probes | None = None) -> list[Row]:
-    """Train to the last step, from the newest checkpoint if there is one; return the monitor's rows.
+@dataclass(frozen=True)
+class Trainee:
+    """A job with what is its own while it is trained.
 
-    Args:
-        job: what to train.
+    Attributes:
         checkpoints: of this run.
         probes: look at the average now and then.
+        tracked: whether the tracker's open run is this job's.
+    """
+
+    job: Job
+    checkpoints: Checkpoints
+    probes: Probes
+    tracked: bool = True
+
+
+def train(job: Job, checkpoints: Checkpoints, probes: Probes | None = None) -> list[Row]:
+    """Train one job to the last step, from its newest checkpoint if there is one; return the monitor's rows.
 
     Raises:
-        DivergedError: more than `max_skipped_steps` had a loss or gradient that is not finite.
-        SystemExit: with EXIT_INTERRUPTED after SIGTERM, once a checkpoint is saved.
+        DivergedError, SystemExit: as `train_together`.
     """
-    config, device = job.config, training_device()
-    batches = TrainingBatches(job.stream, job.batch_plan())
-    training = TrainingStep(job.networks.to(device), config, job.seed, device)
-    schedules = Schedules(config)
-    start = checkpoints.load_newest(training)
-    alerts = Alerts(checkpoints.folder)
-    skipped = SkippedSteps(config.max_skipped_steps, start.skipped_steps, alerts)
-    tools = _instruments(job, alerts, device, probes or Probes())
-    monitor = Monitor(checkpoints.folder / "loss.csv", config, tools, start.steps_done)
-    coming = iterate_batches(batches, config.stream, range(start.steps_done, config.steps))
+    (rows,) = train_together([Trainee(job, checkpoints, probes or Probes())])
+    assert rows is not None  # it would have raised
+    return rows
 
-    # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
-    with closing(coming), checkpoints, _stop_request() as stop_requested, _progress(job, start.steps_done) as advance:
-        for step in range(start.steps_done, config.steps):
+
+def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
+    """Train jobs that differ only in their students to the last step, in lock-step.
+
+    The first is the one that is wanted: another one that diverges stops where it is, and the rest go on. Each goes on
+    from its own newest checkpoint; one that is ahead takes no step until the rest are where it is.
+
+    Returns:
+        For each the monitor's rows; None of one that diverged.
+
+    Raises:
+        DivergedError: more than `max_skipped_steps` of the first had a loss or gradient that is not finite.
+        SystemExit: with EXIT_INTERRUPTED after SIGTERM, once all checkpoints are saved.
+    """
+    job, config, device = trainees[0].job, trainees[0].job.config, training_device()
+    batches = TrainingBatches(job.stream, job.batch_plan())
+    flops = joint_flops([trainee.job.networks for trainee in trainees], config.crops, job.masking)
+    runs = [_Run(trainee, device, flops) for trainee in trainees]
+    schedules, start = Schedules(config), min(run.start for run in runs)
+    coming = iterate_batches(batches, config.stream, range(start, config.steps))
+
+    with ExitStack() as stack:
+        # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
+        stack.enter_context(closing(coming))
+        for run in runs:
+            stack.enter_context(run.checkpoints)
+        stop_requested = stack.enter_context(_stop_request())
+        name = ", ".join(run.job.name for run in runs)
+        advance = stack.enter_context(_progress(name, config, start))
+        for step in range(start, config.steps):
+            stepping = [run for run in runs if run.start <= step and run.diverged is None]
             asked = time.monotonic()
             batch = next(coming)
-            monitor.waited(time.monotonic() - asked)
+            for run in stepping:
+                run.waited(time.monotonic() - asked, step)
 
             values, steps_done = schedules.at(step), step + 1
-            try:
-                with unchanged_if_diverged(training):
-                    output = training(batch.normalize(device), step, values)
-                monitor.record(output, values, steps_done, last=steps_done == config.steps)
-            except DivergedError as error:
-                if not skipped.may_skip(error, step):
-                    checkpoints.save(training, Progress(step, skipped.count))
-                    raise _diverged(job, error, step, batch, checkpoints.folder) from None
+            outcomes = take_step([run.training for run in stepping], batch.normalize(device), step, values)
+            for run, outcome in zip(stepping, outcomes, strict=True):
+                run.record(outcome, values, steps_done, together=len(stepping))
+            _end_diverged(stepping, step, batch)
             advance(config.batch_size)
 
-            stop = _on_any_rank(stop_requested.is_set() or checkpoints.failed(), device)
+            failed = any(run.checkpoints.failed() for run in runs)
+            stop = _on_any_rank(stop_requested.is_set() or failed, device)
             if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
-                checkpoints.save(training, Progress(steps_done, skipped.count))
+                for run in stepping:
+                    run.save(steps_done)
             if stop and steps_done < config.steps:
-                checkpoints.wait()
-                logger.info("%s: stopped after %d steps; start it again to go on", job.name, steps_done)
+                for run in runs:
+                    run.checkpoints.wait()
+                logger.info("%s: stopped after %d steps; start it again to go on", name, steps_done)
                 raise SystemExit(EXIT_INTERRUPTED)
-    return monitor.rows
+    return [run.rows if run.diverged is None else None for run in runs]
 
 
-def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes) -> Instruments:
+class _Run:
+    """A job in training.
+
+    Attributes:
+        start: steps done before; from there on it takes part.
+        diverged: why it takes no further step.
+    """
+
+    def __init__(self, trainee: Trainee, device: torch.device, flops_per_image: float) -> None:
+        self.trainee, self.job, self.checkpoints = trainee, trainee.job, trainee.checkpoints
+        config, folder = self.job.config, self.checkpoints.folder
+        self.training = TrainingStep(self.job.networks.to(device), config, self.job.seed, device)
+        progress = self.checkpoints.load_newest(self.training)
+        self.start, self.diverged = progress.steps_done, cast(DivergedError | None, None)
+        with self._tracker():
+            alerts = Alerts(folder, self.job.name)
+            self._skipped = SkippedSteps(config.max_skipped_steps, progress.skipped_steps, alerts)
+            tools = _instruments(self.job, alerts, device, trainee.probes, flops_per_image)
+            self._monitor = Monitor(folder / LOSSES, config, tools, self.start)
+
+    @property
+    def rows(self) -> list[Row]:
+        """What the monitor wrote."""
+        return self._monitor.rows
+
+    def waited(self, seconds: float, step: int) -> None:
+        """Count time in which the step waited for its batch."""
+        if step == self.start:
+            self._monitor.start_clock(seconds)
+        self._monitor.waited(seconds)
+
+    def record(
+        self, outcome: StepOutput | DivergedError, values: StepValues, steps_done: int, *, together: int
+    ) -> None:
+        """Take note of a step, or of why it was not taken; every rank must call."""
+        with self._tracker():
+            if isinstance(outcome, StepOutput):
+                last = steps_done == self.job.config.steps
+                self._monitor.record(outcome, values, steps_done, last=last, together=together)
+            elif not self._skipped.may_skip(outcome, steps_done - 1):
+                self.diverged = outcome
+
+    def save(self, steps_done: int) -> None:
+        """Begin a checkpoint."""
+        self.checkpoints.save(self.training, Progress(steps_done, self._skipped.count))
+
+    def dump(self, error: DivergedError, step: int, batch: Batch) -> DivergedError:
+        """Write down what the step needs to be taken again; return the error that ends the run."""
+        self.save(step)
+        job, first, count = self.job, step * self.job.config.batch_size, self.job.config.batch_size
+        path = Dump(step, job.seed, first, job.stream.image_ids(first, count), error).write(
+            self.checkpoints.folder, batch
+        )
+        return DivergedError(
+            f"{job.name}: {error}. {job.config.max_skipped_steps} steps were skipped before (max_skipped_steps). To "
+            f"take this step again, start the run again; its batch, image ids and losses are in {path}",
+            error.values,
+        )
+
+    def _tracker(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.trainee.tracked else untracked()
+
+
+def _end_diverged(stepping: Sequence[_Run], step: int, batch: Batch) -> None:
+    """Write down the step of those that diverged in it.
+
+    Raises:
+        DivergedError: the wanted one is among them.
+    """
+    for run in stepping:
+        if run.diverged is not None:
+            error = run.dump(run.diverged, step, batch)
+            if run.trainee.tracked:
+                for other in stepping:
+                    if other.diverged is None:
+                        other.save(step + 1)
+                raise error from None
+            logger.error("%s. The others go on", error)
+
+
+def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes, flops_per_image: float) -> Instruments:
     config, networks = job.config, job.networks
     limits, known = config.monitor.alerts, accelerator(device)
     after_steps = config.optimizer.warmup_steps if limits.after_steps is None else limits.after_steps
     return Instruments(
+        job.name,
         Watch(alerts, limits, after_steps, math.log(networks.teacher.dino_head.config.num_prototypes)),
         CostMeter(device, world_size(), config.monitor.energy),
-        training_flops(networks, config.crops, job.masking),
+        flops_per_image,
         known.flops if known else None,
         probes,
-    )
-
-
-def _diverged(job: Job, error: DivergedError, step: int, batch: Batch, folder: Path) -> DivergedError:
-    """Write down what the step needs to be taken again; return the error that ends the run."""
-    first, count = step * job.config.batch_size, job.config.batch_size
-    path = Dump(step, job.seed, first, job.stream.image_ids(first, count), error).write(folder, batch)
-    return DivergedError(
-        f"{error}. {job.config.max_skipped_steps} steps were skipped before (max_skipped_steps). To take this step "
-        f"again, start the run again; its batch, image ids and losses are in {path}",
-        error.values,
     )
 
 
@@ -146,12 +250,12 @@ def _stop_request() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(job: Job, steps_done: int) -> Iterator[Callable[[int], None]]:
+def _progress(name: str, config: TrainingConfig, steps_done: int) -> Iterator[Callable[[int], None]]:
     if rank() > 0:
         yield lambda count: None
         return
-    size = job.config.batch_size
-    with progress(job.name, job.config.steps * size, start=steps_done * size) as advance:
+    size = config.batch_size
+    with progress(name, config.steps * size, start=steps_done * size) as advance:
         yield advance
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Instruments:
     """What the monitor reads off beside the step itself.
 
     Attributes:
+        name: of the job, for the log.
         watch: raises alerts.
         cost: of the run so far.
         flops_per_image: floating-point operations, by formula.
@@ -45,6 +46,7 @@ class Instruments:
         probes: of the average.
     """
 
+    name: str
     watch: Watch
     cost: CostMeter
     flops_per_image: float
@@ -57,6 +59,7 @@ class Monitor:
 
     Losses are means over the steps and ranks since the last row; the rest are values of the row's own step, means over
     ranks where nothing else is said. Rows after `steps_done` are dropped at the start: a resumed run writes them again.
+    Those before it go to the tracker, whose run began with this process.
     """
 
     def __init__(self, path: Path, config: TrainingConfig, instruments: Instruments, steps_done: int) -> None:
@@ -65,18 +68,27 @@ class Monitor:
         self._seconds = 3600 * ((self.rows[-1].get("hours") if self.rows else None) or 0.0)
         if rank() == 0:
             write_rows(path, self.rows)
+            report_rows(self.rows)
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps, self._together = 0, 1
         self._waited = 0.0
         self._since = time.monotonic()
+
+    def start_clock(self, ago: float) -> None:
+        """The first step begins, or began so many seconds ago."""
+        self._since = time.monotonic() - ago
 
     def waited(self, seconds: float) -> None:
         """Count time in which the step waited for its batch."""
         self._waited += seconds
 
     @torch.no_grad()
-    def record(self, output: StepOutput, values: StepValues, steps_done: int, *, last: bool) -> None:
-        """Take note of a step; every rank must call. The last step always has a row."""
+    def record(self, output: StepOutput, values: StepValues, steps_done: int, *, last: bool, together: int = 1) -> None:
+        """Take note of a step; every rank must call. The last step always has a row.
+
+        Of the time, the part of one of as many trainings as take the step `together` counts for this run's costs.
+        """
+        self._together = together
         for name, term in output.losses.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
         self._steps += 1
@@ -104,7 +116,7 @@ class Monitor:
             **self._speed(seconds),
         }
         # A kNN is not training, so it starts no step late; but it is time of the run.
-        self._seconds += time.monotonic() - self._since
+        self._seconds += (time.monotonic() - self._since) / self._together
         row |= {"hours": self._seconds / 3600, **self._instruments.cost.so_far(self._seconds)}
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.monotonic()
         self._add(row)
@@ -146,13 +158,19 @@ class Monitor:
                 self.rows = [dict.fromkeys(row) | {k: v for k, v in old.items() if k in row} for old in self.rows]
                 write_rows(self._path, self.rows)
             append_row(self._path, row)
-            numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
-            log_metrics(numbers, int(row["step"] or 0))
+            report_rows([row])
             logger.info(
-                "step %d: loss %.4f, %.1f images/s, %.0f %% of the time waiting for data",
-                row["step"], row["loss_total"], row["images_per_second"], 100 * numbers["data_wait_share"],
+                "%s: step %d: loss %.4f, %.1f images/s, %.0f %% of the time waiting for data",
+                self._instruments.name, row["step"], row["loss_total"], row["images_per_second"],
+                100 * (row["data_wait_share"] or 0.0),
             )  # fmt: skip
         self.rows.append(row)
+
+
+def report_rows(rows: Sequence[Row]) -> None:
+    """Hand rows to the tracker."""
+    for row in rows:
+        log_metrics({k: value for k, value in row.items() if k != "step" and value is not None}, int(row["step"] or 0))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def parallelize(networks: Networks, config: TrainingConfig, device: torch.device
         return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in networks.distinct():
-        _shard(network, mesh, config.precision == "bfloat16")
+        if not isinstance(network, FSDPModule):  # a teacher that another student has already
+            _shard(network, mesh, config.precision == "bfloat16")
     return student
 
 

@@ -17,6 +17,7 @@ from components.data.stream import ImageStream
 from components.model.vit import VisionTransformer
 from components.training.networks import Network
 
+PROGRESS = "pca_step_*.jpg"  # in a run's folder
 NUM_IMAGES = 8
 TILE = 96  # pixels on the page
 GAP = 4
@@ -82,7 +83,7 @@ def show_progress(network: Network, images: Tensor, folder: Path, steps_done: in
     device = next(network.parameters()).device
     colors = colors_of(network.patch_tokens(images.to(device)))
     if rank() == 0:
-        path = folder / f"pca_step_{steps_done}.jpg"
+        path = folder / PROGRESS.replace("*", str(steps_done))
         save_picture(draw_pca(images, [colors]), path)
         log_file(path, "progress")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -16,7 +16,7 @@ from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.objective.gram import GramLoss
-from components.objective.total import Objective, StudentOutput
+from components.objective.total import Objective, StudentOutput, TeacherLogits
 from components.training.config import TrainingConfig
 from components.training.networks import Networks
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
@@ -48,7 +48,7 @@ class StepOutput:
 
 
 class TrainingStep:
-    """The networks with all that changes them; call it once a step."""
+    """The networks with all that changes them; call it once a step, or let `take_step` step several of them."""
 
     def __init__(self, networks: Networks, config: TrainingConfig, seed: int, device: torch.device) -> None:
         self.networks = networks
@@ -62,12 +62,13 @@ class TrainingStep:
                     block.compile()
         self._parallel: nn.Module = parallelize(networks, config, device)
         self.optimizer = build_optimizer(student, config.optimizer)
+        self.accumulation_steps = config.accumulation_steps
         self._clip_norm = config.optimizer.clip_grad_norm
-        self._accumulation_steps = config.accumulation_steps
         self._device_type = device.type
         self._half = config.precision == "bfloat16"
         self._seed = seed
         self._gram, self._anchored = config.gram, False
+        self._step, self._parts, self._centres = 0, list[StepOutput](), list[Tensor]()
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
         """Train on a normalised batch, in `accumulation_steps` parts of equally many images.
@@ -76,29 +77,78 @@ class TrainingStep:
         part) and to KoLeo; the gradient is the mean of the parts', and weights change once.
 
         Raises:
-            DivergedError: a loss (on any rank) or a gradient is NaN or infinite. No weight has changed.
+            DivergedError: a loss (on any rank) or a gradient is NaN or infinite. Nothing has changed.
         """
+        (outcome,) = take_step([self], batch, step, values)
+        if isinstance(outcome, DivergedError):
+            raise outcome
+        return outcome
+
+    def begin(self, step: int) -> None:
+        """Make ready for the parts of a step."""
         self._take_snapshot(step)
-        # Stochastic depth draws from torch's generator. Seeded anew for each step and rank, it has no state to keep:
-        # a resumed run draws what an uninterrupted one draws.
-        torch.manual_seed(int(np.random.SeedSequence([self._seed, step, rank()]).generate_state(1)[0]))
-        parts = split_images(batch, self._accumulation_steps)
-        outputs = []
-        for number, part in enumerate(parts, start=1):
-            with self._reduced(last=number == len(parts)):
-                outputs.append(self._add_gradient(part, values.teacher_temp))
-        terms = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
-        # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the parts before the last.
-        _check_losses(terms, step)
-        grad_norms = clip_gradients(self.networks.student, self._clip_norm)
-        _check_gradients(grad_norms, step)
+        self._step, self._parts = step, []
+        self._centres = [buffer.clone() for buffer in self.objective.buffers()]
+
+    def targets(self, batch: Batch, loss_masks: Tensor) -> TeacherLogits:
+        """The teacher's view of one part of the step's images."""
+        with self._autocast():
+            return self.networks.teacher.targets(batch.global_crops, loss_masks)
+
+    def loss(self, batch: Batch, loss_masks: Tensor, teacher: TeacherLogits, teacher_temp: float) -> Tensor:
+        """The loss of the next part, [], with its graph."""
+        # Stochastic depth draws from torch's generator. Seeded anew for each step, rank and part, it has no state to
+        # keep: a resumed run draws what an uninterrupted one draws, and a student what it draws by itself.
+        drawn_by = [self._seed, self._step, rank(), len(self._parts)]
+        torch.manual_seed(int(np.random.SeedSequence(drawn_by).generate_state(1)[0]))
+        num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
+        with self._autocast():
+            head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
+            if self._gram and self.networks.anchor and self._anchored:
+                anchor = self.networks.anchor.patch_tokens(batch.global_crops)
+                head_losses = replace(head_losses, gram=GramLoss(anchor, self._gram.weight))
+            student: StudentOutput = self._parallel(
+                batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
+            )
+        losses = self.objective(student)
+        terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
+        tokens = student.cls_tokens.detach()
+        self._parts.append(StepOutput(terms, {}, tokens, teacher.global_cls, student.cls_patch_cosine))
+        return losses.total
+
+    def finish(self, values: StepValues) -> StepOutput | DivergedError:
+        """Update the weights, if the losses and gradients of all parts are finite; otherwise all is as before."""
+        parts, self._parts = self._parts, []
+        terms = {name: torch.stack([part.losses[name] for part in parts]).mean() for name in parts[0].losses}
+        try:
+            # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the earlier parts.
+            _check_losses(terms, self._step)
+            grad_norms = clip_gradients(self.networks.student, self._clip_norm)
+            _check_gradients(grad_norms, self._step)
+        except DivergedError as error:
+            for buffer, value in zip(self.objective.buffers(), self._centres, strict=True):
+                buffer.copy_(value)
+            self.optimizer.zero_grad()
+            return error
         set_values(self.optimizer, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        joined = [_join_images([getattr(o, name) for o in outputs]) for name in ("cls_tokens", "teacher_cls_logits")]
-        cosine = torch.stack([out.cls_patch_cosine for out in outputs]).mean()
+        joined = [_join_images([getattr(o, name) for o in parts]) for name in ("cls_tokens", "teacher_cls_logits")]
+        cosine = torch.stack([part.cls_patch_cosine for part in parts]).mean()
         return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
+
+    @contextmanager
+    def reduced(self, *, last: bool) -> Iterator[None]:
+        """Gradients are reduced over ranks with the last part only."""
+        network = self._parallel
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        with nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync():
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device_type, torch.bfloat16, enabled=self._half)
 
     def _take_snapshot(self, step: int) -> None:
         """Set the anchor to the average where this step is due to, and say whether the step is anchored."""
@@ -109,36 +159,31 @@ class TrainingStep:
         if rest == 0 and 0 <= number < self._gram.max_snapshots:
             self.networks.anchor.follow(self.networks.ema, 0.0)
 
-    def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
-        """Add the gradient of one part of the step's images."""
-        loss_masks = batch.masks
-        if loss_masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
-            patches = (batch.global_crops.shape[-1] // self.networks.student.backbone.config.patch_size) ** 2
-            loss_masks = batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
-        num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._half):
-            teacher = self.networks.teacher.targets(batch.global_crops, loss_masks)
-            head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
-            if self._gram and self.networks.anchor and self._anchored:
-                anchor = self.networks.anchor.patch_tokens(batch.global_crops)
-                head_losses = replace(head_losses, gram=GramLoss(anchor, self._gram.weight))
-            student: StudentOutput = self._parallel(
-                batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
-            )
-        losses = self.objective(student)
-        terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
-        del head_losses
-        (losses.total / self._accumulation_steps).backward()
-        return StepOutput(terms, {}, student.cls_tokens.detach(), teacher.global_cls, student.cls_patch_cosine)
 
-    @contextmanager
-    def _reduced(self, *, last: bool) -> Iterator[None]:
-        """Gradients are reduced over ranks with the last part only."""
-        network = self._parallel
-        if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(last)
-        with nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync():
-            yield
+def take_step(
+    trainings: Sequence[TrainingStep], batch: Batch, step: int, values: StepValues
+) -> list[StepOutput | DivergedError]:
+    """Let each training take one step on the same batch; the teacher, which they share, looks at it once.
+
+    Returns:
+        For each training what its step left, or why it was not taken.
+    """
+    for training in trainings:
+        training.begin(step)
+    first = trainings[0]
+    parts = split_images(batch, first.accumulation_steps)
+    for number, part in enumerate(parts):
+        masks = part.masks
+        if masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
+            patches = (part.global_crops.shape[-1] // first.networks.student.backbone.config.patch_size) ** 2
+            masks = part.global_crops.new_ones(len(part.global_crops), patches, dtype=torch.bool)
+        # Handed out, so that the last student's backward does not hold the logits, which nobody needs any more.
+        views = [first.targets(part, masks)] * len(trainings)
+        for training in trainings:
+            with training.reduced(last=number + 1 == len(parts)):
+                loss = training.loss(part, masks, views.pop(), values.teacher_temp)
+                (loss / len(parts)).backward()
+    return [training.finish(values) for training in trainings]
 
 
 def split_images(batch: Batch, parts: int) -> list[Batch]:

@@ -31,11 +31,11 @@ def test_collapse_is_told_once_with_step_rank_term_and_cause(curated, pretrain_v
     assert [row["prototypes_used"] for row in rows] == [1 / 64] * 4
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 3  # one a term, and none in the warm-up's step
-    assert told[0].startswith("alert: step 2: collapse: feature_std is ")
-    assert told[1].startswith("alert: step 2: collapse: effective_rank is ")
-    assert told[2].startswith("alert: step 2: collapse: target_entropy is 4.16, above 4.14 (ranks: [0]); ")
+    assert told[0].startswith("pretrain: alert: step 2: collapse: feature_std is ")
+    assert told[1].startswith("pretrain: alert: step 2: collapse: effective_rank is ")
+    assert told[2].startswith("pretrain: alert: step 2: collapse: target_entropy is 4.16, above 4.14 (ranks: [0]); ")
     assert "lower optimizer.base_lr" in told[0]
-    assert [f"alert: {alert.message}" for alert in read_alerts(tmp_path)] == told
+    assert [f"pretrain: alert: {alert.message}" for alert in read_alerts(tmp_path)] == told
 
 
 def test_starvation_is_told_from_the_second_row_on(curated, pretrain_values, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
+import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -154,12 +156,14 @@ sys.stdin.read()
 """
 
 
-def test_two_processes_never_train_the_same_run(tmp_path):
+def test_a_process_waits_for_another_that_trains_the_same_run(tmp_path, caplog):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another process is training this very run"), only_trainer(tmp_path):
-            pass
-        holder.communicate()
-    with only_trainer(tmp_path):  # it ended: the run is free again
-        pass
+        ending = threading.Timer(1.2, holder.stdin.close)
+        ending.start()
+        with caplog.at_level(logging.INFO, "components"), only_trainer(tmp_path, "distill/small"):
+            assert holder.wait() == 0
+    message = "distill/small: another process is training this run (`pedigree train-status`); waiting for it"
+    assert [record.getMessage() for record in caplog.records] == [message]
+    assert not tmp_path.exists()  # nothing was begun

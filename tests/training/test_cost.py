@@ -12,7 +12,7 @@ from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.training.config import EnergyConfig
-from components.training.cost import CostMeter, training_flops
+from components.training.cost import CostMeter, joint_flops, training_flops
 from components.training.networks import Network, distillation, self_distillation
 
 CPU = torch.device("cpu")
@@ -46,7 +46,11 @@ def test_operations_of_pretraining_and_distillation(ffn):
     masking = MaskingConfig(mask_probability=0.5, mask_ratio_min=0.25, mask_ratio_max=0.75)  # 4 of 16 on average
     assert training_flops(networks, CROPS, masking) == counted(networks.student, networks.teacher, 4)
     networks = distillation(network("mlp", 16), network(ffn, 32))
-    assert training_flops(networks, CROPS, None) == counted(networks.student, networks.teacher, 16)
+    alone = counted(networks.student, networks.teacher, 16)
+    assert training_flops(networks, CROPS, None) == alone
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        networks.teacher.targets(torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool))
+    assert joint_flops([networks] * 3, CROPS, None) == 3 * alone - 2 * counter.get_total_flops()
 
 
 def test_energy_of_the_giant_is_the_papers():

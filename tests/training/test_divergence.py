@@ -65,7 +65,7 @@ def test_a_run_that_diverges_ends_with_what_one_needs_to_see_it_again(workspace,
     values = pretrain_values(optimizer=optimizer, max_skipped_steps=2)
     config = validate(PretrainConfig, values, "test")
     with pytest.raises(
-        DivergedError, match=r"^step 3: loss is not finite \(terms: .*2 steps were skipped before"
+        DivergedError, match=r"^pretrain: step 3: loss is not finite \(terms: .*2 steps were skipped before"
     ) as first:
         pretraining.run(config, workspace, seed=0)
     assert not (workspace / "models").exists()

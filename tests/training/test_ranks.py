@@ -1,5 +1,6 @@
 """Several ranks train what one does: DistributedDataParallel, FSDP2, and checkpoints that go from one to the other."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from components.core.config import validate
 from components.core.distributed import rank
-from components.core.storage import s3_client
+from components.core.storage import s3_client, write_json
+from components.data.batch import Batch, TrainingBatches
+from components.distillation.config import DistillConfig
+from components.distillation.stage import distill
+from components.model.export import save_weights
 from components.training.checkpoint import Checkpoints
 from components.training.checkpoint_store import INDEX
 from components.training.loop import train
+from components.training.loss_table import read_rows
 from components.training.parallelize import gather, launch
+from components.training.schedules import Schedules
+from components.training.step import TrainingStep
 from tests.training.jobs import break_call, make_job
 
 # As far apart as float32 sums in another order come in 4 steps; AdamW's first steps enlarge what is near 0.
 LOSS = {"rtol": 2e-5}
 WEIGHTS = {"rtol": 1e-3, "atol": 2e-4}
+STUDENTS = {"small": 16, "wide": 48}  # width by name
 NEWEST, BUCKET = "step_4", "checkpoints-of-ranks"
 
 
@@ -36,6 +46,32 @@ def run(
     return rows
 
 
+def run_in_parts_of_two_ranks(values: dict[str, Any], curated: Path, folder: Path) -> list[float]:
+    """On one rank, accumulate parts that hold the images which two ranks have in theirs; return the losses."""
+    job = make_job(values | {"accumulation_steps": 2}, curated)
+    training = TrainingStep(job.networks, job.config, job.seed, torch.device("cpu"))
+    batches, losses = TrainingBatches(job.stream, job.batch_plan()), []
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # of the 8 images; rank 1 has the last four
+    for step in range(job.config.steps):
+        batch = batches[step]
+        assert isinstance(batch, Batch)
+        assert batch.masks is not None
+        mixed = [rows.unflatten(0, (-1, 8))[:, order].flatten(0, 1) for rows in vars(batch).values() if len(rows)]
+        output = training(Batch(*mixed, []).normalize(torch.device("cpu")), step, Schedules(job.config).at(step))
+        losses.append(float(output.losses["total"]))
+    folder.mkdir()
+    save_file(job.networks.ema.state_dict(), folder / "ema.safetensors")
+    return losses
+
+
+def distil(root: Path, changes: dict[str, Any], *students: str) -> None:
+    """Distil the teacher of a workspace into two students together, or into those that are named, each alone."""
+    values = json.loads((root / "values.json").read_text()) | changes
+    config = validate(DistillConfig, values | {"share_teacher": not students}, "test")
+    for student in students or ("small",):
+        distill(config, root, 0, student, root / "models" / "adapted")
+
+
 def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str, Any]:
     """All that needs two ranks, in one start of them."""
     torch.set_num_threads(1)
@@ -44,8 +80,10 @@ def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str,
         changed = values | {"sharding": sharding}
         rows[sharding] = run(changed, curated, root / sharding)
         rows[f"{sharding} goes on"] = run(changed, curated, root / f"{sharding}_from_one")
-        # The second part of step 1 breaks, when the gradient of its first part is there already.
         parts = changed | {"accumulation_steps": 2}
+        rows[f"{sharding} parts"] = run(parts, curated, root / f"{sharding}_parts")
+        distil(root / f"{sharding}_distilled", {"sharding": sharding})
+        # The second part of step 1 breaks, when the gradient of its first part is there already.
         rows[f"{sharding} broken"] = run(parts, curated, root / f"{sharding}_broken", broken=3)
     half = values | {"sharding": "fsdp", "precision": "bfloat16"}
     rows["half"] = run(half, curated, root / "half")
@@ -78,6 +116,17 @@ def curated_runs(storage, curated, tmp_path_factory):
     for name in ("ddp_from_one", "fsdp_from_one"):
         shutil.copytree(root / "one", root / name)
         shutil.rmtree(root / name / NEWEST)
+    rows["parts"] = run_in_parts_of_two_ranks(values, curated, root / "parts")
+    teacher = make_job(values, curated).networks.student
+    students = {name: {"backbone": shape | {"layer_scale_init": 1.0, "dim": dim}} for name, dim in STUDENTS.items()}
+    common = {k: v for k, v in values.items() if k not in ("backbone", "dino_head", "ibot_head")}
+    for name in ("one", "ddp", "fsdp"):
+        workspace = root / f"{name}_distilled"
+        write_json(workspace / "values.json", common | {"students": students})
+        (workspace / "data").mkdir()
+        (workspace / "data" / "curated").symlink_to(curated)
+        save_weights(workspace / "models" / "adapted", teacher.backbone, teacher.heads, {})
+    distil(root / "one_distilled", {}, *STUDENTS)
     s3_client().create_bucket(Bucket=BUCKET)
     rows |= launch(on_each_rank, 2, values, curated, root)
     return values, curated, root, rows
@@ -143,3 +192,32 @@ def test_what_breaks_on_one_rank_is_skipped_on_all(curated_runs):
     np.testing.assert_allclose(losses(rows["fsdp broken"]), losses(rows["ddp broken"]), **LOSS)
     assert_same_weights(root / "ddp_broken", root / "fsdp_broken")
     assert all(tensor.isfinite().all() for tensor in load_file(root / "fsdp_broken" / "ema.safetensors").values())
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_parts_of_two_ranks_are_accumulated_as_on_one(curated_runs, sharding):
+    """Gradients are exchanged with the last part only, and those of the first part are in the sum."""
+    _, _, root, rows = curated_runs
+    np.testing.assert_allclose(losses(rows[f"{sharding} parts"]), rows["parts"], **LOSS)
+    assert_same_weights(root / "parts", root / f"{sharding}_parts")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_students_with_one_teacher_on_two_ranks_are_what_each_is_alone_on_one(curated_runs, sharding):
+    root = curated_runs[2]
+    one, two = root / "one_distilled", root / f"{sharding}_distilled"
+    kept = {json.loads((path / "config.json").read_text())["provenance"]["stage"]: path for path in trained(two)}
+    for name in STUDENTS:
+        alone = read_rows(one / "reports" / "distill" / name / "loss.csv")
+        found = kept[f"distill/{name}"]
+        np.testing.assert_allclose(losses(read_rows(found.parent / "loss.csv")), losses(alone), **LOSS)
+        expected, weights = (
+            load_file(path / "model.safetensors") for path in (one / "models" / "students" / name, found)
+        )
+        for key, tensor in expected.items():
+            torch.testing.assert_close(weights[key], tensor, **WEIGHTS, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def trained(root: Path) -> list[Path]:
+    """Weights that are kept for the stages of a workspace."""
+    return sorted((root / ".pedigree" / "cache" / "trained").glob("*/weights"))

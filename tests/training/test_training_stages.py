@@ -167,7 +167,7 @@ def test_a_stage_that_failed_after_training_does_not_train_again(workspace, pret
     config = validate(PretrainConfig, pretrain_values(), "test")
     figures = pretraining.run(config, workspace, seed=0)
     made = digest(workspace / "models" / "pretrained")
-    monkeypatch.setattr(delivery, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(delivery, "train_together", lambda *_: pytest.fail("trained again"))
     shutil.rmtree(workspace / "models")  # as DVC does before it runs a stage
     shutil.rmtree(workspace / "reports")
     assert pretraining.run(config, workspace, seed=0) == figures
