@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -97,6 +97,7 @@ class Ledger:
                 repo.stage_cache.restore(stage, run_cache=True, pull=self._has_remote(repo))
             except RunCacheNotFoundError:
                 stage.remove_outs(ignore_remove=False)
+                self._restore_beside(repo, stage)
                 return Outcome.CHANGED
             self._commit(repo, name)
             return Outcome.RESTORED
@@ -171,6 +172,21 @@ class Ledger:
         with self._repo() as repo, repo.config.edit("local") as config:
             settings_of: Any = config
             settings_of.setdefault("cache", {})["dir"] = os.fspath(cache)
+
+    def _restore_beside(self, repo: Repo, stage: Any) -> None:
+        """Bring the outputs of the stage's equals into place that are missing but known.
+
+        They are of the same `foreach` and have the same dependencies; what is about to run may look at what is made.
+        """
+        group, item, _ = stage.name.partition("@")
+        equals: list[Any] = list(repo.stage.collect(group)) if item else []
+        for other in equals:
+            same = [dep.def_path for dep in other.deps] == [dep.def_path for dep in stage.deps]
+            if other.name == stage.name or not same or any(out.exists for out in other.outs):
+                continue
+            with suppress(RunCacheNotFoundError):
+                repo.stage_cache.restore(other, run_cache=True, pull=self._has_remote(repo))
+                self._commit(repo, other.name)
 
     def _commit(self, repo: Repo, name: str) -> None:
         repo.commit(target=name, force=True)

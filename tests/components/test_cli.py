@@ -22,6 +22,8 @@ from components import cli
 from components.core.config import ConfigError
 from components.core.storage import StorageError
 from components.core.tracking import TrackingError
+from components.distillation.config import DistillConfig
+from components.training.checkpoint import SPEED_ONLY
 
 PROJECT = Path(__file__).parents[2]
 STAGES = ("embed", "curate", "pretrain", "adapt", "distill", "evaluate", "register")
@@ -175,6 +177,15 @@ def test_dvc_yaml_calls_every_stage():
     for stage, entry in pipeline.items():
         command = (entry.get("do") or entry)["cmd"]
         assert command == f"python -m components {stage}" + (" ${key}" if "do" in entry else "")
+
+
+def test_a_student_depends_on_its_own_part_and_on_all_that_students_share():
+    """DVC names each setting that the run key has, and none of another student; the parameters must hold them all."""
+    stage = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["distill"]["do"]
+    in_key = {name for name in DistillConfig.model_fields if SPEED_ONLY.get(name) is not True}
+    shared = in_key - {"students", "gram"}  # gram is refused
+    assert sorted(stage["params"]) == sorted(["seed", "distill.students.${key}", *(f"distill.{n}" for n in shared)])
+    assert shared <= yaml.safe_load((PROJECT / "params.yaml").read_text())["distill"].keys()
 
 
 def test_the_engine_is_chosen_for_the_stage_and_what_it_starts(folder, monkeypatch):
