@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -219,8 +219,9 @@ def _keep(run: _Run, shipped: Network, provenance: dict[str, Any], pca: Image) -
             shutil.copyfile(path, aside / path.name)
         write_json(aside / DIGEST, {WEIGHTS: sha256_dir(aside / WEIGHTS)})
     for old in run.kept.parent.iterdir():
-        if time.time() - old.stat().st_mtime > KEPT_SECONDS:
-            shutil.rmtree(old)
+        with suppress(FileNotFoundError):  # another process may forget it just now
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old)
 
 
 def _take_up(run: _Run, delivery: Delivery) -> bool:

@@ -161,6 +161,44 @@ def attention() -> Row:
     return Row("attention", what, *_rates(size, seconds), "images/s")
 
 
+def students() -> Row:
+    """Steps of two students of the tiny recipe, at whose images the teacher looks once, against a look for each."""
+    import torch
+
+    from components.data.batch import Batch
+    from components.model.head import ProjectionHead
+    from components.model.vit import VisionTransformer
+    from components.recipe import load_recipe
+    from components.training.networks import Network, distillation
+    from components.training.schedules import StepValues
+    from components.training.step import TrainingStep, take_step
+
+    recipe = load_recipe(Path(), "tiny-cpu")
+    config, shape = recipe.distill, recipe.distill.students["small"].backbone
+
+    def network(shape: Any) -> Network:
+        heads = {"dino": recipe.pretrain.dino_head, "ibot": recipe.pretrain.ibot_head}
+        return Network(VisionTransformer(shape), {n: ProjectionHead(shape.dim, head) for n, head in heads.items()})
+
+    teacher, size, crops = network(recipe.pretrain.backbone), config.batch_size, config.crops
+    both = [TrainingStep(distillation(network(shape), teacher), config, 0, torch.device("cpu")) for _ in range(2)]
+    sides = [(2, crops.global_size), (crops.num_local, crops.local_size)]
+    images = Batch(*(torch.randn(count * size, 3, side, side) for count, side in sides), None, [])
+    values = StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = _take_turns(
+            lambda: take_step(both, images, 0, values),
+            lambda: [take_step([training], images, 0, values) for training in both],
+            turns=15,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    what = "step of two students, tiny recipe, 1 thread, teacher shared against not"
+    return Row("students", what, *_rates(size, seconds), "images/s")
+
+
 def step() -> Row:
     """ViT-S/14 with drop path 0.3, 2 x 224 + 8 x 98 pixels, 65,536 prototypes, batch 8, against a plain step."""
     what = "training step, ViT-S/14, against one written plainly"
@@ -257,7 +295,7 @@ def curate_descriptor() -> Row:
     return _embedding("curate_descriptor", "decode + score + descriptor, against a plain loop", network=False)
 
 
-_MADE = (crops, crops_large, shards, attention, step, step_memory, checkpoint, knn, curate_throughput)
+_MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
 BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor)}
 CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
 NAMES = [*BENCHMARKS, CURATION]

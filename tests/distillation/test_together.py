@@ -147,13 +147,13 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 def test_killed_with_one_ahead_and_taken_up_by_a_stage_that_waited(place, values, workspace, caplog):  # noqa: F811
     """SIGKILL; one student loses its newest checkpoint; two stages side by side, of which one waits for the other."""
-    both = values("small", "wide", steps=40, checkpoint_every_steps=4)
+    both = values("small", "wide", steps=24, checkpoint_every_steps=2)
     alone = place()
     for student in ("small", "wide"):
         run(checked(both | {"share_teacher": False}), alone, 0, student)
 
     killed = start(both, workspace, "small")
-    wait_until(lambda: len(list(workspace.glob(".pedigree/checkpoints/*/step_8"))) == 2, killed)
+    wait_until(lambda: len(list(workspace.glob(".pedigree/checkpoints/*/step_4"))) == 2, killed)
     killed.kill()
     killed.wait()
     steps = [sorted(int(path.name[5:]) for path in folder.glob("step_*")) for folder in folders(workspace)]

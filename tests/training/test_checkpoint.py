@@ -160,7 +160,7 @@ def test_a_process_waits_for_another_that_trains_the_same_run(tmp_path, caplog):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        ending = threading.Timer(1.2, holder.stdin.close)
+        ending = threading.Timer(0.6, holder.stdin.close)
         ending.start()
         with caplog.at_level(logging.INFO, "components"), only_trainer(tmp_path, "distill/small"):
             assert holder.wait() == 0
