@@ -1,7 +1,8 @@
-"""`make bench`, or `python -m tests.benchmarks [--json] [--full] [NAME ...]`: ratios, both sides measured in one run.
+"""`make bench`, or `python -m tests.benchmarks [--json] [NAME ...]`: ratios, both sides measured in one run.
 
 Sides take turns, so that a busy machine slows both; each figure is the median of the turns. A ratio above 1 means that
-what we do is faster. `curation` is a table of its own: seconds and memory of each step as the pool grows.
+what we do is faster. `curation` is a table of its own: seconds and memory of each step as the pool grows; 1e6 vectors
+need half an hour and 1.5 GB on the disk for temporary files, 1e7 ten times the disk and many hours.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def curate_descriptor() -> Row:
 
 _MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
 BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor)}
-CURATION, SIZES, FULL_SIZE = "curation", (10_000, 100_000), 1_000_000
+CURATION, SIZES = "curation", "10000,100000"
 NAMES = [*BENCHMARKS, CURATION]
 
 
@@ -337,6 +338,18 @@ def _embedding(name: str, what: str, network: bool) -> Row:
     return Row(name, what, *_rates(REPEATS * len(files), seconds), "images/s")
 
 
+def _curation(sizes: str, steps: str) -> list[curation.Cost]:
+    """What each step costs at each size; told on stderr as it is done, because the large ones take hours."""
+    unknown = sorted(set(steps.split(",")) - set(curation.STEPS))
+    if unknown:
+        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(curation.STEPS)}")
+    costs = []
+    for cost in curation.measure([int(size) for size in sizes.split(",")], steps.split(",")):
+        sys.stderr.write(f"{cost}\n")
+        costs.append(cost)
+    return costs
+
+
 def _take_turns(ours: Callable[[], Any], other: Callable[[], Any], turns: int) -> tuple[float, float]:
     """Median seconds of each, after one call of each that does not count."""
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -360,7 +373,8 @@ def _rates(count: int, seconds: tuple[float, float]) -> tuple[float, float]:
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(NAMES)}. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout, for programs.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="curation: also a million vectors, half an hour.")] = False,
+    sizes: Annotated[str, typer.Option(help="curation: numbers of vectors.")] = SIZES,
+    steps: Annotated[str, typer.Option(help="curation: its steps.")] = ",".join(curation.STEPS),
 ) -> None:
     """Measure named comparisons; each needs a few seconds, `curation` some minutes."""
     unknown = sorted(set(names or ()) - set(NAMES))
@@ -368,8 +382,7 @@ def run(
         raise typer.BadParameter(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}")
     chosen = names or NAMES
     rows = [BENCHMARKS[name]() for name in chosen if name in BENCHMARKS]
-    sizes = (*SIZES, FULL_SIZE) if full else SIZES
-    costs = curation.measure(sizes) if CURATION in chosen else []
+    costs = _curation(sizes, steps) if CURATION in chosen else []
     if as_json:
         values = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
         values += [{"name": CURATION, **dataclasses.asdict(cost)} for cost in costs]
@@ -382,9 +395,10 @@ def run(
             table.add_row(row.name, row.what, _figure(row.ours), _figure(row.other), row.unit, f"{row.ratio:.2f}")
         console.print(table)
     if costs:
-        table = Table("curation", "vectors", "seconds", "peak MiB", "", box=None)
+        table = Table("curation", "vectors", "seconds", "CPU seconds", "peak MiB", "", box=None)
         for cost in costs:
-            table.add_row(cost.step, f"{cost.size:,}", f"{cost.seconds:,.1f}", f"{cost.peak_mib:,.0f}", cost.note)
+            seconds = (f"{cost.seconds:,.1f}", f"{cost.cpu_seconds:,.1f}")
+            table.add_row(cost.step, f"{cost.size:,}", *seconds, f"{cost.peak_mib:,.0f}", cost.note)
         console.print(table)
     console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of turns", highlight=False)
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,30 +35,30 @@ class Cost:
     step: str
     size: int
     seconds: float
+    cpu_seconds: float  # of all threads
     peak_mib: float
     note: str
 
 
-def measure(sizes: Iterable[int]) -> list[Cost]:
-    """All steps at all sizes, one after the other."""
-    costs = []
+def measure(sizes: Iterable[int], steps: Iterable[str]) -> Iterator[Cost]:
+    """Each step at each size, as it is done: names of `STEPS`; `sample` and `retrieval` read what `kmeans` made."""
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             _write_vectors(Path(name), size)
-            costs += [_in_a_process(step, Path(name), size) for step in STEPS]
-    return costs
+            for step in steps:
+                yield _in_a_process(step, Path(name), size)
 
 
 class Clock:
     """Seconds of the part that counts."""
 
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
 
     @contextmanager
     def __call__(self):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         yield
-        self.seconds = time.perf_counter() - begun
+        self.seconds, self.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
 
 
 def dedup(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
@@ -87,10 +87,11 @@ def exact(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
     with clock():
         index = faiss.IndexFlatIP(DIM)
         index.add(np.asarray(vectors))
-        added = time.perf_counter()
+        added, cpu = time.perf_counter(), time.process_time()
         index.search(np.ascontiguousarray(queries), 65)
-        searched = time.perf_counter() - added
+        searched, cpu = time.perf_counter() - added, time.process_time() - cpu
     clock.seconds += searched * (len(vectors) / len(queries) - 1)
+    clock.cpu_seconds += cpu * (len(vectors) / len(queries) - 1)
     return f"from {len(queries)} queries" if len(queries) < len(vectors) else ""
 
 
@@ -169,7 +170,7 @@ def _in_a_process(step: str, folder: Path, size: int) -> Cost:
             errors.seek(0)
             raise RuntimeError(f"{step} of {size} vectors failed: {errors.read()[-2000:]}")
     result = json.loads(output)
-    return Cost(step, size, result["seconds"], peak / 1024, result["note"])
+    return Cost(step, size, result["seconds"], result["cpu_seconds"], peak / 1024, result["note"])
 
 
 def _anonymous_kib(process: int) -> int:
@@ -185,4 +186,4 @@ if __name__ == "__main__":
     clock = Clock()
     folder = Path(sys.argv[2])
     note = STEPS[sys.argv[1]](np.load(folder / VECTORS, mmap_mode="r"), folder, clock)
-    sys.stdout.write(json.dumps({"seconds": clock.seconds, "note": note}))
+    sys.stdout.write(json.dumps({"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "note": note}))
