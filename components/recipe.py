@@ -51,6 +51,14 @@ class Recipe(Config):
                     raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
         return self
 
+    @model_validator(mode="after")
+    def _scores_are_made(self) -> Self:
+        limit = self.curate.filters.max_nsfw
+        if limit is not None and self.embed.scores.nsfw is None:
+            advice = "give embed.scores.nsfw a classifier, such as {kind: opennsfw}, or leave max_nsfw out"
+            raise ValueError(f"curate.filters.max_nsfw is {limit}, but embed scores no such thing; {advice}")
+        return self
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with Pedigree."""

@@ -125,6 +125,9 @@ def test_several_mistakes_are_a_line_each():
         (["evaluate.crop_size=60"], "evaluate.crop_size 60 must be a multiple of pretrain.backbone.patch_size 8"),
         (["register.resolution=62"], "register.resolution 62 must be a multiple of pretrain.backbone.patch_size 8"),
         (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 8"),
+        (["curate.filters={max_nsfw: 0.8}"], "curate.filters.max_nsfw is 0.8, but embed scores no such thing"),
+        (["curate.target_images=0"], "curate: target_images is 0 and there are no seed_sets, so no image is in"),
+        (["curate.levels=[]"], "curate: levels is empty, but the balanced part"),
         (["pretrain.steps=10"], "optimizer.warmup_steps is 40, more than the 10 steps of the run"),
     ],
 )

@@ -193,8 +193,21 @@ class CurateConfig(Config):
     decontamination_similarity: Similarity = 0.45  # to any evaluation image, appendix A.3
     index: IndexConfig = IndexConfig()
     seed_sets: dict[str, SeedSetConfig] = Field(default_factory=dict)  # by source of the pool; appendix A.4
-    levels: Annotated[list[LevelConfig], Field(min_length=1)]  # from the finest clusters up, of what is left
+    levels: list[LevelConfig] = Field(default_factory=list)  # from the finest clusters up, where `needs_clusters`
     kmeans_iterations: PositiveInt = 50  # arXiv 2405.15613, released code
-    target_images: PositiveInt | None = None  # of the balanced sample; None: all
+    target_images: NonNegativeInt | None = None  # of the balanced part; 0: there is none; None: all
     gates: GatesConfig = GatesConfig()
     max_shard_mib: PositiveInt = 1024
+
+    @property
+    def needs_clusters(self) -> bool:
+        """Whether anything reads clusters: the balanced part, or a seed set that retrieves by them."""
+        return self.target_images != 0 or any(one.retrieve == "cluster" for one in self.seed_sets.values())
+
+    @model_validator(mode="after")
+    def _brings_something_in(self) -> CurateConfig:
+        if self.target_images == 0 and not self.seed_sets:
+            raise ValueError("target_images is 0 and there are no seed_sets, so no image is in; give one of the two")
+        if self.needs_clusters and not self.levels:
+            raise ValueError("levels is empty, but the balanced part and retrieve: cluster need at least one level")
+        return self

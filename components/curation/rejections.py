@@ -23,6 +23,7 @@ MEANING = {
     "evaluation_copy": "looks like an image of an evaluation set, or its group of duplicates has one that does",
     "near_duplicate": "shows the same picture as an image that stays",
     "not_sampled": "a good image of a cluster that has more than its share",
+    "not_retrieved": "a good image that no seed set brings in, where there is no balanced part",
 }
 # `row` is a row of the pool; the other columns are those of REJECTED_SCHEMA.
 SCHEMA = pa.schema(

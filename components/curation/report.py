@@ -100,7 +100,7 @@ def _page(result: Curation, album: grids.Album, kept: bytes) -> str:
         "<h2>What the set is made of</h2>",
         _parts(result.selection.parts),
         "<h2>Balance</h2>",
-        *_clusters(result.selection.levels),
+        *(_clusters(result.selection.sample.levels) if result.selection.sample else ["<p>No balanced part.</p>"]),
         "<h2>Coverage</h2>",
         _coverage(result),
         "<h2>A sample of what stays</h2>",

@@ -32,16 +32,23 @@ class Clusters:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The balanced part."""
+
+    drawn: Rows  # whether or not they came in by another part
+    top_labels: NDArray[np.int64]  # the cluster of the top level of each of those
+    levels: list[Clusters]  # from the images up
+
+
+@dataclass(frozen=True)
 class Selection:
     """The images that are in, and how they came there."""
 
     chosen: pa.Table  # rows of CHOSEN_SCHEMA, by row
     rejected: pa.Table  # of the others
-    clustered: Rows
+    clustered: Rows  # none where nothing needs clusters
     paths: list[str]  # the clusters of each of them, from the top down
-    drawn: Rows  # by the balanced sample, whether or not they came in by another part
-    top_labels: NDArray[np.int64]  # the cluster of the top level of each of those
-    levels: list[Clusters]  # from the images up
+    sample: Sample | None  # None: no balanced part
     parts: list[CompositionRow]  # Table 15, and the balanced sample
     recall: float  # of the index that retrieval searched, see `Neighbors`
 
@@ -85,31 +92,44 @@ def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: Cura
         seeds: the seed sets.
         config: section `curate`.
         seed: of k-means and of the draws.
+
+    Raises:
+        CurationError: no part brings anything in, or the index finds too few of the exact neighbours.
     """
     taken, asking = np.intersect1d(unique, rows_of(seeds, as_is=True)), rows_of(seeds, as_is=False)
-    clustered = np.union1d(unique, asking)
-    vectors = inputs.semantic
-    hierarchy = hierarchical_kmeans(vectors, config.levels, config.kmeans_iterations, seed, clustered)
-
-    candidates = np.zeros(len(vectors), bool)
+    vectors, hierarchy, sample = inputs.semantic, None, None
+    candidates, labels = np.zeros(len(vectors), bool), np.full(len(vectors), -1, np.int64)
     candidates[np.setdiff1d(unique, taken)] = True
-    labels = np.full(len(vectors), -1, np.int64)
-    labels[clustered] = hierarchy.labels[0]
+    clustered = np.union1d(unique, asking) if config.needs_clusters else unique[:0]
+    if config.needs_clusters:
+        hierarchy = hierarchical_kmeans(vectors, config.levels, config.kmeans_iterations, seed, clustered)
+        labels[clustered] = hierarchy.labels[0]
     retrieval = retrieve(vectors, candidates, labels, seeds, config.index, np.random.default_rng([seed, 1]))
+    if hierarchy is not None and config.target_images != 0:
+        places = np.flatnonzero(candidates[clustered])
+        rest = replace(hierarchy, labels=[hierarchy.labels[0][places], *hierarchy.labels[1:]])
+        sample = _draw(rest, clustered[places], config.target_images, np.random.default_rng([seed, 2]))
 
-    places = np.flatnonzero(candidates[clustered])
-    rest = replace(hierarchy, labels=[hierarchy.labels[0][places], *hierarchy.labels[1:]])
-    target = len(places) if config.target_images is None else config.target_images
-    drawn = balanced_sample(rest, target, np.random.default_rng([seed, 2])) if len(places) else places
+    chosen = _put_together(inputs.pool, _by_set(taken, seeds), retrieval, sample.drawn if sample else unique[:0])
+    if not len(chosen):
+        advice = "lower curate.seed_sets.NAME.min_seeds, or raise curate.target_images from 0"
+        raise CurationError(f"no image is left of {len(unique)}: the seed sets bring none in; {advice}")
+    paths = hierarchy.paths() if hierarchy else []
+    out = np.setdiff1d(unique, chosen["row"].to_numpy())
+    where = [f"cluster {paths[place]}" for place in np.searchsorted(clustered, out)] if paths else "no clusters made"
+    rejected = [rejections(out, "not_sampled" if sample else "not_retrieved", where)]
+    for name, rows in _by_set(asking, seeds).items():
+        rejected.append(rejections(rows, "only_a_query", f"seed set {name}"))
+    parts = _composition(chosen, retrieval, sample)
+    return Selection(chosen, pa.concat_tables(rejected), clustered, paths, sample, parts, retrieval.recall)
 
-    sample = clustered[places[drawn]]
-    chosen = _put_together(inputs.pool, _by_set(taken, seeds), retrieval, sample)
-    paths = hierarchy.paths()
-    rejected = _left_out(clustered, paths, chosen, seeds)
-    parts = _composition(chosen, retrieval, len(sample))
-    ancestors = _ancestors(rest)
-    levels = _levels(rest, ancestors, drawn)
-    return Selection(chosen, rejected, clustered, paths, sample, ancestors[-1][drawn], levels, parts, retrieval.recall)
+
+def _draw(hierarchy: Hierarchy, rows: Rows, target: int | None, generator: np.random.Generator) -> Sample:
+    """The balanced part: `target` of the rows, which the hierarchy clusters; None: all."""
+    target = len(rows) if target is None else target
+    drawn = balanced_sample(hierarchy, target, generator) if len(rows) else rows
+    ancestors = _ancestors(hierarchy)
+    return Sample(rows[drawn], ancestors[-1][drawn], _levels(hierarchy, ancestors, drawn))
 
 
 def _by_set(rows: Rows, seeds: dict[str, SeedSet]) -> dict[str, Rows]:
@@ -136,24 +156,17 @@ def _part(rows: Rows, origin: str, seed_set: pa.Array) -> pa.Table:
     return pa.Table.from_arrays([pa.array(rows), origins, seed_set, *none], schema=CHOSEN_SCHEMA)
 
 
-def _left_out(clustered: Rows, paths: list[str], chosen: pa.Table, seeds: dict[str, SeedSet]) -> pa.Table:
-    asking = rows_of(seeds, as_is=False)
-    out = np.flatnonzero(~np.isin(clustered, chosen["row"].to_numpy()) & ~np.isin(clustered, asking))
-    parts = [rejections(clustered[out], "not_sampled", [f"cluster {paths[place]}" for place in out])]
-    for name, rows in _by_set(asking, seeds).items():
-        parts.append(rejections(rows, "only_a_query", f"seed set {name}"))
-    return pa.concat_tables(parts)
-
-
-def _composition(chosen: pa.Table, retrieval: Retrieval, num_drawn: int) -> list[CompositionRow]:
-    """The rows of Table 15 with what is really in, and one for the sample."""
+def _composition(chosen: pa.Table, retrieval: Retrieval, sample: Sample | None) -> list[CompositionRow]:
+    """The rows of Table 15 with what is really in, and one for the sample, if there is one."""
     origins, names = chosen["origin"].to_numpy(), chosen["seed_set"].to_numpy()
     rows = []
     for row in retrieval.composition:
         origin = "seed" if row.mode == "as is" else "retrieved"
         rows.append(replace(row, final=int(((origins == origin) & (names == row.seed_set)).sum())))
-    final = int((origins == "balanced").sum())
-    return [*rows, CompositionRow("the rest of the pool", 0, "balanced", num_drawn, num_drawn - final, final)]
+    if sample is not None:
+        drawn, final = len(sample.drawn), int((origins == "balanced").sum())
+        rows.append(CompositionRow("the rest of the pool", 0, "balanced", drawn, drawn - final, final))
+    return rows
 
 
 def _ancestors(hierarchy: Hierarchy) -> list[NDArray[np.int64]]:

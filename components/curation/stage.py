@@ -101,8 +101,9 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
         check_copies(docs, inputs, unique, config)
 
         selection = select(inputs, unique.rows, seeds, config, seed)
-        balance = gates.Balance(selection.top_labels, selection.levels[-1].before, config.gates.max_cluster_share)
-        gates.after_sampling(docs, _images(inputs, selection.drawn), balance)
+        if (sample := selection.sample) is not None:
+            balance = gates.Balance(sample.top_labels, sample.levels[-1].before, config.gates.max_cluster_share)
+            gates.after_sampling(docs, _images(inputs, sample.drawn), balance)
 
         rejected = pa.concat_tables([filtered, unique.rejected, selection.rejected])
         pool = _with_findings(root, inputs, unique, selection)
@@ -140,7 +141,8 @@ def _with_findings(root: Path, inputs: Inputs, unique: Unique, selection: Select
 
 def _figures(result: Curation) -> dict[str, Any]:
     """The stage's numbers, for metrics."""
-    levels = {f"level_{number}": level for number, level in enumerate(result.selection.levels, 1)}
+    sample = result.selection.sample
+    levels = {f"level_{number}": level for number, level in enumerate(sample.levels if sample else (), 1)}
     return {
         "images": dict(result.funnel),
         "origins": value_counts(result.selection.chosen["origin"]),

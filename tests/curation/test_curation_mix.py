@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,9 @@ from components.curation.select import select
 from components.curation.stage import curate, embed
 from components.curation.unique import drop_copies
 from components.data.expectations import ExpectationsFailed
-from components.data.manifest import FINDINGS, REJECTED_SCHEMA, read_manifest, read_table
+from components.data.manifest import CURATED_SCHEMA, FINDINGS, REJECTED_SCHEMA, read_manifest, read_table
 
+SCHEMAS = {"manifest.parquet": CURATED_SCHEMA, "rejected.parquet": REJECTED_SCHEMA}
 LEVELS = [LevelConfig(num_clusters=4), LevelConfig(num_clusters=2)]
 CONFIG = CurateConfig(levels=LEVELS)
 SEEDS = {
@@ -109,6 +111,45 @@ def test_a_pool_of_seeds_alone_is_taken_as_it_is(small_workspace):
     results = curate(config, small_workspace, 0)
     assert results["origins"] == {"seed": 11}
     assert results["rejected"] == {"evaluation_copy": 1}
+
+
+def test_without_a_balanced_part_seed_sets_alone_decide(mixed, tmp_path_factory, monkeypatch):
+    def table(root, name, key):
+        return {
+            row["image_id"]: row[key] for row in read_table(root / "data/curated" / name, SCHEMAS[name]).to_pylist()
+        }
+
+    asked = {"levels": LEVELS, "seed_sets": SEEDS, "target_images": 0}
+    made = {}
+    for way, values in {
+        "nearest": asked | {"levels": []},
+        "clusters": asked | {"seed_sets": SEEDS | {"asking": {"retrieve": "cluster", "min_seeds": 1}}},
+    }.items():
+        root = tmp_path_factory.mktemp("without") / "workspace"
+        shutil.copytree(mixed[0], root, ignore=shutil.ignore_patterns("curated", "reports"))
+        with monkeypatch.context() as patch:
+            if way == "nearest":
+                patch.setattr("components.curation.select.hierarchical_kmeans", None)  # a call would fail
+            results = curate(CurateConfig.model_validate(values), root, 0)
+        made[way] = table(root, "manifest.parquet", "origin"), table(root, "rejected.parquet", "reason"), results
+        page = (root / "reports/curate/report.html").read_text()
+        assert "No balanced part" in page
+        assert "the rest of the pool" not in page
+        assert set(table(root, "manifest.parquet", "cluster_path").values()) == {None} or way == "clusters"
+    few = {"asking": {"retrieve": "cluster", "min_seeds": 2}}
+    with pytest.raises(CurationError, match="no image is left of 9: the seed sets bring none in; lower"):
+        curate(CurateConfig.model_validate(asked | {"seed_sets": few}), root, 0)
+    with_sample = table(mixed[0], "manifest.parquet", "origin")
+    expected = {image_id: origin for image_id, origin in with_sample.items() if origin != "balanced"}
+    kept, rejected, results = made["nearest"]
+    assert kept == expected
+    reasons = table(mixed[0], "rejected.parquet", "reason")
+    reasons |= dict.fromkeys(with_sample.keys() - kept.keys(), "not_sampled")
+    assert rejected == {i: "not_retrieved" if why == "not_sampled" else why for i, why in reasons.items()}
+    assert results["clusters"] == {}
+    kept, rejected, _ = made["clusters"]
+    assert set(kept.values()) == {"seed", "retrieved"}
+    assert len(kept) + len(rejected) == len(with_sample) + len(reasons) - len(with_sample.keys() & reasons.keys())
 
 
 def test_a_gate_that_fails_leaves_nothing_behind(small_workspace):
