@@ -17,8 +17,9 @@ import typer
 
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
+from components.core.mlflow_client import TrackingError
 from components.core.storage import StorageError, write_json
-from components.core.tracking import TrackingError, stage_run
+from components.core.tracking import stage_run
 from components.recipe import Recipe, load_recipe
 
 BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer

@@ -26,8 +26,8 @@ def promote(
 
       pedigree promote demo-small/3 --reason "half the latency, same kNN" --json
     """
+    from components.core.mlflow_client import TrackingError
     from components.core.storage import StorageError
-    from components.core.tracking import TrackingError
     from components.lineage.audit_log import AuditError
     from components.registry import promote as promotion
     from components.registry.publish import RegistryError

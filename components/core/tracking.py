@@ -14,8 +14,6 @@ import math
 import os
 import re
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.metric_queue import MetricPoint, MetricQueue
+from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
 from components.core.weights_cache import FetchError, keep_weights
 
 log = logging.getLogger(__name__)
@@ -32,20 +31,6 @@ WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _MAX_KEY, _MAX_VALUE, _MAX_DIGEST = 250, 6000, 36  # characters; MLflow refuses longer ones
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
-_HEALTH_TIMEOUT_SECONDS = 5.0
-# MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
-_CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each copied file, else
-}
-
-
-class TrackingError(RuntimeError):
-    """MLflow cannot be reached or refuses; the message names its address and what to do."""
 
 
 @dataclass
@@ -66,7 +51,7 @@ class StageRun:
     def _send(self, points: Sequence[MetricPoint]) -> None:
         from mlflow.entities import Metric
 
-        with _reported():
+        with reported():
             for start in range(0, len(points), _MAX_METRICS):
                 batch = points[start : start + _MAX_METRICS]
                 metrics = [Metric(_key(p.name), p.value, p.milliseconds, p.step) for p in batch]
@@ -98,7 +83,7 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
         run.metrics.add(flatten_numbers(run.result), step=0)
         run.metrics.flush()
         reports = root / "reports" / stage / (item or "")
-        with _reported():
+        with reported():
             if reports.is_dir():
                 run.client.log_artifacts(run.run_id, str(reports))
             run.client.set_terminated(run.run_id, "FINISHED")
@@ -120,8 +105,8 @@ def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None
     """
     if not enabled():
         return None
-    with _reported():
-        client = _client()
+    with reported():
+        client = checked_client()
         experiment = _experiment(client, name)
         found = _find_parent(client, experiment, run_id)
         if found:
@@ -136,8 +121,8 @@ def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None
 def close_parent(mlflow_run_id: str | None, status: str) -> None:
     """End a pipeline run with FINISHED, FAILED or KILLED; None is a run that tracking never opened."""
     if mlflow_run_id is not None and enabled():
-        with _reported():
-            _client().set_terminated(mlflow_run_id, status)
+        with reported():
+            checked_client().set_terminated(mlflow_run_id, status)
 
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
@@ -150,7 +135,7 @@ def tag_run(tags: Mapping[str, str]) -> None:
     """Set tags of the open run; a tracker that is away for a while stops nothing, and nothing is done without one."""
     try:
         if run := _active():
-            with _reported():
+            with reported():
                 for key, value in tags.items():
                     run.client.set_tag(run.run_id, _key(key), value[:_MAX_VALUE])
     except TrackingError as error:
@@ -161,7 +146,7 @@ def log_file(path: Path, folder: str) -> None:
     """Put a file among the open run's artifacts, below `folder`, at once; a tracker that is away stops nothing."""
     try:
         if run := _active():
-            with _reported():
+            with reported():
                 run.client.log_artifact(run.run_id, str(path), folder)
     except TrackingError as error:
         log.warning("%s not logged: %s", path.name, error)
@@ -199,7 +184,7 @@ def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context
     # A record only: building one of MLflow's dataset objects would load the data.
     dataset = Dataset(name=name, digest=digest, source_type="dvc", source=f'{{"uri": "{uri}"}}')
     labels = [InputTag("mlflow.data.context", context), *(InputTag(key, value) for key, value in tags.items())]
-    with _reported():
+    with reported():
         run.client.log_inputs(run.run_id, datasets=[DatasetInput(dataset, labels)])
 
 
@@ -219,10 +204,10 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
     match = _MODEL_URI.match(uri)
     if match is None:
         raise TrackingError(f"{uri}: not a registered model; write models:/NAME/VERSION or models:/NAME@ALIAS")
-    if not _uri():
+    if not server_uri():
         raise TrackingError(f"{uri}: MLFLOW_TRACKING_URI is not set; run 'pedigree up', or set it")
-    with _reported():
-        client = _client()
+    with reported():
+        client = checked_client()
         name, alias, version = match["name"], match["alias"], match["version"]
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
         # Two servers may both have a version 1 of the same name.
@@ -233,7 +218,7 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
         def fetch(target: Path) -> Path:
             from mlflow.artifacts import download_artifacts
 
-            return Path(download_artifacts(artifact_uri=model, dst_path=str(target), tracking_uri=_uri()))
+            return Path(download_artifacts(artifact_uri=model, dst_path=str(target), tracking_uri=server_uri()))
 
         try:
             keep_weights(folder, fetch, found.tags.get(WEIGHTS_SHA256_TAG))
@@ -244,11 +229,11 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
 
 def run_url(mlflow_run_id: str | None) -> str | None:
     """Address of a run's page; None when tracking is off or the store has no pages."""
-    uri = _uri()
+    uri = server_uri()
     if mlflow_run_id is None or not uri or not uri.startswith("http"):
         return None
-    with _reported():
-        experiment = _client().get_run(mlflow_run_id).info.experiment_id
+    with reported():
+        experiment = checked_client().get_run(mlflow_run_id).info.experiment_id
     return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
 
 
@@ -256,7 +241,7 @@ def enabled() -> bool:
     """Whether this process reports: a server is named, and it is the first rank."""
     if os.environ.get("RANK", "0") != "0":
         return False
-    if not _uri():
+    if not server_uri():
         log.info("MLFLOW_TRACKING_URI is not set: this run is not tracked")
         return False
     return True
@@ -285,8 +270,8 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
         "mlflow.source.git.commit": commit,
         "mlflow.user": getpass.getuser(),
     }
-    with _reported():
-        client = _client()
+    with reported():
+        client = checked_client()
         experiment = _experiment(client, params["name"])
         parent = _find_parent(client, experiment, run_id)
         if parent:
@@ -302,7 +287,7 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
 def _close_failed(run: StageRun, status: str) -> None:
     try:
         run.metrics.flush()
-        with _reported():
+        with reported():
             run.client.set_terminated(run.run_id, status)
     except TrackingError as error:  # the stage's own error matters more
         log.warning("run %s could not be marked %s: %s", run.run_id, status, error)
@@ -311,76 +296,11 @@ def _close_failed(run: StageRun, status: str) -> None:
 def _active() -> StageRun | None:
     inherited = os.environ.get("MLFLOW_RUN_ID")
     if not _OPEN and inherited and enabled():  # a rank that a stage started
-        with _reported():
-            run = StageRun(inherited, _client())
+        with reported():
+            run = StageRun(inherited, checked_client())
         _OPEN.append(run)
         atexit.register(run.metrics.flush)
     return _OPEN[-1] if _OPEN else None
-
-
-def _uri() -> str | None:
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
-
-
-_CLIENTS: dict[str, Any] = {}
-
-
-def _client() -> Any:
-    """One checked MLflow client for each address."""
-    uri = _uri()
-    assert uri, "callers check enabled()"
-    if uri not in _CLIENTS:
-        configure_client()
-        _check_health(uri)
-        from mlflow import MlflowClient
-
-        _CLIENTS[uri] = MlflowClient(tracking_uri=uri)
-    return _CLIENTS[uri]
-
-
-def configure_client() -> None:
-    """Set what MLflow's client reads from the environment, where the user has not; call it before making one."""
-    for key, value in _CLIENT_SETTINGS.items():
-        os.environ.setdefault(key, value)
-
-
-def _check_health(uri: str) -> None:
-    if not uri.startswith("http"):
-        return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # something answers; a gateway need not know /health
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise TrackingError(_advice(str(reason))) from None
-
-
-def _advice(reason: str) -> str:
-    return (
-        f"MLflow at {_uri()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is down, "
-        "'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
-    )
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Turn what MLflow and its transport raise into one line."""
-    import requests
-
-    try:
-        yield
-    except TrackingError:
-        raise
-    except (requests.exceptions.RequestException, ConnectionError, TimeoutError) as error:
-        raise TrackingError(_advice(type(error).__name__)) from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in {"mlflow", "botocore", "boto3", "sqlalchemy"}:
-            raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "Max retries exceeded" in first or "Connection" in first:
-            raise TrackingError(_advice("connection lost")) from error
-        raise TrackingError(f"MLflow at {_uri()} refuses: {first}") from error
 
 
 def _experiment(client: Any, name: str) -> str:

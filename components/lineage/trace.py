@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.core.mlflow_client import configure_client
 from components.core.storage import StorageError
-from components.core.tracking import configure_client
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
 from components.lineage.record import Record, RecordError, git, upstream

@@ -26,8 +26,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from components.core.mlflow_client import TrackingError, configure_client
 from components.core.storage import sha256_file
-from components.core.tracking import TrackingError, configure_client, flatten_numbers
+from components.core.tracking import flatten_numbers
 from components.lineage.origin import Origin, Tag
 
 SOURCE = Path(__file__).parents[2]

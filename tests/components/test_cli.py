@@ -20,8 +20,8 @@ import yaml
 
 from components import cli
 from components.core.config import ConfigError
+from components.core.mlflow_client import TrackingError
 from components.core.storage import StorageError
-from components.core.tracking import TrackingError
 from components.distillation.config import DistillConfig
 from components.training.checkpoint import SPEED_ONLY
 

@@ -8,8 +8,8 @@ from mlflow import MlflowClient
 
 from components.core import tracking
 from components.core.metric_queue import MetricQueue
+from components.core.mlflow_client import TrackingError
 from components.core.storage import sha256_file
-from components.core.tracking import TrackingError
 
 PARAMS = {
     "name": "tiny",

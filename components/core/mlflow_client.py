@@ -1,0 +1,92 @@
+"""The one way to an MLflow server: a checked client for each address, and errors as one line.
+
+MLflow is imported on first use.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_CLIENTS: dict[str, Any] = {}
+_HEALTH_TIMEOUT_SECONDS = 5.0
+# MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each copied file, else
+}
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be reached or refuses; the message names its address and what to do."""
+
+
+def server_uri() -> str | None:
+    """Address of the MLflow server; None where none is named."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def checked_client() -> Any:
+    """The MLflow client of this process for the server that is named, once that has answered."""
+    uri = server_uri()
+    assert uri, "callers ask server_uri() first"
+    if uri not in _CLIENTS:
+        configure_client()
+        _check_health(uri)
+        from mlflow import MlflowClient
+
+        _CLIENTS[uri] = MlflowClient(tracking_uri=uri)
+    return _CLIENTS[uri]
+
+
+def configure_client() -> None:
+    """Set what MLflow's client reads from the environment, where the user has not; call it before making one."""
+    for key, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(key, value)
+
+
+def _check_health(uri: str) -> None:
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # something answers; a gateway need not know /health
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(_advice(str(reason))) from None
+
+
+def _advice(reason: str) -> str:
+    return (
+        f"MLflow at {server_uri()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
+        "down, 'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
+    )
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn what MLflow and its transport raise into one line."""
+    import requests
+
+    try:
+        yield
+    except TrackingError:
+        raise
+    except (requests.exceptions.RequestException, ConnectionError, TimeoutError) as error:
+        raise TrackingError(_advice(type(error).__name__)) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in {"mlflow", "botocore", "boto3", "sqlalchemy"}:
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Max retries exceeded" in first or "Connection" in first:
+            raise TrackingError(_advice("connection lost")) from error
+        raise TrackingError(f"MLflow at {server_uri()} refuses: {first}") from error
