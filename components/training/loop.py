@@ -122,7 +122,9 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
                 run.waited(time.monotonic() - asked, step)
 
             values, steps_done = schedules.at(step), step + 1
-            outcomes = take_step([run.training for run in stepping], batch.normalize(device), step, values)
+            trainings = [run.training for run in stepping]
+            # Nobody steps where one that was behind diverged, before the others are where it was.
+            outcomes = take_step(trainings, batch.normalize(device), step, values) if trainings else []
             for run, outcome in zip(stepping, outcomes, strict=True):
                 run.record(outcome, values, steps_done, together=len(stepping))
             _end_diverged(stepping, step, batch)
@@ -218,7 +220,8 @@ def _end_diverged(stepping: Sequence[_Run], step: int, batch: Batch) -> None:
                     if other.diverged is None:
                         other.save(step + 1)
                 raise error from None
-            logger.error("%s. The others go on", error)
+            if rank() == 0:
+                logger.error("%s. The others go on", error)
 
 
 def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes, flops_per_image: float) -> Instruments:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,12 @@ def test_each_student_is_what_it_is_alone(place, values, workspace, monkeypatch)
 
 
 def folders(root: Path) -> list[Path]:
-    return sorted((root / ".pedigree" / "checkpoints").iterdir())
+    return sorted((root / ".pedigree" / "checkpoints").glob("*"))
+
+
+def kept_steps(root: Path) -> list[list[int]]:
+    """Steps behind the checkpoints of each run."""
+    return [sorted(int(path.name[5:]) for path in folder.glob("step_*")) for folder in folders(root)]
 
 
 def start(values: dict[str, Any], root: Path, student: str) -> subprocess.Popen[str]:
@@ -147,22 +153,24 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 def test_killed_with_one_ahead_and_taken_up_by_a_stage_that_waited(place, values, workspace, caplog):  # noqa: F811
     """SIGKILL; one student loses its newest checkpoint; two stages side by side, of which one waits for the other."""
-    both = values("small", "wide", steps=24, checkpoint_every_steps=2)
+    both = values("small", "wide", steps=40, checkpoint_every_steps=4)
     alone = place()
     for student in ("small", "wide"):
         run(checked(both | {"share_teacher": False}), alone, 0, student)
 
     killed = start(both, workspace, "small")
-    wait_until(lambda: len(list(workspace.glob(".pedigree/checkpoints/*/step_4"))) == 2, killed)
+    wait_until(lambda: len(kept := kept_steps(workspace)) == 2 and all(len(steps) == 2 for steps in kept), killed)
     killed.kill()
     killed.wait()
-    steps = [sorted(int(path.name[5:]) for path in folder.glob("step_*")) for folder in folders(workspace)]
+    steps = kept_steps(workspace)
     behind = steps.index(min(steps))
     shutil.rmtree(folders(workspace)[behind] / f"step_{steps[behind].pop()}")
 
     first = start(both, workspace, "small")
     trainers = [("distill/small", first.pid), ("distill/wide", first.pid)]
     wait_until(lambda: [(run.stage, run.process) for run in find_trainings(workspace, time.time())] == trainers, first)
+    os.kill(first.pid, signal.SIGSTOP)  # holding its locks, until the other one has asked for them
+    threading.Timer(1.0, os.kill, (first.pid, signal.SIGCONT)).start()
     with caplog.at_level(logging.INFO, "components"):
         run(checked(both), workspace, 0, "wide")
     said = [record.getMessage() for record in caplog.records]
@@ -234,6 +242,10 @@ def test_one_that_diverges_stops_alone_unless_it_is_the_wanted_one(jobs, tmp_pat
     assert max(int(path.name[5:]) for path in folders[1].glob("step_*")) == 4
     assert (folders[1] / "diverged_step_4" / "dump.json").exists()
     assert "distill/wide: step 4: loss is not finite" in caplog.text
+    # Again, when the others are done already; then nobody takes the steps that are left.
+    stuck = jobs(max_skipped_steps=1)
+    break_call(stuck[1], 0)
+    assert together(stuck, tmp_path / "broken") == [rows, None]
     # It goes on, alone, and ends as if it had skipped that step by itself.
     again, by_itself = jobs(max_skipped_steps=1)[1], jobs(max_skipped_steps=1)[1]
     break_call(by_itself, 2)
