@@ -171,27 +171,33 @@ def _approximate(task: _Task, config: IndexConfig) -> Propose:
     size, dim = task.others.shape
     sample = min(size, config.memory_mib * 2**20 // (4 * dim))
     lists = min(config.num_lists or round(2 * size**0.5), sample)
-    parts = max(m for m in range(1, min(dim, 2 * config.code_bytes) + 1) if dim % m == 0)
-    quantizer = faiss.IndexFlatIP(dim)
-    inverted = faiss.IndexIVFPQFastScan(quantizer, dim, lists, parts, 4, faiss.METRIC_INNER_PRODUCT)
+    parts = min(dim, 2 * config.code_bytes)
+    zeros = -dim % parts  # appended, so that all parts are as long; no product changes
+    quantizer = faiss.IndexFlatIP(dim + zeros)
+    inverted = faiss.IndexIVFPQFastScan(quantizer, dim + zeros, lists, parts, 4, faiss.METRIC_INNER_PRODUCT)
     inverted.cp.niter = KMEANS_ITERATIONS
     inverted.cp.min_points_per_centroid = inverted.pq.cp.min_points_per_centroid = 1
     inverted.nprobe = min(config.num_probes, lists)
     training = _sample(size, min(sample, TRAINING_VECTORS * lists))
-    inverted.train(task.others[training])  # pyright: ignore[reportCallIssue] - faiss replaces the signature at import
+    inverted.train(_padded(task.others[training], zeros))  # pyright: ignore[reportCallIssue] - faiss replaces the signature at import
     step = max(1, BLOCK_BYTES // (4 * dim))
     with progress("index", size) as advance:
         for start in range(0, size, step):
             chunk = np.ascontiguousarray(task.others[start : start + step])
-            inverted.add(chunk)  # pyright: ignore[reportCallIssue]
+            inverted.add(_padded(chunk, zeros))  # pyright: ignore[reportCallIssue]
             advance(len(chunk))
     count = min(max(2 * task.num_neighbors, MIN_CANDIDATES) + task.among, size)
 
     def propose(chunk: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        found = inverted.search(chunk, count)[1]  # pyright: ignore[reportCallIssue]
+        found = inverted.search(_padded(chunk, zeros), count)[1]  # pyright: ignore[reportCallIssue]
         return np.where(found < 0, -np.inf, _products(chunk, task.others, found)).astype(np.float32), found
 
     return propose
+
+
+def _padded(vectors: NDArray[np.float32], zeros: int) -> NDArray[np.float32]:
+    """[n, D] -> [n, D + zeros]."""
+    return np.pad(vectors, ((0, 0), (0, zeros))) if zeros else vectors
 
 
 def _products(chunk: NDArray[np.float32], others: Vectors, found: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -76,6 +76,16 @@ def test_the_index_finds_the_planted_copies_that_all_products_find(planted):
     assert [by_pair[pair] for pair in pairs] == found.similarity.tolist()  # the vectors decide, not the codes
 
 
+def test_dims_that_split_into_no_equal_parts_are_coded_as_finely():
+    generator = np.random.default_rng(5)
+    vectors = generator.standard_normal((4000, 131)) + generator.standard_normal((40, 131))[np.arange(4000) % 40]
+    vectors[3600:] = vectors[:400] + generator.standard_normal((400, 131)) * np.linspace(0, 0.8, 400)[:, None]
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    found = find_neighbors(vectors, None, 8, 0.75, APPROXIMATE)
+    assert as_set(found) == as_set(find_neighbors(vectors, None, 8, 0.75))
+    assert found.recall == 1.0  # 0.66 if a code is made of the 131 numbers as one part
+
+
 def test_without_a_threshold_all_the_nearest_are_pairs_nearest_first(planted):
     queries = planted[:50]
     exact = queries.astype(np.float64) @ planted.astype(np.float64).T
