@@ -88,7 +88,7 @@ def run(
     """Run one stage in the current folder.
 
     Examples: `python -m components pretrain`, `python -m components distill small`,
-    `python -m components embed --engine ray --address 10.0.0.7:6379`.
+    `python -m components curate --engine ray --address 10.0.0.7:6379`.
     """
     choose_engine(engine, address)
     root = Path.cwd()

@@ -198,6 +198,7 @@ class CurateConfig(Config):
     target_images: NonNegativeInt | None = None  # of the balanced part; 0: there is none; None: all
     gates: GatesConfig = GatesConfig()
     max_shard_mib: PositiveInt = 1024
+    workers: PositiveInt | None = None  # processes that pack; None: one for each CPU
 
     @property
     def needs_clusters(self) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from components.core.progress import track
+from components.core.engine import map_shards
+from components.curation.embed import split_by_shard
 from components.curation.faces import Box, blur
 from components.curation.rejections import CurationError
 from components.data.manifest import (
@@ -27,7 +30,7 @@ from components.data.manifest import (
     write_manifest,
     write_table,
 )
-from components.data.shards import EXTENSIONS, ShardReader, ShardWriter, decode_image
+from components.data.shards import EXTENSIONS, ShardReader, ShardWriter, decode_image, shard_starts
 
 # Why an image is in: `row` is a row of the pool; the other columns are those of CURATED_SCHEMA.
 CHOSEN_SCHEMA = pa.schema(
@@ -38,7 +41,7 @@ CHOSEN_SCHEMA = pa.schema(
 )
 PLACE = ("shard", "offset", "length")
 JPEG_QUALITY = 95  # of an image whose faces were blurred, where it was a JPEG; all others become PNG
-BLURRED = ("image_id", "derived_from", "format", "width", "height")  # columns that are new for such an image
+BLURRED = ("image_id", "derived_from", "format", "width", "height", "length")  # columns that are new for such an image
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
@@ -54,6 +57,27 @@ class Pool:
     faces: pa.ChunkedArray  # [N] the boxes to blur, as in SCORES_SCHEMA; null where none were looked for
 
 
+@dataclass(frozen=True)
+class BlurTask:
+    """Images of one shard of the pool whose faces are blurred."""
+
+    pool: Path
+    rows: pa.Table  # [n] of POOL_SCHEMA, and `faces`
+    aside: Path  # gets the new images, in files named by their ids
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One shard of the curated set."""
+
+    pool: Path
+    rows: pa.Table  # [n] image_id, derived_from, format, and where the pool has it
+    aside: Path  # has the images whose faces were blurred
+    folder: Path
+    number: int
+    max_bytes: int
+
+
 def check_accounting(num_images: int, chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> None:
     """Every row of the pool is in or out, exactly once.
 
@@ -66,7 +90,9 @@ def check_accounting(num_images: int, chosen: NDArray[np.int64], rejected: NDArr
         raise CurationError(f"of {num_images} pool images, {lost} are neither in nor out and {twice} are both")
 
 
-def pack(pool: Pool, chosen: pa.Table, rejected: pa.Table, folder: Path, max_bytes: int) -> None:
+def pack(
+    pool: Pool, chosen: pa.Table, rejected: pa.Table, folder: Path, max_bytes: int, workers: int | None = None
+) -> None:
     """Write manifest.parquet, rejected.parquet and the shards; equal choices give equal bytes.
 
     Args:
@@ -75,11 +101,13 @@ def pack(pool: Pool, chosen: pa.Table, rejected: pa.Table, folder: Path, max_byt
         rejected: the table of `rejections`, for all others.
         folder: existing, empty.
         max_bytes: of one shard.
+        workers: that blur and pack, shard by shard, see `map_shards`; their number does not change the bytes.
 
     Raises:
         CurationError: an image whose bytes are not those that its id was made from.
     """
     check_accounting(len(pool.images), chosen["row"].to_numpy(), rejected["row"].to_numpy())
+    chosen = chosen.sort_by("row")
     rows = chosen["row"]
     images = pool.images.take(rows)
     columns = {name: images[name] for name in POOL_SCHEMA.names}
@@ -87,9 +115,16 @@ def pack(pool: Pool, chosen: pa.Table, rejected: pa.Table, folder: Path, max_byt
     columns |= _findings(pool, rows) | {"derived_from": pa.nulls(len(images), pa.string())}
     table = pa.table({name: columns[name] for name in CURATED_SCHEMA.names}, schema=CURATED_SCHEMA)
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        table = _blur_faces(pool, table, rows, Path(aside))
+        table = _blur_faces(pool, table, rows, Path(aside), workers)
         table = table.sort_by("image_id")
-        table = _copy_bytes(pool.folder, table, Path(aside), ShardWriter(folder, max_bytes))
+        starts = shard_starts(table["length"].to_pylist(), max_bytes)
+        asked = table.select(["image_id", "derived_from", "format", *PLACE])
+        tasks = [
+            PackTask(pool.folder, _rows(asked, start, end), Path(aside), folder, number, max_bytes)
+            for number, (start, end) in enumerate(pairwise([*starts, len(table)]))
+        ]
+        places = [place for shard in map_shards(pack_shard, tasks, workers=workers, what="packing") for place in shard]
+    table = _with_columns(table, dict(zip(PLACE, zip(*places, strict=True), strict=True)))
     write_manifest(table, folder / MANIFEST)
     write_table(rejected_table(pool, rejected), REJECTED_SCHEMA, folder / REJECTED)
 
@@ -110,43 +145,55 @@ def _findings(pool: Pool, rows: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
     return columns | {"group_id": pa.chunked_array([pool.group_id.take(rows.combine_chunks())])}
 
 
-def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, aside: Path) -> pa.Table:
+def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, aside: Path, workers: int | None) -> pa.Table:
     """Make a new image of each that has faces, in a file named by its id; returns the table with these in place."""
-    found = pc.fill_null(pc.list_value_length(pool.faces.take(rows)), 0).to_numpy()
-    places = np.flatnonzero(found)
-    if not len(places):
-        return table
-    reader = ShardReader(pool.folder)
+    faces = pool.faces.take(rows)
+    places = np.flatnonzero(pc.fill_null(pc.list_value_length(faces), 0).to_numpy())
+    asked = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
+    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), aside) for _, part in split_by_shard(asked)]
+    made = [one for shard in map_shards(blur_shard, tasks, workers=workers, what="blurring faces") for one in shard]
     new = {name: table[name].to_pylist() for name in BLURRED}
-    for place in track(places.tolist(), "blurring faces", len(places)):
-        old = table.slice(place, 1).to_pylist()[0]
-        boxes: list[Box] = pool.faces[rows[place].as_py()].as_py()
-        image = blur(decode_image(_read(reader, pool.folder, old)), boxes)
+    for place, values in zip(places.tolist(), made, strict=True):
+        for name, value in zip(BLURRED, values, strict=True):
+            new[name][place] = value
+    return _with_columns(table, new)
+
+
+def blur_shard(task: BlurTask) -> list[tuple[Any, ...]]:
+    """Blur the images of one shard; returns the columns BLURRED of each."""
+    reader, made = ShardReader(task.pool), []
+    for old in task.rows.to_pylist():
+        boxes: list[Box] = old["faces"]
+        image = blur(decode_image(_read(reader, task.pool, old)), boxes)
         kind = "JPEG" if old["format"] == "JPEG" else "PNG"
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=JPEG_QUALITY)
         data = buffer.getvalue()
         image_id = hashlib.sha256(data).hexdigest()
-        (aside / image_id).write_bytes(data)
-        for name, value in zip(BLURRED, (image_id, old["image_id"], kind, *image.size), strict=True):
-            new[name][place] = value
-    for name, values in new.items():
-        field = CURATED_SCHEMA.field(name)
-        table = table.set_column(CURATED_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
-    return table
+        (task.aside / image_id).write_bytes(data)
+        made.append((image_id, old["image_id"], kind, *image.size, len(data)))
+    return made
 
 
-def _copy_bytes(pool_folder: Path, table: pa.Table, aside: Path, shards: ShardWriter) -> pa.Table:
-    """Copy the images, which are in order of their ids; returns the table that says where they lie now."""
-    reader = ShardReader(pool_folder)
-    rows = table.select(["image_id", "derived_from", "format", *PLACE]).to_pylist()
+def pack_shard(task: PackTask) -> list[tuple[str, int, int]]:
+    """Copy the images of one shard, which are in order of their ids; returns where each lies now."""
+    reader = ShardReader(task.pool)
     places: list[tuple[str, int, int]] = []
-    with shards as writer:
-        for row in track(rows, "packing", len(rows)):
+    with ShardWriter(task.folder, task.max_bytes, task.number) as writer:
+        for row in task.rows.to_pylist():
             blurred = row["derived_from"] is not None
-            data = (aside / row["image_id"]).read_bytes() if blurred else _read(reader, pool_folder, row)
+            data = (task.aside / row["image_id"]).read_bytes() if blurred else _read(reader, task.pool, row)
             places.append(writer.add(row["image_id"], EXTENSIONS[row["format"]], data))
-    for name, values in zip(PLACE, zip(*places, strict=True), strict=True):
+    return places
+
+
+def _rows(table: pa.Table, start: int, end: int) -> pa.Table:
+    """A copy of some rows: a slice would be sent to a worker with all that it was cut from."""
+    return table.take(pa.array(range(start, end), pa.int64()))
+
+
+def _with_columns(table: pa.Table, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    for name, values in columns.items():
         field = CURATED_SCHEMA.field(name)
         table = table.set_column(CURATED_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
     return table

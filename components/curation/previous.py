@@ -34,7 +34,7 @@ def find_previous(config: CurateConfig, pool: pa.Table, root: Path) -> Previous:
         CurationError: the named manifest is missing.
     """
     sources = sorted(set(pool["source"].to_pylist()))
-    key = json.dumps([config.model_dump(mode="json", exclude={"gates"}), sources], sort_keys=True)
+    key = json.dumps([config.model_dump(mode="json", exclude={"gates", "workers"}), sources], sort_keys=True)
     path = root / KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if config.gates.previous is not None:
         named = root / config.gates.previous

@@ -108,7 +108,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
         rejected = pa.concat_tables([filtered, unique.rejected, selection.rejected])
         pool = _with_findings(root, inputs, unique, selection)
         with atomic_dir(root / CURATED) as folder:
-            pack(pool, selection.chosen, rejected, folder, config.max_shard_mib * 2**20)
+            pack(pool, selection.chosen, rejected, folder, config.max_shard_mib * 2**20, config.workers)
             gates.all_accounted(docs, folder, inputs.pool)
             gates.validate_curated(docs, folder, licenses, previous.drift)
     kept = _images(inputs, selection.chosen["row"].to_numpy())

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO
@@ -74,17 +75,18 @@ class ShardWriter:
     """Writes `00000.tar`, `00001.tar`, ... with members `<image_id>.<extension>` in sorted order.
 
     A shard is closed before it would pass `max_bytes`; an image larger than that has a shard of its own.
-    Members have no times or owners, so the same images give the same bytes.
+    Members have no times or owners, so the same images give the same bytes. `first` is the number to begin with, for
+    a writer that makes a part of what `shard_starts` lays out.
     """
 
-    def __init__(self, folder: Path, max_bytes: int):
+    def __init__(self, folder: Path, max_bytes: int, first: int = 0):
         if max_bytes < 1:
             raise ShardError(f"a shard of at most {max_bytes} bytes can hold no image; give a positive size")
         self._folder = folder
         self._max_bytes = max_bytes
         self._file: BinaryIO | None = None
         self._written = 0  # bytes in the open shard
-        self._num_shards = 0
+        self._num_shards = first
         self._last_id = ""
 
     def __enter__(self) -> ShardWriter:
@@ -109,15 +111,14 @@ class ShardWriter:
         member.size = len(data)
         member.mode = 0o644
         header = member.tobuf(tarfile.USTAR_FORMAT)
-        padding = -len(data) % BLOCK
-        if self._file is not None and self._written + len(header) + len(data) + padding + RECORD > self._max_bytes:
+        if self._file is not None and self._written + _member_bytes(len(data)) + RECORD > self._max_bytes:
             self._finish()
         file = self._file or self._open()
         offset = self._written + len(header)
         file.write(header)
         file.write(data)
-        file.write(bytes(padding))
-        self._written = offset + len(data) + padding
+        file.write(bytes(-len(data) % BLOCK))
+        self._written += _member_bytes(len(data))
         return self._name(), offset, len(data)
 
     def _name(self) -> str:
@@ -136,6 +137,22 @@ class ShardWriter:
         self._file.close()
         self._file = None
         self._num_shards += 1
+
+
+def shard_starts(lengths: Iterable[int], max_bytes: int) -> list[int]:
+    """Places of the images with which `ShardWriter` begins a shard, for encoded images of these lengths in bytes."""
+    starts, written = [], 0
+    for place, length in enumerate(lengths):
+        if not starts or written + _member_bytes(length) + RECORD > max_bytes:
+            starts.append(place)
+            written = 0
+        written += _member_bytes(length)
+    return starts
+
+
+def _member_bytes(length: int) -> int:
+    """What a file of this length takes in a tar, with its header and padding."""
+    return BLOCK + length + -length % BLOCK
 
 
 class _Descriptor:

@@ -22,7 +22,7 @@ def test_every_row_is_in_or_out_once():
         check_accounting(4, np.array([0, 2]), np.array([3, 2]))
 
 
-def packed(root, pool, order, folder, *, max_bytes=300_000, faces=None):
+def packed(root, pool, order, folder, *, max_bytes=300_000, faces=None, workers=1):
     out = np.setdiff1d(np.arange(len(pool)), order)
     chosen = pa.Table.from_pylist([{"row": row, "origin": "balanced"} for row in order], CHOSEN_SCHEMA)
     findings = pa.table({field.name: pa.nulls(len(pool), field.type) for field in FINDINGS})
@@ -30,7 +30,7 @@ def packed(root, pool, order, folder, *, max_bytes=300_000, faces=None):
     boxes = pa.chunked_array([pa.array([(faces or {}).get(row) for row in range(len(pool))], pa.list_(BOX))])
     whole = Pool(root / "data/pool", pool, pool["image_id"].combine_chunks(), findings, boxes)
     folder.mkdir()
-    pack(whole, chosen, rejections(out, "not_sampled", "cluster 0"), folder, max_bytes)
+    pack(whole, chosen, rejections(out, "not_sampled", "cluster 0"), folder, max_bytes, workers)
     return read_collection(folder)
 
 

@@ -1,4 +1,4 @@
-"""The same bytes from a real Ray cluster of two nodes as from processes of this machine."""
+"""Embedding and packing: the same bytes from a real Ray cluster of two nodes as from processes of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from components.core.engine import EngineError, map_shards
 from components.core.storage import sha256_dir
 from components.curation.config import EmbedConfig, ModelConfig
 from components.curation.stage import embed
+from components.data.manifest import read_collection
 from tests.core.test_engine import die_on_three, fail_on_three, slow_square
+from tests.curation.test_curation_pack import packed
 from tests.curation.test_embed import save_small_model
 
 NODE = {
@@ -72,6 +74,20 @@ def test_embeddings_and_scores_are_the_same_bytes(small_workspace, tmp_path_fact
         choose_engine(engine, cluster if engine is Engine.RAY else None)
         embed(EmbedConfig(workers=workers, semantic=ours), root, 0)
         made[engine, workers] = sha256_dir(root / "data/embeddings")
+    assert len(set(made.values())) == 1
+
+
+def test_packed_shards_and_blurred_faces_are_the_same_bytes(small_workspace, cluster, monkeypatch):
+    pool = read_collection(small_workspace / "data/pool")
+    faces = {row: [{"x": 40, "y": 30, "w": 50, "h": 60}] for row in (4, 7)}
+    made = {}
+    for engine, workers in ((Engine.LOKY, 1), (Engine.LOKY, 2), (Engine.RAY, 2)):
+        monkeypatch.setenv(ADDRESS, "")
+        choose_engine(engine, cluster if engine is Engine.RAY else None)
+        folder = small_workspace / f"{engine}{workers}"
+        table = packed(small_workspace, pool, range(10), folder, max_bytes=120_000, faces=faces, workers=workers)
+        assert len(set(table["shard"].to_pylist())) > 3
+        made[engine, workers] = sha256_dir(folder)
     assert len(set(made.values())) == 1
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from components.data import shards
-from components.data.shards import ImageError, ShardError, ShardReader, ShardWriter, decode_image
+from components.data.shards import ImageError, ShardError, ShardReader, ShardWriter, decode_image, shard_starts
 
 # pytest puts the filters of the module aside.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -39,7 +39,10 @@ def blobs(count: int = 40) -> dict[str, bytes]:
 
 def write(folder: Path, images: dict[str, bytes], max_bytes: int) -> list[tuple[str, str, int, int]]:
     with ShardWriter(folder, max_bytes) as writer:
-        return [(name, *writer.add(name, "jpg", data)) for name, data in images.items()]
+        places = [(name, *writer.add(name, "jpg", data)) for name, data in images.items()]
+    shards = [place[1] for place in places]
+    assert shard_starts(map(len, images.values()), max_bytes) == [shards.index(name) for name in sorted(set(shards))]
+    return places
 
 
 # Shards
