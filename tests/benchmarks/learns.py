@@ -1,0 +1,101 @@
+"""`python -m tests.benchmarks.learns [SEEDS]`: does the recipe of params.yaml learn? Real stages on the sample pool.
+
+Prints kNN accuracy (`evaluate.knn.reported`) on the sample's test images of teacher and student beside random weights
+of the same shape and the descriptor: mean and range over seeds, and the differences within a seed. Some minutes a seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.adaptation import stage as adaptation
+from components.curation import stage as curation
+from components.data.ingest import ingest
+from components.data.ingest_config import IngestRequest
+from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
+from components.distillation import stage as distillation
+from components.evaluation import stage as evaluation
+from components.pretraining import stage as pretraining
+from components.recipe import Recipe, load_recipe
+
+STUDENT = "small"
+METRIC = "knn_top1"
+
+
+def make_collections(folder: Path) -> None:
+    """The sample pool (seed 0, as a first run builds it), ingested below `folder`/data."""
+    build_sample_pool(folder / "sample")
+    places = {name: folder / "data" / name for name in ("pool", "evaluation")}
+    for part, place in places.items():
+        source = {"source": str(folder / "sample" / part), "name": "sample", "license": SAMPLE_LICENSE, **places}
+        ingest(IngestRequest.parse(**source, as_evaluation=part == "evaluation", docs_folder=place.parent / "docs"))
+
+
+def run_seed(recipe: Recipe, collections: Path, root: Path, seed: int) -> tuple[dict[str, float], float]:
+    """All stages in an empty `root`; accuracy by model, and CPU seconds of the three trainings."""
+    root.mkdir()
+    (root / "data").mkdir()
+    for name in ("pool", "evaluation"):
+        (root / "data" / name).symlink_to(collections / "data" / name)
+    curation.embed(recipe.embed, root, seed)
+    curation.curate(recipe.curate, root, seed)
+    begun = _cpu_seconds()
+    pretraining.run(recipe.pretrain, root, seed)
+    adaptation.run(recipe.adapt, root, seed)
+    distillation.run(recipe.distill, root, seed, STUDENT)
+    spent = _cpu_seconds() - begun
+    teacher, student = (evaluation.run(recipe.evaluate, root, seed, name) for name in ("teacher", STUDENT))
+    return _accuracies(teacher, student), spent
+
+
+def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "teacher": teacher[METRIC],
+        "its random weights": teacher["random"][METRIC],
+        "student": student[METRIC],
+        "its random weights, of the student": student["random"][METRIC],
+        "descriptor": teacher["descriptor"][METRIC],
+    }
+
+
+def _cpu_seconds() -> float:
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )  # user and system, of this process and of its loaders
+
+
+def main(num_seeds: int) -> None:
+    """Train and evaluate with seeds 0, 1, ...; print a line a model and a line a difference."""
+    logging.disable(logging.INFO)
+    recipe = load_recipe(Path(), None)
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        make_collections(Path(name))
+        for seed in range(num_seeds):
+            accuracies, spent = run_seed(recipe, Path(name), Path(name) / f"seed-{seed}", seed)
+            rows.append(accuracies)
+            sys.stdout.write(f"seed {seed}: {accuracies}, training {spent:.0f} s of CPU time\n")
+            sys.stdout.flush()
+    for model in rows[0]:
+        _write_line(model, [row[model] for row in rows])
+    for ours, other in (
+        ("teacher", "its random weights"),
+        ("teacher", "descriptor"),
+        ("student", "its random weights, of the student"),
+    ):
+        _write_line(f"{ours} minus {other}", [row[ours] - row[other] for row in rows])
+
+
+def _write_line(what: str, values: list[float]) -> None:
+    mean = sum(values) / len(values)
+    sys.stdout.write(f"{what:55} {mean:6.3f} ({min(values):.3f} to {max(values):.3f})\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
