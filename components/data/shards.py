@@ -333,7 +333,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             pixels = image.convert("RGBA")
             white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, pixels).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy all pixels
     except (ValueError, OSError) as error:
         raise ImageError("unsupported_format", f"{image.mode} pixels: {_first_line(error)}") from None
 
