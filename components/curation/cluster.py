@@ -217,6 +217,7 @@ class _KMeans:
 def _nearest(assigned: _Assignment, sample_size: int) -> NDArray[np.int64]:
     """Positions of the `sample_size` points nearest to each centroid, ascending; of equal ones the first."""
     order = np.lexsort((assigned.distance, assigned.label))
-    labels = assigned.label[order]
-    first = np.searchsorted(labels, labels)  # where the cluster of each begins
-    return np.sort(order[np.arange(len(order)) - first < sample_size])
+    sizes = np.bincount(assigned.label)
+    firsts = np.cumsum(sizes) - sizes
+    parts = [order[first : first + min(size, sample_size)] for first, size in zip(firsts, sizes, strict=True)]
+    return np.sort(np.concatenate(parts))
