@@ -16,8 +16,10 @@ from components.model.attention import Layout, fused_attention
 from components.model.vit import VisionTransformer
 from components.objective import centering
 from components.objective.prototypes import PrototypeLoss
+from components.objective.total import TeacherLogits
 from components.training import step as step_module
-from components.training.step import StepOutput, TrainingStep
+from components.training.networks import Network
+from components.training.step import TrainingStep
 
 
 def _packing() -> AbstractContextManager[Any]:
@@ -70,13 +72,23 @@ def _fused_adamw() -> AbstractContextManager[Any]:
     return mock.patch.object(step_module, "build_optimizer", unfused)
 
 
+def _no_grad() -> AbstractContextManager[Any]:
+    targets: Callable[..., TeacherLogits] = vars(Network.targets)["__wrapped__"]  # without its torch.no_grad
+
+    def with_graph(teacher: Network, *args: Tensor) -> TeacherLogits:
+        return targets(teacher.requires_grad_(), *args)
+
+    return mock.patch.object(Network, "targets", with_graph)
+
+
 class _AllTokens(TrainingStep):
     """The patch head and loss take every patch, as where nothing is masked; the student still sees masks."""
 
-    def _add_gradient(self, batch: Batch, teacher_temp: float) -> StepOutput:
-        student, masks = self._parallel, batch.masks
-        with mock.patch.object(self, "_parallel", lambda large, small, _, *rest: student(large, small, masks, *rest)):
-            return super()._add_gradient(Batch(batch.global_crops, batch.local_crops, None, []), teacher_temp)
+    def targets(self, batch: Batch, loss_masks: Tensor) -> TeacherLogits:
+        return super().targets(batch, torch.ones_like(loss_masks))
+
+    def loss(self, batch: Batch, loss_masks: Tensor, teacher: TeacherLogits, teacher_temp: float) -> Tensor:
+        return super().loss(batch, torch.ones_like(loss_masks), teacher, teacher_temp)
 
 
 _PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -85,6 +97,7 @@ _PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "subset drop path": _subset_drop_path,
     "losses in pieces": _pieces,
     "fused AdamW": _fused_adamw,
+    "teacher under no_grad": _no_grad,
 }
 ALL_TOKENS = "heads on needed tokens"
 TECHNIQUES = [*_PATCHES, ALL_TOKENS]
