@@ -1,10 +1,11 @@
-"""`python -m tests.benchmarks.balance FOLDER`: does balanced sampling even out the classes of real pictures?
+"""`python -m tests.benchmarks.balance FOLDER [--weights FILE.pt]`: does balancing even out classes of real pictures?
 
 FOLDER holds one folder of pictures for each class; Debian's package openclipart-png has them in
 /usr/share/openclipart/png. Classes are cut to a long tail on purpose: the class of rank r keeps at most 1 / r^1.3 of
 the largest. The same number of pictures is then drawn in every way, and the entropy of their classes compared. Classes
 are never seen by what is measured; "by class" knows them, and is the most that can be reached. The handwritten digits
-of scikit-learn stand beside them.
+of scikit-learn stand beside them. `--weights` is a TorchScript file that gives features, such as those of a network
+that was trained to name objects; it is used as `embed.semantic: {kind: torchscript, size: 224}` uses it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from sklearn.datasets import load_digits
 from components.core.progress import track
 from components.curation import descriptor
 from components.curation.cluster import hierarchical_kmeans
-from components.curation.config import LevelConfig
+from components.curation.config import LevelConfig, TorchScriptConfig
+from components.curation.embedders import load, resolve
 from components.curation.sample import allocate, balanced_sample
 from components.data.shards import ImageError, decode_image
 
@@ -62,6 +64,8 @@ def ways(fine: int, middle: int, coarse: int) -> dict[str, list[LevelConfig]]:
         "flat, middle": levels(middle, resampling_steps=0),
         "flat, fine": levels(fine, resampling_steps=0),
         "flat, fine, resampled": levels(fine, resampling_steps=10),
+        "fine, middle": levels(fine, middle, resampling_steps=0),
+        "fine, middle, resampled": levels(fine, middle, resampling_steps=10),
         "fine, coarse": levels(fine, coarse, resampling_steps=0),
         "fine, coarse, resampled": levels(fine, coarse, resampling_steps=10),
         "fine, middle, coarse, resampled": levels(fine, middle, coarse, resampling_steps=10),
@@ -99,6 +103,12 @@ def network_features() -> Embed:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: np.asarray(session.run([NSFW_FEATURES], {name: preprocess(image)[None]})[0]).ravel()
+
+
+def torchscript_features(path: Path) -> Embed:
+    """What a TorchScript file gives, as an embedder of curation."""
+    embed = load(resolve(TorchScriptConfig(path=str(path.resolve()), size=224), Path.cwd()))
+    return lambda image: embed([image])[0]
 
 
 def long_tail(classes: NDArray[np.str_]) -> NDArray[np.int64]:
@@ -165,7 +175,8 @@ def column(pool: Pool) -> list[str]:
     ]
     cells += [f"{entropy(pool.classes):.2f}", _cell([entropy(one) for one in by_chance])]
     cells.append(_cell([entropy(np.repeat(np.arange(len(sizes)), counts).astype(str)) for counts in shares]))
-    for levels in track(ways(*pool.counts).values(), f"cluster, {pool.name}", 7, "ways"):
+    settings = ways(*pool.counts)
+    for levels in track(settings.values(), f"cluster, {pool.name}", len(settings), "ways"):
         found = []
         for seed in SEEDS:
             with contextlib.redirect_stderr(io.StringIO()):  # progress
@@ -184,10 +195,15 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-9)).astype(np.float32)
 
 
-def run(folder: Annotated[Path, typer.Argument(help="One folder of PNG pictures for each class.")]) -> None:
+def run(
+    folder: Annotated[Path, typer.Argument(help="One folder of PNG pictures for each class.")],
+    weights: Annotated[Path | None, typer.Option(help="A TorchScript file that maps images to features.")] = None,
+) -> None:
     """Print a Markdown table of class entropies, in bits: mean of three seeds, and their range."""
     images, classes = read_pictures(folder)
     embedders = {"descriptor": describe, "shape and colour": shape_and_colour, "network": network_features()}
+    if weights is not None:
+        embedders[weights.stem] = torchscript_features(weights)
     pools = [digits()]
     for name, embed in embedders.items():
         vectors = np.stack([embed(image) for image in track(images, name, len(images))])

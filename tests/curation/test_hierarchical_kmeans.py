@@ -85,6 +85,25 @@ def test_resampling_spreads_centroids_over_the_support():
     assert share_right(LevelConfig(num_clusters=100)) == pytest.approx(0.27, abs=0.03)
 
 
+def test_each_level_flattens_the_density_of_centroids():
+    # As above: each level takes the square root of the density below it, so that 19 points on the left for one on the
+    # right become 19^(1/2), then 19^(1/4) centroids (arXiv 2405.15613, section 3.2), and with resampling still fewer.
+    generator = np.random.default_rng(1)
+    vectors = generator.random((12000, 2)).astype(np.float32)
+    vectors[:11400, 0] -= 1
+
+    def divergence(resampling_steps: int) -> list[float]:  # of each level's centroids on the halves, from even ones
+        levels = [LevelConfig(num_clusters=count, resampling_steps=resampling_steps) for count in (600, 150)]
+        right = [float((c[:, 0] > 0).mean()) for c in hierarchical_kmeans(vectors, levels, 20, seed=0).centroids]
+        return [float(np.log(2) + share * np.log(share) + (1 - share) * np.log(1 - share)) for share in right]
+
+    plain = divergence(0)
+    np.testing.assert_allclose(plain, [0.212, 0.063], atol=0.03)  # of shares 1 / (1 + 19^(1/2)) and 1 / (1 + 19^(1/4))
+    resampled = divergence(2)
+    assert resampled[0] < 0.75 * plain[0]
+    assert resampled[1] < 0.5 * plain[1]
+
+
 def test_the_same_for_any_thread_count_and_for_a_file(unit_vectors, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "CHUNK_BYTES", 2**17)  # 1,024 vectors: six chunks, and ten parts to seed from
     monkeypatch.setattr(cluster, "SEEDING_PART_BYTES", 2**14)
