@@ -40,12 +40,14 @@ class Batch:
     local_crops: Tensor  # [L*B, 3, h, w] likewise
     masks: Tensor | None  # [G*B, P] bool, True where the student sees the mask token; None: nothing is masked
     skipped: list[BadImage]
+    anchor_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the anchor sees the global crops
 
     def normalize(self, device: torch.device) -> Batch:
         """The batch on `device`, with ImageNet's mean and standard deviation."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         crops = [to_input(c.to(device, non_blocking=True)) for c in (self.global_crops, self.local_crops)]
-        return replace(self, global_crops=crops[0], local_crops=crops[1], masks=masks)
+        anchor = None if self.anchor_crops is None else to_input(self.anchor_crops.to(device, non_blocking=True))
+        return replace(self, global_crops=crops[0], local_crops=crops[1], masks=masks, anchor_crops=anchor)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class BatchPlan:
     masking: MaskingConfig | None
     rank: int = 0
     num_ranks: int = 1
+    anchor_scale: int = 1  # of the anchor's crops; 1: it sees the global ones
 
 
 class TrainingBatches(Dataset[Batch | Exception]):
@@ -86,15 +89,17 @@ class TrainingBatches(Dataset[Batch | Exception]):
         if get_worker_info() is not None:  # not in the trainer itself, which will fork: threads do not survive that
             for position in range(first, first + share):
                 self._stream.fetch_ahead(position)
+        crop = partial(sample_crops, config=plan.crops, seed=plan.seed, anchor_scale=plan.anchor_scale)
         found = [
-            self._stream.find(position, partial(sample_crops, config=plan.crops, seed=plan.seed, position=position))
-            for position in range(first, first + share)
+            self._stream.find(position, partial(crop, position=position)) for position in range(first, first + share)
         ]
+        anchor = [item.image.anchor_crops for item in found if item.image.anchor_crops is not None]
         return Batch(
             global_crops=_stack([item.image.global_crops for item in found]),
             local_crops=_stack([item.image.local_crops for item in found]),
             masks=self._masks(step, share),
             skipped=[bad for item in found for bad in item.skipped],
+            anchor_crops=_stack(anchor) if anchor else None,
         )
 
     def _masks(self, step: int, share: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,21 @@ class GramLoss:
             unit = F.normalize(patch_tokens.float(), dim=-1)
             loss: Any = _GramDifference.apply(unit, F.normalize(self.anchor.float(), dim=-1))
             return self.weight * loss
+
+
+def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
+    """Patch features of a square grid resampled to another one: bicubic without antialiasing, as in the released code.
+
+    Args:
+        patch_tokens: [N, P', D].
+        patches: P of the other grid.
+
+    Returns:
+        [N, P, D] float32.
+    """
+    side, wanted = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
+    grid = patch_tokens.float().transpose(1, 2).unflatten(2, (side, side))  # [N, D, h', w']
+    return F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
 
 
 class _GramDifference(torch.autograd.Function):

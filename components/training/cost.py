@@ -72,13 +72,17 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
     return 2.0 * sum(before * after for before, after in pairwise(widths))
 
 
-def joint_flops(together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None) -> float:
+def joint_flops(
+    together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int = 1
+) -> float:
     """`training_flops` of students that are trained on the same images, whose teacher looks at them once."""
     shared = (len(together) - 1) * _teacher_flops(together[0], crops, _patches(together[0], crops, masking))
-    return sum(training_flops(networks, crops, masking) for networks in together) - shared
+    return sum(training_flops(networks, crops, masking, anchor_scale) for networks in together) - shared
 
 
-def training_flops(networks: Networks, crops: CropConfig, masking: MaskingConfig | None) -> float:
+def training_flops(
+    networks: Networks, crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int = 1
+) -> float:
     """Operations that one image costs in training: its crops through the student and back, and through the teacher.
 
     What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
@@ -88,7 +92,7 @@ def training_flops(networks: Networks, crops: CropConfig, masking: MaskingConfig
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
     total = _teacher_flops(networks, crops, patches)
     if networks.anchor is not None:
-        total += NUM_GLOBAL * backbone_flops(networks.anchor.backbone.config, crops.global_size)
+        total += NUM_GLOBAL * backbone_flops(networks.anchor.backbone.config, anchor_scale * crops.global_size)
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)

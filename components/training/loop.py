@@ -56,7 +56,10 @@ class Job:
         """What determines this rank's batches."""
         patch_size = self.networks.student.backbone.config.patch_size
         config = self.config
-        return BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
+        scale = config.gram.teacher_scale if config.gram else 1
+        return BatchPlan(
+            self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size(), scale
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
     """
     job, config, device = trainees[0].job, trainees[0].job.config, training_device()
     batches = TrainingBatches(job.stream, job.batch_plan())
-    flops = joint_flops([trainee.job.networks for trainee in trainees], config.crops, job.masking)
+    together, scale = [trainee.job.networks for trainee in trainees], job.batch_plan().anchor_scale
+    flops = joint_flops(together, config.crops, job.masking, scale)
     runs = [_Run(trainee, device, flops) for trainee in trainees]
     schedules, start = Schedules(config), min(run.start for run in runs)
     coming = iterate_batches(batches, config.stream, range(start, config.steps))

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
-from components.objective.gram import GramLoss
+from components.objective.gram import GramLoss, to_grid
 from components.objective.total import Objective, StudentOutput, TeacherLogits
 from components.training.config import TrainingConfig
 from components.training.networks import Networks
@@ -105,7 +105,10 @@ class TrainingStep:
         with self._autocast():
             head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
             if self._gram and self.networks.anchor and self._anchored:
-                anchor = self.networks.anchor.patch_tokens(batch.global_crops)
+                seen = batch.global_crops if batch.anchor_crops is None else batch.anchor_crops
+                anchor = self.networks.anchor.patch_tokens(seen)
+                if batch.anchor_crops is not None:
+                    anchor = to_grid(anchor, loss_masks.shape[1])
                 head_losses = replace(head_losses, gram=GramLoss(anchor, self._gram.weight))
             student: StudentOutput = self._parallel(
                 batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
@@ -196,9 +199,9 @@ def split_images(batch: Batch, parts: int) -> list[Batch]:
         by_crop = rows.unflatten(0, (-1, images)) if len(rows) else rows.unsqueeze(1).expand(0, images, *rows.shape[1:])
         return [part.flatten(0, 1) for part in by_crop.tensor_split(parts, dim=1)]
 
-    masks = [None] * parts if batch.masks is None else cut(batch.masks)
-    cuts = zip(cut(batch.global_crops), cut(batch.local_crops), masks, strict=True)
-    return [Batch(large, small, hidden, batch.skipped) for large, small, hidden in cuts]
+    optional = [[None] * parts if rows is None else cut(rows) for rows in (batch.masks, batch.anchor_crops)]
+    cuts = zip(cut(batch.global_crops), cut(batch.local_crops), *optional, strict=True)
+    return [Batch(large, small, hidden, batch.skipped, anchor) for large, small, hidden, anchor in cuts]
 
 
 def _join_images(parts: list[Tensor]) -> Tensor:

@@ -153,3 +153,24 @@ def test_all_that_is_random_is_drawn_as_often_and_as_strongly_as_asked():
 def test_refuses(values, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("?", r"\?")):
         validate(CropConfig, values, "params.yaml")
+
+
+def test_the_anchors_crops_are_the_global_ones_at_twice_the_resolution():
+    """Against PIL; averaged over squares of 2 x 2 pixels they are the student's, whose colours alone are changed."""
+    plain = CropConfig(**PLAIN)
+    colored = CropConfig(**(PLAIN | {"color_jitter_probability": 1.0, "grayscale_probability": 0.5}))
+    for position in range(4):
+        crops, again = (sample_crops(FILE, config, 0, position, anchor_scale=2) for config in (plain, colored))
+        large = crops.anchor_crops
+        assert large is not None
+        for number, found in enumerate(large):
+            box = crop_box(96, 96, plain.global_scale, np.random.default_rng([0, position, number]))
+            expected = np.asarray(PHOTO.crop(box).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+            difference = np.abs(found.transpose(1, 2, 0) - expected)  # each of the two passes rounds and clips
+            assert difference.mean() < 0.5
+            assert difference.max() <= 3
+        averaged = large.reshape(2, 3, 32, 2, 32, 2).astype(float).mean(axis=(3, 5))
+        assert np.abs(averaged - crops.global_crops).mean() < 5  # grey levels; a bicubic kernel is no square
+        np.testing.assert_array_equal(again.anchor_crops, large)
+        assert (again.global_crops != crops.global_crops).mean() > 0.5
+        assert sample_crops(FILE, plain, 0, position).anchor_crops is None

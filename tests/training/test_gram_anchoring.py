@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from components.data.batch import TrainingBatches
+from components.objective.gram import to_grid
 from components.training.checkpoint import Checkpoints
 from components.training.loop import Job, train
 from components.training.schedules import Schedules
@@ -53,6 +54,25 @@ def test_snapshots_and_the_term(values, curated):
             assert terms[-1] == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
     assert terms[:2] == [0.0, 0.0]
     assert min(terms[2:]) > 0
+
+
+def test_the_term_at_twice_the_resolution(pretrain_values, curated):
+    """The anchor sees larger crops; also in two parts, whose mean the term is."""
+    gram = {"weight": 3.0, "teacher_scale": 2}
+    plain = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
+    for parts in (1, 2):
+        job = make_job(pretrain_values(gram=gram, backbone=plain, accumulation_steps=parts), curated)
+        batch = TrainingBatches(job.stream, job.batch_plan())[0]
+        assert not isinstance(batch, Exception)
+        batch = batch.normalize(torch.device("cpu"))
+        assert batch.anchor_crops is not None
+        assert batch.anchor_crops.shape[-1] == 2 * batch.global_crops.shape[-1]
+        student = job.networks.student.backbone(batch.global_crops, batch.masks).patch_tokens.detach()
+        anchor = to_grid(job.networks.ema.patch_tokens(batch.anchor_crops), student.shape[1])
+        grams = [(u := torch.nn.functional.normalize(t, dim=-1)) @ u.transpose(1, 2) for t in (student, anchor)]
+        training = TrainingStep(job.networks, job.config, job.seed, torch.device("cpu"))
+        term = float(training(batch, 0, Schedules(job.config).at(0)).losses["gram"])
+        assert term == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
 
 
 def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
