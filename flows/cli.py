@@ -22,7 +22,7 @@ from rich.text import Text
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.recipe import Recipe, load_recipe
-from flows import curate_command, promote, stack_commands, trace_commands, train_status
+from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
 from infra.local import supervisor
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _at_the_services(command: Callable[..., None]) -> Callable[..., None]:
     def connected(*args: Any, **options: Any) -> None:
         with _clear_errors():
             os.environ.update(supervisor.connect(Path.cwd(), start=False))
-        command(*args, **options)
+            command(*args, **options)
 
     return connected
 
@@ -58,6 +58,7 @@ app.command("down")(stack_commands.down)
 app.command("env")(stack_commands.env)
 app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
+app.command("seen")(_at_the_services(seen_command.seen))
 app.command("curate")(curate_command.curate)
 app.command("train-status")(train_status.train_status)
 
@@ -218,6 +219,8 @@ def _clear_errors() -> Iterator[None]:
     """Turn what a user, the data or a service can cause into one clear line and an exit code."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError too
+        raise
     except CLEAR as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         console = Console(stderr=True, soft_wrap=True)

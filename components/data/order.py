@@ -71,6 +71,16 @@ class Shuffle:
             found.append(epoch * len(self) + window.start + int(np.flatnonzero(window.rows == row)[0]))
         return [index for index in found if first <= index < stop]
 
+    def count(self, stop: int, draws: Rows) -> None:
+        """Add to `draws` [N] how often each row of the manifest comes before index `stop`."""
+        epochs, rest = divmod(stop, len(self))
+        draws[self._rows] += epochs
+        index = epochs * len(self)
+        while rest > 0:
+            rows = self.window(index).rows[:rest]
+            draws[rows] += 1
+            index, rest = index + len(rows), rest - len(rows)
+
     def window(self, index: int) -> Window:
         """The window that holds an index."""
         epoch, offset = divmod(index, len(self))
@@ -144,6 +154,13 @@ class Order:
         number = self._parts.index(part)
         begin, end = self._before(number, first), self._before(number, stop)
         return [self._position(number, index) for index in part.indices(row, begin, end)]
+
+    def draws(self, stop: int, num_rows: int) -> Rows:
+        """[num_rows]: how often each row of the manifest belongs at a position below `stop`."""
+        draws = np.zeros(num_rows, np.int64)
+        for number, part in enumerate(self._parts):
+            part.count(self._before(number, stop), draws)
+        return draws
 
     def _before(self, part: int, position: int) -> int:
         """How many positions below this one belong to a part."""

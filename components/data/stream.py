@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +70,7 @@ class ImageStream:
         self.digest = sha256_file(root / MANIFEST)  # the manifest holds every image's own SHA-256
         self._root, self._config = root, config
         self._ids = table["image_id"]  # in chunks: together, 34 million would be too many bytes for one array
+        self._derived_from = table["derived_from"]
         self._offsets = table["offset"].to_numpy()
         self._lengths = table["length"].to_numpy()
         names = sorted(pc.unique(table["shard"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,25 +99,34 @@ class ImageStream:
         """Ids of the images that belong at `count` positions from `first` on; `seen` knows what bad images change."""
         return [self._ids[self.row(position)].as_py() for position in range(first, first + count)]
 
+    def draws(self, stop: int) -> dict[str, int]:
+        """How often each image belongs at a position below `stop`, by id; those that come, in the manifest's order."""
+        draws = self._order.draws(stop, len(self._ids))
+        rows = np.flatnonzero(draws)
+        return dict(zip(self._ids.take(pa.array(rows)).to_pylist(), draws[rows].tolist(), strict=True))
+
     def seen(self, image_id: str, first: int, count: int) -> list[int]:
         """The positions, of `count` from `first` on, whose batch holds this image; exact also beside bad images.
 
-        An image comes at its own positions if it can be decoded, and instead of the bad ones right before them.
+        An image comes at its own positions if it can be decoded, and instead of the bad ones right before them. One
+        whose faces were blurred may also be named by the id that it had before.
         """
-        row = int(pc.index(self._ids, image_id).as_py())  # pyright: ignore[reportAttributeAccessIssue]
+        found = (pc.index(column, image_id).as_py() for column in (self._ids, self._derived_from))  # pyright: ignore[reportAttributeAccessIssue]
+        row = next((row for row in found if row >= 0), -1)
         if row < 0:
             return []
+        image_id = self._ids[row].as_py()
         parts = [part for part in self._parts.values() if part.holds(row)]
         stop = first + count
-        found: list[int] = []
+        at: list[int] = []
         for own in (p for part in parts for p in self._order.positions(row, part, first, stop + self._reach())):
             if self.image(own).image_id != image_id:
                 return []
             position = own
             while position >= first and self.image(position).image_id == image_id:
-                found.append(position)
+                at.append(position)
                 position -= 1
-        return sorted({position for position in found if position < stop})
+        return sorted({position for position in at if position < stop})
 
     def image(self, position: int) -> StreamImage[Image.Image]:
         """Decode the image at `position`, as `find` does."""
@@ -214,27 +224,6 @@ class ImageStream:
                 "raise it, or lower stream.window_shards"
             )
         return RemoteShards(json.loads(addresses.read_bytes()), self._workspace / CACHE, limit)
-
-
-def seen_before(root: Path, provenance: Mapping[str, Any], image_id: str, step: int | None = None) -> list[int]:
-    """At which positions a trained model had seen an image before a step; by default before its last one ended.
-
-    Args:
-        root: the curated set that it was trained on.
-        provenance: of the model's `config.json`.
-        image_id: SHA-256 of the image's bytes.
-        step: number of steps done; None: all.
-
-    Raises:
-        StreamError: `root` holds another version of the curated set.
-    """
-    config = provenance["config"]
-    stream = ImageStream(root, StreamConfig(**config["stream"]), provenance["seed"])
-    if stream.digest != provenance["dataset_sha256"]:
-        raise StreamError(f"{root}: not the curated set that the model was trained on; check out its version first")
-    first, stop = provenance["positions"]
-    stop = stop if step is None else min(stop, first + step * config["batch_size"])
-    return stream.seen(image_id, first, stop - first)
 
 
 def _sha256(data: bytes) -> str:

@@ -101,6 +101,19 @@ class Record:
         return sorted(found)
 
 
+def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:
+    """The record whose `dvc.lock` has this SHA-256: at the commit or one after it; None: at none."""
+    later = git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
+    for revision in (commit, *later.split()):
+        record = Record(root, revision)
+        try:
+            if record.lock_sha256() == lock_sha256:
+                return record
+        except RecordError:
+            continue
+    return None
+
+
 def git(root: Path, *arguments: str) -> str | None:
     """Output of a git command in `root`; None when it fails."""
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)

@@ -38,10 +38,20 @@ def prepare_stream(root: Path) -> bool:
     if version is None:
         raise RecordError(f"dvc.lock knows no {CURATED}, and it is not on disk; curate first, or pull a later commit")
     remote = Remote(record.remote_url())
+    stream_from(remote, version, root)
+    log.info("%s is not on disk: its shards are streamed from %s", CURATED, remote.url)
+    return True
+
+
+def stream_from(remote: Remote, version: str, root: Path) -> None:
+    """Write manifest and shard addresses of a version of the curated set into the workspace at `root`.
+
+    Raises:
+        RecordError: that version has no manifest.
+        StorageError: S3 does not answer or refuses, or the version is not there.
+    """
     files = remote.listing(version)
     if MANIFEST not in files:
         raise RecordError(f"{CURATED} of dvc.lock ({version}) has no {MANIFEST}; curate again")
     write_json(root / STREAMED / ADDRESSES, {n: remote.address(m) for n, m in files.items() if n.endswith(".tar")})
     write_bytes(root / STREAMED / MANIFEST, remote.read(files[MANIFEST]))
-    log.info("%s is not on disk: its shards are streamed from %s", CURATED, remote.url)
-    return True

@@ -20,7 +20,7 @@ from components.core.mlflow_client import configure_client
 from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
-from components.lineage.record import Record, RecordError, git, upstream
+from components.lineage.record import Record, find_record, git, upstream
 from components.lineage.remote import Remote, RemoteError
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -93,14 +93,22 @@ def trace(reference: str, root: Path) -> Trace:
     Raises:
         TraceError: MLFLOW_TRACKING_URI is not set or does not answer, or there is no such version.
     """
+    return Trace(reference, _Tracer(root).version_node(find_version(reference, root)))
+
+
+def find_version(reference: str, root: Path) -> Any:
+    """The MLflow version of `NAME@alias` or `NAME/number`.
+
+    Raises:
+        TraceError: as for `trace`.
+    """
     match = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
     if match is None:
         raise TraceError(f"{reference!r}: not a model; write NAME@ALIAS (for example demo@champion) or NAME/NUMBER")
-    tracer = _Tracer(root)
-    version = tracer.version(match["name"], match["alias"], match["version"])
+    version = _Tracer(root).version(match["name"], match["alias"], match["version"])
     if isinstance(version, str):
         raise TraceError(f"{reference}: {version}")
-    return Trace(reference, tracer.version_node(version))
+    return version
 
 
 class _Tracer:
@@ -235,16 +243,10 @@ class _Tracer:
 
     def _record(self, node: Node, commit: str, lock_sha256: str | None) -> Record | None:
         """The `dvc.lock` that the version was registered with: at its commit, or the one that its run made of it."""
-        later = git(self.root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
-        for revision in (commit, *later.split()):
-            record = Record(self.root, revision)
-            try:
-                same = record.lock_sha256() == lock_sha256
-            except RecordError:
-                continue
-            if same:
-                node.facts["record"] = revision
-                return record
+        record = find_record(self.root, commit, lock_sha256)
+        if record is not None:
+            node.facts["record"] = record.revision
+            return record
         node.missing.append(
             "neither it nor a commit after it has the dvc.lock of the registration; fetch all branches, "
             "or commit the dvc.lock of that run"

@@ -1,0 +1,172 @@
+"""Which images a registered model had seen by a step: computed again, never taken from a log.
+
+Order and crops are pure functions of seed and data, so `config.json` of the weights (seed, batch size, stream, the
+manifest's SHA-256) and the version of the curated set that the model's `dvc.lock` names say all. Both come from the DVC
+remote, so it does not matter what is in `data/curated` now.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.data.config import StreamConfig
+from components.data.stream import ImageStream
+from components.lineage.origin import CURATED, Tag
+from components.lineage.record import Record, find_record, upstream
+from components.lineage.remote import Remote
+from components.lineage.streaming import stream_from
+from components.lineage.trace import find_version
+
+PRETRAINED = "models/pretrained"
+ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
+
+
+class SeenError(RuntimeError):
+    """It cannot be said what a model had seen; the message says what is missing or contradicts what."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a model's history.
+
+    Attributes:
+        version: registered version whose record it is in.
+        weights: folder in that record.
+        relation: to what it led to: `itself`, `started from` or `taught by`.
+        provenance: as `config.json` of the weights states it.
+    """
+
+    version: str
+    weights: str
+    relation: str
+    provenance: dict[str, Any]
+    record: Record
+
+    @property
+    def steps(self) -> int:
+        """Steps it took."""
+        return self.provenance["steps"]
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step, over all ranks."""
+        return self.provenance["config"]["batch_size"]
+
+    @contextmanager
+    def stream(self) -> Iterator[ImageStream]:
+        """The stream that it read, from the DVC remote.
+
+        Raises:
+            SeenError: the record's curated set is not the one that the weights state.
+            StorageError: S3 does not answer, or that version is not there any more.
+        """
+        config = StreamConfig(**self.provenance["config"]["stream"]).model_copy(update={"cache_gib": ANY_CACHE_GIB})
+        with tempfile.TemporaryDirectory() as folder:
+            stream_from(Remote(self.record.remote_url()), str(self.record.output(CURATED)), Path(folder))
+            stream = ImageStream(Path(folder) / CURATED, config, self.provenance["seed"])
+            if stream.digest != self.provenance["dataset_sha256"]:
+                raise SeenError(
+                    f"{self.weights} of {self.version}: trained on a manifest of SHA-256 "
+                    f"{self.provenance['dataset_sha256']}, but {CURATED} of its dvc.lock has {stream.digest}"
+                )
+            yield stream
+
+
+@dataclass(frozen=True)
+class History:
+    """A model's trainings, its own first, each followed by the one that it started from or was taught by.
+
+    Attributes:
+        unknown: why it goes no further, if it began with weights that no record here explains.
+    """
+
+    trainings: list[Training]
+    unknown: str | None = None
+
+
+def read_history(reference: str, root: Path) -> History:
+    """Find a registered model's trainings.
+
+    Args:
+        reference: `NAME@alias` or `NAME/number`.
+        root: a clone of the repository whose commits made the model.
+
+    Raises:
+        TraceError: no server, or no such version.
+        SeenError: its record is not in the repository, or contradicts what was registered.
+        RemoteError, StorageError: the DVC remote is not on S3, does not answer, or lacks the weights' config.json.
+    """
+    version = find_version(reference, root)
+    name, path, relation = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
+    record, trainings = _record(name, version.tags, root), []
+    while True:
+        training = Training(name, path, relation, _provenance(record, name, path), record)
+        trainings.append(training)
+        config = training.provenance["config"]
+        if config.get("init"):
+            return History(trainings, f"{path} began with weights from elsewhere: {config['init']['weights']}")
+        if teacher := config.get("teacher_weights"):
+            relation, parent = "taught by", teacher
+        elif training.provenance["stage"] == "adapt":
+            relation, parent = "started from", PRETRAINED
+        else:
+            return History(trainings)
+        if parent.startswith("models:/"):
+            version = find_version(parent, root)
+            name, path = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, "")
+            record = _record(name, version.tags, root)
+        elif record.output(parent) is None:
+            return History(trainings, f"{path} was {relation} {parent}, which no stage of its dvc.lock makes")
+        else:
+            _check_read(record, path, parent)
+            path = parent
+
+
+def steps_with(training: Training, image_id: str, step: int | None = None) -> list[int]:
+    """In which steps, counted from 1, up to `step` (None: the last) a training drew an image; a step for each draw.
+
+    Exact also beside images that cannot be decoded, which the next one replaces. A step that was skipped over a loss
+    that is not finite counts: the image was looked at.
+    """
+    with training.stream() as stream:
+        positions = stream.seen(image_id, 0, (training.steps if step is None else step) * training.batch_size)
+    return [position // training.batch_size + 1 for position in positions]
+
+
+def draws_by(training: Training, step: int | None = None) -> dict[str, int]:
+    """How often each image was drawn up to a step (None: the last), by id: by the order, with every image decodable."""
+    with training.stream() as stream:
+        return stream.draws((training.steps if step is None else step) * training.batch_size)
+
+
+def _record(name: str, tags: dict[str, str], root: Path) -> Record:
+    record = find_record(root, tags.get(Tag.COMMIT, ""), tags.get(Tag.LOCK_SHA256))
+    if record is None:
+        branch = tags.get(Tag.BRANCH, "of its run")
+        raise SeenError(f"{name}: no commit in {root} has the dvc.lock of its registration; fetch the branch {branch}")
+    if record.output(tags.get(Tag.WEIGHTS_PATH, "")) != tags.get(Tag.WEIGHTS_DVC):
+        raise SeenError(f"{name}: its dvc.lock records other weights than the registered ones")
+    return record
+
+
+def _provenance(record: Record, name: str, path: str) -> dict[str, Any]:
+    remote = Remote(record.remote_url())
+    try:
+        found = json.loads(remote.read(remote.listing(str(record.output(path)))["config.json"]))["provenance"]
+        return {key: found[key] for key in ("stage", "config", "seed", "dataset_sha256", "steps")}
+    except (KeyError, ValueError):
+        raise SeenError(f"{name}: {path}/config.json does not say what it was trained on") from None
+
+
+def _check_read(record: Record, path: str, parent: str) -> None:
+    """Raise SeenError unless the stage that made `path` read the `parent` that the record holds."""
+    stages = record.stages()
+    deps = stages[upstream(stages, path)[0]].get("deps", [])
+    if {"path": parent, "md5": record.output(parent)} not in [{k: dep.get(k) for k in ("path", "md5")} for dep in deps]:
+        raise SeenError(f"{path} was not made from the {parent} that its dvc.lock holds")

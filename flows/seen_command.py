@@ -1,0 +1,122 @@
+"""`pedigree seen`: which images a registered model had seen by a step of its training."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from components.core.config import ConfigError
+from components.core.storage import sha256_file
+
+if TYPE_CHECKING:
+    from components.lineage.seen import Training
+
+INCOMPLETE = 1
+MAX_SHOWN = 20  # steps of one image
+
+
+def seen(
+    reference: Annotated[
+        str, typer.Argument(metavar="NAME@ALIAS|NAME/NUMBER", help="A released model or a candidate.")
+    ],
+    step: Annotated[int | None, typer.Option(help="Of its own training; default: the last.")] = None,
+    image: Annotated[str | None, typer.Option(metavar="FILE|SHA256", help="Ask for one image.")] = None,
+    as_list: Annotated[bool, typer.Option("--list", help="A line for each image: id, draws, weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """Say how many images a registered model had seen, or when it saw one image; through its whole history.
+
+    A student's teacher, and what either started from, are asked too, to the end of their trainings. Nothing is taken
+    from logs: the order is computed again from what the weights state and the data version in their `dvc.lock`.
+    Counts take every image for decodable; for one image the answer is exact. An image is known by its bytes alone.
+
+    Ends with 1 when it began with weights from elsewhere, of which nothing can be said.
+
+    Examples:
+      pedigree seen demo@champion
+
+      pedigree seen demo@champion --step 1000 --image photo.jpg
+
+      pedigree seen demo-small-candidates@latest --list > images.tsv
+    """
+    from components.lineage.seen import read_history
+
+    image_id = None if image is None else _image_id(image)
+    if image_id is not None and as_list:
+        raise ConfigError("--image asks for one image and --list for all; give one of them")
+    history = read_history(reference, Path.cwd())
+    own = history.trainings[0]
+    if step is not None and not 0 <= step <= own.steps:
+        raise ConfigError(f"--step {step}: {own.weights} of {own.version} had {own.steps} steps; give 0 to {own.steps}")
+    steps = [step, *[None] * (len(history.trainings) - 1)]
+    if as_list:
+        _print_list(history.trainings, steps)
+    else:
+        answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
+        whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
+        if image_id is not None:
+            whole |= {"image_id": image_id, "seen": any(answer["steps"] for answer in answers)}
+        sys.stdout.write(json.dumps(whole, indent=2) + "\n" if as_json else _sentences(whole))
+    if history.unknown:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"incomplete: {history.unknown}", style="red", markup=False
+        )
+        raise typer.Exit(INCOMPLETE)
+
+
+def _image_id(image: str) -> str:
+    if Path(image).is_file():
+        return sha256_file(Path(image))
+    if re.fullmatch("[0-9a-f]{64}", image):
+        return image
+    raise ConfigError(f"--image {image}: neither a file nor an id; an id is the SHA-256 of an image's bytes, 64 digits")
+
+
+def _answer(training: Training, step: int | None, image_id: str | None) -> dict[str, Any]:
+    from components.lineage.seen import draws_by, steps_with
+
+    told = {
+        "weights": training.weights,
+        "version": training.version,
+        "relation": training.relation,
+        "until_step": training.steps if step is None else step,
+        "of_steps": training.steps,
+        "dataset_sha256": training.provenance["dataset_sha256"],
+    }
+    if image_id is not None:
+        return told | {"steps": steps_with(training, image_id, step)}
+    draws = draws_by(training, step)
+    return told | {"images": len(draws), "draws": sum(draws.values())}
+
+
+def _print_list(trainings: list[Training], steps: list[int | None]) -> None:
+    from components.lineage.seen import draws_by
+
+    for training, step in zip(trainings, steps, strict=True):
+        lines = (f"{key}\t{count}\t{training.weights}\n" for key, count in draws_by(training, step).items())
+        sys.stdout.writelines(lines)
+
+
+def _sentences(whole: dict[str, Any]) -> str:
+    lines = []
+    if "image_id" in whole:
+        lines.append(f"image {whole['image_id']}: {'seen' if whole['seen'] else 'not seen'}")
+    for answer in whole["trainings"]:
+        relation = "" if answer["relation"] == "itself" else f"{answer['relation']} "
+        start = f"{relation}{answer['weights']} of {answer['version']}, by step {answer['until_step']:,} of "
+        start += f"{answer['of_steps']:,}: "
+        if "steps" not in answer:
+            lines.append(f"{start}{answer['images']:,} images in {answer['draws']:,} draws")
+        elif steps := answer["steps"]:
+            shown = ", ".join(f"{step:,}" for step in steps[:MAX_SHOWN])
+            more = f" and {len(steps) - MAX_SHOWN:,} more" if len(steps) > MAX_SHOWN else ""
+            lines.append(f"{start}{len(steps):,} draws, in steps {shown}{more}")
+        else:
+            lines.append(f"{start}never")
+    return "\n".join(lines) + "\n"
