@@ -120,18 +120,22 @@ def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
 
 
 def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
-    """Commit the checkout as it is (tracked and new files, never ignored ones) without touching it or its index."""
+    """Commit the checkout as it is (tracked and new files, never ignored ones) without touching it or its index.
+
+    Of the pool's sources only `sources` are in it; a source that is an evaluation set and nothing else always is.
+    """
     if git(checkout, "rev-parse", "--is-inside-work-tree", check=False) != "true":
         raise WorkspaceError(f"{checkout} is not a git repository, and a run is a commit: `git init`, then commit")
     head = git(checkout, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
     if not head:
         raise WorkspaceError(f"{checkout} has no commit yet, and a run is a commit: `git add -A && git commit`")
+    left_out = set(known_sources(checkout)) - set(sources)
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
         git(checkout, "read-tree", "HEAD", extra=index)
         git(checkout, "add", "--all", ".", extra=index)
         for path in git(checkout, "ls-files", "--", *COLLECTIONS, extra=index).splitlines():
-            if path.endswith(".dvc") and Path(path).parent.name not in sources:
+            if path.endswith(".dvc") and Path(path).parent.name in left_out:
                 git(checkout, "rm", "--cached", "--quiet", "--", path, extra=index)
         text = Path(scratch) / PARAMS_FILE
         text.write_text(params)

@@ -56,6 +56,7 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.text(threshold - 0.01, 0.97, f"{threshold:g}", transform=axes.get_xaxis_transform(), ha="right", va="top")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)  # a bar of one image is seen
     axes.set_xlabel(f"cosine {what}")
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
@@ -78,6 +79,7 @@ def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], thr
     axes.hist([values[known & ~refused], values[known & refused]], edges, color=[BLUE, RED], stacked=True)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)  # a bar of one image is seen
     axes.set_xlabel(what)
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,11 +96,11 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
     figure, axes = _figure(10, 2.8)
     order = np.argsort(-before, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, min(BARS, len(order))).astype(int))]
-    places = np.linspace(0, len(order) - 1, len(shown))
+    edges = np.linspace(0.5, len(order) + 0.5, len(shown) + 1)
     for sizes, color, label in ((before, GREY, "what could be drawn"), (after, BLUE, "the balanced sample")):
         shares = 100 * sizes[shown] / max(sizes.sum(), 1)
-        axes.fill_between(places, shares, step="mid", color=color, alpha=0.45, linewidth=0)
-        axes.step(places, shares, where="mid", color=color, linewidth=1.5, label=label)
+        axes.stairs(shares, edges, fill=True, color=color, alpha=0.45, linewidth=0)
+        axes.stairs(shares, edges, color=color, linewidth=1.5, label=label)
     even = 100 / len(order)
     axes.axhline(even, color=INK, linewidth=0.8, linestyle="--")
     axes.text(0.995, even, "even", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)

@@ -94,6 +94,12 @@ def test_only_the_chosen_sources_are_in_the_commit(tmp_path):
     files = git_lines(root, "ls-tree", "-r", "--name-only", snapshot(root, PARAMS, ["other"], "Run"), "data")
     assert files == ["data/evaluation/other/ff.dvc", other]
 
+    benchmark = root / "data/evaluation/benchmark/ee.dvc"  # of no source of the pool: every run must know it
+    benchmark.parent.mkdir()
+    benchmark.write_text("outs: []\n")
+    files = git_lines(root, "ls-tree", "-r", "--name-only", snapshot(root, PARAMS, ["photos"], "Run"), "data")
+    assert files == ["data/evaluation/benchmark/ee.dvc", "data/pool/photos/ab12.dvc"]
+
 
 def test_sources_of_a_run(tmp_path):
     root = make_repository(tmp_path)
