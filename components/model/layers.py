@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from components.model.attention import Layout, attend
 from components.model.config import ViTConfig
 
-Checkpointing = Literal["off", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full"]
 
 NORM_EPS = 1e-6  # `dinov2/models/vision_transformer.py`; torch's default is 1e-5
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
     """Pre-norm transformer block with LayerScale and subset stochastic depth (`dinov2/layers/block.py`).
 
     Attributes:
-        checkpointing: which activations are made again in the backward pass rather than kept: none (`off`), all but
+        checkpointing: which activations are made again in the backward pass rather than kept: none, all but
             the outputs of matrix products (`selective`), or all but the block's input (`full`).
     """
 
@@ -85,7 +85,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(config.dim * config.ffn_ratio)
         self.drop_path = config.drop_path
-        self.checkpointing: Checkpointing = "off"
+        self.checkpointing: Checkpointing = "none"
         self.norm1 = nn.LayerNorm(config.dim, eps=NORM_EPS)
         self.attn = Attention(config.dim, config.num_heads)
         self.ls1 = LayerScale(config.dim, config.layer_scale_init)
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Apply both residual branches to packed tokens: [T, D] to [T, D]."""
-        if self.checkpointing == "off" or not torch.is_grad_enabled():
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._transform(tokens, layout)
         context = _keep_products if self.checkpointing == "selective" else noop_context_fn
         output = checkpoint(

@@ -103,7 +103,7 @@ class TrainingConfig(Config):
     batch_size: PositiveInt = 3_072  # images a step, over all ranks
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # released: float16 with a loss scaler; bfloat16 needs none
     accumulation_steps: PositiveInt = 1  # parts of a step's batch whose gradients are added up; each has own targets
-    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # what is made again rather than kept
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"  # what is made again rather than kept
     compile: bool = False  # torch.compile of each block; needs a C++ compiler on the CPU
     num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
     sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: the ranks share weights, averages and moments; for large models

@@ -58,7 +58,7 @@ def ablate(base: Side, turns: int) -> Table:
     table = Table("step", "images/s", "of ours", "peak MiB", "of ours", "less imports", box=None)
     others = {f"without {name}": replace(base, without=name) for name in TECHNIQUES}
     others |= {"in float32": replace(base, precision="float32"), "plain": replace(base, side="plain")}
-    others |= {f"checkpointing {m}": replace(base, activation_checkpointing=m) for m in ("off", "full")}
+    others |= {f"checkpointing {m}": replace(base, activation_checkpointing=m) for m in ("none", "full")}
     for name, side in others.items():  # two at a time: memory for all of them at once is not everywhere
         pair = measure({"ours": base, name: side}, turns)
         ours = pair["ours"]

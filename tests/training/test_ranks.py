@@ -56,7 +56,8 @@ def run_in_parts_of_two_ranks(values: dict[str, Any], curated: Path, folder: Pat
         batch = batches[step]
         assert isinstance(batch, Batch)
         assert batch.masks is not None
-        mixed = [rows.unflatten(0, (-1, 8))[:, order].flatten(0, 1) for rows in vars(batch).values() if len(rows)]
+        crops = (batch.global_crops, batch.local_crops, batch.masks)
+        mixed = [rows.unflatten(0, (-1, 8))[:, order].flatten(0, 1) for rows in crops]
         output = training(Batch(*mixed, []).normalize(torch.device("cpu")), step, Schedules(job.config).at(step))
         losses.append(float(output.losses["total"]))
     folder.mkdir()
