@@ -26,6 +26,7 @@ RUN_ELSEWHERE = (
     ("pedigree run", "tests/flows", r'"run"'),
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
+    ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
     ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
     ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
