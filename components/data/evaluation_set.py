@@ -60,6 +60,7 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
     if not (names != "").any():
         log.warning("%s has no labels: measuring retrieval of augmented views and effective rank instead", root)
         return EvaluationSet(root, table, None)
+    _warn_of_mixture(root, table, names != "")
     return EvaluationSet(root, table, _read_labels(root, table, names))
 
 
@@ -70,6 +71,17 @@ def centre_crop(image: Image.Image, resize_size: int, crop_size: int) -> Image.I
     left, top = (width - crop_size) // 2, (height - crop_size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + crop_size, top + crop_size))
+
+
+def _warn_of_mixture(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> None:
+    """Say what the measures of classes cover, where several sets lie in `root`: they are measured as one."""
+    sources = table["source"].to_numpy(zero_copy_only=False)
+    sets, bare = np.unique(sources[labelled]), np.unique(sources[~labelled])
+    if len(sets) > 1:
+        log.warning("%s: %s are measured as one set; classes of the same name are one class", root, ", ".join(sets))
+    if len(bare):
+        count = (~labelled).sum()
+        log.warning("%s: %d images without label (%s) are not in the measures of classes", root, count, ", ".join(bare))
 
 
 def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels | None:

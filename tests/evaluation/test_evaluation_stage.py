@@ -47,14 +47,14 @@ def tiles(per_class=12):
             yield name, "test" if number % 3 == 0 else "train", tile
 
 
-def write_set(root, items):
-    folder = root / "data" / "evaluation" / "sample" / "0123456789ab"
+def write_set(root, items, source="sample"):
+    folder = root / "data" / "evaluation" / source / "0123456789ab"
     encoded = []
     for label, split, image in items:
         file = io.BytesIO()
         image.save(file, "PNG")
         encoded.append((hashlib.sha256(file.getvalue()).hexdigest(), file.getvalue(), label, split))
-    facts = {"format": "PNG", "width": 64, "height": 48, "source": "sample", "source_uri": "test", "license": "CC0"}
+    facts = {"format": "PNG", "width": 64, "height": 48, "source": source, "source_uri": "test", "license": "CC0"}
     facts |= {"source_version": "1", "ingested_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     rows = []
     with ShardWriter(folder, 10**8) as writer:
@@ -168,6 +168,22 @@ def test_one_class_measures_no_classes(workspace, caplog):
     write_set(workspace, [item for item in tiles() if item[0] == "brick"])
     assert read_evaluation_set(workspace / "data" / "evaluation").labels is None
     assert "do not measure classes" in caplog.text
+
+
+def test_what_several_sets_measure_is_told(workspace, caplog):
+    every = list(tiles())
+    root = workspace / "data" / "evaluation"
+    write_set(workspace, every[:24])
+    assert read_evaluation_set(root).labels is not None
+    assert not caplog.records
+    write_set(workspace, every[24:32], "bricks")
+    write_set(workspace, ((None, None, image) for _, _, image in every[32:]), "plain")
+    images = read_evaluation_set(root)
+    assert "bricks, sample are measured as one set" in caplog.text
+    assert "4 images without label (plain) are not in the measures of classes" in caplog.text
+    measured = np.concatenate([images.labels.train, images.labels.test])
+    sources = images.images.take(pa.array(measured))["source"].to_pylist()
+    assert (sources.count("sample"), sources.count("bricks"), len(sources)) == (24, 8, 32)
 
 
 def test_split_by_hash_where_none_is_given(workspace):
