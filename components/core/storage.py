@@ -34,9 +34,13 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     aside.chmod(0o755)
     try:
         yield aside
-        if path.exists():
-            shutil.rmtree(path)
+        old = None
+        if path.exists():  # moved away, not deleted first: a large folder takes long, and a kill would leave neither
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            path.rename(old)
         aside.rename(path)
+        if old is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
