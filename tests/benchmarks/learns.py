@@ -1,7 +1,8 @@
-"""`python -m tests.benchmarks.learns [SEEDS]`: does the recipe of params.yaml learn? Real stages on the sample pool.
+"""`python -m tests.benchmarks.learns [SEEDS [FOLDER]]`: does the recipe of params.yaml learn? Real stages.
 
-Prints kNN accuracy (`evaluate.knn.reported`) on the sample's test images of teacher and student beside random weights
-of the same shape and the descriptor: mean and range over seeds, and the differences within a seed. Some minutes a seed.
+Prints kNN accuracy (`evaluate.knn.reported`) on test images of teacher and student beside random weights of the same
+shape and the descriptor: mean and range over seeds, and the differences within a seed. Some minutes a seed. FOLDER
+holds a folder of images for each class, and a part of them is held out for the evaluation; without it, the sample pool.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ from components.recipe import Recipe, load_recipe
 
 STUDENT = "small"
 METRIC = "knn_top1"
+HOLDOUT = 0.2  # of given images
 
 
-def make_collections(folder: Path) -> None:
-    """The sample pool (seed 0, as a first run builds it), ingested below `folder`/data."""
-    build_sample_pool(folder / "sample")
+def make_collections(folder: Path, images: Path | None) -> None:
+    """The sample pool (seed 0, as a first run builds it), or given images, ingested below `folder`/data."""
     places = {name: folder / "data" / name for name in ("pool", "evaluation")}
+    if images is not None:
+        given = {"source": str(images), "name": "given", "license": "unstated", "holdout": HOLDOUT}
+        ingest(IngestRequest.parse(**given, **places, docs_folder=folder / "docs"))
+        return
+    build_sample_pool(folder / "sample")
     for part, place in places.items():
         source = {"source": str(folder / "sample" / part), "name": "sample", "license": SAMPLE_LICENSE, **places}
         ingest(IngestRequest.parse(**source, as_evaluation=part == "evaluation", docs_folder=place.parent / "docs"))
@@ -70,13 +76,13 @@ def _cpu_seconds() -> float:
     )  # user and system, of this process and of its loaders
 
 
-def main(num_seeds: int) -> None:
+def main(num_seeds: int, images: Path | None) -> None:
     """Train and evaluate with seeds 0, 1, ...; print a line a model and a line a difference."""
     logging.disable(logging.INFO)
     recipe = load_recipe(Path(), None)
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
-        make_collections(Path(name))
+        make_collections(Path(name), images)
         for seed in range(num_seeds):
             accuracies, spent = run_seed(recipe, Path(name), Path(name) / f"seed-{seed}", seed)
             rows.append(accuracies)
@@ -98,4 +104,4 @@ def _write_line(what: str, values: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
