@@ -262,7 +262,11 @@ def test_two_ups_at_once_start_one_server(root):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_start_cleans_up(root, how):
-    start = subprocess.Popen([sys.executable, "-c", UP, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    # A shell's background job, such as these tests under nohup, ignores Ctrl-C.
+    heard = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {UP}"
+    start = subprocess.Popen(
+        [sys.executable, "-c", heard, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert start.stdout is not None
     assert b"s3 is ready" in start.stdout.readline()
     assert len(supervisor.processes(root)) >= 3
