@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.training.alerts import read_alerts
-from components.training.loss_table import Row, read_rows
+from components.training.loss_table import LOSSES, Row, read_rows
 
 RUNS = Path(".pedigree") / "checkpoints"
 _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
@@ -88,7 +88,7 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
 
 def _read(folder: Path, now: float) -> TrainStatus:
     begun = json.loads((folder / "config.json").read_text())
-    rows, config, process = read_rows(folder / "loss.csv"), begun["config"], _trainer(folder / "lock")
+    rows, config, process = read_rows(folder / LOSSES), begun["config"], _trainer(folder / "lock")
     last: Row = rows[-1] if rows else {}
     step, rate = int(last.get("step") or 0), last.get("images_per_second")
     left = (config["steps"] - step) * config["batch_size"] / rate if rate and process is not None else None

@@ -38,6 +38,7 @@ from components.core.distributed import all_reduce_sum, barrier, is_distributed,
 from components.core.storage import StorageError
 from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
 from components.training.config import TrainingConfig
+from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
 from components.training.parallelize import training_device
 from components.training.step import TrainingStep
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 LOCK = "lock"  # in a run's folder
 WAIT_SECONDS = 0.5
-REPORT = "loss.csv"  # goes along, so that a run that goes on elsewhere has its first rows too
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
     "num_processes": True,
@@ -169,8 +169,8 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
             aside.mkdir(parents=True)
-            if (self.folder / REPORT).exists():
-                shutil.copyfile(self.folder / REPORT, aside / REPORT)
+            if (self.folder / LOSSES).exists():  # so that a run that goes on elsewhere has its first rows too
+                shutil.copyfile(self.folder / LOSSES, aside / LOSSES)
         barrier()
         writer = WholeWriter(self._store, step, asdict(progress))
         writing = async_save(_tensors(training), storage_writer=writer, process_group=self._group)
@@ -218,8 +218,8 @@ class Checkpoints:
             raise _unreadable(where, _first(error)) from None
         except (DamagedError, SafetensorError, TypeError) as error:
             raise _unreadable(where, error) from None
-        if rank() == 0 and (path / REPORT).exists() and not (self.folder / REPORT).exists():
-            shutil.copyfile(path / REPORT, self.folder / REPORT)
+        if rank() == 0 and (path / LOSSES).exists() and not (self.folder / LOSSES).exists():
+            shutil.copyfile(path / LOSSES, self.folder / LOSSES)
         barrier()
         self._store.release(path)
         logger.info("resumed after %d steps from %s", progress.steps_done, where)

@@ -27,8 +27,8 @@ from components.training.alerts import read_alerts, report_alerts
 from components.training.checkpoint import Checkpoints, agreed, only_trainer, run_key
 from components.training.config import TrainingConfig
 from components.training.knn_probe import KnnProbe, load_probe
-from components.training.loop import LOSSES, Job, Trainee, train_together
-from components.training.loss_table import Row, read_rows
+from components.training.loop import Job, Trainee, train_together
+from components.training.loss_table import LOSSES, Row, read_rows
 from components.training.monitors import Probes, report_rows
 from components.training.networks import Network
 from components.training.parallelize import gather

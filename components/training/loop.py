@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from components.training.checkpoint import Checkpoints, Progress
 from components.training.config import TrainingConfig
 from components.training.cost import CostMeter, accelerator, joint_flops
 from components.training.divergence import Dump, SkippedSteps
-from components.training.loss_table import Row
+from components.training.loss_table import LOSSES, Row
 from components.training.monitors import Instruments, Monitor, Probes
 from components.training.networks import Networks
 from components.training.parallelize import EXIT_INTERRUPTED, training_device
@@ -33,8 +33,6 @@ from components.training.schedules import Schedules, StepValues
 from components.training.step import DivergedError, StepOutput, TrainingStep, take_step
 
 logger = logging.getLogger(__name__)
-
-LOSSES = "loss.csv"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,7 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
         for run in runs:
             stack.enter_context(run.checkpoints)
         stop_requested = stack.enter_context(_stop_request())
-        name = ", ".join(run.job.name for run in runs)
-        advance = stack.enter_context(_progress(name, config, start))
+        advance = stack.enter_context(_progress(_names(runs), config, start))
         for step in range(start, config.steps):
             stepping = [run for run in runs if run.start <= step and run.diverged is None]
             asked = time.monotonic()
@@ -140,10 +137,7 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
                 for run in stepping:
                     run.save(steps_done)
             if stop and steps_done < config.steps:
-                for run in runs:
-                    run.checkpoints.wait()
-                logger.info("%s: stopped after %d steps; start it again to go on", name, steps_done)
-                raise SystemExit(EXIT_INTERRUPTED)
+                _stop(runs, steps_done)
     return [run.rows if run.diverged is None else None for run in runs]
 
 
@@ -226,6 +220,18 @@ def _end_diverged(stepping: Sequence[_Run], step: int, batch: Batch) -> None:
                 raise error from None
             if rank() == 0:
                 logger.error("%s. The others go on", error)
+
+
+def _stop(runs: Sequence[_Run], steps_done: int) -> NoReturn:
+    """End the process, once what is being saved stands."""
+    for run in runs:
+        run.checkpoints.wait()
+    logger.info("%s: stopped after %d steps; start it again to go on", _names(runs), steps_done)
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _names(runs: Sequence[_Run]) -> str:
+    return ", ".join(run.job.name for run in runs)
 
 
 def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes, flops_per_image: float) -> Instruments:

@@ -6,6 +6,7 @@ import csv
 import io
 from pathlib import Path
 
+LOSSES = "loss.csv"  # in a run's folder, beside its checkpoints, and in its report
 Row = dict[str, float | None]  # empty where something does not apply, such as GPU hours without a GPU
 
 

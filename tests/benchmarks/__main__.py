@@ -343,6 +343,8 @@ def _curation(sizes: str, steps: str) -> list[curation.Cost]:
     unknown = sorted(set(steps.split(",")) - set(curation.STEPS))
     if unknown:
         raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(curation.STEPS)}")
+    if "kmeans" not in steps and ("sample" in steps or "retrieval" in steps):
+        raise typer.BadParameter(f"{steps}: sample and retrieval read what kmeans made; put kmeans before them")
     costs = []
     for cost in curation.measure([int(size) for size in sizes.split(",")], steps.split(",")):
         sys.stderr.write(f"{cost}\n")

@@ -11,7 +11,7 @@ heads; theirs too where it is not said otherwise (its default is one that class 
 
 Seconds of a step are the median of what each side's own log says of its steps but the first two, waiting for data
 included. Memory is the peak (VmHWM) of the training process until the last step is logged: data workers count for
-neither side, nor does the checkpoint at the end.
+neither side. Our checkpoint at the end comes after that; whether theirs does was not looked at.
 """
 
 from __future__ import annotations
