@@ -19,7 +19,8 @@ from tests.training.jobs import make_job
 def test_collapse_is_told_once_with_step_rank_term_and_cause(curated, pretrain_values, tmp_path, caplog):
     """All images have the same features, and a learning rate so small that it stays so."""
     optimizer = {"base_lr": 1e-12, "min_lr": 0.0, "warmup_steps": 1, "freeze_last_layer_steps": 0}
-    job = make_job(pretrain_values(steps=4, optimizer=optimizer), curated)
+    monitor = {"alerts": {"max_wait_share": 1.0}}  # loading in the trainer counts as waiting
+    job = make_job(pretrain_values(steps=4, optimizer=optimizer, monitor=monitor), curated)
     with torch.no_grad():
         for network in (job.networks.student, job.networks.ema):
             network.backbone.norm.weight.zero_()
