@@ -16,6 +16,7 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 60
 ATTEMPTS = 4  # of one request, with growing pauses between
 MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
 
 class StorageError(RuntimeError):
@@ -141,6 +142,9 @@ def _explain_refusal(answer: Mapping[str, Any]) -> str:
         return "no such object"
     if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
         return f"access denied ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if code in EXPIRED:
+        names = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+        return f"credentials expired ({code}); set new {names}, and start again"
     return f"{message or 'refused'} ({code})"
 
 
