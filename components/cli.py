@@ -18,13 +18,14 @@ import typer
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.mlflow_client import TrackingError
-from components.core.storage import StorageError, write_json
+from components.core.storage import StorageError, recover_dirs, write_json
 from components.core.tracking import stage_run
 from components.recipe import Recipe, load_recipe
 
 BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer
 ITEM_STAGES = ("distill", "evaluate")
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
+REPLACED_IN = ("data", "models", "models/students", "reports/evaluate")  # where stages replace whole folders
 
 log = logging.getLogger("components")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -93,6 +94,8 @@ def run(
     choose_engine(engine, address)
     root = Path.cwd()
     recipe = load_recipe(root, None)
+    for folder in REPLACED_IN:  # a killed stage may have moved away what this one reads
+        recover_dirs(root / folder)
     extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
     if stage in TRAINING_STAGES:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ READ_SECONDS = 60
 ATTEMPTS = 4  # of one request, with growing pauses between
 MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+
+# What `atomic_dir` keeps in the directory `.NAME.RANDOM` beside NAME while it writes.
+SCRATCH = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
+LOCK, OLD = "lock", "old"
 
 
 class StorageError(RuntimeError):
@@ -29,22 +35,50 @@ class MissingInStorageError(StorageError):
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty sibling directory that replaces `path` when the block ends well, and vanishes otherwise."""
+    """Yield an empty directory that replaces `path` when the block ends well, and vanishes otherwise.
+
+    Whatever killed writers left in `path`'s parent is put right first, as by `recover_dirs`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    aside.chmod(0o755)
+    recover_dirs(path.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield aside
-        old = None
-        if path.exists():  # moved away, not deleted first: a large folder takes long, and a kill would leave neither
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(old)
-        aside.rename(path)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        with (scratch / f"{LOCK}.new").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never seen without being held
+            aside = scratch / "new"
+            aside.mkdir()
+            aside.chmod(0o755)
+            yield aside
+            # Moved away, not deleted first: a large folder takes long, and a kill would leave neither.
+            if path.exists():
+                path.rename(scratch / OLD)
+            aside.rename(path)
+    finally:
+        _settle(scratch, path)
+
+
+def recover_dirs(parent: Path) -> None:
+    """Put right what killed writers by `atomic_dir` left in `parent`: bring back what they moved away, delete the rest.
+
+    A writer that lives holds its lock, and is left alone.
+    """
+    for lock in parent.glob(f".*/{LOCK}"):
+        scratch = SCRATCH.fullmatch(lock.parent.name)
+        with suppress(OSError):  # held, gone by now, or of another user
+            if scratch:
+                with lock.open("r+") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _settle(lock.parent, parent / scratch["name"])
+
+
+def _settle(scratch: Path, path: Path) -> None:
+    """End a writing to `path`, whatever came of it: the old folder comes back if there is no new one."""
+    deleted = scratch / "deleted"  # under another name, so that half of it never comes back
+    with suppress(FileNotFoundError):
+        (scratch / OLD).rename(deleted if path.exists() else path)
+    for folder in (deleted, scratch / "new", scratch):  # the lock goes last: without it nobody would know what is left
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -26,7 +25,7 @@ import pyarrow as pa
 
 from components.core.engine import map_shards
 from components.core.progress import track
-from components.core.storage import atomic_dir
+from components.core.storage import atomic_dir, recover_dirs
 from components.data import expectations, sources, summary
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import (
@@ -43,7 +42,6 @@ from components.data.shards import EXTENSIONS, ImageError, ShardWriter, decode_i
 logger = logging.getLogger(__name__)
 
 SMALL_SOURCE_BYTES = 256 * 1024**2  # starting worker processes costs more than reading so little
-UNFINISHED = re.compile(r"\.[0-9a-f]{12}\..+")  # a snapshot whose ingest was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +149,10 @@ def _exclusive(collection: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise IngestError(f"{collection}: another ingest is writing here; wait until it has ended") from None
-        left = [*collection.glob(".ingest-*"), *(p for p in collection.glob("*/.*") if UNFINISHED.fullmatch(p.name))]
-        for folder in left:
+        for folder in collection.glob(".ingest-*"):
             shutil.rmtree(folder, ignore_errors=True)
+        for source in collection.glob("*/"):
+            recover_dirs(source)
         yield
     finally:
         os.close(handle)

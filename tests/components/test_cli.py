@@ -129,6 +129,22 @@ def test_exit_codes(folder, monkeypatch, caplog, error, code):
     assert not (folder / "reports").exists()
 
 
+def test_a_stage_finds_what_a_killed_one_had_moved_away(folder, monkeypatch):
+    moved = folder / "models" / ".pretrained.abcd_123"
+    (moved / "old").mkdir(parents=True)
+    (moved / "new").mkdir()
+    (moved / "lock").touch()
+
+    found: list[str] = []
+
+    def function(_section: Any, root: Path, _seed: int) -> dict[str, Any]:
+        found.extend(path.name for path in (root / "models").iterdir())
+        raise RuntimeError
+
+    assert main(monkeypatch, function, "adapt") == 1
+    assert found == ["pretrained"]
+
+
 def test_an_error_without_words_is_named(folder, monkeypatch, caplog):
     def function(*_arguments: Any) -> dict[str, Any]:
         raise RuntimeError

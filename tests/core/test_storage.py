@@ -2,17 +2,43 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from components.core.storage import StorageError, atomic_dir, s3_client, s3_errors
+from components.core.storage import StorageError, atomic_dir, recover_dirs, s3_client, s3_errors
+
+REPLACE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from components.core.storage import atomic_dir
+
+def or_killed(function):
+    def call(*arguments, **options):
+        if not left:
+            if function is delete:  # in the middle of it
+                next(arguments[0].iterdir()).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        return function(*arguments, **options)
+    return call
+
+folder, left, delete = Path(sys.argv[1]), [None] * int(sys.argv[2]), shutil.rmtree
+with atomic_dir(folder) as aside:
+    (aside / "file").write_text("new")
+    (aside / "second").write_text("new")
+    Path.rename, shutil.rmtree = or_killed(Path.rename), or_killed(shutil.rmtree)
+"""
 
 
 def write(folder, text):
     with atomic_dir(folder) as aside:
         (aside / "file").write_text(text)
+        (aside / "second").write_text(text)
 
 
 def test_a_folder_is_whole_whenever_another_is_deleted(tmp_path, monkeypatch):
@@ -25,11 +51,49 @@ def test_a_folder_is_whole_whenever_another_is_deleted(tmp_path, monkeypatch):
     write(folder, "old")
     monkeypatch.setattr(shutil, "rmtree", watched)
     write(folder, "new")
-    assert seen == ["new"]
+    assert set(seen) == {"new"}
     with pytest.raises(TypeError):
         write(folder, None)
     assert (folder / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize(("calls", "text"), [(0, "old"), (1, None), (2, "new"), (3, "new")])
+def test_a_killed_writer_leaves_the_old_folder_or_the_new_one(tmp_path, calls, text):
+    """SIGKILL before the first rename, before the second, after it, and while the old folder is deleted."""
+    folder = tmp_path / "models" / "set"
+    write(folder, "old")
+    done = subprocess.run([sys.executable, "-c", REPLACE, str(folder), str(calls)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(folder.parent.iterdir())) == (1 if text is None else 2)
+    assert (folder / "second").exists() == (text is not None)
+    recover_dirs(folder.parent)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
+        ("file", "second"), text or "old"
+    )
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_half_a_folder_does_not_come_back(tmp_path):
+    """A writer killed while it deletes the old folder, and then the new one is removed, as DVC does before a stage."""
+    folder = tmp_path / "set"
+    write(folder, "old")
+    subprocess.run([sys.executable, "-c", REPLACE, str(folder), "3"], check=False)
+    shutil.rmtree(folder)
+    recover_dirs(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_replacement_gives_the_old_folder_back_and_a_living_writer_is_left_alone(tmp_path):
+    folder, other = tmp_path / "set", tmp_path / "set.more"
+    write(folder, "old")
+    with atomic_dir(other) as living:
+        with pytest.raises(FileNotFoundError), atomic_dir(folder) as aside:
+            shutil.rmtree(aside)  # what makes the second rename fail
+        assert (folder / "file").read_text() == "old"
+        (living / "file").write_text("other")
+    assert (other / "file").read_text() == "other"
+    assert sorted(tmp_path.iterdir()) == [folder, other]
 
 
 @pytest.mark.parametrize("code", ["ExpiredToken", "TokenRefreshRequired"])

@@ -417,7 +417,9 @@ def test_two_ingests_of_one_collection_do_not_run_at_once_and_leftovers_go(tmp_p
     pool = tmp_path / "pool"
     with ingest_module._exclusive(pool), pytest.raises(IngestError, match="another ingest is writing here"):
         take(tmp_path, source)
-    write(pool, {".ingest-killed/batch": b"x", "photos/.0123456789ab.x1/00000.tar": b"x", "photos/.gitignore": b"/a\n"})
+    killed = {"lock": b"", "new/00000.tar": b"x"}
+    write(pool, {f"photos/.0123456789ab.abcd_123/{name}": data for name, data in killed.items()})
+    write(pool, {".ingest-killed/batch": b"x", "photos/.gitignore": b"/a\n"})
     take(tmp_path, source)
     assert sorted(p.name for p in pool.rglob(".*")) == [".gitignore"]
 
