@@ -62,6 +62,7 @@ class BatchPlan:
     rank: int = 0
     num_ranks: int = 1
     anchor_scale: int = 1  # of the anchor's crops; 1: it sees the global ones
+    anchored_from: int = 0  # the step before which there is no anchor, and no crops for it
 
 
 class TrainingBatches(Dataset[Batch | Exception]):
@@ -89,7 +90,8 @@ class TrainingBatches(Dataset[Batch | Exception]):
         if get_worker_info() is not None:  # not in the trainer itself, which will fork: threads do not survive that
             for position in range(first, first + share):
                 self._stream.fetch_ahead(position)
-        crop = partial(sample_crops, config=plan.crops, seed=plan.seed, anchor_scale=plan.anchor_scale)
+        anchor_scale = plan.anchor_scale if step >= plan.anchored_from else 1
+        crop = partial(sample_crops, config=plan.crops, seed=plan.seed, anchor_scale=anchor_scale)
         found = [
             self._stream.find(position, partial(crop, position=position)) for position in range(first, first + share)
         ]

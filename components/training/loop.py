@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, cast
 
 import torch
@@ -54,10 +54,10 @@ class Job:
         """What determines this rank's batches."""
         patch_size = self.networks.student.backbone.config.patch_size
         config = self.config
-        scale = config.gram.teacher_scale if config.gram else 1
-        return BatchPlan(
-            self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size(), scale
-        )
+        plan = BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
+        if config.gram is None:
+            return plan
+        return replace(plan, anchor_scale=config.gram.teacher_scale, anchored_from=config.gram.after_steps)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,21 @@ def test_the_term_at_twice_the_resolution(pretrain_values, curated):
         assert term == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
 
 
+def test_crops_are_as_without_anchoring_until_the_first_snapshot(pretrain_values, curated):
+    """Crops so small that their JPEGs are decoded smaller, unless larger ones are cut out of the same pixels."""
+    values = pretrain_values(crops={"global_size": 16, "local_size": 8, "num_local": 2})
+    gram = {"weight": 1.0, "teacher_scale": 2, "after_steps": 2}
+    jobs = [make_job(changed, curated) for changed in (values, values | {"gram": gram})]
+    plain, anchored = (TrainingBatches(job.stream, job.batch_plan()) for job in jobs)
+    for step in range(4):
+        one, other = plain[step], anchored[step]
+        assert not isinstance(one, Exception)
+        assert not isinstance(other, Exception)
+        assert (other.anchor_crops is None) == (step < 2)
+        pairs = ((one.global_crops, other.global_crops), (one.local_crops, other.local_crops))
+        assert [torch.equal(*pair) for pair in pairs] == [step < 2] * 2
+
+
 def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
     whole = make_job(values, curated)
     train(whole, Checkpoints(tmp_path / "whole"))
