@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from components.core.distributed import own_part
-from components.model.export import load_backbone, load_heads
+from components.model.export import WeightsError, load_backbone, load_heads
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer, ViTOutput
 from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
@@ -128,9 +128,17 @@ def load_network(folder: Path) -> Network:
     """Backbone and heads of a weights folder.
 
     Raises:
-        WeightsError: the folder is missing, damaged or without heads.
+        WeightsError: the folder is missing, damaged, without heads or with heads of another backbone.
     """
-    return Network(load_backbone(folder), load_heads(folder))
+    backbone, heads = load_backbone(folder), load_heads(folder)
+    found = {name: head.in_dim for name, head in heads.items()}
+    needed = dict.fromkeys(("dino", "ibot"), backbone.config.dim)
+    if found != needed:
+        raise WeightsError(
+            f"{folder}: its heads take features of widths {found}, but its backbone needs {needed}; give a folder as "
+            "training wrote it"
+        )
+    return Network(backbone, heads)
 
 
 def self_distillation(student: Network, *, anchored: bool = False) -> Networks:

@@ -3,10 +3,11 @@ import torch
 from torch import Tensor
 
 from components.model.config import HeadConfig, ViTConfig
+from components.model.export import WeightsError, save_weights
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.objective.total import HeadLosses
-from components.training.networks import Network, distillation, self_distillation
+from components.training.networks import Network, distillation, load_network, self_distillation
 
 
 def network(seed: int, dim: int = 16) -> Network:
@@ -81,3 +82,12 @@ def test_distillation_keeps_teacher_and_average_apart():
     assert not any(p.requires_grad for p in networks.teacher.parameters())
     trained = {name for name, p in networks.student.named_parameters() if p.requires_grad}
     assert set(dict(networks.student.named_parameters())) - trained == {"backbone.mask_token"}
+
+
+def test_heads_of_another_backbone_are_refused(tmp_path):
+    mine, wide = network(1), network(1, dim=32)
+    both = "{'dino': 16, 'ibot': 16}"
+    for heads, found in ((wide.heads, "{'dino': 32, 'ibot': 32}"), ({"dino": mine.dino_head}, "{'dino': 16}")):
+        save_weights(tmp_path / "weights", mine.backbone, heads, {})
+        with pytest.raises(WeightsError, match=f"its heads take features of widths {found}, .* needs {both}; give a "):
+            load_network(tmp_path / "weights")
