@@ -155,20 +155,25 @@ def load_published(path: Path, config: ViTConfig) -> VisionTransformer:
         WeightsError: not readable, or not of this shape.
     """
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("teacher", state)
-            state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # torch's reader of pickles raises whatever a damaged file leads it to
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: not readable as weights: {line}") from None
+        state = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise WeightsError(f"{path}: not readable as weights: {error}") from None
     with torch.device("meta"):
         backbone = VisionTransformer(config)
     floats = {name: tensor.float() for name, tensor in from_dinov2(state).items()}
     _fill(backbone, floats, f"{path}: not the backbone that is configured", "correct `backbone`, or give other weights")
     return backbone.eval()
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a damaged file leads torch's reader to; of a program it advises to run it
+        raise TypeError("not a .pth file of tensors alone") from None
+    state = found.get("teacher", found) if isinstance(found, dict) else found
+    if not isinstance(state, dict):
+        raise TypeError(f"holds {type(state).__name__}, not tensors by name")
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def to_dinov2(backbone: VisionTransformer) -> dict[str, Tensor]:

@@ -83,10 +83,25 @@ class _Program:
 
 def test_a_pickle_that_is_a_program_is_not_run(tmp_path):
     torch.save({"teacher": _Program()}, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=r"weights\.pth: not readable as weights: Weights only load failed"):
+    message = r"weights\.pth: not readable as weights: not a \.pth file of tensors alone$"
+    with pytest.raises(WeightsError, match=message):
         load_published(tmp_path / "weights.pth", VIT)
     (tmp_path / "weights.pth").write_text("text")
-    with pytest.raises(WeightsError, match=r"weights\.pth: not readable as weights: "):
+    with pytest.raises(WeightsError, match=message):
+        load_published(tmp_path / "weights.pth", VIT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "not readable as weights: holds list, not tensors by name"),
+        ({"teacher": 3}, "not readable as weights: holds int, not tensors by name"),
+        ({1: torch.zeros(3)}, "not the backbone that is configured: blocks.0.attn.proj.bias is missing"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=rf"weights\.pth: {message}"):
         load_published(tmp_path / "weights.pth", VIT)
 
 
