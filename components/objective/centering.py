@@ -16,7 +16,7 @@ from components.core import distributed
 
 # exp(-75) is far below what float32 resolves in a sum, yet divided by any batch size still a normal number.
 MIN_EXPONENT = -75.0
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of float32 numbers that exist at a time: a CPU's cache, a GPU's launches
+CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of float32 numbers that exist at a time: a CPU's cache, a GPU's launches
 
 
 def chunks(num_rows: int, row_numbers: int, device_type: str) -> Iterator[slice]:
@@ -46,9 +46,7 @@ class Targets:
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         """Probabilities of some rows, [..., n, K] float32, that sum to 1."""
-        exponents = self.exponents(rows).sub_(self.shift)
-        exponents.sub_(exponents.amax(dim=-1, keepdim=True)).exp_()
-        return exponents.div_(exponents.sum(dim=-1, keepdim=True))
+        return self.exponents(rows).sub_(self.shift).softmax(dim=-1)
 
     def exponents(self, rows: slice) -> Tensor:
         """The softmax's exponents without the shift, [..., n, K] float32, in memory of its own."""

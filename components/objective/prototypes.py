@@ -11,12 +11,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from components.objective.centering import chunks
 
+# Of logits that exist at a time: many more rows than `chunks` gives, since products of few rows are slow, and each adds
+# to all of the prototypes' gradient.
+LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
 
 @dataclass(frozen=True)
 class Term:
     """One term's part for some rows: the cross-entropy of `views` of these rows with `target`."""
 
-    views: slice  # of the student's V
+    views: slice  # of the student's V; each view belongs to one term
     target: Tensor  # [V' or 1, n, K] float32, changed by nobody
     mass: int  # what a row of `target` sums to
 
@@ -90,26 +94,38 @@ def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Te
     """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
     views, num_rows, _ = features.shape
     terms = torch.zeros(loss.num_terms, device=features.device)
-    into_features = torch.zeros_like(features)
+    into_features = torch.empty_like(features)
     into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-    for rows in chunks(num_rows, views * len(prototypes), features.device.type):
-        weights = loss.weights[rows, None]  # [n, 1]
-        for number, term in enumerate(loss.terms(rows)):
-            seen = features[term.views, rows]  # [V', n, d]
-            if not seen.numel():
+    row_bytes = views * len(prototypes) * features.element_size()
+    step = max(1, LOGITS_BYTES.get(features.device.type, 2**25) // row_bytes)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        seen = features[:, rows].flatten(0, 1)
+        logits = seen @ prototypes.T  # [V * n, K]
+        terms += _to_gradient(logits.unflatten(0, (views, -1)), start, loss)
+        into_features[:, rows] = (logits @ prototypes).unflatten(0, (views, -1))
+        for some in _blocks(prototypes):
+            into_prototypes[some] += logits[:, some].T @ seen
+    return terms, into_features, into_prototypes
+
+
+def _to_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
+    """Terms of rows `start` and after, whose logits [V, n, K] are replaced by the gradient of the terms' sum."""
+    terms = torch.zeros(loss.num_terms, device=logits.device)
+    for rows in chunks(logits.shape[1], logits.shape[0] * logits.shape[2], logits.device.type):
+        of_loss = slice(start + rows.start, start + rows.stop)
+        weights = loss.weights[of_loss, None]  # [n, 1]
+        for number, term in enumerate(loss.terms(of_loss)):
+            part = logits[term.views, rows]  # [V', n, K]
+            if not part.numel():
                 continue
-            flat = seen.flatten(0, 1)
-            scores = (flat @ prototypes.T).float().div_(loss.student_temp).view(*seen.shape[:2], -1)  # [V', n, K]
+            scores = part.float().div_(loss.student_temp)
             scores -= scores.amax(dim=-1, keepdim=True)
             agreement = (term.target * scores).sum(dim=-1, keepdim=True)  # [V', n, 1]
             total = scores.exp_().sum(dim=-1, keepdim=True)
             terms[number] += ((term.mass * total.log() - agreement) * weights).sum()
-            scores.mul_(term.mass / total).sub_(term.target).mul_(weights / loss.student_temp)
-            into_scores = scores.to(features.dtype).flatten(0, 1)
-            into_features[term.views, rows] = (into_scores @ prototypes).view_as(seen)
-            for some in _blocks(prototypes):
-                into_prototypes[some] += into_scores[:, some].T @ flat
-    return terms, into_features, into_prototypes
+            part.copy_(scores.mul_(term.mass / total).sub_(term.target).mul_(weights / loss.student_temp))
+    return terms
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from components.objective.centering import CHUNK_BYTES, Targets
 from components.objective.dino import dino_loss
 from components.objective.ibot import ibot_loss
 from components.objective.koleo import koleo_loss
+from components.objective.prototypes import LOGITS_BYTES
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "dinov2.safetensors")
 TEACHER_PROBS = REFERENCE["dino/teacher_probs_sinkhorn_temp0.06"].reshape(2, 6, 32)
@@ -48,10 +49,11 @@ def test_dino_by_hand():
     assert swapped == pytest.approx(3 * 2 * math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize("piece", [1, 2, 100])
-def test_terms_and_gradients_are_those_of_plain_loops(piece, monkeypatch):
-    """Three global and two local crops, four images, five prototypes; pieces of one image, of two, and all at once."""
+@pytest.mark.parametrize(("piece", "product"), [(1, 3), (2, 1), (2, 4), (100, 100)])
+def test_terms_and_gradients_are_those_of_plain_loops(piece, product, monkeypatch):
+    """Three global and two local crops, four images, five prototypes; so many images in a piece and in a product."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", piece * 5 * 5 * 4)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", product * 5 * 5 * 4)
     generator = torch.Generator().manual_seed(0)
     features, weight_v, weight_g = (
         torch.randn(*shape, generator=generator) for shape in ((20, 3), (5, 3), (5, 1))
