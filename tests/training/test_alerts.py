@@ -43,7 +43,7 @@ def test_starvation_is_told_from_the_second_row_on(curated, pretrain_values, tmp
     made = TrainingBatches.__getitem__
 
     def slow(self, step):
-        time.sleep(0.25 if step in (1, 2, 3) else 0.0)
+        time.sleep(1.0 if step in (1, 2, 3) else 0.0)
         return made(self, step)
 
     monkeypatch.setattr(TrainingBatches, "__getitem__", slow)
