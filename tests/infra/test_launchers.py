@@ -52,7 +52,7 @@ def slurm_environment(folder: Path) -> dict[str, str]:
 def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, pretrain_values, tmp_path_factory):  # noqa: F811
     recipe = load_yaml(RECIPES / "tiny-cpu.yaml")
     recipe["pretrain"] = pretrain_values(steps=5_000, checkpoint_every_steps=5, sharding="fsdp")
-    recipe["evaluate"]["crop_size"] = recipe["register"]["resolution"] = 64  # multiples of its patch size
+    recipe["evaluate"]["crop_size"] = recipe["register"]["resolution"] = 48  # of both patch sizes, 8 and 6, a multiple
     (workspace / "params.yaml").write_text(yaml.safe_dump(recipe))
     env = slurm_environment(tmp_path_factory.mktemp("bin"))
     with subprocess.Popen(
