@@ -20,8 +20,13 @@ CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of float32 numbers that exist at 
 
 
 def chunks(num_rows: int, row_numbers: int, device_type: str) -> Iterator[slice]:
-    """Cut rows of `row_numbers` float32 numbers each into pieces of CHUNK_BYTES, or of one row if a row is larger."""
-    step = max(1, CHUNK_BYTES.get(device_type, 2**24) // (4 * row_numbers))
+    """Cut rows of `row_numbers` float32 numbers each into pieces of CHUNK_BYTES."""
+    return pieces(num_rows, 4 * row_numbers, CHUNK_BYTES.get(device_type, 2**24))
+
+
+def pieces(num_rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
+    """Cut rows into pieces of `max_bytes` at most, or of one row if a row is larger."""
+    step = max(1, max_bytes // row_bytes)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from components.objective.centering import chunks
+from components.objective.centering import chunks, pieces
 
 # Of logits that exist at a time: many more rows than `chunks` gives, since products of few rows are slow, and each adds
 # to all of the prototypes' gradient.
@@ -97,12 +97,10 @@ def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Te
     into_features = torch.empty_like(features)
     into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
     row_bytes = views * len(prototypes) * features.element_size()
-    step = max(1, LOGITS_BYTES.get(features.device.type, 2**25) // row_bytes)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
+    for rows in pieces(num_rows, row_bytes, LOGITS_BYTES.get(features.device.type, 2**25)):
         seen = features[:, rows].flatten(0, 1)
         logits = seen @ prototypes.T  # [V * n, K]
-        terms += _to_gradient(logits.unflatten(0, (views, -1)), start, loss)
+        terms += _to_gradient(logits.unflatten(0, (views, -1)), rows.start, loss)
         into_features[:, rows] = (logits @ prototypes).unflatten(0, (views, -1))
         for some in _blocks(prototypes):
             into_prototypes[some] += logits[:, some].T @ seen

@@ -101,12 +101,11 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
         SystemExit: with EXIT_INTERRUPTED after SIGTERM, once all checkpoints are saved.
     """
     job, config, device = trainees[0].job, trainees[0].job.config, training_device()
-    batches = TrainingBatches(job.stream, job.batch_plan())
-    together, scale = [trainee.job.networks for trainee in trainees], job.batch_plan().anchor_scale
-    flops = joint_flops(together, config.crops, job.masking, scale)
+    plan, together = job.batch_plan(), [trainee.job.networks for trainee in trainees]
+    flops = joint_flops(together, config.crops, job.masking, plan.anchor_scale)
     runs = [_Run(trainee, device, flops) for trainee in trainees]
     schedules, start = Schedules(config), min(run.start for run in runs)
-    coming = iterate_batches(batches, config.stream, range(start, config.steps))
+    coming = iterate_batches(TrainingBatches(job.stream, plan), config.stream, range(start, config.steps))
 
     with ExitStack() as stack:
         # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
@@ -122,21 +121,18 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
             for run in stepping:
                 run.waited(time.monotonic() - asked, step)
 
-            values, steps_done = schedules.at(step), step + 1
-            trainings = [run.training for run in stepping]
-            # Nobody steps where one that was behind diverged, before the others are where it was.
-            outcomes = take_step(trainings, batch.normalize(device), step, values) if trainings else []
-            for run, outcome in zip(stepping, outcomes, strict=True):
-                run.record(outcome, values, steps_done, together=len(stepping))
-            _end_diverged(stepping, step, batch)
+            if stepping:  # nobody, where one that was behind diverged before the others are where it was
+                _step(stepping, batch, step, schedules.at(step), device)
             advance(config.batch_size)
 
+            steps_done = step + 1
             failed = any(run.checkpoints.failed() for run in runs)
             stop = _on_any_rank(stop_requested.is_set() or failed, device)
-            if stop or steps_done % config.checkpoint_every_steps == 0 or steps_done == config.steps:
+            last = steps_done == config.steps
+            if stop or last or steps_done % config.checkpoint_every_steps == 0:
                 for run in stepping:
                     run.save(steps_done)
-            if stop and steps_done < config.steps:
+            if stop and not last:
                 _stop(runs, steps_done)
     return [run.rows if run.diverged is None else None for run in runs]
 
@@ -204,12 +200,15 @@ class _Run:
         return nullcontext() if self.trainee.tracked else untracked()
 
 
-def _end_diverged(stepping: Sequence[_Run], step: int, batch: Batch) -> None:
-    """Write down the step of those that diverged in it.
+def _step(stepping: Sequence[_Run], batch: Batch, step: int, values: StepValues, device: torch.device) -> None:
+    """Take a step, and write it down for those that diverged in it.
 
     Raises:
         DivergedError: the wanted one is among them.
     """
+    outcomes = take_step([run.training for run in stepping], batch.normalize(device), step, values)
+    for run, outcome in zip(stepping, outcomes, strict=True):
+        run.record(outcome, values, step + 1, together=len(stepping))
     for run in stepping:
         if run.diverged is not None:
             error = run.dump(run.diverged, step, batch)
