@@ -104,6 +104,7 @@ def test_the_cluster_stops_the_work_of_a_killed_driver_and_listens_to_this_machi
     def actors():
         return [p for p in psutil.process_iter(["cmdline"]) if "ray::PoolActor" in " ".join(p.info["cmdline"] or ())]
 
+    assert psutil.wait_procs(actors(), timeout=20)[1] == []  # of the tests before
     child = subprocess.Popen([sys.executable, "-c", CHILD], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
