@@ -127,7 +127,8 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
     for name in ("torch.distributed.elastic", "torch.multiprocessing", "torchelastic-events-null"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what a rank raised is raised below, in one line
     try:
-        return elastic_launch(config, _started_rank)(level, num_processes, stage, *args)[0]
+        threads = max(1, torch.get_num_threads() // num_processes)  # of what this process may use: OMP_NUM_THREADS
+        return elastic_launch(config, _started_rank)(level, threads, stage, *args)[0]
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         if failure.exitcode == EXIT_INTERRUPTED:
@@ -141,10 +142,10 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
 
 
-def _started_rank(level: int, num_processes: int, stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def _started_rank(level: int, threads: int, stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     first = os.environ["RANK"] == "0"
     logging.basicConfig(level=level if first else logging.WARNING, format="%(message)s")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+    torch.set_num_threads(threads)
     return _as_rank(stage, *args)
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -105,6 +106,13 @@ def test_a_server_that_does_not_answer_is_worth_another_try(folder):
     assert done.returncode == os.EX_TEMPFAIL == 75
     assert address in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_threads_that_wait_leave_their_core_to_other_stages(folder):
+    """As torch's OpenMP itself says when it starts: a thread that waits spins 0 times. What a user sets stays."""
+    for own, spins in (({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        said = components(folder, "pretrain", OMP_DISPLAY_ENV="verbose", **own).stderr
+        assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", said)) == {spins}
 
 
 @pytest.mark.parametrize(

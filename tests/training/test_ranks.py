@@ -75,8 +75,8 @@ def distil(root: Path, changes: dict[str, Any], *students: str) -> None:
 
 def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str, Any]:
     """All that needs two ranks, in one start of them."""
+    rows: dict[str, Any] = {"threads": torch.get_num_threads()}
     torch.set_num_threads(1)
-    rows = {}
     for sharding in ("ddp", "fsdp"):
         changed = values | {"sharding": sharding}
         rows[sharding] = run(changed, curated, root / sharding)
@@ -129,8 +129,15 @@ def curated_runs(storage, curated, tmp_path_factory):
         save_weights(workspace / "models" / "adapted", teacher.backbone, teacher.heads, {})
     distil(root / "one_distilled", {}, *STUDENTS)
     s3_client().create_bucket(Bucket=BUCKET)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
     rows |= launch(on_each_rank, 2, values, curated, root)
+    torch.set_num_threads(before)
     return values, curated, root, rows
+
+
+def test_a_rank_has_its_share_of_the_threads(curated_runs):
+    assert curated_runs[-1]["threads"] == 3  # of 7
 
 
 def losses(rows: list[dict[str, Any]]) -> list[float]:
