@@ -9,8 +9,9 @@ from components.adaptation.config import AdaptConfig
 from components.data.stream import ImageStream
 from components.training.config import check_crops_fit
 from components.training.delivery import Delivery, train_and_deliver
+from components.training.initial import load_network
 from components.training.loop import Job
-from components.training.networks import load_network, self_distillation
+from components.training.networks import self_distillation
 from components.training.parallelize import launch
 
 

@@ -52,5 +52,15 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_shared(tensor) else tensor
 
 
+def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Of a whole tensor, which every rank has, the part that this rank has of `other`."""
+    if not _is_shared(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Without a source rank each takes its own part; nothing is sent.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None).to_local()
+
+
 def _is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
     return is_distributed() and hasattr(tensor, "full_tensor")

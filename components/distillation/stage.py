@@ -11,17 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components.core.tracking import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.model.export import HEADS_FILE
-from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
 from components.training.delivery import Beside, Delivery, train_and_deliver
+from components.training.initial import draw_network, load_network
 from components.training.loop import Job
-from components.training.networks import Network, distillation, load_network
+from components.training.networks import Network, distillation
 from components.training.parallelize import launch
 
 
@@ -79,9 +76,8 @@ def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_
 def student_job(name: str, config: DistillConfig, teacher: Network, stream: ImageStream, seed: int) -> Job:
     """The training of one student, at its start."""
     shape = config.students[name].backbone
-    torch.manual_seed(seed)  # every rank draws the same initial weights
-    heads = {head: ProjectionHead(shape.dim, theirs.config) for head, theirs in teacher.heads.items()}
-    networks = distillation(Network(VisionTransformer(shape), heads), teacher)
+    heads = {head: theirs.config for head, theirs in teacher.heads.items()}
+    networks = distillation(draw_network(shape, heads, seed), teacher)
     return Job(f"distill/{name}", config, networks, stream, masking=None, seed=seed)
 
 

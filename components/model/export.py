@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
 import torch
 from pydantic import Field
@@ -92,11 +93,9 @@ def load_backbone(folder: Path) -> VisionTransformer:
     Raises:
         WeightsError: a file is missing or damaged, or the tensors are not those that `config.json` describes.
     """
-    description = _read_description(folder)
-    with torch.device("meta"):
-        backbone = VisionTransformer(description.backbone)
-    _fill_from(backbone, folder / BACKBONE_FILE)
-    return backbone.eval()
+    backbone, tensors = open_backbone(folder)
+    backbone.to_empty(device="cpu").load_state_dict(tensors)
+    return backbone
 
 
 def load_heads(folder: Path) -> dict[str, ProjectionHead]:
@@ -105,16 +104,33 @@ def load_heads(folder: Path) -> dict[str, ProjectionHead]:
     Raises:
         WeightsError: the folder has no heads, or as for `load_backbone`.
     """
+    heads, tensors = open_heads(folder)
+    nn.ModuleDict(heads).to_empty(device="cpu").load_state_dict(tensors)
+    return heads
+
+
+def open_backbone(folder: Path) -> tuple[VisionTransformer, dict[str, Tensor]]:
+    """The backbone as `load_backbone`, but on the meta device; and its tensors, checked, mapped from the file.
+
+    A mapped tensor costs no memory of the process: the system reads what is looked at, and may drop it again.
+    """
+    description = _read_description(folder)
+    with torch.device("meta"):
+        backbone = VisionTransformer(description.backbone)
+    return backbone.eval(), _tensors_of(backbone, folder / BACKBONE_FILE)
+
+
+def open_heads(folder: Path) -> tuple[dict[str, ProjectionHead], dict[str, Tensor]]:
+    """The heads as `load_heads`, but on the meta device; and their tensors as those of `open_backbone`."""
     description = _read_description(folder)
     if description.heads is None:
         raise WeightsError(f"{folder}: holds no projection heads; use weights that training wrote with heads")
-    heads = nn.ModuleDict()
+    heads: dict[str, ProjectionHead] = {}
     with torch.device("meta"):
         for name, values in description.heads.items():
             config = HeadConfig(**values.model_dump(exclude={"in_dim"}))
-            heads[name] = ProjectionHead(values.in_dim, config)
-    _fill_from(heads, folder / HEADS_FILE)
-    return {name: head for name, head in heads.eval().items() if isinstance(head, ProjectionHead)}
+            heads[name] = ProjectionHead(values.in_dim, config).eval()
+    return heads, _tensors_of(nn.ModuleDict(heads), folder / HEADS_FILE)
 
 
 def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,8 +162,8 @@ def check_sha256(path: Path, expected: str) -> None:
         raise WeightsError(f"{path}: its SHA-256 is {found}, not {expected} as configured")
 
 
-def load_published(path: Path, config: ViTConfig) -> VisionTransformer:
-    """A backbone of this shape with the weights of a file in DINOv2's names, in evaluation mode, on CPU.
+def published_tensors(path: Path, config: ViTConfig) -> dict[str, Tensor]:
+    """Tensors of a backbone of this shape, mapped from a file in DINOv2's names; in the file's precision.
 
     A .pth file is read without running anything that is in it; of a training checkpoint the teacher is taken.
 
@@ -160,14 +176,15 @@ def load_published(path: Path, config: ViTConfig) -> VisionTransformer:
         raise WeightsError(f"{path}: not readable as weights: {error}") from None
     with torch.device("meta"):
         backbone = VisionTransformer(config)
-    floats = {name: tensor.float() for name, tensor in from_dinov2(state).items()}
-    _fill(backbone, floats, f"{path}: not the backbone that is configured", "correct `backbone`, or give other weights")
-    return backbone.eval()
+    tensors = {name: t if t.is_floating_point() else t.float() for name, t in from_dinov2(state).items()}
+    remedy = "correct `backbone`, or give other weights"
+    _check(backbone, tensors, f"{path}: not the backbone that is configured", remedy, exact=False)
+    return tensors
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # torch < 1.6: no zip
     except Exception:  # whatever a damaged file leads torch's reader to; of a program it advises to run it
         raise TypeError("not a .pth file of tensors alone") from None
     state = found.get("teacher", found) if isinstance(found, dict) else found
@@ -205,7 +222,7 @@ def _read_description(folder: Path) -> _WeightsDescription:
         raise WeightsError(f"{problems}; restore the folder with `dvc checkout` or export it again") from None
 
 
-def _fill_from(module: nn.Module, path: Path) -> None:
+def _tensors_of(module: nn.Module, path: Path) -> dict[str, Tensor]:
     restore = "restore the folder with `dvc checkout` or export it again"
     try:
         state = load_file(path)
@@ -213,13 +230,14 @@ def _fill_from(module: nn.Module, path: Path) -> None:
         raise WeightsError(f"{path}: no such file; {restore}") from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); {restore}") from None
-    _fill(module, state, f"{path}: does not match {CONFIG_FILE} beside it", restore)
+    _check(module, state, f"{path}: does not match {CONFIG_FILE} beside it", restore)
+    return state
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Give memory to a module built on the meta device and copy the tensors into it, once all of them fit.
+def _check(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str, *, exact: bool = True) -> None:
+    """Raise WeightsError unless the tensors are those of the module, float32 if `exact`, and finite.
 
-    Comparing shapes first means that a config.json with absurd numbers costs no memory.
+    The module is on the meta device, so that a config.json with absurd numbers costs no memory.
     """
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
@@ -227,13 +245,12 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str
     problems += [
         f"{name} is {state[name].dtype} {list(state[name].shape)}, expected torch.float32 {list(expected[name].shape)}"
         for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape or state[name].dtype != torch.float32
+        if state[name].shape != expected[name].shape or (exact and state[name].dtype != torch.float32)
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise WeightsError(f"{what}: {shown}; {remedy}")
     _check_finite(state, what.partition(": ")[0], remedy)
-    module.to_empty(device="cpu").load_state_dict(state)
 
 
 def _check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.model.config import HeadConfig
+from components.model.layers import Draws, linear_draws
 
 LayerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,8 +24,13 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_g = nn.Parameter(torch.empty(out_dim, 1))
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values, as torch's layers do under this name."""
+        nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # torch's default for linear layers, as in DINOv2
 
     def forward(self, inputs: Tensor, loss: LayerLoss | None = None) -> Tensor:
@@ -48,10 +54,12 @@ class ProjectionHead(nn.Module):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.last_layer = WeightNormLinear(config.bottleneck_dim, config.num_prototypes)
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        for name, draw in self.draws():
+            draw(self.get_parameter(name))
+
+    def draws(self) -> Draws:
+        """Initial values, in their order; the last layer keeps its own."""
+        yield from linear_draws(self.mlp, "mlp")
 
     def forward(self, tokens: Tensor, loss: LayerLoss | None = None) -> Tensor:
         """Logits over prototypes: [N, in_dim] to [N, K]; each is a cosine times the prototype's length.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from components.model.attention import Layout, attend
 from components.model.config import ViTConfig
 
 Checkpointing = Literal["none", "selective", "full"]
+Draws = Iterator[tuple[str, Callable[[Tensor], object]]]  # parameters by name, and what sets their initial values
 
 NORM_EPS = 1e-6  # `dinov2/models/vision_transformer.py`; torch's default is 1e-5
 
@@ -66,7 +68,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
+        self.init = init
         self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def reset_parameters(self) -> None:
+        """Set the initial values, as torch's layers do under this name."""
+        nn.init.constant_(self.gamma, self.init)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scale channels: [..., D] to [..., D]."""
@@ -113,6 +120,14 @@ class Block(nn.Module):
         drop_path = self.drop_path if self.training else 0.0
         tokens = add_to_subset(tokens, layout, lambda x, part: self.ls1(self.attn(self.norm1(x), part)), drop_path)
         return add_to_subset(tokens, layout, lambda x, _: self.ls2(self.mlp(self.norm2(x))), drop_path)
+
+
+def linear_draws(module: nn.Module, prefix: str) -> Draws:
+    """Initial values of all linear layers below, `_init_weights` of DINOv2 (`dinov2/layers/`)."""
+    for name, layer in module.named_modules(prefix=prefix):
+        if isinstance(layer, nn.Linear):
+            yield f"{name}.weight", partial(nn.init.trunc_normal_, std=0.02)
+            yield f"{name}.bias", nn.init.zeros_
 
 
 def add_to_subset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from components.model.attention import Layout
 from components.model.config import ViTConfig
-from components.model.layers import NORM_EPS, Block, Checkpointing
+from components.model.layers import NORM_EPS, Block, Checkpointing, Draws, linear_draws
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
-        self._init_weights()
+        for name, draw in self.draws():
+            draw(self.get_parameter(name))
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> ViTOutput:
         """Encode images into class, register and patch tokens after the last norm.
@@ -124,6 +126,15 @@ class VisionTransformer(nn.Module):
             if index >= self.config.depth - n:
                 outputs += self._outputs(tokens, layout)
         return outputs
+
+    def draws(self) -> Draws:
+        """Initial values of `init_weights` in DINOv2, in their order; patch convolution and norms keep torch's."""
+        yield "pos_embed", partial(nn.init.trunc_normal_, std=0.02)
+        yield "cls_token", partial(nn.init.normal_, std=1e-6)
+        if self.register_tokens is not None:
+            yield "register_tokens", partial(nn.init.normal_, std=1e-6)
+        yield "mask_token", nn.init.zeros_
+        yield from linear_draws(self.blocks, "blocks")
 
     def checkpoint_activations(self, mode: Checkpointing) -> None:
         """Set what every block keeps for the backward pass (`Block.checkpointing`)."""
@@ -180,14 +191,3 @@ class VisionTransformer(nn.Module):
             normed = part.unflatten(0, shape)  # [B, N, D]
             outputs.append(ViTOutput(normed[:, 0], normed[:, 1:first_patch], normed[:, first_patch:]))
         return outputs
-
-    def _init_weights(self) -> None:
-        """Initial values of `init_weights` in DINOv2: the patch convolution keeps torch's default."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components.data.stream import ImageStream
-from components.model.export import BACKBONE_FILE, check_sha256, load_published
-from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
+from components.model.export import BACKBONE_FILE, check_sha256, published_tensors
 from components.pretraining.config import PretrainConfig
 from components.training.delivery import Delivery, train_and_deliver
+from components.training.initial import draw_network, start_backbone_from
 from components.training.loop import Job
-from components.training.networks import Network, self_distillation
+from components.training.networks import self_distillation
 from components.training.parallelize import launch
 
 
@@ -26,16 +23,14 @@ def run(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
 def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
     """What one rank does."""
     stream = ImageStream(root / "data" / "curated", config.stream, seed)
-    torch.manual_seed(seed)  # every rank draws the same initial weights
-    heads = {"dino": config.dino_head, "ibot": config.ibot_head}
-    backbone, parents = VisionTransformer(config.backbone), {}
+    student = draw_network(config.backbone, {"dino": config.dino_head, "ibot": config.ibot_head}, seed)
+    parents = {}
     if config.init is not None:
         path = root / config.init.weights
         path = path / BACKBONE_FILE if path.is_dir() else path
         parents = {"initial_weights": path}
         check_sha256(path, config.init.sha256)
-        backbone = load_published(path, config.backbone)
-    student = Network(backbone, {name: ProjectionHead(config.backbone.dim, head) for name, head in heads.items()})
+        start_backbone_from(student, published_tensors(path, config.backbone))
     networks = self_distillation(student, anchored=config.gram is not None)
     job = Job("pretrain", config, networks, stream, config.masking, seed)
     outputs = Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain", parents)

@@ -31,7 +31,7 @@ from components.training.loop import Job, Trainee, train_together
 from components.training.loss_table import LOSSES, Row, read_rows
 from components.training.monitors import Probes, report_rows
 from components.training.networks import Network
-from components.training.parallelize import gather
+from components.training.parallelize import gather, place, training_device
 from components.training.pictures import (
     NUM_IMAGES,
     PROGRESS,
@@ -163,7 +163,9 @@ def _train(runs: Sequence[_Run]) -> None:
     jobs = [run.make() for run in runs]
     config, root = jobs[0].config, runs[0].root
     images = sample_images(jobs[0].stream, config.crops.global_size)
-    before = [pca_colors(job.networks.ema.backbone, images) for job in jobs]
+    for job in jobs:
+        place(job.networks, job.config, training_device())
+    before = [pca_colors(job.networks.ema, images) for job in jobs]
     labelled = _labelled(config, root)
     trainees = []
     for run, job in zip(runs, jobs, strict=True):
@@ -184,7 +186,7 @@ def _train(runs: Sequence[_Run]) -> None:
         if shipped := gather(trainee.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-            _keep(run, shipped, run.provenance | seen, draw_pca(images, [colors, pca_colors(shipped.backbone, images)]))
+            _keep(run, shipped, run.provenance | seen, draw_pca(images, [colors, pca_colors(shipped, images)]))
             trainee.checkpoints.remove()
     barrier()
 

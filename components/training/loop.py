@@ -148,7 +148,7 @@ class _Run:
     def __init__(self, trainee: Trainee, device: torch.device, flops_per_image: float) -> None:
         self.trainee, self.job, self.checkpoints = trainee, trainee.job, trainee.checkpoints
         config, folder = self.job.config, self.checkpoints.folder
-        self.training = TrainingStep(self.job.networks.to(device), config, self.job.seed, device)
+        self.training = TrainingStep(self.job.networks, config, self.job.seed, device)
         progress = self.checkpoints.load_newest(self.training)
         self.start, self.diverged = progress.steps_done, cast(DivergedError | None, None)
         with self._tracker():

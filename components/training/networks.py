@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from components.core.distributed import own_part
-from components.model.export import WeightsError, load_backbone, load_heads
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer, ViTOutput
 from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
 
+Values = Callable[[], Iterator[tuple[str, Tensor]]]  # whole tensors by parameter name, one after another
+
 
 class Network(nn.Module):
-    """A backbone with one head for class tokens and another for patch tokens (untied: arXiv:2304.07193, sec. 4)."""
+    """A backbone with one head for class tokens and another for patch tokens (untied: arXiv:2304.07193, sec. 4).
+
+    Attributes:
+        initial: where its values will come from, while it is on the meta device; its copies start alike.
+    """
 
     def __init__(self, backbone: VisionTransformer, heads: Mapping[str, ProjectionHead]) -> None:
         super().__init__()
         self.backbone = backbone
         self.dino_head = heads["dino"]
         self.ibot_head = heads["ibot"]
+        self.initial: Values | None = None
 
     @property
     def heads(self) -> dict[str, ProjectionHead]:
@@ -112,33 +117,10 @@ class Networks:
     ema: Network
     anchor: Network | None = None
 
-    def to(self, device: torch.device) -> Networks:
-        """Move all networks; returns itself."""
-        for network in self.distinct():
-            network.to(device)
-        return self
-
     def distinct(self) -> list[Network]:
         """Each network once."""
         named = (self.student, self.teacher, self.ema, self.anchor)
         return list({id(network): network for network in named if network is not None}.values())
-
-
-def load_network(folder: Path) -> Network:
-    """Backbone and heads of a weights folder.
-
-    Raises:
-        WeightsError: the folder is missing, damaged, without heads or with heads of another backbone.
-    """
-    backbone, heads = load_backbone(folder), load_heads(folder)
-    found = {name: head.in_dim for name, head in heads.items()}
-    needed = dict.fromkeys(("dino", "ibot"), backbone.config.dim)
-    if found != needed:
-        raise WeightsError(
-            f"{folder}: its heads take features of widths {found}, but its backbone needs {needed}; give a folder as "
-            "training wrote it"
-        )
-    return Network(backbone, heads)
 
 
 def self_distillation(student: Network, *, anchored: bool = False) -> Networks:

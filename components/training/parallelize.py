@@ -22,6 +22,7 @@ from components.core.storage import StorageError
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.training.config import TrainingConfig
+from components.training.initial import fill
 from components.training.networks import Network, Networks
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
@@ -65,19 +66,32 @@ def training_device() -> torch.device:
 def parallelize(networks: Networks, config: TrainingConfig, device: torch.device) -> nn.Module:
     """The student as it is to be called: itself in one process; in several, so that gradients are averaged over ranks.
 
-    With "fsdp" (`fully_shard`, FSDP2) each rank keeps its part of all networks; blocks and heads are put together when
-    they are needed. The optimizer must be built afterwards, since the parameters are other ones then.
+    The optimizer must be built afterwards, since the parameters are other ones then.
     """
-    student = networks.student
-    if not is_distributed():
-        return student
-    if config.sharding == "ddp":
-        return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for network in networks.distinct():
-        if not isinstance(network, FSDPModule):  # a teacher that another student has already
+    place(networks, config, device)
+    if is_distributed() and config.sharding == "ddp":
+        return DistributedDataParallel(networks.student, [device.index] if device.type == "cuda" else None)
+    return networks.student
+
+
+def place(networks: Networks, config: TrainingConfig, device: torch.device) -> None:
+    """Bring the networks to the device with their initial values; nothing done for those that are there.
+
+    With "fsdp" (`fully_shard`, FSDP2) each rank keeps its part of all networks, and never has more of one that is on
+    the meta device; blocks and heads are put together when they are needed.
+    """
+    new = [network for network in networks.distinct() if not isinstance(network, FSDPModule)]
+    if is_distributed() and config.sharding == "fsdp":
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for network in new:
             _shard(network, mesh, config.precision == "bfloat16")
-    return student
+    empty = [network for network in new if network.initial is not None]
+    for network in new:
+        if network.initial is None:
+            network.to(device)
+        else:
+            network.to_empty(device=device)
+    fill(empty)
 
 
 def gather(network: Network) -> Network | None:
@@ -91,9 +105,10 @@ def gather(network: Network) -> Network | None:
             tensors[name] = value.cpu()
     if rank() > 0:
         return None
-    heads = {name: ProjectionHead(head.in_dim, head.config) for name, head in network.heads.items()}
-    gathered = Network(VisionTransformer(network.backbone.config), heads)
-    gathered.load_state_dict(tensors)
+    with torch.device("meta"):
+        heads = {name: ProjectionHead(head.in_dim, head.config) for name, head in network.heads.items()}
+        gathered = Network(VisionTransformer(network.backbone.config), heads)
+    gathered.load_state_dict(tensors, assign=True)
     return gathered.eval().requires_grad_(False)
 
 

@@ -14,7 +14,6 @@ from components.core.tracking import log_file
 from components.data.batch import Batch, to_input
 from components.data.crops import NUM_GLOBAL
 from components.data.stream import ImageStream
-from components.model.vit import VisionTransformer
 from components.training.networks import Network
 
 PROGRESS = "pca_step_*.jpg"  # in a run's folder
@@ -50,23 +49,18 @@ def sample_images(stream: ImageStream, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def pca_colors(backbone: VisionTransformer, images: Tensor) -> np.ndarray:
+def pca_colors(network: Network, images: Tensor) -> np.ndarray:
     """First three principal components of all images' patch features as colours.
 
     Args:
-        backbone: in evaluation mode.
+        network: in evaluation mode; every rank must call where they share it.
         images: [N, 3, H, W] normalised, H = W.
 
     Returns:
         [N, grid, grid, 3] uint8.
     """
-    device = next(backbone.parameters()).device
-    return colors_of(backbone(images.to(device)).patch_tokens)
-
-
-def colors_of(patch_tokens: Tensor) -> np.ndarray:
-    """`pca_colors` of patch features [N, P, D]."""
-    tokens = patch_tokens.float().cpu()
+    device = next(network.parameters()).device
+    tokens = network.patch_tokens(images.to(device)).float().cpu()  # [N, P, D]
     flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(dim=0)
     directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
     # A direction's sign is free; fixed, the same weights always have the same colours.
@@ -80,8 +74,7 @@ def colors_of(patch_tokens: Tensor) -> np.ndarray:
 
 def show_progress(network: Network, images: Tensor, folder: Path, steps_done: int) -> None:
     """Write the colours after so many steps to `folder`, and hand them to the tracker; every rank must call."""
-    device = next(network.parameters()).device
-    colors = colors_of(network.patch_tokens(images.to(device)))
+    colors = pca_colors(network, images)
     if rank() == 0:
         path = folder / PROGRESS.replace("*", str(steps_done))
         save_picture(draw_pca(images, [colors]), path)

@@ -30,10 +30,11 @@ from components.model.export import save_weights
 from components.training import delivery
 from components.training.alerts import read_alerts
 from components.training.checkpoint import Checkpoints
+from components.training.initial import load_network
 from components.training.loop import Job, Trainee, train, train_together
 from components.training.loss_table import read_rows
 from components.training.monitors import Probes
-from components.training.networks import Network, load_network
+from components.training.networks import Network
 from components.training.parallelize import EXIT_INTERRUPTED
 from components.training.step import DivergedError
 from flows.train_status import find_trainings

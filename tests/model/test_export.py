@@ -15,7 +15,7 @@ from components.model.export import (
     from_dinov2,
     load_backbone,
     load_heads,
-    load_published,
+    published_tensors,
     save_weights,
     to_dinov2,
 )
@@ -65,13 +65,14 @@ def test_published_weights_by_path(tmp_path, models):
     teacher = {f"backbone.{name}": tensor.half() for name, tensor in to_dinov2(backbone).items()}
     torch.save({"teacher": teacher | {"dino_head.mlp.0.bias": torch.zeros(3)}}, tmp_path / "teacher_checkpoint.pth")
     for name, tolerance in (("vit.safetensors", 0.0), ("teacher_checkpoint.pth", 1e-3)):
-        loaded = load_published(tmp_path / name, VIT)
+        loaded = VisionTransformer(VIT)
+        loaded.load_state_dict(published_tensors(tmp_path / name, VIT))
         for mine, theirs in zip(backbone.parameters(), loaded.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
     other = ViTConfig(**VIT.model_dump() | {"num_registers": 0, "depth": 1})
     message = "not the backbone that is configured: blocks.1.attn.proj.bias is unknown; .* and 12 more; correct `backb"
     with pytest.raises(WeightsError, match=message):
-        load_published(tmp_path / "vit.safetensors", other)
+        published_tensors(tmp_path / "vit.safetensors", other)
     with pytest.raises(WeightsError, match=r"its SHA-256 is [0-9a-f]{64}, not 00 as configured"):
         check_sha256(tmp_path / "vit.safetensors", "00")
 
@@ -85,10 +86,10 @@ def test_a_pickle_that_is_a_program_is_not_run(tmp_path):
     torch.save({"teacher": _Program()}, tmp_path / "weights.pth")
     message = r"weights\.pth: not readable as weights: not a \.pth file of tensors alone$"
     with pytest.raises(WeightsError, match=message):
-        load_published(tmp_path / "weights.pth", VIT)
+        published_tensors(tmp_path / "weights.pth", VIT)
     (tmp_path / "weights.pth").write_text("text")
     with pytest.raises(WeightsError, match=message):
-        load_published(tmp_path / "weights.pth", VIT)
+        published_tensors(tmp_path / "weights.pth", VIT)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_pickle_that_is_a_program_is_not_run(tmp_path):
 def test_files_that_hold_something_else(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=rf"weights\.pth: {message}"):
-        load_published(tmp_path / "weights.pth", VIT)
+        published_tensors(tmp_path / "weights.pth", VIT)
 
 
 def test_loaded_weights_do_not_depend_on_the_file(folder):

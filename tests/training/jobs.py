@@ -18,11 +18,11 @@ from components.core.config import validate
 from components.data.manifest import CURATED_SCHEMA, MANIFEST, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.data.stream import ImageStream
-from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
+from components.training.initial import draw_network
 from components.training.loop import Job
-from components.training.networks import Network, self_distillation
+from components.training.networks import self_distillation
+from components.training.parallelize import place
 
 TILE = 64
 
@@ -65,13 +65,10 @@ def _write_tiles(folder: Path, schema: pa.Schema, facts: Callable[[tuple[int, in
 def make_job(values: dict[str, Any], curated: Path) -> Job:
     """The job of pretraining with these values on `curated`, at its start."""
     config = validate(PretrainConfig, values, "test")
-    torch.manual_seed(0)
-    heads = {"dino": config.dino_head, "ibot": config.ibot_head}
-    student = Network(
-        VisionTransformer(config.backbone), {n: ProjectionHead(config.backbone.dim, h) for n, h in heads.items()}
-    )
+    student = draw_network(config.backbone, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
     stream = ImageStream(curated, config.stream, seed=0)
     networks = self_distillation(student, anchored=config.gram is not None)
+    place(networks, config, torch.device("cpu"))
     return Job("pretrain", config, networks, stream, config.masking, seed=0)
 
 

@@ -7,7 +7,8 @@ from components.model.export import WeightsError, save_weights
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.objective.total import HeadLosses
-from components.training.networks import Network, distillation, load_network, self_distillation
+from components.training.initial import load_network
+from components.training.networks import Network, distillation, self_distillation
 
 
 def network(seed: int, dim: int = 16) -> Network:

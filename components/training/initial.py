@@ -1,0 +1,117 @@
+"""Where a run's networks start: made without memory, and filled tensor by tensor once it is known which part is whose.
+
+So no rank ever holds a whole network that the ranks share, and the values are those that one process has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.core.distributed import own_part, part_like
+from components.model.config import HeadConfig, ViTConfig
+from components.model.export import WeightsError, open_backbone, open_heads
+from components.model.head import ProjectionHead
+from components.model.vit import VisionTransformer
+from components.training.networks import Network
+
+
+def draw_network(backbone: ViTConfig, heads: Mapping[str, HeadConfig], seed: int) -> Network:
+    """A network on the meta device whose initial values will be drawn, the same ones on every rank.
+
+    Args:
+        backbone: its shape.
+        heads: by name, `dino` and `ibot`.
+        seed: of torch's generator, whose state is left as it is.
+    """
+    with torch.device("meta"):
+        network, shapes = (
+            Network(VisionTransformer(backbone), {n: ProjectionHead(backbone.dim, h) for n, h in heads.items()})
+            for _ in range(2)
+        )
+    parts = {"backbone": shapes.backbone, **{f"{name}_head": head for name, head in shapes.heads.items()}}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for prefix, part in parts.items():
+                yield from ((f"{prefix}.{name}", value) for name, value in _drawn(part))
+
+    network.initial = values
+    return network
+
+
+def load_network(folder: Path) -> Network:
+    """Backbone and heads of a weights folder, on the meta device; the values will be read from its files.
+
+    Raises:
+        WeightsError: the folder is missing, damaged, without heads or with heads of another backbone.
+    """
+    (backbone, tensors), (heads, head_tensors) = open_backbone(folder), open_heads(folder)
+    found = {name: head.in_dim for name, head in heads.items()}
+    needed = dict.fromkeys(("dino", "ibot"), backbone.config.dim)
+    if found != needed:
+        raise WeightsError(
+            f"{folder}: its heads take features of widths {found}, but its backbone needs {needed}; give a folder as "
+            "training wrote it"
+        )
+    network = Network(backbone, heads)
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"backbone.{name}", tensor) for name, tensor in tensors.items())
+        for name, tensor in head_tensors.items():
+            head, _, rest = name.partition(".")
+            yield f"{head}_head.{rest}", tensor
+
+    network.initial = values
+    return network
+
+
+def start_backbone_from(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Let these take the place of what was to be the backbone's initial values."""
+    before = network.initial
+    assert before is not None, "the network has its values already"
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        yield from before()  # all of it, or the heads would be drawn otherwise
+        yield from ((f"backbone.{name}", tensor) for name, tensor in tensors.items())
+
+    network.initial = values
+
+
+@torch.no_grad()
+def fill(networks: Sequence[Network]) -> None:
+    """Set the initial values of networks that have memory by now; those that start equal are filled together."""
+    for values in dict.fromkeys(network.initial for network in networks):
+        assert values is not None, "the network has its values already"
+        alike = [network for network in networks if network.initial is values]
+        parameters = [dict(network.named_parameters()) for network in alike]
+        missing = set(parameters[0])
+        for name, value in values():
+            for own in parameters:
+                own_part(own[name]).copy_(part_like(value, own[name]))
+            missing.discard(name)
+        assert not missing, f"no initial values for {sorted(missing)}"
+        for network in alike:
+            network.initial = None
+
+
+def _drawn(part: VisionTransformer | ProjectionHead) -> Iterator[tuple[str, Tensor]]:
+    """What a backbone or head of this shape draws when it is made, in that order, one layer in memory at a time.
+
+    Some come twice, because torch's layers draw values of their own before ours; the later ones count.
+    """
+    for name, layer in part.named_modules():
+        if hasattr(layer, "reset_parameters"):
+            whole: Any = copy.deepcopy(layer).to_empty(device="cpu")
+            whole.reset_parameters()
+            yield from ((f"{name}.{key}", value) for key, value in whole.named_parameters())
+    for name, draw in part.draws():
+        value = torch.empty(part.get_parameter(name).shape)
+        draw(value)
+        yield name, value
