@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 
 # How sequences lie in packed tokens [T, D], one after another: (number of sequences, tokens of each) of each group.
 Layout = tuple[tuple[int, int], ...]
@@ -18,14 +20,34 @@ SCORES_BYTES = 2**24  # of attention scores that exist at a time on a CPU; about
 def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
     """Scaled dot-product attention within each sequence: packed [T, 3 D] to [T, D].
 
-    By torch's fused kernels, or on a CPU in bfloat16 by matrix products, which are 2.5 times as fast there
-    (components/training/README.md).
+    By torch's fused kernels: one for all groups where the device has it, otherwise one for each group; or on a CPU in
+    bfloat16 by matrix products, which are 2.5 times as fast there (components/training/README.md).
     """
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         mixed = _ProductAttention.apply(qkv, layout, num_heads)
         assert isinstance(mixed, Tensor)
         return mixed
+    if len(layout) > 1 and _has_varlen(qkv, num_heads):
+        return varlen_attention(qkv, layout, num_heads)
     return fused_attention(qkv, layout, num_heads)
+
+
+def varlen_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+    """`attend` by one call of FlashAttention's kernel for sequences of any lengths; nothing is copied or padded."""
+    lengths = [length for count, length in layout for _ in range(count)]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(qkv.device, non_blocking=True)
+    query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)
+    mixed = varlen_attn(query, key, value, starts, starts, max(lengths), max(lengths))
+    assert isinstance(mixed, Tensor)
+    return mixed.flatten(1)
+
+
+def _has_varlen(qkv: Tensor, num_heads: int) -> bool:
+    """Whether FlashAttention takes it: on NVIDIA's cards from Ampere on, in half precision, heads up to 256 wide."""
+    if qkv.device.type != "cuda" or torch.version.cuda is None or qkv.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    width = qkv.shape[1] // (3 * num_heads)
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
 
 
 def fused_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:

@@ -73,7 +73,7 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
 
 
 def joint_flops(
-    together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int = 1
+    together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int | None = None
 ) -> float:
     """`training_flops` of students that are trained on the same images, whose teacher looks at them once."""
     shared = (len(together) - 1) * _teacher_flops(together[0], crops, _patches(together[0], crops, masking))
@@ -81,9 +81,11 @@ def joint_flops(
 
 
 def training_flops(
-    networks: Networks, crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int = 1
+    networks: Networks, crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int | None = None
 ) -> float:
     """Operations that one image costs in training: its crops through the student and back, and through the teacher.
+
+    With an `anchor_scale`, a Gram anchor too sees the global crops, made so many times as large.
 
     What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
     definition of model FLOPs utilisation (arXiv 2204.02311, appendix B) that is no useful work.
@@ -91,8 +93,8 @@ def training_flops(
     student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
     total = _teacher_flops(networks, crops, patches)
-    if networks.anchor is not None:
-        total += NUM_GLOBAL * backbone_flops(networks.anchor.backbone.config, anchor_scale * crops.global_size)
+    if anchor_scale is not None:
+        total += NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, anchor_scale * crops.global_size)
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn, cast
 
 import torch
@@ -102,8 +103,7 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
     """
     job, config, device = trainees[0].job, trainees[0].job.config, training_device()
     plan, together = job.batch_plan(), [trainee.job.networks for trainee in trainees]
-    flops = joint_flops(together, config.crops, job.masking, plan.anchor_scale)
-    runs = [_Run(trainee, device, flops) for trainee in trainees]
+    runs = [_Run(trainee, device, partial(_flops_per_image, together, job)) for trainee in trainees]
     schedules, start = Schedules(config), min(run.start for run in runs)
     coming = iterate_batches(TrainingBatches(job.stream, plan), config.stream, range(start, config.steps))
 
@@ -145,7 +145,7 @@ class _Run:
         diverged: why it takes no further step.
     """
 
-    def __init__(self, trainee: Trainee, device: torch.device, flops_per_image: float) -> None:
+    def __init__(self, trainee: Trainee, device: torch.device, flops_per_image: Callable[[int], float]) -> None:
         self.trainee, self.job, self.checkpoints = trainee, trainee.job, trainee.checkpoints
         config, folder = self.job.config, self.checkpoints.folder
         self.training = TrainingStep(self.job.networks, config, self.job.seed, device)
@@ -233,7 +233,15 @@ def _names(runs: Sequence[_Run]) -> str:
     return ", ".join(run.job.name for run in runs)
 
 
-def _instruments(job: Job, alerts: Alerts, device: torch.device, probes: Probes, flops_per_image: float) -> Instruments:
+def _flops_per_image(together: Sequence[Networks], job: Job, steps_done: int) -> float:
+    plan = job.batch_plan()
+    anchored = job.networks.anchor is not None and steps_done > plan.anchored_from
+    return joint_flops(together, job.config.crops, job.masking, plan.anchor_scale if anchored else None)
+
+
+def _instruments(
+    job: Job, alerts: Alerts, device: torch.device, probes: Probes, flops_per_image: Callable[[int], float]
+) -> Instruments:
     config, networks = job.config, job.networks
     limits, known = config.monitor.alerts, accelerator(device)
     after_steps = config.optimizer.warmup_steps if limits.after_steps is None else limits.after_steps

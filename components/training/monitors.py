@@ -41,7 +41,7 @@ class Instruments:
         name: of the job, for the log.
         watch: raises alerts.
         cost: of the run so far.
-        flops_per_image: floating-point operations, by formula.
+        flops_per_image: floating-point operations by formula, after so many steps.
         peak_flops: of this rank's device in a second, where they are known.
         probes: of the average.
     """
@@ -49,7 +49,7 @@ class Instruments:
     name: str
     watch: Watch
     cost: CostMeter
-    flops_per_image: float
+    flops_per_image: Callable[[int], float]
     peak_flops: float | None
     probes: Probes
 
@@ -113,7 +113,7 @@ class Monitor:
             **{f"grad_norm_{name}": float(norm) for name, norm in output.grad_norms.items()},
             **self._signs_of_collapse(output, values, steps_done, waited),
             "knn_top1": knn() if knn and measure else None,
-            **self._speed(seconds),
+            **self._speed(seconds, steps_done),
         }
         # A kNN is not training, so it starts no step late; but it is time of the run.
         self._seconds += (time.monotonic() - self._since) / self._together
@@ -141,14 +141,14 @@ class Monitor:
         means = {name: sum(numbers) / len(numbers) for name, numbers in by_rank.items()}
         return {**means, "prototypes_used": targets.used, "prototype_perplexity": targets.perplexity}
 
-    def _speed(self, seconds: float) -> Row:
+    def _speed(self, seconds: float, steps_done: int) -> Row:
         rate = self._steps * self._config.batch_size / seconds
         tools, device = self._instruments, self._sums["total"].device
         peak = tools.peak_flops if self._config.precision == "bfloat16" else None  # it is of bfloat16
         peaks = _of_ranks({"gib": _peak_memory_gib(device)}, device)["gib"]
         return {
             "images_per_second": rate,
-            "mfu": rate * tools.flops_per_image / (world_size() * peak) if peak else None,
+            "mfu": rate * tools.flops_per_image(steps_done) / (world_size() * peak) if peak else None,
             "peak_memory_gib": max(peaks),
         }
 

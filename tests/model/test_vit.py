@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from components.model import attention
-from components.model.attention import attend
+from components.model.attention import attend, fused_attention, varlen_attention
 from components.model.config import ViTConfig
 from components.model.export import from_dinov2
 from components.model.layers import add_to_subset
@@ -219,6 +219,36 @@ def test_attention_by_products_equals_the_fused_kernel(monkeypatch):
     for products, fused in zip(*results, strict=True):  # bfloat16 has 8 bits
         assert (products - fused).norm() < 0.01 * fused.norm()
         torch.testing.assert_close(products, fused, rtol=0.05, atol=0.05)
+
+
+def test_one_call_for_all_sizes_equals_a_call_for_each():
+    """Only FlashAttention's kernel, for NVIDIA's cards, is written out here; the way to it and back is torch's."""
+
+    def mix(query, key, value, starts):
+        mixed = [
+            torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / 4, -1) @ v.transpose(0, 1)  # [heads, length, 16]
+            for q, k, v in zip(*(part.tensor_split(starts[1:-1].tolist()) for part in (query, key, value)), strict=True)
+        ]
+        return torch.cat([part.transpose(0, 1) for part in mixed])
+
+    def forward(query, key, value, starts, *rest, **more):
+        assert rest[1:3] == (21, 21)  # the longest
+        empty = query.new_empty(0)
+        return mix(query, key, value, starts), query.new_empty(2, len(query)), empty, empty, empty
+
+    def backward(upstream, query, key, value, *rest, **more):
+        return torch.func.vjp(lambda *parts: mix(*parts, rest[2]), query, key, value)[1](upstream)
+
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("_flash_attention_forward", forward, "CPU")
+    kernels.impl("_flash_attention_backward", backward, "CPU")
+    layout = ((3, 21), (4, 6))
+    qkv, upstream = torch.randn(3 * 21 + 24, 3 * 32, requires_grad=True), torch.randn(3 * 21 + 24, 32)
+    results = []
+    for attention_of in (varlen_attention, fused_attention):
+        mixed = attention_of(qkv, layout, num_heads=2)
+        results.append((mixed, *torch.autograd.grad(mixed, qkv, upstream)))
+    torch.testing.assert_close(*results)
 
 
 def test_stochastic_depth_only_in_training():
