@@ -181,7 +181,7 @@ def _logged(out: Path) -> list[float]:
 
 def main(python: str, steps: int = 10) -> None:
     """Print what each side costs, and how much less ours does."""
-    mine = {f"ours, checkpointing {mode}": ours(mode, steps) for mode in ("selective", "full")}
+    mine = {f"ours, checkpointing {mode}": ours(mode, steps) for mode in ("none", "selective", "full")}
     other = {
         "lightly-train": theirs(steps),
         "lightly-train, activations made again": theirs(steps, checkpointing=True),
@@ -198,7 +198,7 @@ def main(python: str, steps: int = 10) -> None:
         figures = f"{cost.seconds:.2f}", f"{BATCH / cost.seconds:.2f}", f"{cost.peak_mib:.0f}"
         ratios = [f"{cost.seconds / costs[m].seconds:.2f}x, 1 / {cost.peak_mib / costs[m].peak_mib:.2f}" for m in mine]
         table.add_row(name, *figures, *(ratios if name in other else ["", ""]))
-    Console(width=150).print(table)
+    Console(width=190).print(table)
 
 
 if __name__ == "__main__":
