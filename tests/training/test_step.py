@@ -204,4 +204,6 @@ def test_losses_and_gradients_are_those_of_a_plainly_written_step():
     plain.backward()
     torch.testing.assert_close(losses["total"], plain.detach(), rtol=1e-5, atol=0)
     for name, parameter in networks.student.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
+        assert parameter.grad is not None
+        # Of the tensor, not of each entry: which of its small ones rounding reaches depends on the processor.
+        assert (gradients[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
