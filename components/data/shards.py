@@ -23,6 +23,7 @@ OPEN_SHARDS = 64  # descriptors kept by one reader
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif", "PPM": "ppm"}
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 100  # of a progressive JPEG: each is a pass over the whole image, and real ones have about 10
 EXIF_ORIENTATION = 0x0112
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -239,8 +240,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         An RGB image, whose `format` is the format of `data`.
 
     Raises:
-        ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `animated` (more
-            than one frame) or `unsupported_format`.
+        ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `too_many_scans`,
+            `animated` (more than one frame) or `unsupported_format`.
     """
     return load_image(open_image(data, max_pixels=max_pixels))
 
@@ -257,6 +258,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels} are decoded")
+    if image.format in {"JPEG", "MPO"} and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ImageError("too_many_scans", f"{scans} scans of the image; at most {MAX_SCANS} are decoded")
     try:
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except Exception as error:  # Pillow's decoders raise many types on hostile bytes
@@ -291,6 +294,8 @@ def load_image(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height that an opened image will have, after EXIF rotation."""
+    if image.format == "TIFF":  # Pillow turns these itself, and says so from the start
+        return image.size
     sideways = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE)
     sideways += (Image.Transpose.ROTATE_90,)
     width, height = image.size
