@@ -28,7 +28,6 @@ MAX_IMAGE_BYTES = 256 * MIB  # of one encoded image
 MAX_ROW_GROUP_BYTES = 4096 * MIB  # of one Parquet row group, uncompressed
 MAX_LABEL_BYTES = 1024
 BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # what one process holds at once
-ROWS = 64  # of a Parquet file, read at once
 CONNECTIONS = 8  # to S3, by one process
 
 CONTAINERS = (".tar", ".parquet")
@@ -155,9 +154,14 @@ def _list_local(source: str) -> list[_File]:
             except OSError:
                 continue  # a dangling link
             if stat.S_ISREG(status.st_mode):
-                relative = PurePosixPath(path.relative_to(root).as_posix())
-                files.append(_File(relative, path.as_posix(), str(path), status.st_size))
+                relative = PurePosixPath(_text(path.relative_to(root)))
+                files.append(_File(relative, _text(path), str(path), status.st_size))
     return files
+
+
+def _text(path: Path) -> str:
+    """A path to be written down: file systems take names that are no text, Parquet does not."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _is_new(folder: Path, visited: set[tuple[int, int]]) -> bool:
@@ -243,7 +247,9 @@ def _list_containers(
         add = _list_tar if file.relative.suffix.lower() == ".tar" else _list_parquet
         try:
             add(listing, file, split)
-        except (tarfile.TarError, pa.ArrowException, OSError) as error:
+        except IngestError:
+            raise
+        except Exception as error:  # readers of archives raise many types on hostile bytes
             reason = (str(error) or type(error).__name__).splitlines()[0]
             listing.refusals.append(Refusal(file.uri, "damaged_archive", reason))
 
@@ -264,7 +270,7 @@ def _list_tar(listing: Listing, file: _File, split: str | None) -> None:
     entries: list[Entry] = []
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(file.path, "r:") as archive:
+        with tarfile.open(file.path, "r:", encoding="utf-8", errors="replace") as archive:
             for member in _members(archive, file.size):
                 uri = f"{file.uri}#{member.name}"
                 refusal = _refuse_member(uri, member, file.size)
@@ -382,11 +388,11 @@ def _read_rows(entry: Entry, row_group: int) -> Iterator[tuple[Entry, bytes | Re
             first = sum(parquet.metadata.row_group(number).num_rows for number in range(row_group))
             columns = [_image_column(parquet.schema_arrow, entry.uri)]
             columns += [name for name in ("label",) if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(ROWS, row_groups=[row_group], columns=columns):
-                for number, row in enumerate(batch.to_pylist(), start=first):
-                    yield _read_row(entry, number, row.get("label"), row[columns[0]])
-                first += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+            # Row by row, which costs no more time: a few bytes of a dictionary page can be many large images.
+            rows = parquet.iter_batches(1, row_groups=[row_group], columns=columns)
+            for number, (row,) in enumerate((batch.to_pylist() for batch in rows), start=first):
+                yield _read_row(entry, number, row.get("label"), row[columns[0]])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         uri = f"{entry.uri}#row_group={row_group}"
         yield replace(entry, uri=uri), Refusal(uri, "damaged_archive", str(error).splitlines()[0])
 

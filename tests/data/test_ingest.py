@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import struct
 import tarfile
 from datetime import UTC, datetime
@@ -247,8 +248,24 @@ def test_a_damaged_tar_keeps_what_stands_before_the_damage(tmp_path: Path) -> No
     data[third + 148 : third + 156] = b"0000000\0"  # a wrong checksum
     (tmp_path / "in" / "a.tar").write_bytes(data)
     write(tmp_path / "in", {"c.tar": b"no tar at all"})
+    with tarfile.open(tmp_path / "in" / "d.tar", "w") as archive:  # tarfile would raise a ValueError
+        add(archive, "0.jpg", image(20))
+        add(archive, "1.jpg", image(21), pax_headers={"GNU.sparse.map": "here"})
     report = take(tmp_path, tmp_path / "in")
-    assert (report.stored, report.rejected) == (6, {"damaged_archive": 2})
+    assert (report.stored, report.rejected) == (7, {"damaged_archive": 3})
+
+
+def test_names_that_are_no_text_are_written_down_as_far_as_they_are(tmp_path: Path) -> None:
+    for folder in (b"caf\xe9", b"bar"):
+        place = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + folder))
+        write(place, {os.fsdecode(b"\xfc.jpg"): image(len(folder))})
+    assert take(tmp_path, tmp_path / "in").stored == 2
+    with tarfile.open(tmp_path / "in.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        add(archive, "\xfc.jpg", image(5))
+    assert take(tmp_path, tmp_path / "in.tar").stored == 1
+    rows = {row["source_uri"]: row["label"] for row in read_collection(tmp_path / "pool").to_pylist()}
+    folders = {f"{tmp_path}/in/caf\ufffd/\ufffd.jpg": "caf\ufffd", f"{tmp_path}/in/bar/\ufffd.jpg": "bar"}
+    assert rows == {**folders, f"{tmp_path}/in.tar#\ufffd.jpg": None}
 
 
 def test_parquet_columns_of_bytes_and_of_hugging_face_structs(tmp_path: Path) -> None:
@@ -282,6 +299,22 @@ def test_damaged_parquet_pages_lose_only_their_row_group(tmp_path: Path) -> None
     path.write_bytes(data)
     report = take(tmp_path, path)
     assert (report.stored, report.rejected) == (3, {"damaged_archive": 1})
+
+
+def test_parquet_that_repeats_a_large_value_is_read_image_by_image(tmp_path: Path) -> None:
+    """A dictionary page of 4 MiB that stands for 64 times as much; and a label that is no text."""
+    once = pa.array([bytes(2**22)], pa.binary())
+    table = pa.table({"image": pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), once)})
+    pq.write_table(table, tmp_path / "in.parquet", store_schema=False, dictionary_pagesize_limit=2**23)
+    del table
+    (batch,) = sources.list_source(str(tmp_path / "in.parquet"), tmp_path, False).batches
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in sources.read_batch(batch)]
+    assert len(held) == 64
+    assert max(held) < 8 * 2**22
+    labels = pa.array([b"cat", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"image": [image(1), image(2)], "label": labels}), tmp_path / "in.parquet")
+    assert take(tmp_path, tmp_path / "in.parquet").rejected == {"damaged_archive": 1}
 
 
 # Evaluation sets
