@@ -131,7 +131,8 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
             last = steps_done == config.steps
             if stop or last or steps_done % config.checkpoint_every_steps == 0:
                 for run in stepping:
-                    run.save(steps_done)
+                    if run.diverged is None:  # else its checkpoint from before this step is the one to go on from
+                        run.save(steps_done)
             if stop and not last:
                 _stop(runs, steps_done)
     return [run.rows if run.diverged is None else None for run in runs]
