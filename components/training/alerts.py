@@ -56,19 +56,28 @@ def report_alerts(alerts: Sequence[Alert]) -> None:
 
 
 class Alerts:
-    """Raises alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. First rank only."""
+    """Raises alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. First rank only.
 
-    def __init__(self, folder: Path, name: str = "training") -> None:
+    Those after `steps_done` are dropped at the start: a resumed run takes these steps again.
+    """
+
+    def __init__(self, folder: Path, steps_done: int, name: str = "training") -> None:
         self._path, self._name = folder / FILE, name
-        self._all = read_alerts(folder)
+        before = read_alerts(folder)
+        self._all = [alert for alert in before if alert.step <= steps_done]
+        if self._all != before:
+            self._write()
         report_alerts(self._all)  # to a run of the tracker that began with this process
 
     def add(self, alert: Alert) -> None:
         """Raise an alert."""
         self._all.append(alert)
         logger.warning("%s: alert: %s", self._name, alert.message)
-        write_json(self._path, [asdict(alert) for alert in self._all])
+        self._write()
         report_alerts([other for other in self._all if other.kind == alert.kind])
+
+    def _write(self) -> None:
+        write_json(self._path, [asdict(alert) for alert in self._all])
 
 
 class Watch:

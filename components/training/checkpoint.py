@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
-from components.core.storage import StorageError
+from components.core.storage import StorageError, write_bytes
+from components.training.alerts import FILE as ALERTS
 from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
 from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
@@ -169,8 +170,7 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
             aside.mkdir(parents=True)
-            if (self.folder / LOSSES).exists():  # so that a run that goes on elsewhere has its first rows too
-                shutil.copyfile(self.folder / LOSSES, aside / LOSSES)
+            _copy_reports(self.folder, aside)  # a run that goes on elsewhere has its first rows too
         barrier()
         writer = WholeWriter(self._store, step, asdict(progress))
         writing = async_save(_tensors(training), storage_writer=writer, process_group=self._group)
@@ -218,8 +218,8 @@ class Checkpoints:
             raise _unreadable(where, _first(error)) from None
         except (DamagedError, SafetensorError, TypeError) as error:
             raise _unreadable(where, error) from None
-        if rank() == 0 and (path / LOSSES).exists() and not (self.folder / LOSSES).exists():
-            shutil.copyfile(path / LOSSES, self.folder / LOSSES)
+        if rank() == 0:  # what is here already may be of before the run went on elsewhere
+            _copy_reports(path, self.folder)
         barrier()
         self._store.release(path)
         logger.info("resumed after %d steps from %s", progress.steps_done, where)
@@ -244,6 +244,12 @@ class Checkpoints:
             if error is not None:
                 raise error
         return [cast(_T, answer) for answer, _ in answers]
+
+
+def _copy_reports(source: Path, target: Path) -> None:
+    for name in (LOSSES, ALERTS):
+        with suppress(FileNotFoundError):
+            write_bytes(target / name, (source / name).read_bytes())
 
 
 def _tensors(training: TrainingStep) -> dict[str, Tensor]:

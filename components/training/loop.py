@@ -153,7 +153,7 @@ class _Run:
         progress = self.checkpoints.load_newest(self.training)
         self.start, self.diverged = progress.steps_done, cast(DivergedError | None, None)
         with self._tracker():
-            alerts = Alerts(folder, self.job.name)
+            alerts = Alerts(folder, self.start, self.job.name)
             self._skipped = SkippedSteps(config.max_skipped_steps, progress.skipped_steps, alerts)
             tools = _instruments(self.job, alerts, device, trainee.probes, flops_per_image)
             self._monitor = Monitor(folder / LOSSES, config, tools, self.start)

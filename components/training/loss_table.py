@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import TextIO
+
+from components.core.storage import write_bytes
 
 LOSSES = "loss.csv"  # in a run's folder, beside its checkpoints, and in its report
 Row = dict[str, float | None]  # empty where something does not apply, such as GPU hours without a GPU
@@ -20,18 +23,21 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Replace the file."""
-    path.unlink(missing_ok=True)
-    for row in rows:
-        append_row(path, row)
+    """Replace the file; whoever reads it meanwhile, and a run killed meanwhile, has the old one or the new one."""
+    text = io.StringIO()
+    _write(text, rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def append_row(path: Path, row: Row) -> None:
     """Add a row, under a header if it is the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+        _write(file, [row])
+
+
+def _write(file: TextIO, rows: list[Row]) -> None:
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    if rows and not file.tell():
+        writer.writeheader()
+    writer.writerows(rows)

@@ -56,7 +56,7 @@ def test_starvation_is_told_from_the_second_row_on(curated, pretrain_values, tmp
 
 
 def test_ranks_are_named_and_what_went_away_may_come_back(tmp_path):
-    watch = Watch(Alerts(tmp_path), AlertConfig(), after_steps=10, max_entropy=4.0)
+    watch = Watch(Alerts(tmp_path, 0), AlertConfig(), after_steps=10, max_entropy=4.0)
     healthy = {"feature_std": [0.8, 0.7], "effective_rank": [9.0, 9.0], "target_entropy": [2.0, 2.0]}
     rows = [(10, [0.8, 0.01]), (20, [0.8, 0.02]), (30, [0.8, 0.03]), (40, [0.8, 0.7]), (50, [0.04, 0.05])]
     for step, spread in rows:
@@ -65,5 +65,5 @@ def test_ranks_are_named_and_what_went_away_may_come_back(tmp_path):
     assert (first.step, again.step) == (20, 50)
     assert "feature_std is 0.02, below 0.1 (ranks: [1])" in first.message
     assert "feature_std is 0.04, below 0.1 (ranks: [0, 1])" in again.message
-    Alerts(tmp_path).add(Alert(70, "collapse", "once more"))  # a run that goes on keeps what was told
+    Alerts(tmp_path, 60).add(Alert(70, "collapse", "once more"))  # a run that goes on keeps what was told
     assert [alert.step for alert in read_alerts(tmp_path)] == [20, 50, 70]

@@ -2,19 +2,24 @@ import logging
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from components.core.config import validate
+from components.core.storage import write_json
 from components.data.batch import Batch
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
+from components.training.alerts import FILE as ALERTS
+from components.training.alerts import Alert, read_alerts
 from components.training.checkpoint import CheckpointError, Checkpoints, Progress, only_trainer, run_key
 from components.training.checkpoint_store import INDEX
 from components.training.config import TrainingConfig
+from components.training.loss_table import LOSSES, read_rows, write_rows
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
@@ -81,6 +86,19 @@ def test_keeps_the_newest_two(tmp_path, config):
     assert Checkpoints(tmp_path).load_newest(training) == Progress(10)  # by number, not by name
     Checkpoints(tmp_path).remove()
     assert not tmp_path.exists()
+
+
+def test_a_machine_that_was_left_has_the_report_of_the_checkpoint(tmp_path, config):
+    """What it knows of the run itself ends where the run went on elsewhere."""
+    rows, told = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}], [Alert(2, "starvation", "waits")]
+    training = start(config, seed=1)
+    write_rows(tmp_path / LOSSES, rows)
+    write_json(tmp_path / ALERTS, [asdict(alert) for alert in told])
+    save(tmp_path, training, 2)
+    write_rows(tmp_path / LOSSES, rows[:1])
+    (tmp_path / ALERTS).unlink()
+    Checkpoints(tmp_path).load_newest(training)
+    assert (read_rows(tmp_path / LOSSES), read_alerts(tmp_path)) == (rows, told)
 
 
 def test_an_unfinished_save_is_not_seen(tmp_path, config):

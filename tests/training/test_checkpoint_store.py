@@ -31,7 +31,7 @@ def names(uri: str, client=None) -> list[str]:
 
 def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, pretrain_values, tmp_path, monkeypatch):
     """The second checkpoint is refused: one line, the first stands; elsewhere it goes on to the same bits."""
-    values = pretrain_values()
+    values = pretrain_values(monitor={"alerts": {"after_steps": 6, "max_wait_share": 1.0}})  # none are raised
     straight = make_job(values, curated)
     train(straight, Checkpoints(tmp_path / "straight"))
 

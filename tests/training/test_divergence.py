@@ -16,7 +16,7 @@ from components.training.divergence import read_dumped_batch
 from components.training.loop import Job, train
 from components.training.schedules import Schedules
 from components.training.step import DivergedError, TrainingStep
-from tests.training.jobs import break_call, make_job
+from tests.training.jobs import at_call, break_call, make_job
 
 CPU = torch.device("cpu")
 
@@ -58,6 +58,26 @@ def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp
     expected = everything(skipping)
     assert len(expected) > 100
     assert all(torch.equal(a, b) for a, b in zip(expected, everything(found), strict=True))
+
+
+def test_a_skipped_step_that_is_taken_again_is_told_once(curated, pretrain_values, tmp_path):
+    """Killed after it, but before its checkpoint, as a run may be."""
+    quiet = {"alerts": {"after_steps": 6, "max_wait_share": 1.0}}
+    values = pretrain_values(monitor=quiet)
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    killed = make_job(values, curated)
+    for number in (1, 4):
+        break_call(killed, number)
+    at_call(killed, 5, kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, Checkpoints(tmp_path))
+    assert [alert.step for alert in read_alerts(tmp_path)] == [2, 5]
+    again = make_job(values, curated)
+    train(again, Checkpoints(tmp_path))  # this time it does not break
+    assert [alert.step for alert in read_alerts(tmp_path)] == [2]
 
 
 def test_a_run_that_diverges_ends_with_what_one_needs_to_see_it_again(workspace, curated, pretrain_values):

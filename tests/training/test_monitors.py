@@ -1,3 +1,4 @@
+import csv
 import math
 
 import pytest
@@ -33,4 +34,22 @@ def test_rows_keep_what_is_empty_and_drop_what_is_half_written(tmp_path):
     assert read_rows(path) == rows
     write_rows(path, read_rows(path)[:1])
     append_row(path, rows[1])
+    assert read_rows(path) == rows
+    write_rows(path, [])
+    append_row(path, rows[0])
+    assert read_rows(path) == rows[:1]
+
+
+def test_rows_are_replaced_at_once(tmp_path, monkeypatch):
+    """Killed while it puts its report in order, a run must find the old one."""
+    path, rows = tmp_path / "loss.csv", [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    write_rows(path, rows)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", kill)
+    monkeypatch.setattr(csv.DictWriter, "writerows", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(path, rows)
     assert read_rows(path) == rows
