@@ -42,6 +42,10 @@ class Batch:
     skipped: list[BadImage]
     anchor_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the anchor sees the global crops
 
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, for copies that the GPU makes beside its work; torch's loader calls this."""
+        return replace(self, **{name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)})
+
     def normalize(self, device: torch.device) -> Batch:
         """The batch on `device`, with ImageNet's mean and standard deviation."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)

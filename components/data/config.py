@@ -81,7 +81,7 @@ class StreamConfig(Config):
     mix: dict[Origin, float] | None = None  # share of each part among the images; None: the set as it is
     max_bad_images: int = Field(
         default=100, ge=0
-    )  # images that cannot be decoded are skipped, up to so many different ones
+    )  # images that cannot be decoded are skipped, up to so many different ones on each rank since its start
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

@@ -77,7 +77,9 @@ class ImageStream:
         self._shard_names = names
         self._shard = pc.index_in(table["shard"], pa.array(names)).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
         self._parts = self._shuffles(table["origin"], seed)
-        shares = {WHOLE: 1.0} if config.mix is None else {str(part): share for part, share in config.mix.items()}
+        # In one sequence however they are written: `config.json`, by which the order is computed again, sorts its keys.
+        mix = config.mix or {}
+        shares = {str(name): mix[name] for name in ORIGINS if name in mix} or {WHOLE: 1.0}
         self._order = Order(self._parts, shares, seed)
         self._remote = self._remote_shards()
         self._reader = self._remote or ShardReader(root)

@@ -1,6 +1,7 @@
 import datetime
 import hashlib
 import io
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
@@ -196,6 +198,26 @@ def test_a_mix_keeps_its_shares_over_ranks_and_resumes(curated):
     seeds = set(np.arange(0, NUM_IMAGES, 5))
     stream = ImageStream(curated, config, seed=0)
     assert sum(stream.row(position) in seeds for position in range(400)) == 200
+
+
+def test_a_mix_is_the_same_however_its_parts_are_sorted(curated):
+    """They are in `config.json`, from which it is said what a model has seen."""
+    config = StreamConfig(num_workers=0, window_shards=2, mix={"seed": 0.25, "balanced": 0.75})
+    written = json.loads(json.dumps(config.model_dump(mode="json"), sort_keys=True))
+    assert list(written["mix"]) == ["balanced", "seed"]
+    trained, told = (ImageStream(curated, c, seed=0).image_ids(0, 100) for c in (config, StreamConfig(**written)))
+    assert trained == told
+
+
+def test_batches_are_copied_to_a_gpu_from_pinned_memory(curated, monkeypatch):
+    """The loader pins what it knows, or what says how: with a plain dataclass it does nothing."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    plain = batch(TrainingBatches(ImageStream(curated, CONFIG, seed=0), plan()), 0)
+    made = pin_memory(plain)
+    assert [id(tensor) for tensor in (made.global_crops, made.local_crops, made.masks)] == [id(p) for p in pinned]
+    assert torch.equal(made.global_crops, plain.global_crops)
+    assert made.anchor_crops is None
 
 
 def test_a_part_that_is_not_there_is_named(curated):
