@@ -18,7 +18,7 @@ import typer
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.mlflow_client import TrackingError
-from components.core.storage import StorageError, recover_dirs, write_json
+from components.core.storage import MissingInStorageError, StorageError, recover_dirs, write_json
 from components.core.tracking import stage_run
 from components.recipe import Recipe, load_recipe
 
@@ -129,6 +129,8 @@ def main() -> None:
         app(standalone_mode=True)
     except ConfigError as error:
         _end(error, BAD_INPUT)
+    except MissingInStorageError as error:  # trying again does not help
+        _end(error, FAILED)
     except (StorageError, TrackingError) as error:
         _end(error, TRY_AGAIN)
     except (ValueError, RuntimeError, OSError) as error:

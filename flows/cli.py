@@ -21,6 +21,7 @@ from rich.text import Text
 
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
+from components.core.mlflow_client import without_login
 from components.recipe import Recipe, load_recipe
 from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
 from infra.local import supervisor
@@ -261,7 +262,7 @@ def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
         ("Measured", _beside_random(rows)),
         ("Registered", _registered(result.folder)),
         ("Pictures", f"{result.folder}/reports"),
-        ("MLflow", result.mlflow_url or os.environ.get("MLFLOW_TRACKING_URI", "")),
+        ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
         ("Next", "what the two pages ask for:     pedigree status --credentials"),

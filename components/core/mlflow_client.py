@@ -6,6 +6,7 @@ MLflow is imported on first use.
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ def server_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def without_login(text: str) -> str:
+    """A text to be shown, without the login that addresses in it may hold."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
 def checked_client() -> Any:
     """The MLflow client of this process for the server that is named, once that has answered."""
     uri = server_uri()
@@ -57,7 +63,7 @@ def _check_health(uri: str) -> None:
     if not uri.startswith("http"):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
+        urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # something answers; a gateway need not know /health
     except (OSError, ValueError) as error:
@@ -67,7 +73,7 @@ def _check_health(uri: str) -> None:
 
 def _advice(reason: str) -> str:
     return (
-        f"MLflow at {server_uri()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
+        f"MLflow at {without_login(server_uri() or '')} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
         "down, 'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
     )
 
@@ -89,4 +95,4 @@ def reported() -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "Max retries exceeded" in first or "Connection" in first:
             raise TrackingError(_advice("connection lost")) from error
-        raise TrackingError(f"MLflow at {server_uri()} refuses: {first}") from error
+        raise TrackingError(without_login(f"MLflow at {server_uri()} refuses: {first}")) from error

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.metric_queue import MetricPoint, MetricQueue
-from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
+from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
 from components.core.weights_cache import FetchError, keep_weights
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None
         if found:
             client.update_run(found, status="RUNNING")
             return found
-        tags = {"pedigree.run": run_id, "pedigree.stage": PARENT_STAGE, "mlflow.user": getpass.getuser()}
+        tags = {"pedigree.run": run_id, "pedigree.stage": PARENT_STAGE, "mlflow.user": user_name()}
         created = client.create_run(experiment, run_name=run_id, tags=tags).info.run_id
         _log_params(client, created, {key: value for key, value in params.items() if not isinstance(value, Mapping)})
         return created
@@ -127,8 +127,11 @@ def close_parent(mlflow_run_id: str | None, status: str) -> None:
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
     """Queue metrics of a training step; costs microseconds, and nothing where no run is open."""
-    if run := _active():
-        run.metrics.add(flatten_numbers(metrics), step)
+    try:
+        if run := _active():
+            run.metrics.add(flatten_numbers(metrics), step)
+    except TrackingError as error:  # a rank's first word to a tracker that is away
+        log.warning("metrics of step %d not logged: %s", step, error)
 
 
 def tag_run(tags: Mapping[str, str]) -> None:
@@ -234,7 +237,7 @@ def run_url(mlflow_run_id: str | None) -> str | None:
         return None
     with reported():
         experiment = checked_client().get_run(mlflow_run_id).info.experiment_id
-    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
+    return f"{without_login(uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
 
 
 def enabled() -> bool:
@@ -245,6 +248,14 @@ def enabled() -> bool:
         log.info("MLFLOW_TRACKING_URI is not set: this run is not tracked")
         return False
     return True
+
+
+def user_name() -> str:
+    """Who runs this process; a number where the system knows no name for it, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def flatten_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -268,7 +279,7 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
         "pedigree.commit": commit,
         "pedigree.dirty": str(dirty).lower(),
         "mlflow.source.git.commit": commit,
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user_name(),
     }
     with reported():
         client = checked_client()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.core.mlflow_client import configure_client
+from components.core.mlflow_client import configure_client, without_login
 from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
@@ -370,10 +370,10 @@ def _found(ask: Any) -> Any:
     except MlflowException as error:
         line = str(error).splitlines()[0]
         if "Max retries exceeded" in line or "API request to" in line:
-            raise TraceError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer") from error
+            raise TraceError(without_login(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer")) from error
         return line
     except requests.exceptions.RequestException as error:
-        raise TraceError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer") from error
+        raise TraceError(without_login(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer")) from error
 
 
 def _utc(milliseconds: int) -> str:

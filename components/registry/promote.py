@@ -6,7 +6,6 @@ version it names. A promotion that died anywhere is finished by the same command
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from components.core.tracking import user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
 from components.lineage.origin import WEIGHTS_FILE, Tag
 from components.registry.publish import (
@@ -138,7 +138,7 @@ def who(actor: str | None) -> dict[str, str]:
     authenticated = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if authenticated:
         return {"actor": authenticated, "actor_from": "MLflow user (MLFLOW_TRACKING_USERNAME)"}
-    return {"actor": getpass.getuser(), "actor_from": "operating system user"}
+    return {"actor": user_name(), "actor_from": "operating system user"}
 
 
 def verify_files(folder: Path, version: ModelVersion) -> dict[str, str]:

@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from components.core.mlflow_client import TrackingError, configure_client
+from components.core.mlflow_client import TrackingError, configure_client, without_login
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.origin import Origin, Tag
@@ -109,9 +109,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (MlflowException, requests.exceptions.RequestException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        server = without_login(f"MLflow at {mlflow.get_tracking_uri()}")
         if isinstance(error, requests.exceptions.RequestException) or SILENT.search(first):
-            raise TrackingError(f"MLflow at {mlflow.get_tracking_uri()} does not answer; `pedigree status`") from error
-        raise RegistryError(f"MLflow at {mlflow.get_tracking_uri()}: {first}") from error
+            raise TrackingError(f"{server} does not answer; `pedigree status`") from error
+        raise RegistryError(f"{server}: {first}") from error
 
 
 def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVersion:

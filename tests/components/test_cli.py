@@ -22,7 +22,7 @@ import yaml
 from components import cli
 from components.core.config import ConfigError
 from components.core.mlflow_client import TrackingError
-from components.core.storage import StorageError
+from components.core.storage import MissingInStorageError, StorageError
 from components.distillation.config import DistillConfig
 from components.training.checkpoint import SPEED_ONLY
 
@@ -120,6 +120,7 @@ def test_threads_that_wait_leave_their_core_to_other_stages(folder):
     [
         (ConfigError("one\ntwo"), 2),
         (StorageError("one\ntwo"), 75),
+        (MissingInStorageError("one\ntwo"), 1),
         (TrackingError("one\ntwo"), 75),
         (ValueError("one\ntwo"), 1),
         (RuntimeError("one\ntwo"), 1),

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -156,6 +157,27 @@ def test_a_server_that_is_down_is_one_line_at_once(workspace, monkeypatch):
         pass
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begun < 2
+
+
+def test_a_tracker_that_is_away_at_a_ranks_first_word_stops_nothing(workspace, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
+    tracking.log_metrics({"loss": 1.0}, step=7)
+    assert caplog.messages[-1].startswith("metrics of step 7 not logged: MLflow at http://127.0.0.1:9 or ")
+
+
+def test_the_login_in_an_address_is_never_shown(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9 or .*refused"):
+        tracking.open_parent("run", "tiny", PARAMS)
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    """In a container that runs as a number, as infra/kubernetes has it."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 3_000_000_001)
+    assert tracking.user_name() == "3000000001"
 
 
 def test_long_digests_are_refused():
