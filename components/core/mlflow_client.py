@@ -72,8 +72,9 @@ def _check_health(uri: str) -> None:
 
 
 def _advice(reason: str) -> str:
+    server = without_login(f"MLflow at {server_uri()}")
     return (
-        f"MLflow at {without_login(server_uri() or '')} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
+        f"{server} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
         "down, 'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
     )
 
