@@ -18,13 +18,15 @@ def promote(
 ) -> None:
     """Make a candidate the champion of its model.
 
-    Copies the candidate's verified bytes to where training does not write, adds an event to the audit log, then moves
-    the alias `champion`; the champion before becomes `previous`. Run it again after a crash: it finishes the rest.
+    Copies the candidate's verified bytes to where training does not write,
+    adds an event to the audit log, then moves the alias `champion`; the
+    champion before becomes `previous`. Run it again after a crash: it finishes
+    the rest.
 
     Examples:
-      pedigree promote demo@latest --reason "kNN 0.81, champion 0.78"
+      pedigree promote pedigree@latest --reason "kNN 0.81, champion 0.78"
 
-      pedigree promote demo-small/3 --reason "half the latency, same kNN" --json
+      pedigree promote pedigree-small/3 --reason "half the latency, same kNN" --json
     """
     from components.core.mlflow_client import TrackingError
     from components.core.storage import StorageError

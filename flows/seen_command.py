@@ -32,18 +32,20 @@ def seen(
 ) -> None:
     """Say how many images a registered model had seen, or when it saw one image; through its whole history.
 
-    A student's teacher, and what either started from, are asked too, to the end of their trainings. Nothing is taken
-    from logs: the order is computed again from what the weights state and the data version in their `dvc.lock`.
-    Counts take every image for decodable; for one image the answer is exact. An image is known by its bytes alone.
+    A student's teacher, and what either started from, are asked too, to the
+    end of their trainings. Nothing is taken from logs: the order is computed
+    again from what the weights state and the data version in their `dvc.lock`.
+    Counts take every image for decodable; for one image the answer is exact.
+    An image is known by its bytes alone.
 
     Ends with 1 when it began with weights from elsewhere, of which nothing can be said.
 
     Examples:
-      pedigree seen demo@champion
+      pedigree seen pedigree@champion
 
-      pedigree seen demo@champion --step 1000 --image photo.jpg
+      pedigree seen pedigree@champion --step 1000 --image photo.jpg
 
-      pedigree seen demo-small-candidates@latest --list > images.tsv
+      pedigree seen pedigree-small-candidates@latest --list > images.tsv
     """
     from components.lineage.seen import read_history
 

@@ -31,11 +31,11 @@ def trace(
     Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
 
     Examples:
-      pedigree trace demo@champion
+      pedigree trace pedigree@champion
 
-      pedigree trace demo-candidates@latest
+      pedigree trace pedigree-candidates@latest
 
-      pedigree trace demo/3 --json | jq '.. | objects | select(.kind == "source")'
+      pedigree trace pedigree/3 --json | jq '.. | objects | select(.kind == "source")'
     """
     from components.lineage import trace as tracing
 

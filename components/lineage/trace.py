@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.core.config import ConfigError
 from components.core.mlflow_client import configure_client, without_login
 from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
@@ -91,6 +92,7 @@ def trace(reference: str, root: Path) -> Trace:
         root: a clone of the repository whose commits made the model.
 
     Raises:
+        ConfigError: what is no reference.
         TraceError: MLFLOW_TRACKING_URI is not set or does not answer, or there is no such version.
     """
     return Trace(reference, _Tracer(root).version_node(find_version(reference, root)))
@@ -104,10 +106,12 @@ def find_version(reference: str, root: Path) -> Any:
     """
     match = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
     if match is None:
-        raise TraceError(f"{reference!r}: not a model; write NAME@ALIAS (for example demo@champion) or NAME/NUMBER")
-    version = _Tracer(root).version(match["name"], match["alias"], match["version"])
+        raise ConfigError(f"{reference!r}: not a model; write NAME@ALIAS (such as pedigree@champion) or NAME/NUMBER")
+    tracer = _Tracer(root)
+    version = tracer.version(match["name"], match["alias"], match["version"])
     if isinstance(version, str):
-        raise TraceError(f"{reference}: {version}")
+        reason = version.partition(": ")[2].rstrip(".") or version
+        raise TraceError(f"{reference}: {reason}; the registry has {tracer.known(match['name'])}")
     return version
 
 
@@ -131,6 +135,16 @@ class _Tracer:
                 else self.client.get_model_version(name, str(number))
             )
         )
+
+    def known(self, name: str) -> str:
+        """Versions and aliases of the model; without such a model, the names of those that there are."""
+        versions = self.client.search_model_versions(f"name='{name}'")
+        if versions:
+            numbers = ", ".join(sorted((str(version.version) for version in versions), key=int))
+            aliases = ", ".join(sorted(self.client.get_registered_model(name).aliases))
+            return f"{name} with the versions {numbers}" + (f" and the aliases {aliases}" if aliases else "")
+        models = sorted(model.name for model in self.client.search_registered_models())
+        return ", ".join(models) or "no models yet; `pedigree run` registers candidates"
 
     def version_node(self, version: Any) -> Node:
         tags = version.tags

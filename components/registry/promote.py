@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from components.core.config import ConfigError
 from components.core.tracking import user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
 from components.lineage.origin import WEIGHTS_FILE, Tag
@@ -74,11 +75,12 @@ def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
         actor: who decides; None takes MLflow's authenticated user, else the operating system's.
 
     Raises:
+        ConfigError: no reason, or what is no reference.
         RegistryError: no such candidate, bytes that are not those that were registered, or a service that refuses.
         AuditError: the audit log is broken or does not take the event; the alias has not moved then.
     """
     if not reason.strip():
-        raise RegistryError("a promotion needs a reason, which goes into the audit log: --reason TEXT")
+        raise ConfigError("a promotion needs a reason, which goes into the audit log: --reason TEXT")
     client, audit, released = registry_client(), AuditLog.from_environment(), Released()
     with one_line_errors():
         name, candidate = resolve_candidate(client, reference)
@@ -107,7 +109,7 @@ def resolve_candidate(client: MlflowClient, reference: str) -> tuple[str, ModelV
     """(NAME, version of NAME-candidates) that `NAME@alias` or `NAME/number` means."""
     match = _REFERENCE.fullmatch(reference)
     if match is None:
-        raise RegistryError(f"{reference!r}: not a candidate; write NAME@latest or NAME/NUMBER")
+        raise ConfigError(f"{reference!r}: not a candidate; write NAME@latest or NAME/NUMBER")
     name, registered = match["name"], match["name"] + CANDIDATES
     try:
         if match["alias"]:

@@ -18,6 +18,7 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from components.core.config import ConfigError
 from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.audit_log import AuditLog, Event
@@ -249,7 +250,13 @@ def test_what_is_not_found_is_said(case: Case, tmp_path: Path, monkeypatch: pyte
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         with pytest.raises(TraceError, match="does not answer"):
             trace(f"{case.name}/1", case.root)
-    for reference, message in [("nothing", "not a model"), (f"{case.name}/7", "not found"), ("no-such@x", "not found")]:
+    with pytest.raises(ConfigError, match="'nothing': not a model; write NAME@ALIAS"):
+        trace("nothing", case.root)
+    for reference, message in [
+        (f"{case.name}/7", f"not found; the registry has {case.name} with the versions 1 and the aliases champion$"),
+        (f"{case.name}@x", f"not found; the registry has {case.name} with the versions 1 and the aliases champion$"),
+        ("no-such@x", f"^no-such@x: Registered Model .* not found; the registry has .*{case.name}"),
+    ]:
         with pytest.raises(TraceError, match=message):
             trace(reference, case.root)
 
