@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
 from components.recipe import Recipe, load_recipe
 from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
+from flows.workspace import head_commit
 from infra.local import supervisor
 
 if TYPE_CHECKING:
@@ -41,22 +43,48 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"pedigree {metadata.version('pedigree')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _in_the_checkout(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of Pedigree's own folder only; in another, `up` would start a stack that knows no flow."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, **options: Any) -> None:
+        with _clear_errors():
+            _checkout()
+            command(*args, **options)
+
+    return checked
+
+
 def _at_the_services(command: Callable[..., None]) -> Callable[..., None]:
     """A command that reads the registry, pointed at the services first."""
 
     @functools.wraps(command)
     def connected(*args: Any, **options: Any) -> None:
-        with _clear_errors():
-            os.environ.update(supervisor.connect(Path.cwd(), start=False))
-            command(*args, **options)
+        os.environ.update(supervisor.connect(Path.cwd(), start=False))
+        command(*args, **options)
 
-    return connected
+    return _in_the_checkout(connected)
 
 
-app.command("up")(stack_commands.up)
-app.command("status")(stack_commands.status)
-app.command("down")(stack_commands.down)
-app.command("env")(stack_commands.env)
+app.command("up")(_in_the_checkout(stack_commands.up))
+app.command("status")(_in_the_checkout(stack_commands.status))
+app.command("down")(_in_the_checkout(stack_commands.down))
+app.command("env")(_in_the_checkout(stack_commands.env))
 app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
@@ -95,6 +123,7 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         params = load_recipe(checkout, recipe, set_ or [])
         if images is not None:
             _check_folder(images)
+        head_commit(checkout)
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
         from flows.retrain import retrain
@@ -131,6 +160,9 @@ def ingest(
         request = IngestRequest.parse(
             source=source, name=name, license=license_, holdout=holdout, as_evaluation=evaluation
         )
+        if "://" not in source and not Path(source).exists():
+            raise ConfigError(f"{source}: no such file or folder; give a folder of images, tar shards or Parquet")
+        head_commit(checkout)
         _connect(checkout)
         from flows.ingest import ingest as flow
 
@@ -312,6 +344,8 @@ def main() -> None:
     """Entry point of the `pedigree` command."""
     console = logging.StreamHandler()
     console.setFormatter(_Plain())
+    # Prefect's last word on each task and flow: what failed is told by the stage and by us, the rest only waited.
+    console.addFilter(lambda record: not record.getMessage().startswith("Finished in state"))
     logging.basicConfig(level=logging.WARNING, handlers=[console])
     for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(ours).setLevel(logging.INFO)

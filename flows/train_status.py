@@ -61,9 +61,9 @@ def train_status(
     if not found:
         console.print(NOTHING)
         return
-    table = Table()
+    table = Table(box=None, pad_edge=False)
     for column in ("training", "run", "state", "step", "loss", "images/s", "left", "checkpoint"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for status in found:
         table.add_row(*_cells(status))
     console.print(table)

@@ -119,16 +119,26 @@ def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     return list(asked or [name for name in known if name != SAMPLE] or known)
 
 
-def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
-    """Commit the checkout as it is (tracked and new files, never ignored ones) without touching it or its index.
+def head_commit(checkout: Path) -> str:
+    """The commit that the checkout is at.
 
-    Of the pool's sources only `sources` are in it; a source that is an evaluation set and nothing else always is.
+    Raises:
+        WorkspaceError: not a git repository, or one without a commit.
     """
     if git(checkout, "rev-parse", "--is-inside-work-tree", check=False) != "true":
         raise WorkspaceError(f"{checkout} is not a git repository, and a run is a commit: `git init`, then commit")
     head = git(checkout, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
     if not head:
         raise WorkspaceError(f"{checkout} has no commit yet, and a run is a commit: `git add -A && git commit`")
+    return head
+
+
+def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
+    """Commit the checkout as it is (tracked and new files, never ignored ones) without touching it or its index.
+
+    Of the pool's sources only `sources` are in it; a source that is an evaluation set and nothing else always is.
+    """
+    head = head_commit(checkout)
     left_out = set(known_sources(checkout)) - set(sources)
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}

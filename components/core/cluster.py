@@ -45,6 +45,7 @@ def choose_engine(engine: Engine | None, address: str | None) -> None:
 
     Raises:
         ConfigError: options that do not fit together, or Ray is not installed.
+        ClusterError: no cluster answers at the address.
     """
     if address and engine is not Engine.RAY:
         raise ConfigError(f"--address {address} is for --engine ray, but the engine is {engine or 'not given'}")
@@ -56,6 +57,7 @@ def choose_engine(engine: Engine | None, address: str | None) -> None:
             raise ConfigError(f"--engine ray needs the cluster's --address HOST:PORT, or {ADDRESS}")
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(_MISSING)
+        _reach(chosen)
         os.environ[ADDRESS] = chosen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -97,7 +97,7 @@ def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> st
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{origin}: {key}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{origin}: {key}: required, but not given"
@@ -107,16 +107,22 @@ def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> st
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """Names of the fields of the config model found by walking `path` from `model`."""
-    current: type[BaseModel] | None = model
-    named = False  # the next part is the key of a mapping of models, such as a student's name
+    """Keys, as one writes them, of the config model (or models, of a choice) found by walking `path` from `model`."""
+    models = [model]
     for part in path:
-        if named or current is None:
-            named = False
-            continue
-        field = current.model_fields.get(part)
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        named = getattr(annotation, "__origin__", None) is dict
-    return list(current.model_fields) if current is not None else []
+        found = [field for m in models for name, field in m.model_fields.items() if part in (name, field.alias)]
+        if found:
+            models = [m for field in found for m in _models_in(field.annotation)]
+        else:  # a position, the key of a mapping, or the kind of one of several models
+            models = [m for m in models if part in _kinds(m)] or models
+    return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()

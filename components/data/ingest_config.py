@@ -51,12 +51,9 @@ class IngestRequest(Config):
         """Build a request.
 
         Raises:
-            IngestError: one line for each value that is missing or not allowed.
+            ConfigError: one line for each value that is missing or not allowed.
         """
-        try:
-            request = validate(cls, values, "ingest")
-        except ConfigError as error:
-            raise IngestError(str(error)) from None
+        request = validate(cls, values, "ingest")
         if request.as_evaluation and request.holdout is not None:
-            raise IngestError("ingest: holdout is for a pool; as_evaluation already takes the whole source")
+            raise ConfigError("ingest: holdout is for a pool; as_evaluation already takes the whole source")
         return request

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from components.core.config import ConfigError
 from components.core.storage import StorageError, s3_client, sha256_dir
 from components.data import ingest as ingest_module
 from components.data import sources
@@ -412,13 +413,13 @@ def test_parquet_without_image_bytes_names_what_it_found(tmp_path: Path) -> None
     ],
 )
 def test_requests_are_checked_before_anything_is_read(tmp_path: Path, options, message: str) -> None:
-    with pytest.raises(IngestError, match=message):
+    with pytest.raises(ConfigError, match=message):
         take(tmp_path, "nowhere", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_license_is_named() -> None:
-    with pytest.raises(IngestError, match="ingest: license: required, but not given"):
+    with pytest.raises(ConfigError, match="ingest: license: required, but not given"):
         IngestRequest.parse(source="x", name="photos")
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from typer.main import get_command
 from components.core.storage import StorageError
 from components.recipe import recipe_names
 from flows.cli import _Plain, app
-from tests.flows.repository import PROJECT, pedigree
+from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree
 
 COMMANDS = ("run", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
 WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate", "train-status")
@@ -30,6 +31,8 @@ def folder(tmp_path) -> Path:
     root.mkdir()
     for name in ("dvc.yaml", "params.yaml", ".gitignore"):
         shutil.copy(PROJECT / name, root / name)
+    git_lines(root, "init", "-q")
+    git_lines(root, *IDENTITY, "commit", "-q", "--allow-empty", "-m", "start")
     return root
 
 
@@ -81,6 +84,10 @@ def test_an_unknown_recipe_names_the_known_ones(folder):
         ("distill.stepps=5", "distill.stepps: unknown key; did you mean 'steps'?"),
         ("pretrain.optimizer.base_lr=-0.1", "base_lr: Input should be greater than 0 (given: -0.1)"),
         ("pretrain.steps", "expected KEY=VALUE, for example pretrain.steps=100"),
+        ("regster.resolution=60", "regster: unknown key; did you mean 'register'?"),
+        ("register.resolutoin=60", "register.resolutoin: unknown key; did you mean 'resolution'?"),
+        ("embed.embedder.size=1", "unknown key; known keys: kind"),
+        ("curate.levels=[{num_clusters: 3, resamplin: 2}]", "unknown key; did you mean 'resampling_steps'?"),
     ],
 )
 def test_a_parameter_that_cannot_be(folder, setting, told):
@@ -98,15 +105,40 @@ def test_an_engine_that_cannot_be(folder, options, told):
     assert told in refused(folder, "run", *options, env={"RAY_ADDRESS": ""})
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("head", "expected HOST:PORT of a Ray cluster"), ("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9")],
+)
+def test_a_cluster_that_cannot_be_is_told_before_anything_starts(folder, address, told):
+    assert told in refused(folder, "run", "--engine", "ray", "--address", address, code=1)
+
+
 def test_two_wrong_parameters_are_a_line_each(folder):
     done = pedigree(folder, "run", "--set", "seed=-1", "--set", "distill.steps=0")
     assert done.returncode == 2
     assert [line.startswith("error: params.yaml: ") for line in done.stderr.splitlines()] == [True, True]
 
 
-def test_a_folder_that_is_no_checkout(tmp_path):
-    for command in (["run"], ["ingest", "photos", "--name", "photos", "--license", "CC0-1.0"]):
-        assert "no dvc.yaml in" in refused(tmp_path, *command)
+@pytest.mark.parametrize(
+    "command", ["run", "ingest photos --name photos --license CC0-1.0", "up", "status", "down", "env", "trace a@b"]
+)
+def test_a_folder_that_is_no_checkout(tmp_path, command):
+    assert "no dvc.yaml in" in refused(tmp_path, *command.split())
+
+
+def test_a_checkout_without_git_or_commit(folder, images):
+    shutil.rmtree(folder / ".git")
+    for command in (["run"], ["ingest", str(images), "--name", "photos", "--license", "CC0-1.0"]):
+        assert "is not a git repository, and a run is a commit" in refused(folder, *command, code=1)
+    git_lines(folder, "init", "-q")
+    assert "has no commit yet" in refused(folder, "run", code=1)
+
+
+def test_a_source_that_is_not_there(folder, tmp_path):
+    where = str(tmp_path / "nowhere")
+    assert f"{where}: no such file or folder" in refused(
+        folder, "ingest", where, "--name", "photos", "--license", "CC0-1.0"
+    )
 
 
 @pytest.mark.parametrize("missing", ["--license", "--name"])
@@ -129,7 +161,7 @@ def test_ingest_needs_a_name_and_a_licence(folder, images, missing):
     ],
 )
 def test_ingest_options_that_cannot_be(folder, images, options, told):
-    assert told in refused(folder, "ingest", str(images), "--name", "photos", *options, code=1)
+    assert told in refused(folder, "ingest", str(images), "--name", "photos", *options)
 
 
 def test_a_part_of_a_teams_services_is_refused(folder):
@@ -145,7 +177,7 @@ def test_registry_commands_do_not_start_a_stack(folder):
         assert "pedigree up" in refused(folder, *command, code=1)
 
 
-@pytest.mark.parametrize("command", [["run"], ["ingest", "photos", "--name", "photos", "--license", "CC0-1.0"]])
+@pytest.mark.parametrize("command", [["run"], ["ingest", ".", "--name", "photos", "--license", "CC0-1.0"]])
 def test_s3_that_is_down_at_the_start(folder, command):
     with socket.socket() as server:  # a port that nothing listens on
         server.bind(("127.0.0.1", 0))
@@ -175,6 +207,7 @@ def test_a_folder_without_any_image(folder, stack, tmp_path):
     assert len(errors) == 1, done.stderr
     assert str(texts) in errors[0]
     assert "Traceback" not in done.stderr
+    assert "Finished in state" not in done.stderr
     assert not list((folder / "data").rglob("*.tar"))
 
 
@@ -198,6 +231,11 @@ def test_help_of_each_command(command):
         assert f"pedigree {command} " in found.help
     for option in found.params:
         assert getattr(option, "help", None), f"{command} {option.name} says nothing"
+
+
+def test_the_version(folder):
+    done = pedigree(folder, "--version")
+    assert (done.returncode, done.stdout) == (0, f"pedigree {metadata.version('pedigree')}\n"), done.stderr
 
 
 def test_no_command_shows_the_commands(folder):

@@ -32,9 +32,9 @@ def leave_run(root: Path, key: str, stage: str) -> Path:
     return folder
 
 
-def pedigree(root: Path, *arguments: str) -> str:
+def pedigree(root: Path, *arguments: str, columns: int = 200) -> str:
     code = "import sys; from flows.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": str(columns)}
     done = subprocess.run(
         [sys.executable, "-c", code, "train-status", *arguments],
         cwd=root, env=environment, capture_output=True, text=True, check=True,
@@ -61,6 +61,7 @@ def test_a_running_and_a_stopped_training(tmp_path):
         first, second = find_trainings(tmp_path, now=1046.0)
         told = json.loads(pedigree(tmp_path, "--json"))
         shown = pedigree(tmp_path)
+        narrow = pedigree(tmp_path, columns=80)
     finally:
         trainer.kill()
         trainer.wait()
@@ -77,6 +78,7 @@ def test_a_running_and_a_stopped_training(tmp_path):
     assert "20/100" in shown
     assert message in shown
     assert "stopped" in shown
+    assert "…" not in narrow
     assert [status.process for status in find_trainings(tmp_path, time.time())] == [None, None]
 
 
