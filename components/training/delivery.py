@@ -131,6 +131,9 @@ def train_and_deliver(job: Job, delivery: Delivery, beside: Sequence[Beside] = (
         due = _hold(locks, wanted, others)
         if _take_up(wanted, delivery):
             logger.info("%s: trained by an earlier try or beside another run; taken up", job.name)
+            left = _checkpoints(wanted, job.config)  # by a try that ended before it had deleted them
+            if rank() == 0:
+                left.remove()
             _report(wanted)
         else:
             _train([wanted, *due])
@@ -175,9 +178,8 @@ def _train(runs: Sequence[_Run]) -> None:
             write_json(run.folder / "config.json", begun)
             logger.info("%s: %s", run.name, json.dumps(begun, sort_keys=True))
             _draw_first_batch(job, run.folder / CROPS)
-        uri = f"{config.checkpoint_uri.rstrip('/')}/{run.key}" if config.checkpoint_uri else None
         probes = _probes(job, labelled, run.folder, images)
-        trainees.append(Trainee(job, Checkpoints(run.folder, uri), probes, tracked=run is runs[0]))
+        trainees.append(Trainee(job, _checkpoints(run, config), probes, tracked=run is runs[0]))
 
     found = train_together(trainees)
     for run, trainee, colors, rows in zip(runs, trainees, before, found, strict=True):
@@ -189,6 +191,10 @@ def _train(runs: Sequence[_Run]) -> None:
             _keep(run, shipped, run.provenance | seen, draw_pca(images, [colors, pca_colors(shipped, images)]))
             trainee.checkpoints.remove()
     barrier()
+
+
+def _checkpoints(run: _Run, config: TrainingConfig) -> Checkpoints:
+    return Checkpoints(run.folder, f"{config.checkpoint_uri.rstrip('/')}/{run.key}" if config.checkpoint_uri else None)
 
 
 def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:

@@ -170,7 +170,10 @@ def test_a_stage_that_failed_after_training_does_not_train_again(workspace, pret
     monkeypatch.setattr(delivery, "train_together", lambda *_: pytest.fail("trained again"))
     shutil.rmtree(workspace / "models")  # as DVC does before it runs a stage
     shutil.rmtree(workspace / "reports")
+    left = workspace / ".pedigree" / "checkpoints" / figures["run_key"]  # killed before it could delete them
+    (left / "step_6").mkdir(parents=True)
     assert pretraining.run(config, workspace, seed=0) == figures
+    assert not left.exists()
     assert digest(workspace / "models" / "pretrained") == made
     assert {path.name for path in (workspace / "reports" / "pretrain").iterdir()} == {
         "crops.jpg",
