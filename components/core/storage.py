@@ -176,9 +176,11 @@ def _explain_refusal(answer: Mapping[str, Any]) -> str:
         return "no such object"
     if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
         return f"access denied ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if code in EXPIRED:
+    if code in {*EXPIRED, "400"}:  # 400: an answer to HEAD has no body to say why
+        said = "refused without a reason (400), as where credentials have expired"
+        said = said if code == "400" else f"credentials expired ({code})"
         names = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-        return f"credentials expired ({code}); set new {names}, and start again"
+        return f"{said}; set new {names}, and start again"
     return f"{message or 'refused'} ({code})"
 
 

@@ -218,7 +218,7 @@ def _read_description(folder: Path) -> _WeightsDescription:
     try:
         return validate(_WeightsDescription, values, str(path))
     except ConfigError as error:
-        problems = "; ".join(str(error).splitlines())
+        problems = str(error).replace(f"\n{path}: ", "; ")  # the path once
         raise WeightsError(f"{problems}; restore the folder with `dvc checkout` or export it again") from None
 
 

@@ -108,6 +108,10 @@ def test_expired_credentials_are_told_from_wrong_ones(monkeypatch, code):
             self.end_headers()
             self.wfile.write(body)
 
+        def do_HEAD(self) -> None:  # has no body to say why
+            self.send_response(400)
+            self.end_headers()
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -116,10 +120,12 @@ def test_expired_credentials_are_told_from_wrong_ones(monkeypatch, code):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             monkeypatch.setenv(name, "old")
-        line = (
-            f"s3://bucket/step_4: credentials expired ({code}); "
-            "set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and start again"
-        )
-        with pytest.raises(StorageError, match=f"^{re.escape(line)}$"), s3_errors("s3://bucket/step_4"):
-            s3_client().get_object(Bucket="bucket", Key="step_4")
+        advice = "set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and start again"
+        for ask, said in (
+            ("get_object", f"credentials expired ({code})"),
+            ("head_object", "refused without a reason (400), as where credentials have expired"),
+        ):
+            line = re.escape(f"s3://bucket/step_4: {said}; {advice}")
+            with pytest.raises(StorageError, match=f"^{line}$"), s3_errors("s3://bucket/step_4"):
+                getattr(s3_client(), ask)(Bucket="bucket", Key="step_4")
         server.shutdown()

@@ -172,6 +172,10 @@ HOSTILE = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "nothing in it": (
+        lambda f: (f / "config.json").write_text("{}"),
+        "format_version: required, but not given; backbone: required, but not given; provenance: required",
+    ),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "other format": (
         lambda f: _edit_config(f, lambda c: c.update(format_version=2)),
