@@ -42,7 +42,7 @@ class StepOutput:
 
     losses: dict[str, Tensor]  # the total and each term, on this rank
     grad_norms: dict[str, Tensor]  # of backbone, dino_head and ibot_head, before clipping
-    cls_tokens: Tensor  # [G*B, D] of the student's global crops
+    cls_tokens: Tensor  # [G*B, D] of the student's global crops, part by part
     teacher_cls_logits: Tensor  # [G*B, K]
     cls_patch_cosine: Tensor  # [], mean over the student's global crops
 
@@ -137,7 +137,7 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        joined = [_join_images([getattr(o, name) for o in parts]) for name in ("cls_tokens", "teacher_cls_logits")]
+        joined = [torch.cat([getattr(o, name) for o in parts]) for name in ("cls_tokens", "teacher_cls_logits")]
         cosine = torch.stack([part.cls_patch_cosine for part in parts]).mean()
         return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
 
@@ -202,11 +202,6 @@ def split_images(batch: Batch, parts: int) -> list[Batch]:
     optional = [[None] * parts if rows is None else cut(rows) for rows in (batch.masks, batch.anchor_crops)]
     cuts = zip(cut(batch.global_crops), cut(batch.local_crops), *optional, strict=True)
     return [Batch(large, small, hidden, batch.skipped, anchor) for large, small, hidden, anchor in cuts]
-
-
-def _join_images(parts: list[Tensor]) -> Tensor:
-    """Crop-major [G * b, N] of each part as [G * B, N] of all."""
-    return torch.cat([part.unflatten(0, (NUM_GLOBAL, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def _check_losses(terms: dict[str, Tensor], step: int) -> None:

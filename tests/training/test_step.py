@@ -92,15 +92,22 @@ def test_distillation_hides_nothing_and_leaves_the_teacher():
     assert "backbone.mask_token" in same(snapshot(networks.student), networks.student)
 
 
-def test_stochastic_depth_depends_on_seed_and_step_only():
-    losses = []
-    for seed, step, noise in ((0, 3, 0), (0, 3, 99), (0, 4, 0), (1, 3, 0)):
-        training = TrainingStep(self_distillation(network(1, drop_path=0.5)), config(), seed, CPU)
-        batch = make_batch()
+def test_stochastic_depth_depends_on_seed_step_rank_and_part_only(monkeypatch):
+    def loss(batch: Batch, seed: int, step: int, number: int, noise: int = 0, parts: int = 1) -> float:
+        monkeypatch.setattr("components.training.step.rank", lambda: number)
+        monkeypatch.setattr("components.training.step.world_size", lambda: 2)
+        networks = self_distillation(network(1, drop_path=0.5))
+        training = TrainingStep(networks, config(accumulation_steps=parts), seed, CPU)
         torch.manual_seed(noise)  # what came before leaves no trace
-        losses.append(float(training(batch, step, VALUES).losses["total"]))
-    assert losses[0] == losses[1]
-    assert len(set(losses)) == 3
+        return float(training(batch, step, VALUES).losses["total"])
+
+    whole = make_batch()
+    assert loss(whole, 0, 3, 0) == loss(whole, 0, 3, 0, noise=99)
+    assert len({loss(whole, *drawn_by) for drawn_by in ((0, 3, 0), (0, 4, 0), (1, 3, 0), (0, 3, 1))}) == 4
+    half = split_images(whole, 2)[0]
+    crops = (half.global_crops, half.local_crops, half.masks)
+    twice = Batch(*(torch.cat([rows.unflatten(0, (-1, 2))] * 2, dim=1).flatten(0, 1) for rows in crops), [])
+    assert loss(twice, 0, 3, 0, parts=2) != loss(half, 0, 3, 0)  # equal images, other draws
 
 
 def test_bfloat16_is_close_to_float32():
@@ -139,14 +146,15 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes():
 
 
 def gradients_of(batch: Batch, **changes) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of the first step, unclipped, and its losses."""
+    """Gradients of the first step, unclipped, and its losses and cosine."""
     networks = self_distillation(network(1, drop_path=changes.pop("drop_path", 0.0)))
     training = TrainingStep(networks, config(optimizer={"clip_grad_norm": None}, **changes), 0, CPU)
     kept = {}
     training.optimizer.step = lambda: kept.update(
         {name: p.grad.clone() for name, p in networks.student.named_parameters()}
     )
-    return kept, training(batch, 0, VALUES).losses
+    output = training(batch, 0, VALUES)
+    return kept, output.losses | {"cls_patch_cosine": output.cls_patch_cosine}
 
 
 def test_accumulated_parts_are_batches_of_their_own():
