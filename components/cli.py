@@ -5,6 +5,7 @@ Reads `params.yaml`, writes the stage's outputs and `reports/STAGE[/ITEM]/result
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -139,6 +140,21 @@ def main() -> None:
 
 
 def _end(error: BaseException, code: int) -> None:
-    for line in str(error).splitlines() or [type(error).__name__]:
-        log.error("error: %s", line)
+    if not _said_by_another_rank(str(error)):
+        for line in str(error).splitlines() or [type(error).__name__]:
+            log.error("error: %s", line)
     sys.exit(code)
+
+
+def _said_by_another_rank(text: str) -> bool:
+    """Whether another rank of this machine ends with the same words; torchrun gives them folders side by side."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if own is None:
+        return False
+    try:
+        Path(own).parents[1].joinpath(f"said.{hashlib.sha256(text.encode()).hexdigest()}").touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:
+        pass
+    return False

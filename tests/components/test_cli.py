@@ -48,6 +48,16 @@ def components(folder: Path, *arguments: str, **env: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+def test_under_our_torchrun_the_code_is_the_ranks_and_what_all_of_them_say_is_said_once(folder):
+    ranks = ["-m", "components.training.torchrun", "--standalone", "--nproc-per-node=2", "-m", "components"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *ranks, "train"], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == cli.BAD_INPUT
+    assert done.stderr.count("error: unknown stage 'train'") == 1
+
+
 def main(monkeypatch, function: Any, *arguments: str) -> int | str | None:
     """Exit code of the command with `function` in place of the stage's."""
     monkeypatch.setattr(cli, "_function", lambda _stage: function)
