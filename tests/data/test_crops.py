@@ -44,6 +44,7 @@ def test_crop_box_has_the_asked_area_and_aspect():
 
 def test_impossible_crop_falls_back_to_the_centre():
     assert crop_box(1_000, 10, (1.0, 1.0), np.random.default_rng(0)) == (493, 0, 506, 10)  # aspect at most 4/3
+    assert crop_box(10, 1_000, (1.0, 1.0), np.random.default_rng(0)) == (0, 493, 10, 506)  # and at least 3/4
 
 
 def test_plain_crop_is_cut_and_resized():
@@ -77,6 +78,7 @@ def test_a_large_jpeg_is_decoded_smaller_with_hardly_a_difference():
             for draw, crop in zip(
                 draw_crops(*image.size, config, 0, position), [*found.global_crops, *found.local_crops], strict=True
             ):
+                assert min(np.subtract(draw.box[2:], draw.box[:2])) >= draw.size * (shrunk or [0])[0]
                 box = [round(x / f) * f for x in draw.box for f in shrunk or [1]]
                 plain = np.asarray(image.resize((draw.size, draw.size), Image.Resampling.BICUBIC, box=box))
                 assert np.abs(plain.transpose(2, 0, 1).astype(int) - crop).mean() < 4  # fine detail at an eighth

@@ -19,7 +19,7 @@ from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_bat
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import sample_crops
 from components.data.manifest import CURATED_SCHEMA, MANIFEST, read_manifest, write_manifest
-from components.data.shards import ShardWriter
+from components.data.shards import ImageError, ShardWriter
 from components.data.stream import ImageStream, StreamError
 
 NUM_IMAGES = 40
@@ -153,6 +153,21 @@ def test_bad_images_are_replaced_named_and_counted(tmp_path):
         strict = StreamConfig(num_workers=workers, max_bad_images=BROKEN - 1)
         with pytest.raises(StreamError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
             list(iterate_batches(batches, strict, range(5)))
+
+
+def test_so_many_bad_images_may_follow_each_other(curated):
+    def decode(data: bytes) -> bytes:
+        if tries:
+            raise ImageError("truncated", tries.pop())
+        return data
+
+    stream = ImageStream(curated, CONFIG.model_copy(update={"max_bad_images": 2}), seed=0)
+    tries = ["one", "two"]
+    found = stream.find(5, decode)
+    assert (found.image_id, len(found.skipped)) == (stream.image_ids(7, 1)[0], 2)
+    tries = ["one", "two", "three"]
+    with pytest.raises(StreamError, match="3 images cannot be decoded, at most 2 are allowed"):
+        stream.find(5, decode)
 
 
 def test_seen_is_exact_beside_bad_images_and_under_a_mix(tmp_path):

@@ -21,7 +21,8 @@ from tests.training.conftest import backbone, curated, pretrain_values, tiny, wo
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "infra" / "slurm" / "pretrain.sbatch"
 STAND_INS = {
-    "srun": 'shift; exec "$@"',  # one task on this machine, to which it hands signals on
+    # One task on this machine, to which it hands signals on.
+    "srun": 'while [[ $1 = -* ]]; do echo "$1" >> srun_options; shift; done; exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
 }
 
@@ -44,9 +45,10 @@ def slurm_environment(folder: Path) -> dict[str, str]:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(free_port() - 20_000), "SLURM_JOB_NODELIST": "node[1]", "SLURM_NNODES": "1"}
+    job |= {"SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "96"}
     known = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "SLURM_"))}
     path = os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"]))
-    return known | job | {"SLURM_GPUS_ON_NODE": "2", "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return known | job | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, pretrain_values, tmp_path_factory):  # noqa: F811
@@ -68,6 +70,7 @@ def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, p
     assert "start it again to go on" in log
     assert "Traceback" not in log
     assert (workspace / "requeued").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
+    assert "--cpus-per-task=96" in (workspace / "srun_options").read_text().splitlines()
     saved = list(workspace.glob(".pedigree/checkpoints/*/step_*/*.safetensors"))
     assert {path.name[:11] for path in saved} == {"shard-00001", "shard-00002"}  # one of each rank
 
