@@ -14,13 +14,16 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from components.training.parallelize import EXIT_INTERRUPTED
+from components.training.parallelize import EXIT_INTERRUPTED, SAVE_SECONDS
 
 
 def main() -> None:
-    """Start this machine's ranks and wait for them."""
+    """Start this machine's ranks and wait for them; told to go, they have SAVE_SECONDS unless an option says else."""
+    given = parse_args(None)
+    if given.shutdown_timeout is None:  # torch's own 30 seconds would often end them before their checkpoint stands
+        given.shutdown_timeout = SAVE_SECONDS
     try:
-        run(parse_args(None))
+        run(given)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.distributed.run import parse_args
+from torch.distributed.run import config_from_args, parse_args
 
 from components.core.config import load_yaml
 from components.recipe import RECIPES
+from components.training import torchrun
+from components.training.parallelize import SAVE_SECONDS
 from tests.training.conftest import backbone, curated, pretrain_values, tiny, workspace  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,15 @@ def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, p
     assert "--cpus-per-task=96" in (workspace / "srun_options").read_text().splitlines()
     saved = list(workspace.glob(".pedigree/checkpoints/*/step_*/*.safetensors"))
     assert {path.name[:11] for path in saved} == {"shard-00001", "shard-00002"}  # one of each rank
+
+
+def test_by_hand_ranks_have_as_long_to_save_as_those_that_a_stage_starts(monkeypatch):
+    waits: list[int | None] = []
+    monkeypatch.setattr(torchrun, "run", lambda given: waits.append(config_from_args(given)[0].shutdown_timeout))
+    for own in ([], ["--shutdown-timeout=7"]):
+        monkeypatch.setattr(sys, "argv", ["torchrun", *own, "-m", "components", "pretrain"])
+        torchrun.main()
+    assert waits == [SAVE_SECONDS, 7]
 
 
 def test_kubernetes_starts_the_same_command_on_every_machine():

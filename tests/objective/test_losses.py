@@ -49,6 +49,13 @@ def test_dino_by_hand():
     assert swapped == pytest.approx(3 * 2 * math.log(2), rel=1e-6)
 
 
+def test_logits_may_be_larger_than_an_exponential_can_take():
+    # At temperature 0.1 they are 200 apart: of a half each, the half at the lower one costs 100.
+    student = torch.tensor([[0.0, 0.0], [0.0, 0.0], [20.0, 0.0]])
+    local, _ = of_logits(dino_loss(as_targets(torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]])), 1.0, 0.1), student)
+    assert local.item() == pytest.approx(100.0)
+
+
 @pytest.mark.parametrize(("piece", "product"), [(1, 3), (2, 1), (2, 4), (100, 100)])
 def test_terms_and_gradients_are_those_of_plain_loops(piece, product, monkeypatch):
     """Three global and two local crops, four images, five prototypes; so many images in a piece and in a product."""
