@@ -101,7 +101,7 @@ def only_trainer(folder: Path, name: str) -> Iterator[None]:
             time.sleep(WAIT_SECONDS)
         yield
         if rank() == 0 and [path.name for path in folder.glob("*")] == [LOCK]:
-            shutil.rmtree(folder)  # nothing was begun
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was begun, unless another process begins just now
 
 
 def agreed(answer: bool) -> bool:
@@ -111,17 +111,14 @@ def agreed(answer: bool) -> bool:
 
 
 def _lock(folder: Path, held: ExitStack) -> bool:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("w")
-    try:
+    with ExitStack() as opened, suppress(BlockingIOError, FileNotFoundError):  # held, or removed just now
+        folder.mkdir(parents=True, exist_ok=True)
+        file = opened.enter_context((folder / LOCK).open("w"))
         # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:  # else its folder was removed meanwhile
-            held.enter_context(file)
+            held.enter_context(opened.pop_all())
             return True
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    file.close()
     return False
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +186,17 @@ def test_a_process_waits_for_another_that_trains_the_same_run(tmp_path, caplog):
     message = "distill/small: another process is training this run (`pedigree train-status`); waiting for it"
     assert [record.getMessage() for record in caplog.records] == [message]
     assert not tmp_path.exists()  # nothing was begun
+
+
+def test_a_run_is_taken_over_although_its_folder_goes_just_then(tmp_path, monkeypatch):
+    """As when the process that held it deletes it at its end."""
+    make, gone = Path.mkdir, []
+
+    def make_in_vain(path: Path, *rest: bool, **more: bool) -> None:
+        make(path, *rest, **more)
+        if not gone:
+            gone.append(path.rmdir())
+
+    monkeypatch.setattr(Path, "mkdir", make_in_vain)
+    with only_trainer(tmp_path / "run", "distill/small"):
+        assert (tmp_path / "run" / "lock").exists()
