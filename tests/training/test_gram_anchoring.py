@@ -41,7 +41,10 @@ def test_snapshots_and_the_term(values, curated):
         assert not isinstance(batch, Exception)
         normalised = batch.normalize(torch.device("cpu"))
         student = job.networks.student.backbone(normalised.global_crops, normalised.masks).patch_tokens.detach()
-        terms.append(float(training(normalised, step, schedules.at(step)).losses["gram"]))
+        losses = training(normalised, step, schedules.at(step)).losses
+        terms.append(float(losses["gram"]))
+        total = float(losses.pop("total"))
+        assert total == pytest.approx(sum(map(float, losses.values())))  # the term is trained on
         if step >= 2:
             taken = 2 if step < 4 else 4  # after that there are no more
             assert equal(state(job, "anchor"), averages[taken])
