@@ -89,8 +89,9 @@ class RemoteShards:
 
     def forget(self, shard: str, offset: int, length: int) -> None:
         """Drop blocks from the cache, because their bytes are wrong."""
-        for block in _blocks(offset, length):
-            self._path(shard, block).unlink(missing_ok=True)
+        with self._locked("write"):  # whoever makes room has listed them
+            for block in _blocks(offset, length):
+                self._path(shard, block).unlink(missing_ok=True)
 
     def _start(self) -> None:
         self._pid = os.getpid()
@@ -144,11 +145,13 @@ class RemoteShards:
         attempt = 1
         while True:
             try:
-                return self._client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+                answer = self._client.get_object(Bucket=bucket, Key=key, Range=span)
             except ClientError as error:
                 if error.response.get("Error", {}).get("Code") in {"InvalidRange", "416"}:
                     return b""
                 raise
+            try:
+                return answer["Body"].read()
             except BROKEN_OFF:
                 if attempt == ATTEMPTS:
                     raise

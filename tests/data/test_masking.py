@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from components.data import masking
 from components.data.config import MaskingConfig
 from components.data.masking import sample_masks
 
@@ -62,3 +63,25 @@ def test_none_masked():
 def test_ratios_out_of_order():
     with pytest.raises(ValidationError, match="mask_ratio_min must not exceed"):
         MaskingConfig(mask_ratio_min=0.6)
+
+
+def test_blocks_have_the_released_areas_and_aspects(monkeypatch):
+    """Area uniform from 4 to the limit, log aspect uniform up to 1/0.3 either way; smaller than the grid both ways."""
+    generator, sides = np.random.default_rng(0), []
+    for _ in range(1_000):
+        mask = np.zeros((64, 64), bool)
+        assert masking._add_block(mask, 400, generator) == mask.sum() <= 400
+        sides.append((mask.any(axis=1).sum(), mask.any(axis=0).sum()))
+    heights, widths = np.array(sides).T
+    assert (heights * widths).mean() == pytest.approx(202, abs=15)
+    aspects = np.log(heights / widths)
+    assert aspects.mean() == pytest.approx(0, abs=0.1)
+    assert aspects.std() == pytest.approx(np.log(1 / 0.3) / 3**0.5, rel=0.1)
+    for _ in range(300):
+        mask = np.zeros((6, 6), bool)
+        masking._add_block(mask, 36, generator)
+        assert mask.any(axis=1).sum() < 6 > mask.any(axis=0).sum()
+    limits = []
+    monkeypatch.setattr(masking, "_add_block", lambda mask, limit, _: limits.append(limit) or 0)
+    assert masking._sample_mask((16, 16), 230, generator).sum() == 230
+    assert limits == [128]  # of more than half of the patches, a block takes half at most

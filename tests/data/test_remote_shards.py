@@ -6,13 +6,14 @@ import os
 import shutil
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
 import pytest
 import torch
-from botocore.exceptions import IncompleteReadError
+from botocore.exceptions import IncompleteReadError, ReadTimeoutError
 
 from components.core.storage import MissingInStorageError, StorageError
 from components.data import remote_shards
@@ -137,6 +138,34 @@ def test_an_answer_that_breaks_off_is_asked_for_again(remote, tmp_path, monkeypa
     reader.forget(row["shard"], row["offset"], row["length"])
     with pytest.raises(StorageError, match="1 read, but total bytes expected is 2"):
         reader.read(row["shard"], row["offset"], row["length"])
+
+
+def test_a_server_that_is_silent_is_asked_no_more_often_than_the_client_does(remote, tmp_path):
+    """Which is four times a minute long; not each of these four times again."""
+    asked = []
+
+    def silent(**what: str) -> None:
+        asked.append(what)
+        raise ReadTimeoutError(endpoint_url="http://silent")
+
+    reader = RemoteShards(remote.addresses, tmp_path / "cache", 10**6)
+    reader._client = SimpleNamespace(get_object=silent)
+    with pytest.raises(StorageError, match="Read timeout"):
+        reader.read("00000.tar", 0, 10)
+    assert len(asked) == 1
+
+
+def test_nothing_is_dropped_from_the_cache_while_room_is_made_there(remote, tmp_path):
+    reader = RemoteShards(remote.addresses, tmp_path / "cache", 10**6)
+    reader.read("00000.tar", 0, 10)
+    with ThreadPoolExecutor(1) as pool:
+        with reader._locked("write"):
+            dropping = pool.submit(reader.forget, "00000.tar", 0, 10)
+            with pytest.raises(TimeoutError):
+                dropping.result(timeout=0.2)
+            assert len(blocks(tmp_path / "cache")) == 1
+        dropping.result(timeout=20)
+    assert blocks(tmp_path / "cache") == {}
 
 
 def test_wrong_places_and_objects_are_named(remote, tmp_path):
