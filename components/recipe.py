@@ -15,6 +15,7 @@ from components.distillation.config import DistillConfig
 from components.evaluation.config import EvaluateConfig
 from components.pretraining.config import PretrainConfig
 from components.registry.config import RegisterConfig
+from components.training.config import check_crops_fit
 
 RECIPES = Path(__file__).parent / "recipes"
 PARAMS_FILE = "params.yaml"
@@ -49,6 +50,21 @@ class Recipe(Config):
             for section, patch in patches.items():
                 if size % patch:
                     raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit_what_pretraining_makes(self) -> Self:
+        patch = self.pretrain.backbone.patch_size
+        try:
+            check_crops_fit(self.adapt.crops, patch)
+        except ValueError as error:
+            raise ValueError(f"adapt: {error} of pretrain") from None
+        for name, student in self.distill.students.items():
+            if self.distill.teacher_weights == "models/adapted" and student.backbone.patch_size != patch:
+                raise ValueError(
+                    f"distill.students.{name}.backbone.patch_size is {student.backbone.patch_size}, that of the "
+                    f"teacher (pretrain.backbone) is {patch}: patches are compared one to one, so they must be equal"
+                )
         return self
 
     @model_validator(mode="after")

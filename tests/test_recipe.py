@@ -125,6 +125,11 @@ def test_several_mistakes_are_a_line_each():
         (["evaluate.crop_size=64"], "evaluate.crop_size 64 must be a multiple of pretrain.backbone.patch_size 6"),
         (["register.resolution=62"], "register.resolution 62 must be a multiple of pretrain.backbone.patch_size 6"),
         (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 6"),
+        (["adapt.crops.local_size=32"], "adapt: crops.local_size 32 is not a multiple of backbone.patch_size 6; use"),
+        (
+            ["distill.students.small.backbone={patch_size: 12, image_size: 48}"],
+            "distill.students.small.backbone.patch_size is 12, that of the teacher (pretrain.backbone) is 6",
+        ),
         (["curate.filters={max_nsfw: 0.8}"], "curate.filters.max_nsfw is 0.8, but embed scores no such thing"),
         (["curate.target_images=0"], "curate: target_images is 0 and there are no seed_sets, so no image is in"),
         (["curate.levels=[]"], "curate: levels is empty, but the balanced part"),
