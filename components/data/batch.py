@@ -139,8 +139,9 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
             raise batch
         for item in batch.skipped:
             if item.image_id not in bad:
-                logger.warning("image %s is skipped: %s", item.image_id, item.reason)
-        bad.update({item.image_id: item for item in batch.skipped})
+                bad[item.image_id] = item
+                told = (item.image_id, item.reason, len(bad), config.max_bad_images)
+                logger.warning("image %s is skipped: %s (%d of at most %d)", *told)
         if len(bad) > config.max_bad_images:
             raise too_many_bad(list(bad.values()), config)
         yield batch

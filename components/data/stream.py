@@ -142,18 +142,20 @@ class ImageStream:
             decode: makes what is wanted of the image's bytes; raises ImageError if they are bad.
 
         Raises:
-            StreamError: more than `max_bad_images` in a row cannot be decoded.
+            StreamError: more than `max_bad_images` different ones in a row cannot be decoded.
             ShardError: a shard is missing or too short.
         """
-        skipped: list[BadImage] = []
+        skipped: dict[str, BadImage] = {}
         for candidate in range(position, position + self._reach() + 1):
             row = self.row(candidate)
             image_id = self._ids[row].as_py()
             try:
-                return StreamImage(decode(self._read(row, image_id)), image_id, skipped)
+                return StreamImage(decode(self._read(row, image_id)), image_id, list(skipped.values()))
             except ImageError as error:
-                skipped.append(BadImage(image_id, str(error)))
-        raise too_many_bad(skipped, self._config)
+                skipped[image_id] = BadImage(image_id, str(error))
+            if len(skipped) > self._config.max_bad_images:
+                break
+        raise too_many_bad(list(skipped.values()), self._config)
 
     def fetch_ahead(self, position: int) -> None:
         """Have bytes fetched that will be needed after `position`; of local shards, nothing.
@@ -192,8 +194,8 @@ class ImageStream:
         return self._shard_names[self._shard[row]], int(self._offsets[row]), int(self._lengths[row])
 
     def _reach(self) -> int:
-        """How many positions further an image may be taken from."""
-        return min(self._config.max_bad_images, len(self) - 1)
+        """How many positions further an image may be taken from: where two epochs meet, a bad one may come twice."""
+        return 2 * self._config.max_bad_images
 
     def _shuffles(self, origins: pa.ChunkedArray, seed: int) -> dict[str, Shuffle]:
         """The whole set, or the parts that the mix names; rows sorted by shard and offset, whatever the manifest's."""

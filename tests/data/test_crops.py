@@ -84,6 +84,7 @@ def test_a_large_jpeg_is_decoded_smaller_with_hardly_a_difference():
                 assert np.abs(plain.transpose(2, 0, 1).astype(int) - crop).mean() < 4  # fine detail at an eighth
         assert changed
     assert load_image(open_image(encode(large, "JPEG")), shrink=1.99).size == large.size
+    assert load_image(open_image(encode(large, "JPEG")), shrink=2).size == (300, 200)
     odd = load_image(open_image(encode(large.crop((0, 0, 599, 397)), "JPEG")), shrink=100)
     assert odd.size == (75, 50)  # an eighth, rounded up
 

@@ -66,6 +66,7 @@ def test_shards_are_plain_tars_and_offsets_lead_to_the_bytes(tmp_path: Path) -> 
     found = {}
     for name in names:
         assert (tmp_path / name).stat().st_size <= 30_000
+        assert (tmp_path / name).stat().st_size % 10_240 == 0  # ends as tars do
         with tarfile.open(tmp_path / name, "r:") as archive:
             for member in archive:
                 assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)

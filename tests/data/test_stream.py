@@ -135,7 +135,7 @@ def test_number_of_workers_changes_nothing(curated):
         assert torch.equal(a.masks, b.masks)
 
 
-def test_bad_images_are_replaced_named_and_counted(tmp_path):
+def test_bad_images_are_replaced_named_and_counted(tmp_path, caplog):
     folder = write_set(tmp_path / "curated", broken=BROKEN)
     stream = ImageStream(folder, CONFIG, seed=0)
     bad = {}
@@ -149,6 +149,7 @@ def test_bad_images_are_replaced_named_and_counted(tmp_path):
     assert all("truncated" in reason for reason in bad.values())
     batches = TrainingBatches(stream, plan())
     assert len(list(iterate_batches(batches, StreamConfig(num_workers=0, max_bad_images=BROKEN), range(5)))) == 5
+    assert [message.rpartition(" (")[2] for message in caplog.messages] == [f"{n} of at most 3)" for n in (1, 2, 3)]
     for workers in (0, 1):
         strict = StreamConfig(num_workers=workers, max_bad_images=BROKEN - 1)
         with pytest.raises(StreamError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
@@ -168,6 +169,23 @@ def test_so_many_bad_images_may_follow_each_other(curated):
     tries = ["one", "two", "three"]
     with pytest.raises(StreamError, match="3 images cannot be decoded, at most 2 are allowed"):
         stream.find(5, decode)
+
+
+def test_a_bad_image_that_ends_an_epoch_and_begins_the_next_is_one(tmp_path):
+    folder = write_set(tmp_path / "curated", num_images=5)
+    config = CONFIG.model_copy(update={"max_bad_images": 1})
+    streams = (ImageStream(folder, config, seed) for seed in range(100))
+    stream = next(stream for stream in streams if stream.row(4) == stream.row(5))
+    _, bad, good = stream.image_ids(4, 3)
+
+    def decode(data: bytes) -> bytes:
+        if hashlib.sha256(data).hexdigest() == bad:
+            raise ImageError("truncated", "half")
+        return data
+
+    for position in (4, 5):
+        found = stream.find(position, decode)
+        assert (found.image_id, [item.image_id for item in found.skipped]) == (good, [bad])
 
 
 def test_seen_is_exact_beside_bad_images_and_under_a_mix(tmp_path):
