@@ -143,10 +143,12 @@ def s3_errors(what: str) -> Iterator[None]:
         StorageError: instead of the botocore error; `MissingInStorageError` for what is not there.
     """
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
     try:
         yield
+    except ParamValidationError as error:  # a name that no bucket can have
+        raise MissingInStorageError(f"{what}: {' '.join(str(error).split())}") from error
     except ClientError as error:
         answer = error.response.get("Error", {})
         missing = answer.get("Code") in MISSING

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from components.core.storage import StorageError, atomic_dir, recover_dirs, s3_client, s3_errors
+from components.core.storage import (
+    MissingInStorageError,
+    StorageError,
+    atomic_dir,
+    recover_dirs,
+    s3_client,
+    s3_errors,
+    write_bytes,
+    write_json,
+)
 
 REPLACE = """
 import os, shutil, signal, sys
@@ -129,3 +139,26 @@ def test_expired_credentials_are_told_from_wrong_ones(monkeypatch, code):
             with pytest.raises(StorageError, match=f"^{line}$"), s3_errors("s3://bucket/step_4"):
                 getattr(s3_client(), ask)(Bucket="bucket", Key="step_4")
         server.shutdown()
+
+
+def test_a_name_that_no_bucket_can_have_is_said_to_be_one(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(MissingInStorageError, match=r'^s3://a b: .*Invalid bucket name "a b"'), s3_errors("s3://a b"):
+        s3_client().get_object(Bucket="a b", Key="c")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file.json"
+    write_json(path, {"b": 1, "a": [2]})
+    old = '{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
+    assert path.read_text() == old
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_bytes(path, b"new")
+    assert path.read_text() == old
+    write_bytes(path, b"new", mode=0o600)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)
+    assert list(path.parent.iterdir()) == [path]
