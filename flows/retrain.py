@@ -119,6 +119,9 @@ def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
     champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
     if champions and not recipe.evaluate.champions:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
+    teacher = Path(recipe.distill.teacher_weights)
+    if teacher.is_absolute() and not teacher.is_dir():
+        raise WorkspaceError(f"distill.teacher_weights: {teacher} is no folder; give one that holds weights")
     if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", recipe.distill.teacher_weights):
         if (found := version(*named.groups())) is None:
             raise WorkspaceError(f"distill.teacher_weights: {named[0]} names no registered version")

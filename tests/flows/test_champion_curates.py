@@ -73,6 +73,12 @@ def test_the_champion_teaches_as_an_exact_version(client, root):
         _resolved(recipe, client)
 
 
+def test_a_teacher_that_is_not_there_is_told_before_the_first_stage(client, root, tmp_path):
+    recipe = load_recipe(PROJECT, None, [f"distill.teacher_weights={tmp_path}/none"])
+    with pytest.raises(WorkspaceError, match=r"distill\.teacher_weights: .*/none is no folder"):
+        _resolved(recipe, client)
+
+
 @pytest.mark.parametrize("key", ["embedder", "semantic"])
 def test_an_alias_that_nothing_has_is_named(client, key):
     recipe = load_recipe(PROJECT, "tiny-cpu", [f"embed.{key}={EMBEDDER.replace('@champion', '@best')}"])
