@@ -188,7 +188,8 @@ def _train(runs: Sequence[_Run]) -> None:
         if shipped := gather(trainee.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-            _keep(run, shipped, run.provenance | seen, draw_pca(images, [colors, pca_colors(shipped, images)]))
+            shown = {"before training": colors, "after it": pca_colors(shipped, images)}
+            _keep(run, shipped, run.provenance | seen, draw_pca(images, shown))
             trainee.checkpoints.remove()
     barrier()
 

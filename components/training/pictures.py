@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from components.core.distributed import rank
@@ -20,6 +22,7 @@ PROGRESS = "pca_step_*.jpg"  # in a run's folder
 NUM_IMAGES = 8
 TILE = 96  # pixels on the page
 GAP = 4
+LINE = 16  # of the caption below
 GRAY = 96  # colour of what is hidden from the student
 
 
@@ -38,7 +41,7 @@ def draw_crops(batch: Batch, patch_size: int) -> Image.Image:
         global_tiles = [_tile(crop, TILE) for crop in shown[i::images]]
         local_side = max(TILE * batch.local_crops.shape[-1] // side, 1)
         rows.append([*global_tiles, *(_tile(crop, local_side) for crop in batch.local_crops[i::images])])
-    return _page(rows)
+    return _page(rows, "An image a row: global crops (grey: hidden from the student), then local crops")
 
 
 def sample_images(stream: ImageStream, size: int) -> Tensor:
@@ -77,17 +80,18 @@ def show_progress(network: Network, images: Tensor, folder: Path, steps_done: in
     colors = pca_colors(network, images)
     if rank() == 0:
         path = folder / PROGRESS.replace("*", str(steps_done))
-        save_picture(draw_pca(images, [colors]), path)
+        save_picture(draw_pca(images, {f"after {steps_done:,} steps": colors}), path)
         log_file(path, "progress")
 
 
-def draw_pca(images: Tensor, columns: list[np.ndarray]) -> Image.Image:
-    """One column an image; top row the image, then one row for each set of colours (such as before and after)."""
+def draw_pca(images: Tensor, colors: Mapping[str, np.ndarray]) -> Image.Image:
+    """One column an image; top row the image, then one row for each set of colours, by name (such as before)."""
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     pixels = ((images - low) / (high - low).clamp(min=1e-12) * 255).byte()
     rows = [[_tile(image, TILE) for image in pixels]]
-    rows += [[Image.fromarray(c).resize((TILE, TILE), Image.Resampling.NEAREST) for c in colors] for colors in columns]
-    return _page(rows)
+    for each in colors.values():
+        rows.append([Image.fromarray(c).resize((TILE, TILE), Image.Resampling.NEAREST) for c in each])
+    return _page(rows, f"Images; PCA of their patch features {', '.join(colors)}")
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -102,9 +106,10 @@ def _tile(crop: Tensor, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.NEAREST)
 
 
-def _page(rows: list[list[Image.Image]]) -> Image.Image:
-    width = max(sum(tile.width + GAP for tile in row) for row in rows) + GAP
-    height = sum(max(tile.height for tile in row) + GAP for row in rows) + GAP
+def _page(rows: list[list[Image.Image]], caption: str) -> Image.Image:
+    font = ImageFont.load_default(LINE - GAP)
+    width = max(*(sum(tile.width + GAP for tile in row) for row in rows), ceil(font.getlength(caption)) + GAP) + GAP
+    height = sum(max(tile.height for tile in row) + GAP for row in rows) + GAP + LINE
     page = Image.new("RGB", (width, height), "white")
     top = GAP
     for row in rows:
@@ -113,4 +118,5 @@ def _page(rows: list[list[Image.Image]]) -> Image.Image:
             page.paste(tile, (left, top))
             left += tile.width + GAP
         top += max(tile.height for tile in row) + GAP
+    ImageDraw.Draw(page).text((GAP, top), caption, "black", font)
     return page
