@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from components.objective.centering import SoftmaxCentering, sinkhorn_knopp
+from components.objective.centering import SoftmaxCentering, Targets, sinkhorn_knopp
 from components.objective.config import ObjectiveConfig
 from components.objective.dino import dino_loss
 from components.objective.gram import GramLoss
@@ -27,6 +27,14 @@ class TeacherLogits:
 
     global_cls: Tensor
     masked_patches: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What the student's heads are to say, in the rows of `TeacherLogits`."""
+
+    global_cls: Targets
+    masked_patches: Targets
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,10 @@ torch.export.register_dataclass(Losses)
 class Objective(nn.Module):
     """Weighted sum of the terms, as in `dinov2/train/ssl_meta_arch.py` (METHOD 3.1).
 
-    The student's heads are given losses instead of asked for logits (`head_losses`); their results and KoLeo are added
-    up (`forward`). With T = G (G - 1) + G L pairs of crops: dino_local and dino_global are dino_weight / T times the
-    sum over their pairs; ibot is ibot_weight times the mean over all G B crops; koleo is koleo_weight times the sum
-    over the G crops.
+    The teacher's logits become targets (`targets`); the student's heads are given losses instead of asked for logits
+    (`head_losses`); their results and KoLeo are added up (`forward`). With T = G (G - 1) + G L pairs of crops:
+    dino_local and dino_global are dino_weight / T times the sum over their pairs; ibot is ibot_weight times the mean
+    over all G B crops; koleo is koleo_weight times the sum over the G crops.
 
     The centres of the softmax centring are buffers and belong into checkpoints.
     """
@@ -92,15 +100,28 @@ class Objective(nn.Module):
             self.dino_centering = SoftmaxCentering(dino_prototypes, config.center_momentum)
             self.ibot_centering = SoftmaxCentering(ibot_prototypes, config.center_momentum)
 
-    def head_losses(
-        self, teacher: TeacherLogits, masks: Tensor, teacher_temp: float, num_local: int, num_global: int = 2
-    ) -> HeadLosses:
-        """Losses of the student's heads, given the teacher's view. Every rank must call, for the targets.
+    def targets(self, teacher: TeacherLogits, teacher_temp: float) -> TeacherTargets:
+        """Targets by the configured centring, which keep the logits. Every rank must call.
 
         Args:
-            teacher: logits of the teacher; no gradient flows into them.
-            masks: [G * B, P] bool, crop-major; true patches enter the patch loss.
+            teacher: no gradient flows into its logits.
             teacher_temp: positive.
+        """
+        config = self.config
+        if config.centering == "softmax":
+            return TeacherTargets(
+                self.dino_centering(teacher.global_cls, teacher_temp),
+                self.ibot_centering(teacher.masked_patches, teacher_temp),
+            )
+        pair = (teacher.global_cls, teacher.masked_patches)
+        return TeacherTargets(*(sinkhorn_knopp(rows, teacher_temp, config.sinkhorn_iterations) for rows in pair))
+
+    def head_losses(self, targets: TeacherTargets, masks: Tensor, num_local: int, num_global: int = 2) -> HeadLosses:
+        """Losses of the student's heads.
+
+        Args:
+            targets: of the teacher.
+            masks: [G * B, P] bool, crop-major; true patches enter the patch loss.
             num_local: L, crops of an image that only the student sees.
             num_global: G, at least 2.
 
@@ -108,17 +129,11 @@ class Objective(nn.Module):
             ValueError: shapes that do not fit together.
         """
         config = self.config
-        _check_rows(teacher, masks, num_global)
+        _check_rows(len(targets.global_cls.logits), masks, num_global)
         pairs = num_global * (num_global - 1 + num_local)
-        if config.centering == "softmax":
-            dino = self.dino_centering(teacher.global_cls, teacher_temp)
-            ibot = self.ibot_centering(teacher.masked_patches, teacher_temp)
-        else:
-            dino = sinkhorn_knopp(teacher.global_cls, teacher_temp, config.sinkhorn_iterations)
-            ibot = sinkhorn_knopp(teacher.masked_patches, teacher_temp, config.sinkhorn_iterations)
         return HeadLosses(
-            dino_loss(dino.by_crop(num_global), config.dino_weight / pairs, config.student_temp),
-            ibot_loss(ibot, masks, config.ibot_weight, config.student_temp),
+            dino_loss(targets.global_cls.by_crop(num_global), config.dino_weight / pairs, config.student_temp),
+            ibot_loss(targets.masked_patches, masks, config.ibot_weight, config.student_temp),
         )
 
     def forward(self, student: StudentOutput, num_global: int = 2) -> Losses:
@@ -140,8 +155,7 @@ class Objective(nn.Module):
         return self.config.koleo_weight * torch.stack(terms).sum()
 
 
-def _check_rows(teacher: TeacherLogits, masks: Tensor, crops: int) -> None:
-    rows = len(teacher.global_cls)
+def _check_rows(rows: int, masks: Tensor, crops: int) -> None:
     if crops < 2 or not rows or rows % crops:
         raise ValueError(f"global_cls must hold 2 or more crops of each image, got {rows} rows for {crops} crops")
     if len(masks) != rows:

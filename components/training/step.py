@@ -16,7 +16,7 @@ from components.core.distributed import all_reduce_sum, rank, world_size
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.objective.gram import GramLoss, to_grid
-from components.objective.total import Objective, StudentOutput, TeacherLogits
+from components.objective.total import Objective, StudentOutput, TeacherLogits, TeacherTargets
 from components.training.config import TrainingConfig
 from components.training.networks import Networks
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
@@ -95,7 +95,12 @@ class TrainingStep:
         with self._autocast():
             return self.networks.teacher.targets(batch.global_crops, loss_masks)
 
-    def loss(self, batch: Batch, loss_masks: Tensor, teacher: TeacherLogits, teacher_temp: float) -> Tensor:
+    def assign(self, teacher: TeacherLogits, teacher_temp: float) -> TeacherTargets:
+        """What the student is to say, given the teacher's view."""
+        with self._autocast():
+            return self.objective.targets(teacher, teacher_temp)
+
+    def loss(self, batch: Batch, loss_masks: Tensor, targets: TeacherTargets) -> Tensor:
         """The loss of the next part, [], with its graph."""
         # Stochastic depth draws from torch's generator. Seeded anew for each step, rank and part, it has no state to
         # keep: a resumed run draws what an uninterrupted one draws, and a student what it draws by itself.
@@ -103,7 +108,7 @@ class TrainingStep:
         torch.manual_seed(int(np.random.SeedSequence(drawn_by).generate_state(1)[0]))
         num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
         with self._autocast():
-            head_losses = self.objective.head_losses(teacher, loss_masks, teacher_temp, num_local)
+            head_losses = self.objective.head_losses(targets, loss_masks, num_local)
             if self._gram and self.networks.anchor and self._anchored:
                 seen = batch.global_crops if batch.anchor_crops is None else batch.anchor_crops
                 anchor = self.networks.anchor.patch_tokens(seen)
@@ -116,7 +121,7 @@ class TrainingStep:
         losses = self.objective(student)
         terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
         tokens = student.cls_tokens.detach()
-        self._parts.append(StepOutput(terms, {}, tokens, teacher.global_cls, student.cls_patch_cosine))
+        self._parts.append(StepOutput(terms, {}, tokens, targets.global_cls.logits, student.cls_patch_cosine))
         return losses.total
 
     def finish(self, values: StepValues) -> StepOutput | DivergedError:
@@ -180,11 +185,14 @@ def take_step(
         if masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
             patches = (part.global_crops.shape[-1] // first.networks.student.backbone.config.patch_size) ** 2
             masks = part.global_crops.new_ones(len(part.global_crops), patches, dtype=torch.bool)
-        # Handed out, so that the last student's backward does not hold the logits, which nobody needs any more.
-        views = [first.targets(part, masks)] * len(trainings)
+        seen = first.targets(part, masks)
+        # Sinkhorn-Knopp looks at these logits only, so that its targets are all students'; centres are each one's own.
+        own = trainings if first.objective.config.centering == "softmax" else [first]
+        targets = [training.assign(seen, values.teacher_temp) for training in own] * (len(trainings) // len(own))
+        del seen  # handed out below: the last student's backward must not hold the logits, which nobody needs any more
         for training in trainings:
             with training.reduced(last=number + 1 == len(parts)):
-                loss = training.loss(part, masks, views.pop(), values.teacher_temp)
+                loss = training.loss(part, masks, targets.pop(0))
                 (loss / len(parts)).backward()
     return [training.finish(values) for training in trainings]
 

@@ -16,7 +16,7 @@ from components.model.attention import Layout, fused_attention
 from components.model.vit import VisionTransformer
 from components.objective import centering
 from components.objective.prototypes import PrototypeLoss
-from components.objective.total import TeacherLogits
+from components.objective.total import TeacherLogits, TeacherTargets
 from components.training import step as step_module
 from components.training.networks import Network
 from components.training.step import TrainingStep
@@ -87,8 +87,8 @@ class _AllTokens(TrainingStep):
     def targets(self, batch: Batch, loss_masks: Tensor) -> TeacherLogits:
         return super().targets(batch, torch.ones_like(loss_masks))
 
-    def loss(self, batch: Batch, loss_masks: Tensor, teacher: TeacherLogits, teacher_temp: float) -> Tensor:
-        return super().loss(batch, torch.ones_like(loss_masks), teacher, teacher_temp)
+    def loss(self, batch: Batch, loss_masks: Tensor, targets: TeacherTargets) -> Tensor:
+        return super().loss(batch, torch.ones_like(loss_masks), targets)
 
 
 _PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {

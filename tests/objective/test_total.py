@@ -32,7 +32,7 @@ def masks():
 def losses_of(config, logits, teacher=TEACHER, cls_tokens=CLASS_TOKENS, hidden=None, num_local=8):
     """The objective where prototypes are unit vectors, so that features are logits."""
     objective = Objective(config, *(len(rows[0]) if len(rows) else 32 for rows in logits))
-    heads = objective.head_losses(teacher, masks() if hidden is None else hidden, 0.06, num_local)
+    heads = objective.head_losses(objective.targets(teacher, 0.06), masks() if hidden is None else hidden, num_local)
     terms = [
         loss(rows, torch.eye(rows.shape[1]), torch.ones(rows.shape[1], 1))
         for loss, rows in zip((heads.dino, heads.ibot), logits, strict=True)
@@ -121,5 +121,6 @@ def test_non_finite_logits_reach_the_total():
     ],
 )
 def test_shapes_that_do_not_fit(num_global, rows, message):
+    objective = Objective(ObjectiveConfig(), 32, 32)
     with pytest.raises(ValueError, match=message):
-        Objective(ObjectiveConfig(), 32, 32).head_losses(TEACHER, masks()[:rows], 0.06, 8, num_global)
+        objective.head_losses(objective.targets(TEACHER, 0.06), masks()[:rows], 8, num_global)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load
 
 from components.core.storage import StorageError, s3_client
+from components.training import checkpoint_store
 from components.training.checkpoint import CheckpointError, Checkpoints
 from components.training.checkpoint_store import INDEX
 from components.training.loop import train
@@ -71,8 +72,13 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     again = make_job(values, curated)
     assert len(train(again, Checkpoints(tmp_path / "again", uri))) == 6
     assert torch.equal(again.networks.ema.state_dict()["backbone.pos_embed"], expected["backbone.pos_embed"])
+    client, deleted = s3_client(), []
+    client.meta.events.register("before-parameter-build.s3.DeleteObject", lambda params, **_: deleted.append(params))
+    monkeypatch.setattr(checkpoint_store, "s3_client", lambda: client)
     Checkpoints(tmp_path / "again", uri).remove()
     assert names(uri) == []
+    first = [item["Key"].endswith(f"/{INDEX}") for item in deleted]
+    assert first == sorted(first, reverse=True)  # half deleted, a checkpoint is not there
 
 
 def test_no_bucket(storage, curated, pretrain_values, tmp_path):

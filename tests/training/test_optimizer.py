@@ -44,6 +44,7 @@ def test_roles(name, role):
 def test_every_parameter_is_in_one_group_with_its_values():
     model = network()
     optimizer = build_optimizer(model, CONFIG)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
     set_values(optimizer, StepValues(lr=0.5, last_layer_lr=0.0, weight_decay=0.3, ema_momentum=1, teacher_temp=1))
