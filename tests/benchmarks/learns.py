@@ -1,8 +1,9 @@
 """`python -m tests.benchmarks.learns [SEEDS [FOLDER]]`: does the recipe of params.yaml learn? Real stages.
 
 Prints kNN accuracy (`evaluate.knn.reported`) on test images of teacher and student beside random weights of the same
-shape and the descriptor: mean and range over seeds, and the differences within a seed. Some minutes a seed. FOLDER
-holds a folder of images for each class, and a part of them is held out for the evaluation; without it, the sample pool.
+shape, the histograms that evaluation knows and the embeddings by which curation finds copies: mean and range over
+seeds, and the differences within a seed. Some minutes a seed. FOLDER holds a folder of images for each class, and a
+part of them is held out for the evaluation; without it, the sample pool.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from components.adaptation import stage as adaptation
 from components.curation import stage as curation
+from components.curation.embed import COPIES, read_embeddings
+from components.curation.inputs import EMBEDDINGS, EVALUATION
+from components.data.evaluation_set import read_evaluation_set
 from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
+from components.data.manifest import read_collection
 from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
 from components.distillation import stage as distillation
 from components.evaluation import stage as evaluation
+from components.evaluation.scores import knn_scores
 from components.pretraining import stage as pretraining
 from components.recipe import Recipe, load_recipe
 
@@ -57,7 +65,16 @@ def run_seed(recipe: Recipe, collections: Path, root: Path, seed: int) -> tuple[
     distillation.run(recipe.distill, root, seed, STUDENT)
     spent = _cpu_seconds() - begun
     teacher, student = (evaluation.run(recipe.evaluate, root, seed, name) for name in ("teacher", STUDENT))
-    return _accuracies(teacher, student), spent
+    return _accuracies(teacher, student) | {"embedding of copy detection": _of_copy_detection(recipe, root)}, spent
+
+
+def _of_copy_detection(recipe: Recipe, root: Path) -> float:
+    images = read_evaluation_set(root / EVALUATION)
+    assert images.labels is not None
+    embedded = read_collection(images.root)
+    _, rows = np.unique(embedded["image_id"].to_numpy(zero_copy_only=False), return_index=True)  # as in `images`
+    embeddings = read_embeddings(root / EMBEDDINGS / COPIES / f"{EVALUATION.name}.npy", embedded)
+    return knn_scores(recipe.evaluate.knn, embeddings[rows], images.labels).metrics[METRIC]
 
 
 def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
@@ -93,6 +110,7 @@ def main(num_seeds: int, images: Path | None) -> None:
     for ours, other in (
         ("teacher", "its random weights"),
         ("teacher", "descriptor"),
+        ("teacher", "embedding of copy detection"),
         ("student", "its random weights, of the student"),
     ):
         _write_line(f"{ours} minus {other}", [row[ours] - row[other] for row in rows])
