@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from components.core.storage import s3_client
+from components.core.storage import s3_client, write_json
 from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
 from components.data.shards import ShardReader
@@ -29,7 +29,7 @@ from tests.data.test_stream import write_set
 
 pytestmark = pytest.mark.stack
 
-STREAM = StreamConfig(num_workers=0, window_shards=2)
+STREAM = StreamConfig(num_workers=0, window_shards=2, mix={"seed": 0.25, "balanced": 0.75})
 STUDENT, ADAPTED, PRETRAINED = "models/students/small", "models/adapted", "models/pretrained"
 TRAININGS = {STUDENT: (3, 8, 0), ADAPTED: (5, 8, 1), PRETRAINED: (6, 16, 0)}  # steps, images a step, seed
 
@@ -63,8 +63,7 @@ def write_weights(root: Path, path: str, digest: str, **config: Any) -> None:
     stage = {STUDENT: "distill/small", ADAPTED: "adapt", PRETRAINED: "pretrain"}[path]
     values = {"stream": STREAM.model_dump(mode="json"), "batch_size": size, **config}
     provenance = {"stage": stage, "config": values, "seed": seed, "dataset_sha256": digest, "steps": steps}
-    (root / path).mkdir(parents=True)
-    (root / path / "config.json").write_text(json.dumps({"provenance": provenance}))
+    write_json(root / path / "config.json", {"provenance": provenance})
     (root / path / "model.safetensors").write_bytes(path.encode())
 
 
@@ -95,7 +94,8 @@ def case(stack, tmp_path_factory) -> Case:
     url = f"s3://{os.environ['PEDIGREE_DATA_BUCKET']}/{prefix}"
     (root / ".dvc/config").write_text(f"[core]\nremote = s\n['remote \"s\"']\nurl = {url}\n")
     git(root, "init", "-q")
-    git(root, "add", "dvc.lock", ".dvc/config")
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    git(root, "add", "dvc.yaml", "dvc.lock", ".dvc/config")
     git(root, "commit", "-q", "-m", "A run")
     client, name = MlflowClient(), f"seen-{uuid.uuid4().hex[:10]}"
     client.create_registered_model(name)
