@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +33,16 @@ def test_logits_are_cosines_times_a_trainable_length():
         torch.testing.assert_close(head(tokens), 2 * before)
     head(tokens).square().sum().backward()
     assert head.last_layer.weight_g.grad.abs().sum() > 0
+
+
+def test_prototypes_start_as_torchs_linear_layers_do():
+    """As in the released code, whose own initial values are of the layers before."""
+    torch.manual_seed(0)
+    head = ProjectionHead(16, HeadConfig(num_prototypes=512, bottleneck_dim=64))
+    prototypes = head.last_layer.weight_v
+    assert prototypes.abs().max() <= 64**-0.5
+    assert prototypes.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.02)
+    assert head.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_one_layer_and_no_tokens():
