@@ -105,7 +105,15 @@ def test_the_auditors_commands_work_in_a_clone(tmp_path):
     clone, placeholders = tmp_path / "clone", {"<run-id>": "1", "<other-id>": "2"}
     assert execute(["git", "clone", "-q", "--no-hardlinks", str(ROOT), str(clone)]).returncode == 0
     for number in placeholders.values():
-        assert execute(["git", "branch", f"runs/{number}"], clone).returncode == 0
+        kept = [
+            "git",
+            "worktree",
+            "add",
+            "-b",
+            f"runs/{number}",
+            str(tmp_path / number),
+        ]  # as where it ran
+        assert execute(kept, clone).returncode == 0
     folder = clone
     for command in next(block for block in BLOCKS if "git worktree add" in block).splitlines():
         for placeholder, value in placeholders.items():
