@@ -113,7 +113,8 @@ def run(
         result = function(section, root, recipe.seed, **extra)
         folder = root / "reports" / stage / (item or "")
         write_json(folder / "result.json", result)
-        tracked.log_result(result)
+        # A training's last row is in MLflow already, as the end of each curve.
+        tracked.log_result({key: value for key, value in result.items() if key != "last"})
     if "run_key" in result:  # a training
         from components.training.delivery import forget
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -267,7 +266,7 @@ def _clear_errors() -> Iterator[None]:
 
 def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
     """Say what was made, how good it is, where to look and what to type next."""
-    from flows.published import metric_rows
+    from flows.published import main_columns, metric_rows
 
     rows = metric_rows(result.folder / "reports")
     if as_json:
@@ -278,15 +277,11 @@ def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
         return
     console = Console()
     table = Table(title="Evaluation", title_justify="left")
-    columns = [
-        key
-        for key in ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")
-        if _any(rows, key)
-    ]
-    for column in ("evaluation", "model", *columns):
+    columns = main_columns(rows)
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in ("evaluation", "model", *columns)))
+        table.add_row(*(row.get(column, "") for column in columns))
     console.print(table)
     lines = [
         ("Run", f"{result.run_id}, recorded as git branch {result.branch}"),
@@ -297,15 +292,14 @@ def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
         ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
-        ("Next", "what the two pages ask for:     pedigree status --credentials"),
-        ("", f"where the weights came from:    pedigree trace {recipe.name}-candidates@latest"),
-        ("", f'make it the champion:           pedigree promote {recipe.name}@latest --reason "..."'),
-        ("", "stop the local services:        pedigree down"),
+        ("Next", "what the two pages ask for:   pedigree status --credentials"),
+        ("", f"where the weights came from:  pedigree trace {recipe.name}-candidates@latest"),
+        ("", f'make it the champion:         pedigree promote {recipe.name}@latest --reason "..."'),
+        ("", "stop the local services:      pedigree down"),
     ]
-    grid = Table.grid(padding=(0, 2))
-    for label, text in lines:
-        grid.add_row(Text(label, style="bold"), Text(text, overflow="fold"))
-    console.print(Panel(grid, title="Pedigree", border_style="green"))
+    console.rule("Pedigree", style="green")
+    for label, text in lines:  # no box and no line breaks of ours: addresses and commands are there to be copied
+        console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)
 
 
 def _beside_random(rows: list[dict[str, str]]) -> str:
@@ -316,10 +310,6 @@ def _beside_random(rows: list[dict[str, str]]) -> str:
         models = dict.fromkeys(evaluation for evaluation, _ in values)
         told += [f"{label} of {m} {values[m, m]}, of random weights {values[m, 'random']}" for m in models]
     return "; ".join(told)
-
-
-def _any(rows: list[dict[str, str]], key: str) -> bool:
-    return any(key in row for row in rows)
 
 
 def _registered(folder: Path) -> str:

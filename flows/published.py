@@ -18,6 +18,7 @@ PICTURES = (
     ("sample-removed", "reports/curate/removed.jpg", "Images that curation removed, and why"),
     ("training-crops", "reports/pretrain/crops.jpg", "Crops as the student sees them"),
 )
+MEASURES = ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")  # asked for first
 
 
 def publish(workspace: Workspace, mlflow_run: str | None) -> None:
@@ -28,21 +29,30 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
             create_table_artifact(list(csv.DictReader(file)), key="funnel", description="From pool to curated set")
     if rows := metric_rows(reports):
         create_table_artifact(rows, key="metrics", description="Each model beside its champion and its baselines")
+        columns = main_columns(rows)
+        lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        tracking.describe_run(
+            mlflow_run, f"{table}\n\nThe stages are the child runs; git has it all as `{workspace.branch}`."
+        )
     pictures = [*PICTURES]
     for path in sorted(reports.glob("evaluate/*/pca.jpg")):
         pictures.append((f"pca-{path.parent.name}", str(path.relative_to(workspace.root)), "PCA of patch features"))
     for key, name, title in pictures:
         if (path := workspace.root / name).exists():
             data = base64.b64encode(path.read_bytes()).decode()
-            create_markdown_artifact(f"### {title}\n\n![{title}](data:image/jpeg;base64,{data})", key=key)
+            create_markdown_artifact(
+                f"### {title}\n\n![{title}](data:image/jpeg;base64,{data})", key=key, description=title
+            )
     if url := tracking.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
     if (page := reports / "curate" / "report.html").exists():
         told = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"
-        create_link_artifact(page.resolve().as_uri(), "Curation report", key="curation-report", description=told)
+        create_markdown_artifact(f"`{page.resolve()}`", key="curation-report", description=told)
     docs = workspace.root / ".pedigree" / "data-docs" / "curated" / "index.html"
     if docs.exists():
-        create_link_artifact(docs.resolve().as_uri(), "Data Docs", key="data-docs", description="Great Expectations")
+        told = "Data Docs of Great Expectations; they need the internet. The curation report has the same gates"
+        create_markdown_artifact(f"`{docs.resolve()}`", key="data-docs", description=told)
 
 
 def metric_rows(reports: Path) -> list[dict[str, Any]]:
@@ -54,8 +64,14 @@ def metric_rows(reports: Path) -> list[dict[str, Any]]:
         for name, values in [(model, result), *compared.items()]:
             numbers = {key: f"{value:.4g}" for key, value in values.items() if isinstance(value, int | float)}
             if not name.startswith("minus_"):
-                rows.append({"evaluation": model, "model": name, **numbers})
+                first = {key: numbers[key] for key in MEASURES if key in numbers}
+                rows.append({"evaluation": model, "model": name, **first, **numbers})
     return rows
+
+
+def main_columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns of a table that fits a page: which model, and the measures of which any row has a value."""
+    return ["evaluation", "model", *(key for key in MEASURES if any(key in row for row in rows))]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

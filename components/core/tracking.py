@@ -230,6 +230,13 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
     return folder
 
 
+def describe_run(mlflow_run_id: str | None, markdown: str) -> None:
+    """Set the text on top of a run's page; None is a run that tracking never opened."""
+    if mlflow_run_id is not None and enabled():
+        with reported():
+            checked_client().set_tag(mlflow_run_id, "mlflow.note.content", markdown)
+
+
 def run_url(mlflow_run_id: str | None) -> str | None:
     """Address of a run's page; None when tracking is off or the store has no pages."""
     uri = server_uri()
@@ -237,7 +244,8 @@ def run_url(mlflow_run_id: str | None) -> str | None:
         return None
     with reported():
         experiment = checked_client().get_run(mlflow_run_id).info.experiment_id
-    return f"{without_login(uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
+    page = f"{without_login(uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
+    return f"{page}?workflowType=machine_learning"  # else MLflow shows its menus for language models
 
 
 def enabled() -> bool:

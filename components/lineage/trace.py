@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
-from components.core.mlflow_client import configure_client, without_login
+from components.core.mlflow_client import checked_client, server_uri, without_login
 from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
@@ -93,7 +93,8 @@ def trace(reference: str, root: Path) -> Trace:
 
     Raises:
         ConfigError: what is no reference.
-        TraceError: MLFLOW_TRACKING_URI is not set or does not answer, or there is no such version.
+        TraceError: MLFLOW_TRACKING_URI is not set, or there is no such version.
+        TrackingError: MLflow does not answer.
     """
     return Trace(reference, _Tracer(root).version_node(find_version(reference, root)))
 
@@ -111,19 +112,15 @@ def find_version(reference: str, root: Path) -> Any:
     version = tracer.version(match["name"], match["alias"], match["version"])
     if isinstance(version, str):
         reason = version.partition(": ")[2].rstrip(".") or version
-        raise TraceError(f"{reference}: {reason}; the registry has {tracer.known(match['name'])}")
+        raise TraceError(f"{reference}: {reason}; the registry has {_found(lambda: tracer.known(match['name']))}")
     return version
 
 
 class _Tracer:
     def __init__(self, root: Path) -> None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:
+        if server_uri() is None:
             raise TraceError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
-        from mlflow import MlflowClient
-
-        configure_client()
-        self.client = MlflowClient(tracking_uri=uri)
+        self.client = checked_client()
         self.root = root
 
     def version(self, name: str, alias: str | None, number: str | None) -> Any:

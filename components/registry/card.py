@@ -8,10 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from components.core.tracking import flatten_numbers
 from components.lineage.origin import DataVersion, Origin
-
-MAX_METRICS = 40
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def render_card(facts: CardFacts) -> str:
         ),
         "## Data",
         f"Data checks: {facts.validation}.",
-        _table(("version", "DVC id", "manifest SHA-256"), [_row(v) for v in (origin.curated, *origin.pool)]),
+        _table(("", ""), [_row(v) for v in (origin.curated, *origin.pool)]),
         f"Trained on {facts.curated.num_rows} images:",
         _table(("source", "licence", "images"), sources(facts.curated)),
         "## Evaluation",
@@ -85,16 +82,30 @@ def sources(manifest: pa.Table) -> list[tuple[str, str, str]]:
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    metrics = flatten_numbers(evaluation)
-    if not metrics:
+    """A row for each metric: the model's value, those of what it was compared with, and what it is above them."""
+    compared = {name: values for name, values in evaluation.items() if isinstance(values, Mapping)}
+    columns = {
+        "this model": evaluation,
+        **dict(sorted(compared.items(), key=lambda item: item[0].startswith("minus_"))),
+    }
+    numbers = [key for values in columns.values() for key, value in values.items() if isinstance(value, int | float)]
+    if not numbers:
         return "Not evaluated."
-    shown = [(f"`{key}`", f"{value:.4g}") for key, value in sorted(metrics.items())[:MAX_METRICS]]
-    more = f"\n\nAnd {len(metrics) - MAX_METRICS} more in MLflow." if len(metrics) > MAX_METRICS else ""
-    return _table(("metric", "value"), shown) + more
+    rows = [(f"`{key}`", *(_shown(values.get(key)) for values in columns.values())) for key in dict.fromkeys(numbers)]
+    return _table(("metric", *(name.replace("_", " ") for name in columns)), rows)
 
 
-def _row(version: DataVersion) -> tuple[str, str, str]:
-    return f"`{version.path}`", f"`{version.dvc}`", f"`{version.manifest_sha256 or 'not known'}`"
+def _shown(value: Any) -> str:
+    match value:
+        case {"mean": mean, "low": low, "high": high}:  # of a bootstrap, 95 %
+            return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        case int() | float():
+            return f"{value:.4g}"
+    return ""
+
+
+def _row(version: DataVersion) -> tuple[str, str]:
+    return f"`{version.path}`", f"DVC `{version.dvc}`, manifest SHA-256 `{version.manifest_sha256 or 'not known'}`"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

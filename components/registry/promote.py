@@ -174,7 +174,8 @@ def _copy_bytes(released: Released, candidate: ModelVersion, name: str, digest: 
 
 
 def _released_version(client: MlflowClient, name: str, candidate: ModelVersion, source: str) -> ModelVersion:
-    ensure_registered_model(client, name)
+    described = f"Released by a person each. `pedigree trace {name}@champion` says what the one in use was made from."
+    ensure_registered_model(client, name, described)
     made = versions(client, name, DIGEST=candidate.tags[Tag.DIGEST], CANDIDATE=_address(candidate))
     if made:
         return min(made, key=lambda v: int(v.version))

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from components.core.mlflow_client import TrackingError, configure_client, without_login
+from components.core.mlflow_client import TrackingError, checked_client, server_uri, without_login
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.origin import Origin, Tag
@@ -91,13 +90,12 @@ def registry_client() -> MlflowClient:
 
     Raises:
         RegistryError: the variable is not set.
+        TrackingError: MLflow does not answer.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    if server_uri() is None:
         raise RegistryError("MLFLOW_TRACKING_URI is not set: a model is registered on a server; run `pedigree up`")
-    configure_client()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    return checked_client()
 
 
 @contextmanager
@@ -121,7 +119,9 @@ def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVer
     The version appears with all its tags in one request, so a version without its origin cannot exist. MLflow itself
     keeps the alias `latest`: it is the newest version, and nobody can move it.
     """
-    ensure_registered_model(client, candidate.name)
+    model = candidate.name.removesuffix("-candidates")
+    released = f"What each run made; `pedigree promote {model}@latest --reason TEXT` releases the newest."
+    ensure_registered_model(client, candidate.name, released)
     version = _existing(client, candidate)
     if version is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -130,14 +130,14 @@ def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVer
     return version
 
 
-def ensure_registered_model(client: MlflowClient, name: str) -> None:
+def ensure_registered_model(client: MlflowClient, name: str, description: str) -> None:
     """Create the registered model unless it is there."""
     try:
         client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=description)
 
 
 def versions(client: MlflowClient, name: str, **tags: str) -> list[ModelVersion]:

@@ -260,4 +260,6 @@ def test_the_server_holds_run_and_files(stack, workspace, request, monkeypatch):
     client = MlflowClient(tracking_uri=stack.env["MLFLOW_TRACKING_URI"])
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["a.csv"]
-    assert tracking.run_url(run.run_id).endswith(f"/runs/{run.run_id}")
+    tracking.describe_run(run.run_id, "kNN **0.8**")
+    assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "kNN **0.8**"
+    assert tracking.run_url(run.run_id).endswith(f"/runs/{run.run_id}?workflowType=machine_learning")

@@ -16,8 +16,9 @@ from PIL import Image
 from typer.main import get_command
 
 from components.core.storage import StorageError
-from components.recipe import recipe_names
-from flows.cli import _Plain, app
+from components.recipe import load_recipe, recipe_names
+from flows.cli import _closing, _Plain, app
+from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree
 
 COMMANDS = ("run", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
@@ -189,6 +190,15 @@ def test_s3_that_is_down_at_the_start(folder, command):
     assert f"S3 at {dead} does not answer" in said
 
 
+def test_a_registry_that_is_down(folder):
+    dead = "http://127.0.0.1:9"
+    buckets = {f"PEDIGREE_{name}_BUCKET": name.lower() for name in ("DATA", "MODELS", "AUDIT")}
+    env = {"MLFLOW_TRACKING_URI": dead, "PREFECT_API_URL": f"{dead}/api", "AWS_ENDPOINT_URL": dead} | buckets
+    for command in ("trace a@b", "seen a@b", "promote a@latest --reason x"):
+        said = refused(folder, *command.split(), code=1, env=env)
+        assert f"MLflow at {dead} or the storage behind it does not answer" in said
+
+
 @pytest.mark.stack
 def test_a_bucket_that_is_not_there(folder, stack):
     env = stack.env | {"PEDIGREE_DATA_BUCKET": "nobodys-bucket"}
@@ -220,6 +230,16 @@ def test_the_log_shows_the_traceback_of_a_defect_only():
 
     assert shown(StorageError("S3 does not answer")) == "failed"
     assert "Traceback" in shown(KeyError("a defect"))
+
+
+def test_the_last_words_can_be_copied(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    page = f"http://127.0.0.1:17916/#/experiments/1/runs/{'0' * 32}?workflowType=machine_learning"
+    result = RunResult("20261127-063802-4ccb", "runs/20261127-063802-4ccb", "0" * 40, tmp_path, {}, page)
+    _closing(result, load_recipe(PROJECT, None), as_json=False)
+    said = capsys.readouterr().out
+    for whole in (page, "pedigree trace pedigree-candidates@latest", 'pedigree promote pedigree@latest --reason "..."'):
+        assert whole in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

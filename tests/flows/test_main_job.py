@@ -135,12 +135,16 @@ def test_candidates_are_registered_below_one_pipeline_run(first):
     for name in ("pedigree-candidates", "pedigree-small-candidates"):
         version = client.get_model_version_by_alias(name, "latest")
         assert first["branch"] in version.tags.values()
+        assert "`pedigree promote pedigree" in client.get_registered_model(name).description
     experiment = client.get_experiment_by_name("pedigree")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.`pedigree.run` = '{first['run']}'")
     parents = {found.data.tags.get("mlflow.parentRunId") for found in runs}
     assert len(runs) == len(STAGES) + 1
     assert len(parents) == 2  # None of the pipeline's own run, and its id of all stages
+    (parent,) = (found for found in runs if found.info.run_id in parents)
+    assert "| teacher | random | " in parent.data.tags["mlflow.note.content"]
+    assert not [key for found in runs for key in found.data.metrics if key.startswith("last.")]  # curves end so
 
 
 def test_prefect_shows_tables_and_pictures(first):
@@ -149,6 +153,7 @@ def test_prefect_shows_tables_and_pictures(first):
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     found = request(url, "/api/artifacts/latest/filter", os.environ["PREFECT_API_AUTH_STRING"], "POST", {})
     shown = {artifact["key"]: artifact["data"] for artifact in found}
+    assert not any("(file:" in str(data) for data in shown.values())  # a link that browsers do not follow
     steps = [row["stage"] for row in json.loads(shown["funnel"])]
     assert steps == ["pool", "filtered", "decontaminated", "deduplicated", "curated"]
     assert {"teacher", "small", "random"} <= {row["model"] for row in json.loads(shown["metrics"])}

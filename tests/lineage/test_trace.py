@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from components.core.config import ConfigError
+from components.core.mlflow_client import TrackingError
 from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.audit_log import AuditLog, Event
@@ -248,7 +249,7 @@ def test_what_is_not_found_is_said(case: Case, tmp_path: Path, monkeypatch: pyte
         assert "PEDIGREE_AUDIT_BUCKET is not set" in line
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        with pytest.raises(TraceError, match="does not answer"):
+        with pytest.raises(TrackingError, match=r"does not answer .*'pedigree up' starts it"):
             trace(f"{case.name}/1", case.root)
     with pytest.raises(ConfigError, match="'nothing': not a model; write NAME@ALIAS"):
         trace("nothing", case.root)
