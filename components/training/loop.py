@@ -108,11 +108,11 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
     coming = iterate_batches(TrainingBatches(job.stream, plan), config.stream, range(start, config.steps))
 
     with ExitStack() as stack:
+        stop_requested = stack.enter_context(_stop_request())  # to the end: the last checkpoint must stand, too
         # Closing ends the workers at once; left to the interpreter's exit, they would be waited for after a stop.
         stack.enter_context(closing(coming))
         for run in runs:
             stack.enter_context(run.checkpoints)
-        stop_requested = stack.enter_context(_stop_request())
         advance = stack.enter_context(_progress(_names(runs), config, start))
         for step in range(start, config.steps):
             stepping = [run for run in runs if run.start <= step and run.diverged is None]

@@ -1,7 +1,10 @@
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +21,14 @@ from components.pretraining.config import PretrainConfig
 from components.training.alerts import FILE as ALERTS
 from components.training.alerts import Alert, read_alerts
 from components.training.checkpoint import CheckpointError, Checkpoints, Progress, only_trainer, run_key
-from components.training.checkpoint_store import INDEX
+from components.training.checkpoint_store import INDEX, LocalStore
 from components.training.config import TrainingConfig
+from components.training.loop import train
 from components.training.loss_table import LOSSES, read_rows, write_rows
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
+from tests.training.jobs import make_job
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -200,3 +205,24 @@ def test_a_run_is_taken_over_although_its_folder_goes_just_then(tmp_path, monkey
     monkeypatch.setattr(Path, "mkdir", make_in_vain)
     with only_trainer(tmp_path / "run", "distill/small"):
         assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_signal_waits_for_the_last_checkpoint_too(curated, pretrain_values, tmp_path, monkeypatch):
+    """All steps are done, and the checkpoint behind them is being written: SIGTERM would throw them away."""
+    commit, ended = LocalStore.commit, []
+
+    def interrupted(store: LocalStore, step: int, index: dict) -> None:
+        if step == 6:
+            time.sleep(0.5)  # until the trainer waits for it
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        commit(store, step, index)
+
+    monkeypatch.setattr(LocalStore, "commit", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append(None))  # what would end the process
+    try:
+        train(make_job(pretrain_values(), curated), Checkpoints(tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == []
+    assert (tmp_path / "step_6" / INDEX).exists()
