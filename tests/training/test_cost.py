@@ -23,8 +23,9 @@ HEADS = {
 }
 
 
-def network(ffn: str, dim: int) -> Network:
-    config = ViTConfig(patch_size=8, dim=dim, depth=2, num_heads=2, num_registers=1, image_size=32, ffn=ffn)  # pyright: ignore
+def network(ffn: str, dim: int, drop_path: float = 0.0) -> Network:
+    shape = {"patch_size": 8, "dim": dim, "depth": 2, "num_heads": 2, "num_registers": 1, "image_size": 32, "ffn": ffn}
+    config = ViTConfig.model_validate(shape | {"drop_path": drop_path})
     return Network(VisionTransformer(config), {name: ProjectionHead(dim, head) for name, head in HEADS.items()})
 
 
@@ -55,6 +56,19 @@ def test_operations_of_pretraining_and_distillation(ffn):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         networks.teacher.targets(torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool))
     assert joint_flops([networks] * 3, CROPS, None) == 3 * alone - 2 * counter.get_total_flops()
+
+
+def test_what_stochastic_depth_leaves_out_is_not_counted():
+    masking = MaskingConfig()
+    whole, dropped = (self_distillation(network("mlp", 32, drop_path)) for drop_path in (0.0, 0.25))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for crops in (torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)):
+            tokens = whole.student.backbone(crops)
+            (tokens.cls_token.sum() + tokens.patch_tokens.sum()).backward()
+    patches = 2 * 16 + 3 * 4
+    blocks = counter.get_total_flops() - 2 * patches * 2 * (3 * 8**2) * 32  # less the embedding, there and back
+    saved = training_flops(whole, CROPS, masking) - training_flops(dropped, CROPS, masking)
+    assert saved == pytest.approx(0.25 * blocks)
 
 
 def test_energy_of_the_giant_is_the_papers():
