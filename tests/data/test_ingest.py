@@ -21,7 +21,7 @@ from components.data.ingest import IngestReport, ingest
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_table
 from components.data.sample_pool import BOMB_SIDE, _pixel_bomb
-from components.data.shards import ShardReader, decode_image
+from components.data.shards import MAX_PIXELS, ShardReader, decode_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -409,6 +409,7 @@ def test_parquet_without_image_bytes_names_what_it_found(tmp_path: Path) -> None
         ({"holdout": 1.5}, "ingest: holdout: .*less than 1"),
         ({"holdout": 0.2, "as_evaluation": True}, "holdout is for a pool"),
         ({"max_pixels": 0}, "ingest: max_pixels"),
+        ({"max_pixels": MAX_PIXELS + 1}, "ingest: max_pixels: .*less than or equal to 50000000"),  # embed would stop
         ({"colour": "red"}, "ingest: colour: unknown key"),
     ],
 )
