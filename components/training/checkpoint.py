@@ -165,7 +165,8 @@ class Checkpoints:
         step = progress.steps_done
         aside = self._store.aside(step)
         if rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+            for left in aside.parent.glob(".step_*"):  # by a try that was killed
+                shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
             _copy_reports(self.folder, aside)  # a run that goes on elsewhere has its first rows too
         barrier()

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -167,7 +168,10 @@ class S3Store:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return None
         self._scratch.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=".fetched.", dir=self._scratch))
+        own = f".fetched.{socket.gethostname()}."  # other machines may see this disk, too
+        for left in self._scratch.glob(f"{own}*"):  # by a try that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(prefix=own, dir=self._scratch))
         with s3_errors(self.describe(step)):
             client = self._connect(step)
             client.download_file(self._bucket, self._key(step, INDEX), str(path / INDEX))

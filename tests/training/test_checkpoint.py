@@ -110,11 +110,13 @@ def test_a_machine_that_was_left_has_the_report_of_the_checkpoint(tmp_path, conf
 def test_an_unfinished_save_is_not_seen(tmp_path, config):
     training = start(config, seed=1)
     save(tmp_path, training, 2)
-    (tmp_path / ".step_4").mkdir()
-    (tmp_path / ".step_4" / "left.safetensors").write_bytes(b"half")
+    for name in (".step_3", ".step_4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left.safetensors").write_bytes(b"half")
     assert Checkpoints(tmp_path).load_newest(training) == Progress(2)
     save(tmp_path, training, 4)
     assert sorted(path.name for path in (tmp_path / "step_4").iterdir()) == [INDEX, SHARD]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4"]  # halves are as large as wholes
 
 
 def test_nothing_is_pickled_and_any_change_is_seen(tmp_path, config):

@@ -1,5 +1,6 @@
 """Checkpoints on a real S3 server: whole or not there, newest two, on another machine, and without credentials."""
 
+import socket
 import time
 import uuid
 
@@ -69,9 +70,12 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     with pytest.raises(CheckpointError, match=rf"{uri}/step_6: cannot be read \({shard} is not what was written\)"):
         train(make_job(values, curated), Checkpoints(tmp_path / "there", uri))
     s3_client().delete_object(Bucket=BUCKET, Key=f"{prefix}/step_6/{INDEX}")
+    left = tmp_path / "again" / f".fetched.{socket.gethostname()}.1"  # by a try that was killed meanwhile
+    left.mkdir(parents=True)
     again = make_job(values, curated)
     assert len(train(again, Checkpoints(tmp_path / "again", uri))) == 6
     assert torch.equal(again.networks.ema.state_dict()["backbone.pos_embed"], expected["backbone.pos_embed"])
+    assert not left.exists()
     client, deleted = s3_client(), []
     client.meta.events.register("before-parameter-build.s3.DeleteObject", lambda params, **_: deleted.append(params))
     monkeypatch.setattr(checkpoint_store, "s3_client", lambda: client)
