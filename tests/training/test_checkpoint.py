@@ -28,7 +28,7 @@ from components.training.loss_table import LOSSES, read_rows, write_rows
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
-from tests.training.jobs import make_job
+from tests.training.jobs import at_call, make_job
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -228,3 +228,22 @@ def test_a_signal_waits_for_the_last_checkpoint_too(curated, pretrain_values, tm
         signal.signal(signal.SIGTERM, before)
     assert ended == []
     assert (tmp_path / "step_6" / INDEX).exists()
+
+
+def test_a_run_whose_checkpoint_cannot_be_written_ends_at_once(curated, pretrain_values, tmp_path, monkeypatch):
+    """Not when the next one is due: what it computes until then would be lost."""
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalStore, "commit", full)
+    job, checkpoints = make_job(pretrain_values(steps=8, checkpoint_every_steps=4), curated), Checkpoints(tmp_path)
+
+    def wait() -> None:
+        while not checkpoints.failed():
+            time.sleep(0.01)
+
+    at_call(job, 4, wait)
+    with pytest.raises(CheckpointError, match=r"not written, those before it stand: \[Errno 28\] No space left"):
+        train(job, checkpoints)
+    assert [row["step"] for row in read_rows(tmp_path / LOSSES)] == [1, 2, 3, 4, 5]
