@@ -251,7 +251,7 @@ def _clear_errors() -> Iterator[None]:
     """Turn what a user, the data or a service can cause into one clear line and an exit code."""
     try:
         yield
-    except typer.Exit:  # a RuntimeError too
+    except (typer.Exit, BrokenPipeError):  # a RuntimeError, and the OSError of a reader such as `head`
         raise
     except CLEAR as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)

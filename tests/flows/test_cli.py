@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from components.core.storage import StorageError
 from components.recipe import load_recipe, recipe_names
 from flows.cli import _closing, _Plain, app
 from flows.retrain import RunResult
-from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree
+from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
 COMMANDS = ("run", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
 WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate", "train-status")
@@ -251,6 +252,16 @@ def test_help_of_each_command(command):
         assert f"pedigree {command} " in found.help
     for option in found.params:
         assert getattr(option, "help", None), f"{command} {option.name} says nothing"
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        pedigree_command("status", "--json"), cwd=folder, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_version(folder):
