@@ -57,7 +57,7 @@ class RemoteShards:
         """The `length` bytes at `offset` of a shard.
 
         Raises:
-            ShardError: no address is known for the shard, or it is shorter than offset + length.
+            ShardError: no address is known for the shard, it is shorter than that, or the cache cannot be used.
             StorageError: S3 does not answer or refuses.
         """
         if offset < 0 or length < 0:
@@ -66,13 +66,16 @@ class RemoteShards:
         for block in _blocks(offset, length):
             start = block * BLOCK
             begin, end = max(offset - start, 0), min(offset + length - start, BLOCK)
-            part = _read_cached(self._path(shard, block), begin, end)
-            if len(part) < end - begin:  # not there, or left over by a machine that lost power
-                data = self._fetch_once(shard, block, end)
-                part = data[begin:end]
-                if len(part) < end - begin:
-                    place = f"bytes {offset} to {offset + length}"
-                    raise ShardError(f"{self._address(shard)}: {place} are not all inside this object")
+            try:
+                part = _read_cached(self._path(shard, block), begin, end)
+                if len(part) < end - begin:  # not there, or left over by a machine that lost power
+                    part = self._fetch_once(shard, block, end)[begin:end]
+            except OSError as error:
+                advice = "it must be writable and have space; lower stream.cache_gib if it has too little"
+                raise ShardError(f"{self._cache}: {error.strerror or error}; {advice}") from None
+            if len(part) < end - begin:
+                place = f"bytes {offset} to {offset + length}"
+                raise ShardError(f"{self._address(shard)}: {place} are not all inside this object")
             parts.append(part)
         return b"".join(parts)
 
@@ -122,15 +125,11 @@ class RemoteShards:
             if len(data := _read_cached(path, 0, BLOCK)) >= end:
                 return data
             data = self._fetch(shard, block)
-            try:
-                with self._locked("write"):
-                    self._make_room(len(data))
-                    aside = path.with_suffix(".partial")
-                    aside.write_bytes(data)
-                    aside.replace(path)
-            except OSError as error:
-                advice = "free space there, or lower stream.cache_gib"
-                raise ShardError(f"{self._cache}: {error.strerror or error}; {advice}") from None
+            with self._locked("write"):
+                self._make_room(len(data))
+                aside = path.with_suffix(".partial")
+                aside.write_bytes(data)
+                aside.replace(path)
         return data
 
     def _fetch(self, shard: str, block: int) -> bytes:

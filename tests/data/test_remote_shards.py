@@ -1,5 +1,6 @@
 """Streaming from the real S3 server, in small blocks so that a small set has many."""
 
+import errno
 import hashlib
 import json
 import os
@@ -166,6 +167,16 @@ def test_nothing_is_dropped_from_the_cache_while_room_is_made_there(remote, tmp_
             assert len(blocks(tmp_path / "cache")) == 1
         dropping.result(timeout=20)
     assert blocks(tmp_path / "cache") == {}
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ShardError, match=f"^{tmp_path}/file: Not a directory; it must be writable and have space"):
+        RemoteShards(remote.addresses, tmp_path / "file", 10**6).read("00000.tar", 0, 10)
+    reader = RemoteShards(remote.addresses, tmp_path / "cache", 10**6)
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(ShardError, match=f"^{tmp_path}/cache: No space left; it must"):
+        reader.read("00000.tar", 0, 10)
 
 
 def test_wrong_places_and_objects_are_named(remote, tmp_path):
