@@ -318,6 +318,16 @@ def test_parquet_that_repeats_a_large_value_is_read_image_by_image(tmp_path: Pat
     assert take(tmp_path, tmp_path / "in.parquet").rejected == {"damaged_archive": 1}
 
 
+def test_a_row_group_that_is_too_large_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+    table = pa.table({"image": [image(1), image(2), image(3)]})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=2, use_dictionary=False)
+    last = pq.ParquetFile(tmp_path / "in.parquet").metadata.row_group(1).total_byte_size
+    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", last)
+    report = take(tmp_path, tmp_path / "in.parquet")
+    assert (report.stored, report.rejected) == (1, {"too_large": 1})
+    assert list(rejections(tmp_path)) == [f"{tmp_path}/in.parquet#row_group=0"]
+
+
 # Evaluation sets
 
 
