@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect import State, flow, get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -60,10 +63,17 @@ def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> R
         recipe = params or load_recipe(checkout, None)
         used = chosen_sources(checkout, sources)
         with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _exact(recipe), used) as workspace:
+            _name_flow_run(workspace.run_id)
             logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
             return _run(workspace, recipe)
     except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
         return Failed(message=str(error) or type(error).__name__)
+
+
+def _name_flow_run(name: str) -> None:
+    """Prefect's pages call the run what git, MLflow and DVC call it."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), name=name)
 
 
 def _run(workspace: Workspace, recipe: Recipe) -> RunResult:

@@ -163,6 +163,8 @@ def test_prefect_shows_tables_and_pictures(first):
     assert first["mlflow"] in shown["mlflow"]
     assert "/data-docs/curated/index.html" in shown["data-docs"]
     assert "/reports/curate/report.html" in shown["curation-report"]
+    named = {"flow_runs": {"name": {"any_": [first["run"]]}}}
+    assert len(request(url, "/api/flow_runs/filter", os.environ["PREFECT_API_AUTH_STRING"], "POST", named)) == 1
 
 
 def test_an_unchanged_run_computes_nothing(checkout, first):
