@@ -7,6 +7,10 @@ import os
 # of its threads, hence the rounding of its results, stays what it is alone. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# oneDNN keeps what it built for the last 1,024 shapes. The number of masked patches differs from step to step, so that
+# new ones come all the time, and what they leave between activations keeps the heap from being used again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 from components.cli import main
 
 if __name__ == "__main__":

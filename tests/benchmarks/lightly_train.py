@@ -10,8 +10,8 @@ pixels with 65,536 prototypes, softmax centring, batch 8, bfloat16, 2 threads an
 heads; theirs too where it is not said otherwise (its default is one that class tokens and patches share).
 
 Seconds of a step are the median of what each side's own log says of its steps but the first two, waiting for data
-included. Memory is the peak (VmHWM) of the training process until the last step is logged: data workers count for
-neither side. Our checkpoint at the end comes after that; whether theirs does was not looked at.
+included. Memory is the peak (VmHWM) of the training process until STEPS steps are logged, of one more: data workers and
+what is saved at the end count for neither side.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ BATCH, THREADS, NUM_IMAGES, PIXELS = 8, 2, 96, 320
 OURS = """
 import json, sys
 from pathlib import Path
+import components.__main__  # its settings
 import torch
 from components.training.checkpoint import Checkpoints
 from components.training.loop import train
@@ -136,7 +137,7 @@ def _photographs() -> list[bytes]:
 
 
 def measure(python: str, program: str, folder: Path, values: dict[str, Any], steps: int) -> Cost:
-    """Run a side until its last step is logged."""
+    """Run a side until so many steps are logged; `values` has it take one more, so that no checkpoint is counted."""
     out = folder / "out"
     settings = {"OMP_NUM_THREADS": str(THREADS), "LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "PYTHONPATH": os.getcwd()}
     script = folder / "side.py"
@@ -181,11 +182,11 @@ def _logged(out: Path) -> list[float]:
 
 def main(python: str, steps: int = 10) -> None:
     """Print what each side costs, and how much less ours does."""
-    mine = {f"ours, checkpointing {mode}": ours(mode, steps) for mode in ("none", "selective", "full")}
+    mine = {f"ours, checkpointing {mode}": ours(mode, steps + 1) for mode in ("none", "selective", "full")}
     other = {
-        "lightly-train": theirs(steps),
-        "lightly-train, activations made again": theirs(steps, checkpointing=True),
-        "lightly-train, one shared head": theirs(steps, separate=False),
+        "lightly-train": theirs(steps + 1),
+        "lightly-train, activations made again": theirs(steps + 1, checkpointing=True),
+        "lightly-train, one shared head": theirs(steps + 1, separate=False),
     }
     costs: dict[str, Cost] = {}
     for name, values in (mine | other).items():
