@@ -8,8 +8,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # oneDNN keeps what it built for the last 1,024 shapes. The number of masked patches differs from step to step, so that
-# new ones come all the time, and what they leave between activations keeps the heap from being used again.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# new ones come all the time, and what they leave between activations keeps the heap from being used again. A step of a
+# ViT-S needs 79: below that all are built anew in each step.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "96")
 
 from components.cli import main
 

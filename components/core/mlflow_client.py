@@ -40,6 +40,11 @@ def without_login(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
+def shown_server() -> str:
+    """The server, as messages name it."""
+    return without_login(f"MLflow at {server_uri()}")
+
+
 def checked_client() -> Any:
     """The MLflow client of this process for the server that is named, once that has answered."""
     uri = server_uri()
@@ -72,9 +77,8 @@ def _check_health(uri: str) -> None:
 
 
 def _advice(reason: str) -> str:
-    server = without_login(f"MLflow at {server_uri()}")
     return (
-        f"{server} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
+        f"{shown_server()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
         "down, 'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
     )
 
@@ -96,4 +100,4 @@ def reported() -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "Max retries exceeded" in first or "Connection" in first:
             raise TrackingError(_advice("connection lost")) from error
-        raise TrackingError(without_login(f"MLflow at {server_uri()} refuses: {first}")) from error
+        raise TrackingError(f"{shown_server()} refuses: {without_login(first)}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
-from components.core.mlflow_client import checked_client, server_uri, without_login
+from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
@@ -381,10 +380,10 @@ def _found(ask: Any) -> Any:
     except MlflowException as error:
         line = str(error).splitlines()[0]
         if "Max retries exceeded" in line or "API request to" in line:
-            raise TraceError(without_login(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer")) from error
+            raise TraceError(f"{shown_server()} does not answer") from error
         return line
     except requests.exceptions.RequestException as error:
-        raise TraceError(without_login(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer")) from error
+        raise TraceError(f"{shown_server()} does not answer") from error
 
 
 def _utc(milliseconds: int) -> str:

@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from components.core.mlflow_client import TrackingError, checked_client, server_uri, without_login
+from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.origin import Origin, Tag
@@ -107,10 +107,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (MlflowException, requests.exceptions.RequestException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        server = without_login(f"MLflow at {mlflow.get_tracking_uri()}")
         if isinstance(error, requests.exceptions.RequestException) or SILENT.search(first):
-            raise TrackingError(f"{server} does not answer; `pedigree status`") from error
-        raise RegistryError(f"{server}: {first}") from error
+            raise TrackingError(f"{shown_server()} does not answer; `pedigree status`") from error
+        raise RegistryError(f"{shown_server()}: {first}") from error
 
 
 def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVersion:
