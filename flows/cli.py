@@ -22,10 +22,11 @@ from rich.text import Text
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
-from components.recipe import Recipe, load_recipe
-from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
+from components.recipe import load_recipe
+from flows import curate_command, interrupt, promote, seen_command, stack_commands, trace_commands, train_status
 from flows.workspace import head_commit
 from infra.local import supervisor
+from infra.local.site import StackError
 
 if TYPE_CHECKING:
     from flows.retrain import RunResult
@@ -119,18 +120,16 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
     with _clear_errors():
         choose_engine(engine, address)
         checkout = _checkout()
-        params = load_recipe(checkout, recipe, set_ or [])
+        name = load_recipe(checkout, recipe, set_ or []).name  # a wrong parameter is told before anything starts
         if images is not None:
             _check_folder(images)
         head_commit(checkout)
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
         from flows.retrain import retrain
-        from flows.stages import stopped_by_ctrl_c
 
-        with stopped_by_ctrl_c():
-            result = _finished(retrain, params, sources)
-    _closing(result, params, as_json)
+        result = _finished(retrain, sources=sources, recipe=recipe, overrides=set_)
+    _closing(result, name, as_json)
 
 
 @app.command()
@@ -199,10 +198,27 @@ def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     Raises:
         RuntimeError: it failed; its message is the reason.
     """
-    state = flow(*arguments, **named, return_state=True)
+    from httpx import HTTPError
+    from prefect.exceptions import TerminationSignal
+
+    try:
+        state = flow(*arguments, **named, return_state=True)
+    except TerminationSignal:  # SIGTERM before our handlers were set, or after
+        raise KeyboardInterrupt from None
+    except HTTPError as error:
+        raise StackError(_prefect_is_away(error)) from error
+    if state.is_cancelled():
+        raise KeyboardInterrupt
     if not state.is_completed():
         raise RuntimeError(state.message)
     return state.result()
+
+
+def _prefect_is_away(error: Exception) -> str:
+    address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    reason = str(error) or type(error).__name__
+    advice = "`pedigree up` starts it. What was finished is kept: run again"
+    return f"Prefect at {address} does not answer ({reason}); {advice}"
 
 
 def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
@@ -250,7 +266,8 @@ def _checkout() -> Path:
 def _clear_errors() -> Iterator[None]:
     """Turn what a user, the data or a service can cause into one clear line and an exit code."""
     try:
-        yield
+        with interrupt.handled():
+            yield
     except (typer.Exit, BrokenPipeError):  # a RuntimeError, and the OSError of a reader such as `head`
         raise
     except CLEAR as error:
@@ -260,11 +277,13 @@ def _clear_errors() -> Iterator[None]:
             console.print(f"error: {line}", style="red", markup=False, highlight=False)
         raise typer.Exit(BAD_INPUT if isinstance(error, ConfigError) else FAILED) from error
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what was finished is kept, run again to go on", style="yellow")
-        raise typer.Exit(130) from None
+        stopped = interrupt.current
+        text = f"{stopped.reason}; what was finished is kept, run again to go on"
+        Console(stderr=True).print(text, style="yellow")
+        raise typer.Exit(stopped.exit_code) from None
 
 
-def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
+def _closing(result: RunResult, name: str, as_json: bool) -> None:
     """Say what was made, how good it is, where to look and what to type next."""
     from flows.published import main_columns, metric_rows
 
@@ -293,8 +312,8 @@ def _closing(result: RunResult, recipe: Recipe, as_json: bool) -> None:
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
         ("Next", "what the two pages ask for:   pedigree status --credentials"),
-        ("", f"where the weights came from:  pedigree trace {recipe.name}-candidates@latest"),
-        ("", f'make it the champion:         pedigree promote {recipe.name}@latest --reason "..."'),
+        ("", f"where the weights came from:  pedigree trace {name}-candidates@latest"),
+        ("", f'make it the champion:         pedigree promote {name}@latest --reason "..."'),
         ("", "stop the local services:      pedigree down"),
     ]
     console.rule("Pedigree", style="green")

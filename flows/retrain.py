@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import State, flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture, wait
@@ -22,14 +25,17 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from components.core import tracking
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
-from flows import published
+from flows import interrupt, live, published
+from flows.run_log import log_file
 from flows.stages import StageFailedError, run_stage
-from flows.workspace import Workspace, WorkspaceError, chosen_sources, open_workspace
+from flows.workspace import Workspace, WorkspaceError, chosen_sources, close_branch, open_workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGES_SIDE_BY_SIDE = 2
+MOST_TRIES = 5  # of one flow run, which is started again after a crash or a stop of its worker
+TELL_SECONDS = 600.0  # a run that waits says so this often
 
 
 @dataclass(frozen=True)
@@ -49,25 +55,70 @@ class RunResult:
         return [name for name, outcome in self.outcomes.items() if outcome == "ran"]
 
 
-@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=STAGES_SIDE_BY_SIDE), persist_result=False)  # type: ignore[arg-type]
-def retrain(params: Recipe | None = None, sources: list[str] | None = None) -> RunResult | State[RunResult]:
+@flow(
+    name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=STAGES_SIDE_BY_SIDE), persist_result=False,  # type: ignore[arg-type]
+    on_completion=[live.end], on_failure=[live.end], on_cancellation=[live.end], on_crashed=[live.end],
+)  # fmt: skip
+def retrain(
+    params: Recipe | None = None,
+    sources: list[str] | None = None,
+    recipe: str | None = None,
+    overrides: list[str] | None = None,
+) -> RunResult | State[Any]:
     """Curate the pool, train, distill, evaluate, and register a candidate, recomputing only what changed.
 
+    Parameters, code and sources are those of the moment when the run begins to work; a run that waits for another one
+    of its model reads them when that has ended.
+
     Args:
-        params: all parameters of the run; None takes `params.yaml` of the checkout.
+        params: all parameters of the run; None takes `recipe` and `overrides`.
         sources: names of the sources in the pool to use; None takes all (the sample only if there is no other).
+        recipe: a named recipe; None takes `params.yaml` of the checkout.
+        overrides: KEY=VALUE, such as distill.steps=50.
     """
-    checkout = Path.cwd()
+    with interrupt.handled() as interrupted:
+        try:
+            return _retrain(Path.cwd(), lambda: params or load_recipe(Path.cwd(), recipe, overrides or []), sources)
+        except KeyboardInterrupt:
+            return interrupt.final_state(interrupted)
+        except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
+            if interrupt.asked():
+                return interrupt.final_state(interrupted)
+            return Failed(message=str(error) or type(error).__name__)
+
+
+def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[str] | None) -> RunResult:
     logger = get_run_logger()
-    try:
-        recipe = params or load_recipe(checkout, None)
-        used = chosen_sources(checkout, sources)
-        with _one_run_a_model(checkout, recipe.name), open_workspace(checkout, _exact(recipe), used) as workspace:
-            _name_flow_run(workspace.run_id)
-            logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
-            return _run(workspace, recipe)
-    except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
-        return Failed(message=str(error) or type(error).__name__)
+    for line in live.close_lost(checkout):
+        logger.warning(line)
+    live.begin(checkout)
+    _check_tries()
+    name = read_recipe().name
+    with _one_run_a_model(checkout, name):
+        registry = _registry()
+        recipe, used = read_recipe(), chosen_sources(checkout, sources)
+        if recipe.name != name:
+            changed = f"the model's name changed from {name} to {recipe.name} while this run waited"
+            raise WorkspaceError(f"{changed}; run again")
+        with open_workspace(checkout, _exact(recipe, registry), used) as workspace:
+            live.note(checkout, run=workspace.run_id, model=recipe.name)
+            with log_file(checkout, workspace.run_id):
+                _name_flow_run(workspace.run_id)
+                logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
+                return _run(workspace, recipe)
+
+
+def _check_tries() -> None:
+    """Refuse to start a flow run that has crashed again and again.
+
+    Raises:
+        WorkspaceError: after `MOST_TRIES`.
+    """
+    if flow_run.run_count > MOST_TRIES:
+        raise WorkspaceError(
+            f"started {MOST_TRIES} times and never ended; see the logs of the tries, then start it by hand. "
+            "What was finished is kept"
+        )
 
 
 def _name_flow_run(name: str) -> None:
@@ -77,19 +128,37 @@ def _name_flow_run(name: str) -> None:
 
 
 def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
+    """Run the stages; however they end, MLflow, Prefect's page and the run's branch say how."""
     parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
-    status = "FAILED"
+    status, how = "FAILED", "Run failed: a defect, see its log"
     try:
         workspace.ledger.bring_data()
         workspace.ledger.fetch_run_cache()
         outcomes = _run_stages(workspace)
-        status = "FINISHED"
+        status, how = "FINISHED", "Run finished"
+    except Exception as error:
+        how = f"Run failed: {error}"
+        raise
     finally:
-        tracking.close_parent(parent, status)
-        published.publish(workspace, parent)
-    commit = workspace.commit("Run finished")
+        if interrupt.asked():
+            status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
+        commit = close_branch(workspace.root, how)
+        _close(workspace, parent, status)
     url = tracking.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
+
+
+def _close(workspace: Workspace, parent: str | None, status: str) -> None:
+    """Show how the run ended. Services that are away change nothing of it: it is in git, DVC and the stages' runs."""
+    try:
+        tracking.close_parent(parent, status)
+    except tracking.TrackingError as error:
+        get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
+        live.leave_open()
+    try:
+        published.publish(workspace, parent)
+    except (HTTPError, tracking.TrackingError) as error:
+        get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
 
 def _run_stages(workspace: Workspace) -> dict[str, str]:
@@ -97,7 +166,8 @@ def _run_stages(workspace: Workspace) -> dict[str, str]:
     futures: dict[str, PrefectFuture[str]] = {}
     for stage in workspace.ledger.stages():
         futures[stage.name] = _submit(stage, workspace, futures)
-    wait(list(futures.values()))
+    with interrupt.deferred():
+        wait(list(futures.values()))
     for future in futures.values():
         if future.state.is_failed() or future.state.is_crashed():
             error = future.result(raise_on_failure=False)
@@ -110,12 +180,19 @@ def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture
     return run_stage.submit(stage, workspace, wait_for=needed)  # pyright: ignore[reportCallIssue]
 
 
-def _exact(recipe: Recipe) -> Recipe:
-    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+def _registry() -> MlflowClient:
     from components.registry.publish import one_line_errors, registry_client
 
     with one_line_errors():
-        return _resolved(recipe, registry_client())
+        return registry_client()
+
+
+def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
+    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+    from components.registry.publish import one_line_errors
+
+    with one_line_errors():
+        return _resolved(recipe, registry)
 
 
 def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
@@ -154,14 +231,23 @@ def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
     """Hold the model's lock; a second run of the same model waits. The lock ends with the process, however it ends."""
     path = checkout / ".pedigree" / "runs" / f"{name}.running"
     path.parent.mkdir(parents=True, exist_ok=True)
+    logger, told = get_run_logger(), 0.0
     with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            get_run_logger().info("another run of %s goes on (process %s); waiting for it", name, lock.read().strip())
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _locked(lock):
+            if time.monotonic() - told > TELL_SECONDS or not told:
+                lock.seek(0)
+                logger.info("waiting for another run of %s: %s", name, lock.read().strip() or "it has just begun")
+                told = time.monotonic()
+            time.sleep(1.0)
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")
         lock.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

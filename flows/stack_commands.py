@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import live
 from infra.local import supervisor
 from infra.local.site import Site, StackError
 
@@ -64,9 +65,12 @@ def status(
 @app.command()
 def down() -> None:
     """Stop every process of the local stack; its data stays in .pedigree."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     with _one_line_errors():
+        for line in live.stop_running(Path.cwd()):
+            console.print(line, markup=False)
         stopped = supervisor.down(Path.cwd())
-    Console(stderr=True).print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+    console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
 
 
 @app.command()

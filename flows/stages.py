@@ -8,25 +8,22 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from components.core.progress import PROGRESS_LINE
 from components.lineage.ledger import LedgerUnreachableError, Outcome, Stage
+from flows import interrupt
+from flows.progress import progress_artifact
 from flows.workspace import Workspace
 
 STOP_SECONDS = 30.0
-_running: set[subprocess.Popen[str]] = set()
-_stopping = threading.Event()
 _PR_SET_PDEATHSIG = 1
 WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
@@ -42,45 +39,17 @@ class StageUnreachableError(StageFailedError):
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
     """Storage and service errors pass; a wrong parameter or a defect does not."""
     error = state.result(raise_on_failure=False)
-    return not _stopping.is_set() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
+    return not interrupt.asked() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
 
 
 # Of every task that talks to the storage or to a service.
 RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [2, 10, 30], "retry_condition_fn": worth_a_retry}
 
 
-@contextmanager
-def stopped_by_ctrl_c() -> Iterator[None]:
-    """On the first Ctrl-C or SIGTERM stop the running stages' commands, so that the run ends as failed, in order.
-
-    Raises:
-        KeyboardInterrupt: after the run has ended.
-    """
-
-    def stop(number: int, _frame: Any) -> None:
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
-        _stopping.set()
-        for process in list(_running):
-            os.killpg(process.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Exception:
-        if _stopping.is_set():
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        _stopping.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @task(task_run_name="{stage.name}", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def run_stage(stage: Stage, workspace: Workspace) -> str:
     """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
-    if _stopping.is_set():
+    if interrupt.asked():
         raise StageFailedError(f"{stage.name}: not started, the run was interrupted")
     logger = get_run_logger()
     outcome = workspace.ledger.take_up(stage.name)
@@ -91,7 +60,7 @@ def run_stage(stage: Stage, workspace: Workspace) -> str:
         return outcome.value
     logger.info("%s: %s", stage.name, stage.command)
     begun = time.monotonic()
-    with _progress_artifact(stage.name) as show:
+    with progress_artifact(stage.name) as show:
         stream(stage.command, workspace.root, logger.info, show)
     workspace.ledger.record(stage.name)
     workspace.commit(f"{stage.name}: ran for {time.monotonic() - begun:.0f} s")
@@ -113,9 +82,9 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, safe after fork
     )  # fmt: skip
     assert process.stdout is not None
-    _running.add(process)
-    if _stopping.is_set():  # the signal came while the command was being started
-        os.killpg(process.pid, signal.SIGTERM)
+    interrupt.commands.add(process)
+    if interrupt.asked():  # the signal came while the command was being started
+        interrupt.stop(process)
     last: deque[str] = deque(maxlen=20)
     try:
         for line in process.stdout:
@@ -126,7 +95,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         code = process.wait()
     finally:
         _end_group(process)
-        _running.discard(process)
+        interrupt.commands.discard(process)
     if code:
         said = [line for line in last if line.startswith("error: ")] or [line for line in last if line][-1:]
         reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"
@@ -151,15 +120,3 @@ def _end_group(process: subprocess.Popen[str]) -> None:
             continue
     if process.stdout is not None:
         process.stdout.close()
-
-
-@contextmanager
-def _progress_artifact(name: str) -> Iterator[Callable[[float], None]]:
-    """Yield a function that shows a stage's percent in Prefect's page."""
-    artifact: Any = create_progress_artifact(0.0, description=f"Progress of {name}")
-
-    def show(percent: float) -> None:
-        update_progress_artifact(artifact, progress=percent)
-
-    yield show
-    show(100.0)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
 
 COLLECTIONS = ("data/pool", "data/evaluation")
 SAMPLE = "sample"  # the source that `make run` builds when there is no other
+ENDS = ("Run finished", "Run failed", "Run interrupted")  # how the subject of a branch's last commit begins
 KEPT_FOLDERS = 3  # of the newest finished runs, to look into; all branches are kept
 
 
@@ -53,6 +54,19 @@ class Workspace:
         if git(self.root, "status", "--porcelain"):
             git(self.root, "commit", "--quiet", "--no-verify", "--message", message)
         return git(self.root, "rev-parse", "HEAD")
+
+
+def close_branch(root: Path, message: str) -> str:
+    """Add the commit that says how a run ended, unless there is one; returns the branch's last commit.
+
+    Args:
+        root: the run's folder.
+        message: begins with one of `ENDS`.
+    """
+    if not git(root, "show", "-s", "--format=%s", "HEAD").startswith(ENDS):
+        one_line = " ".join(message.split())[:1000]
+        git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line)
+    return git(root, "rev-parse", "HEAD")
 
 
 @contextmanager

@@ -125,6 +125,24 @@ def close_parent(mlflow_run_id: str | None, status: str) -> None:
             checked_client().set_terminated(mlflow_run_id, status)
 
 
+def close_lost(run_id: str, name: str) -> None:
+    """End as KILLED what a pipeline run whose process is gone has left open: itself and its stages.
+
+    Args:
+        run_id: the pipeline run, as in the branch `runs/<run_id>`.
+        name: the model's name, which is the experiment.
+    """
+    if not enabled():
+        return
+    with reported():
+        client = checked_client()
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            opened = f"tags.`pedigree.run` = '{run_id}' AND attributes.status = 'RUNNING'"
+            for run in client.search_runs([experiment.experiment_id], opened):
+                client.set_terminated(run.info.run_id, "KILLED")
+
+
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
     """Queue metrics of a training step; costs microseconds, and nothing where no run is open."""
     try:

@@ -6,12 +6,17 @@ import base64
 import hashlib
 import http.client
 import json
+import os
+import re
+import shlex
 import shutil
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,20 @@ from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, POR
 
 WORK_POOL = "pedigree"
 WORKER = "local"
+KEEPER_STATE = "keeper.json"
+KEEPER_SILENCE_SECONDS = 60.0
+SCHEDULER_GRACE = timedelta(minutes=3)  # the scheduler looks at all deployments each minute
+ERROR_AGE = timedelta(minutes=3)
+LOG_TAIL_BYTES = 200_000
+DATE = "%Y-%m-%d %H:%M:%S"
+DATED_LOGS = {f"PREFECT_LOGGING_FORMATTERS_{name}_DATEFMT": DATE for name in ("SIMPLE", "STANDARD", "DEBUG")}
+# A line of the log, for example `TIME | ERROR | docket.worker - ... schedule_deployments(){...}`, and its traceback.
+BACKGROUND_ERROR = re.compile(
+    r"^(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ \| (?:ERROR|CRITICAL) *\| "
+    r"(?P<logger>(?:docket|prefect\.server)\S*) - .*?(?P<duty>\w+(?=\()|$).*"
+    r"(?:\n(?:Traceback|[ +|]).*|\n(?=\n))*(?:\n(?P<reason>[A-Za-z_][\w.]*(?:Error|Exception)\b.*))?",
+    re.MULTILINE,
+)
 
 
 class UnhealthyError(Exception):
@@ -31,6 +50,7 @@ class Service:
 
     Args:
         check: raises `UnhealthyError` unless the service answers an authenticated request.
+        duties: raises `UnhealthyError` where the service answers, but does not do its work in the background.
         prepare: makes what the service must hold, where it is missing; called before `check`, until both pass.
         after: the service that must be healthy before this one starts.
         umask: of the process; the worker's is the user's own, since its flows write the user's files.
@@ -46,6 +66,7 @@ class Service:
     after: str | None = None
     umask: int = 0o077
     timeout_seconds: float = 120.0
+    duties: Callable[[], None] = field(default=lambda: None)
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +88,7 @@ def program(name: str) -> str:
 
 def services(site: Site) -> list[Service]:
     """The stack, in the order in which it starts."""
-    return [_s3(site), _mlflow(site), _prefect(site), _worker(site)]
+    return [_s3(site), _mlflow(site), _prefect(site), _worker(site), _keeper(site)]
 
 
 def _s3(site: Site) -> Service:
@@ -201,6 +222,10 @@ def _prefect(site: Site) -> Service:
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         "PREFECT_UI_STATIC_DIRECTORY": str(site.folder / "prefect" / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # In memory, the default, a restart of the server forgets who holds a slot, and the slot is never free again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "60",
+        **DATED_LOGS,
     }
 
     def check() -> None:
@@ -214,7 +239,61 @@ def _prefect(site: Site) -> Service:
             pool = {"name": WORK_POOL, "type": "process", "base_job_template": template}
             request(url, "/api/work_pools/", auth, "POST", pool)
 
-    return Service("prefect", command, variables, site.folder, url, check, make_pool)
+    def duties() -> None:
+        check_schedules(url, auth)
+        check_log(site, "prefect")
+
+    return Service("prefect", command, variables, site.folder, url, check, make_pool, duties=duties)
+
+
+def check_schedules(url: str, auth: str) -> None:
+    """Check that each deployment with an active schedule has a scheduled run.
+
+    Raises:
+        UnhealthyError: one has none, some minutes after it was deployed.
+    """
+    going = {"deployments": {"paused": {"eq_": False}}}
+    for deployment in request(url, "/api/deployments/filter", auth, "POST", going):
+        age = datetime.now(UTC) - datetime.fromisoformat(deployment["created"])
+        if age < SCHEDULER_GRACE or not any(schedule["active"] for schedule in deployment["schedules"]):
+            continue
+        wanted = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+        if not request(url, "/api/flow_runs/filter", auth, "POST", {"flow_runs": wanted, "limit": 1}):
+            raise UnhealthyError(f"the scheduler has made no run of deployment {deployment['name']!r}")
+
+
+def check_log(site: Site, name: str) -> None:
+    """Check that none of Prefect's background services (scheduler, late runs, events, ...) fails, by its log.
+
+    Raises:
+        UnhealthyError: one failed more than once in the last minutes; names it and the exception.
+    """
+    with site.log(name).open("rb") as file:
+        begun, end = site.services.get(name, {}).get("log_offset", 0), file.seek(0, os.SEEK_END)
+        file.seek(max(min(begun, end), end - LOG_TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    lately = datetime.now() - ERROR_AGE  # the log has local time
+    errors = [error for error in BACKGROUND_ERROR.finditer(text) if datetime.fromisoformat(error["time"]) > lately]
+    duties = Counter(error["duty"] or error["logger"] for error in errors)
+    for error in reversed(errors):
+        duty = error["duty"] or error["logger"]
+        if duties[duty] > 1:  # a busy SQLite refuses one call now and then, and the next one does its work
+            reason = error["reason"] or "no reason in the log"
+            raise UnhealthyError(f"its background service {duty} fails: {reason[:240]}")
+
+
+def _keeper(site: Site) -> Service:
+    """The process that restarts what died, rotates the logs, and closes runs whose process is gone."""
+    command = [sys.executable, "-m", "flows.keeper", str(site.root)]
+
+    def check() -> None:
+        if not (site.folder / KEEPER_STATE).exists():
+            raise UnhealthyError("the keeper has not looked at the services yet")
+        age = time.time() - (site.folder / KEEPER_STATE).stat().st_mtime
+        if age > KEEPER_SILENCE_SECONDS:
+            raise UnhealthyError(f"the keeper has not looked at the services for {age:.0f} s")
+
+    return Service("keeper", command, site.variables(), site.root, "", check, after="worker", umask=-1)
 
 
 def _worker(site: Site) -> Service:
@@ -222,7 +301,12 @@ def _worker(site: Site) -> Service:
     url, auth = site.url("prefect"), site.credentials["PREFECT_API_AUTH_STRING"]
     command = [program("prefect"), "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", WORKER]
     command += ["--install-policy", "never"]
-    variables = {**site.variables(), "PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_WORKER_HEARTBEAT_SECONDS": "5"}
+    variables = {
+        **site.variables(),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
+        **DATED_LOGS,
+    }
 
     def check() -> None:
         workers = request(url, f"/api/work_pools/{WORK_POOL}/workers/filter", auth, "POST", {})
@@ -239,13 +323,15 @@ def deployment(site: Site) -> Service | None:
     """The one-shot process that deploys `prefect.yaml`, where it or the signatures of its flows have changed."""
     if not (site.root / "prefect.yaml").exists():
         return None
-    sources = ["prefect.yaml", "flows/*.py", "components/**/config.py"]
+    sources = ["prefect.yaml", "flows/*.py", "components/**/config.py", "infra/automations.py"]
     files = sorted(file for pattern in sources for file in site.root.glob(pattern))
     digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files) + str(site.root).encode()).hexdigest()
     done = site.folder / "prefect" / "deployed"  # beside the database, so that a new database is deployed to
     if done.exists() and done.read_text() == digest:
         return None
-    command = [program("prefect"), "--no-prompt", "deploy", "--all"]
+    deploy = [program("prefect"), "--no-prompt", "deploy", "--all"]
+    automate = [sys.executable, "-m", "infra.automations"]
+    command = ["/bin/sh", "-c", f"{shlex.join(deploy)} && {shlex.join(automate)}"]
 
     def remember() -> None:
         done.write_text(digest)

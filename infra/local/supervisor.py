@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
-import re
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +17,14 @@ from pathlib import Path
 
 import psutil
 
-from infra.local.services import Service, UnhealthyError, deployment, services
+from infra.local.processes import MARK, blame, end, find, main_process, mark, signals, spawn, stop
+from infra.local.services import KEEPER_STATE, Service, UnhealthyError, deployment, services
 from infra.local.site import GRPC_OFFSET, QUIET, Site, StackError, settle, without_proxy
 
 logger = logging.getLogger(__name__)
 
-MARK = "PEDIGREE_SERVICE"  # in the environment of every process of a stack, whoever its parent is by now
-STOP_ORDER = (("deploy", "worker"), ("prefect", "mlflow"), ("s3",))
+STOP_ORDER = (("keeper",), ("deploy", "worker"), ("prefect", "mlflow"), ("s3",))
 ADOPTED_GRACE_SECONDS = 15.0
-STOP_SECONDS = 10.0
-LOG_LIMIT_BYTES = 20_000_000
-FOREIGN = ("AWS_", "MLFLOW_", "PREFECT_", "WEED_", "PEDIGREE_")
 Report = Callable[[str], None]
 
 
@@ -43,6 +38,7 @@ class Status:
     url: str
     pid: int | None
     log: str
+    failing: bool = False  # it answers, and fails at what it does in the background
 
     def as_dict(self) -> dict[str, str | int | None]:
         """For JSON."""
@@ -77,7 +73,7 @@ def connect(root: Path, start: bool = True) -> dict[str, str]:
             named = f"{' and '.join(given)} set, but not {', '.join(missing)}"
             raise StackError(f"{named}: set all of them, or none of them for the local stack")
         return dict(QUIET)
-    inside = os.environ.get(MARK, "").startswith(_mark(site, ""))  # a flow run must not restart its own worker
+    inside = os.environ.get(MARK, "").startswith(mark(site, ""))  # a flow run must not restart its own worker
     variables = up(root) if start and not inside else environment(root)
     # A session token from elsewhere would be sent along with our keys, and refused.
     return {**variables, "AWS_SESSION_TOKEN": ""} if os.environ.get("AWS_SESSION_TOKEN") else variables
@@ -97,9 +93,9 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
     """
     with _locked(root, report), _stoppable():
         site = Site.load(root)
-        running = {name for name in site.services if _main(site, name) is not None}
+        running = {name for name in site.services if main_process(site, name) is not None}
         for name in site.services.keys() - running:  # children of a dead service may still hold its port
-            _stop(site, name)
+            stop(site, name)
         for line in settle(site, running):
             report(line)
         wanted = [service for service in services(site) if not only or service.name in only]
@@ -110,26 +106,44 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
             if job:  # beside the worker's start
                 report("deploying the flows of prefect.yaml")
                 started.append(job.name)
-                deploying = _spawn(site, job)
+                deploying = spawn(site, job)
             _start(site, [service for service in wanted if service.after is not None], started, report)
             if job:
                 failure = _finish(site, job, deploying)
         except BaseException:
             for group in STOP_ORDER:
-                _stop(site, *(name for name in group if name in started))
+                stop(site, *(name for name in group if name in started))
             raise
         if job and failure:
             raise StackError(failure)
     return {**(site.variables() if not only else site.storage_variables()), **without_proxy(os.environ)}
 
 
+def revive(root: Path, names: tuple[str, ...], report: Report) -> None:
+    """Start services again that are dead or do not answer; for the keeper.
+
+    Raises:
+        StackError: one cannot start; the others run.
+    """
+    with _locked(root, report):
+        site = Site.load(root)
+        names = tuple(s.name for s in services(site) if s.name in names and _state(site, s).state != "healthy")
+        wanted = [service for service in services(site) if service.name in names]
+        for service in wanted:  # children of a dead service may still hold its port
+            stop(site, service.name)
+        for line in settle(site, {name for name in site.services if main_process(site, name) is not None}):
+            report(line)
+        _start(site, [service for service in services(site) if service.name in names], [], report)
+
+
 def down(root: Path, report: Report = logger.info) -> list[str]:
     """Stop every process of the stack and return the names of the services that were running."""
     if not (root / ".pedigree").exists():
         return []
+    end(lambda: find(Site.load(root), ("keeper",)))  # it may hold the lock, and would start all again
     with _locked(root, report):
         site = Site.load(root)
-        stopped = [name for group in STOP_ORDER for name in _stop(site, *group)]
+        stopped = [name for group in STOP_ORDER for name in stop(site, *group)]
         numbers = {number for port in site.ports.values() for number in (port, port + GRPC_OFFSET)}
         for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # SeaweedFS leaves some of them behind
             if socket.stem.rpartition("-")[2] in map(str, numbers):
@@ -141,7 +155,7 @@ def status(root: Path) -> list[Status]:
     """The state of every service; changes nothing and waits for no lock."""
     site = Site.load(root)
     if "prefect" not in site.ports or not site.credentials:
-        names = ("s3", "mlflow", "prefect", "worker")
+        names = ("s3", "mlflow", "prefect", "worker", "keeper")
         return [Status(name, "stopped", "", "", None, str(site.log(name))) for name in names]
     wanted = services(site)
     with ThreadPoolExecutor(len(wanted)) as pool:
@@ -150,21 +164,39 @@ def status(root: Path) -> list[Status]:
 
 def _state(site: Site, service: Service) -> Status:
     """Look for the service's process and ask it whether it works."""
-    process, state, detail = _main(site, service.name), "healthy", ""
+    process, state, details, failing = main_process(site, service.name), "healthy", _kept(site, service.name), False
     if process is None:
         state = "dead" if service.name in site.services else "stopped"
     else:
         try:
             service.check()
+            failing = True
+            service.duties()
+            failing = False
         except UnhealthyError as error:
-            state, detail = "unhealthy", str(error)
-    log = str(site.log(service.name))
-    return Status(service.name, state, detail, service.url, process.pid if process else None, log)
+            state, details = "unhealthy", [str(error), *details]
+    log, pid = str(site.log(service.name)), process.pid if process else None
+    return Status(service.name, state, "; ".join(details), service.url, pid, log, failing)
+
+
+def _kept(site: Site, name: str) -> list[str]:
+    """What the keeper did for a service, and what keeps it from doing more."""
+    try:
+        state = json.loads((site.folder / KEEPER_STATE).read_text())
+    except (OSError, ValueError):
+        return []
+    done, lines = state["restarts"].get(name), []
+    if done:
+        times = "once" if done["times"] == 1 else f"{done['times']} times"
+        lines.append(f"started again {times} by the keeper, last at {done['last']}: {done['why']}")
+    if name == "keeper" and state["failure"]:
+        lines.append(f"could not start a service, and tries again: {state['failure']}")
+    return lines
 
 
 def processes(root: Path) -> list[psutil.Process]:
     """Every living process that belongs to the stack of `root`."""
-    return _processes(Site.load(root), tuple(name for group in STOP_ORDER for name in group))
+    return find(Site.load(root), tuple(name for group in STOP_ORDER for name in group))
 
 
 def _start(site: Site, wanted: list[Service], started: list[str], report: Report) -> None:
@@ -175,16 +207,16 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
         for service in list(waiting.values()):
             name = service.name
             if name not in until:
-                alive = _main(site, name) is not None
+                alive = main_process(site, name) is not None
                 if alive and site.services[name]["fingerprint"] == service.fingerprint:
                     until[name] = time.monotonic() + ADOPTED_GRACE_SECONDS
                 else:
                     until[name] = _restart(site, service, started, report)
-            elif name not in started and (_main(site, name) is None or time.monotonic() > until[name]):
+            elif name not in started and (main_process(site, name) is None or time.monotonic() > until[name]):
                 until[name] = _restart(site, service, started, report)
             if _is_healthy(site, service, until[name] if name in started else float("inf")):
                 if name in started:
-                    report(f"{name} is ready at {service.url}")
+                    report(f"{name} is ready" + (f" at {service.url}" if service.url else ""))
                 del waiting[name]
         if waiting:
             time.sleep(0.1)
@@ -192,10 +224,10 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
 
 def _restart(site: Site, service: Service, started: list[str], report: Report) -> float:
     """Clear what is left of the service, start it anew, and return the time until which it must be healthy."""
-    if _stop(site, service.name):
+    if stop(site, service.name):
         report(f"{service.name} was not as it should be and starts again")
     started.append(service.name)
-    _spawn(site, service)
+    spawn(site, service)
     return time.monotonic() + service.timeout_seconds
 
 
@@ -206,11 +238,11 @@ def _is_healthy(site: Site, service: Service, until: float) -> bool:
         service.check()
         return True
     except UnhealthyError as error:
-        if _main(site, service.name) is None and until < float("inf"):
-            raise StackError(_blame(site, service.name, "stopped while starting")) from error
+        if main_process(site, service.name) is None and until < float("inf"):
+            raise StackError(blame(site, service.name, "stopped while starting")) from error
         if time.monotonic() > until:
             late = f"is not healthy after {service.timeout_seconds:.0f} s: {error}"
-            raise StackError(_blame(site, service.name, late)) from error
+            raise StackError(blame(site, service.name, late)) from error
         return False
 
 
@@ -219,118 +251,14 @@ def _finish(site: Site, job: Service, process: subprocess.Popen[bytes]) -> str:
     try:
         code = process.wait(timeout=job.timeout_seconds)
     except subprocess.TimeoutExpired:
-        _stop(site, job.name)
-        return _blame(site, job.name, f"took over {job.timeout_seconds:.0f} s")
-    failure = _blame(site, job.name, "of prefect.yaml failed, the services are up") if code != 0 else ""
+        stop(site, job.name)
+        return blame(site, job.name, f"took over {job.timeout_seconds:.0f} s")
+    failure = blame(site, job.name, "of prefect.yaml failed, the services are up") if code != 0 else ""
     site.services.pop(job.name, None)
     site.save()
     if not failure:
         job.prepare()
     return failure
-
-
-def _spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
-    """Start the process in a session of its own and remember it before anything else happens."""
-    log = site.log(service.name)
-    if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-        log.replace(log.with_suffix(".log.1"))
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
-    inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
-    variables = {**inherited, **without_proxy(os.environ), **service.variables}
-    variables |= {MARK: _mark(site, service.name), "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as output:
-        offset = output.tell()
-        process = subprocess.Popen(
-            service.command,
-            cwd=service.cwd,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            umask=service.umask,
-        )
-    created = psutil.Process(process.pid).create_time()
-    record = {"pid": process.pid, "created": created, "fingerprint": service.fingerprint, "log_offset": offset}
-    site.services[service.name] = record
-    site.save()
-    return process
-
-
-def _mark(site: Site, name: str) -> str:
-    return f"{site.folder}:{name}"
-
-
-def _is_ours(process: psutil.Process, mark: str) -> bool:
-    """Whether a living process carries the mark."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
-    except psutil.Error:
-        return False
-
-
-def _main(site: Site, name: str) -> psutil.Process | None:
-    """The service's own process, unless it is gone or its pid belongs to another program by now."""
-    record = site.services.get(name)
-    if record is None:
-        return None
-    try:
-        process = psutil.Process(record["pid"])
-        # Two seconds: the time of boot, from which it is computed, moves when the clock is set.
-        same = abs(process.create_time() - record["created"]) < 2.0
-    except psutil.Error:
-        return None
-    return process if same and _is_ours(process, _mark(site, name)) else None
-
-
-def _processes(site: Site, names: tuple[str, ...]) -> list[psutil.Process]:
-    """Every living process of the services: those that carry their mark, and all that descend from those."""
-    marks = {_mark(site, name) for name in names}
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        if any(_is_ours(process, mark) for mark in marks):
-            found[process.pid] = process
-            try:
-                found |= {child.pid: child for child in process.children(recursive=True)}
-            except psutil.Error:
-                continue
-    ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    return [process for pid, process in found.items() if pid not in ourselves]
-
-
-def _stop(site: Site, *names: str) -> list[str]:
-    """End the services' processes, politely first, and return the names of those that were running."""
-    were = [name for name in names if _main(site, name) is not None]
-    with _uninterrupted():
-        for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-            left = _processes(site, names)
-            for process in left:
-                try:
-                    end(process)
-                except psutil.Error:
-                    continue
-            psutil.wait_procs(left, timeout=STOP_SECONDS)
-        if left := _processes(site, names):
-            raise StackError(f"process {left[0].pid} of {names[0]} does not end: stop it by hand with `kill -9`")
-        if [name for name in names if site.services.pop(name, None)]:
-            site.save()
-    return were
-
-
-def _blame(site: Site, name: str, what: str) -> str:
-    """One line: the service, what happened, the gist of its latest log lines, and where the log is."""
-    log = site.log(name)
-    with log.open("rb") as file:
-        file.seek(site.services.get(name, {}).get("log_offset", max(0, log.stat().st_size - 4000)))
-        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
-    lines = [line.strip(" │╭╰─╮╯|") for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    telling = [line for line in lines if re.search(r"error|fatal|in use|denied|invalid", line, re.IGNORECASE)]
-    gist = (raised or telling or lines or ["nothing"])[-1]
-    for secret in site.credentials.values():
-        gist = gist.replace(secret, "***") if len(secret) > 8 else gist
-    return f"{name} {what}; it said: {gist[:240]} (log: {log})"
 
 
 @contextmanager
@@ -354,27 +282,5 @@ def _locked(root: Path, report: Report) -> Iterator[None]:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Let `kill` and a closed terminal end a start as Ctrl-C does: with everything cleaned up."""
-    with _signals({signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: signal.default_int_handler}):
+    with signals({signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: signal.default_int_handler}):
         yield
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let a second Ctrl-C wait until the processes are gone."""
-    with _signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
-        yield
-
-
-@contextmanager
-def _signals(handlers: dict[signal.Signals, Callable[..., object] | signal.Handlers]) -> Iterator[None]:
-    """Set signal handlers for the block; only the main thread can, so elsewhere it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = {which: handler for which, handler in handlers.items() if signal.getsignal(which) is not signal.SIG_IGN}
-    before = {which: signal.signal(which, handler) for which, handler in wanted.items()}  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from components.lineage.ledger import LedgerError, LedgerUnreachableError
-from flows import stages
-from flows.stages import StageFailedError, StageUnreachableError, stopped_by_ctrl_c, stream, worth_a_retry
+from flows import interrupt
+from flows.stages import StageFailedError, StageUnreachableError, stream, worth_a_retry
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:
@@ -115,8 +115,7 @@ def test_only_storage_and_services_are_tried_again(error, again, monkeypatch):
             return error
 
     assert worth_a_retry(None, None, State()) is again
-    monkeypatch.setattr(stages, "_stopping", threading.Event())
-    stages._stopping.set()
+    monkeypatch.setattr(interrupt, "current", interrupt.Interrupt(signal.SIGTERM))
     assert not worth_a_retry(None, None, State())
 
 
@@ -152,32 +151,42 @@ def test_a_callers_error_stops_the_command_politely(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_the_command_and_then_the_run(tmp_path, number):
+def test_a_signal_lets_the_command_save_its_state(tmp_path, number):
     (tmp_path / "stage.sh").write_text("trap 'echo saved > saved; exit 3' TERM\necho $$ > pid\nsleep 600 & wait\n")
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in interrupt.SIGNALS]
 
-    def interrupt() -> None:
+    def tell() -> None:
         written_pid(tmp_path / "pid")
         os.kill(os.getpid(), number)
+        if number == signal.SIGTERM:  # a service manager sends it to each process of a group, and more than once
+            os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=tell)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c():
+    with interrupt.handled() as interrupted, interrupt.deferred(), pytest.raises(StageFailedError, match="exit 3"):
         stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
     thread.join()
     assert (tmp_path / "saved").exists()
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert not stages._stopping.is_set()
+    assert interrupted.exit_code == 128 + number
+    assert [signal.getsignal(each) for each in interrupt.SIGNALS] == before
 
 
-def test_a_command_that_was_being_started_at_ctrl_c_is_stopped_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "_stopping", threading.Event())
-    stages._stopping.set()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_stages_ends_the_flow_at_once(number):
+    with pytest.raises(KeyboardInterrupt), interrupt.handled():
+        os.kill(os.getpid(), number)
+    assert interrupt.current.number == number
+
+
+def test_a_second_ctrl_c_waits_for_nothing():
+    with interrupt.handled(), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_command_that_was_being_started_at_a_signal_is_stopped_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupt, "current", interrupt.Interrupt(signal.SIGTERM))
     (tmp_path / "stage.sh").write_text("exec sleep 600")
     with pytest.raises(StageFailedError, match="killed by SIGTERM"):
         stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
-
-
-def test_an_error_that_is_no_interrupt_passes(tmp_path):
-    with pytest.raises(StageFailedError, match="exit 4"), stopped_by_ctrl_c():
-        run("exit 4", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,26 @@ from infra.local import services, supervisor
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
 
 UP = "import sys; from pathlib import Path; from infra.local.supervisor import up; up(Path(sys.argv[1]), tuple(sys.argv[2:]), print)"  # noqa: E501
+PLANTED = """
+import importlib.abc, importlib.util, sys
+
+class Plant(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "prefect.server.services.scheduler":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def load_and_break(module):
+            load(module)
+            async def broken(*_, **__):
+                raise RuntimeError("planted in the scheduler")
+            module._collect_flow_runs = broken
+        spec.loader.exec_module = load_and_break
+        return spec
+
+sys.meta_path.insert(0, Plant())
+"""
 pytestmark = pytest.mark.stack
 
 
@@ -55,7 +76,7 @@ def test_second_up_keeps_every_process(stack):
     assert supervisor.up(stack.root) == stack.env
     assert time.monotonic() - begun < 5
     assert pids(stack.root) == before
-    assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 4
+    assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 5
     assert Path(psutil.Process(before["worker"]).cwd()) == stack.root
 
 
@@ -184,20 +205,74 @@ def test_a_worktree_shares_the_stack_of_its_checkout(stack, tmp_path, monkeypatc
     assert supervisor.connect(tmp_path) == stack.env
 
 
-def test_killed_services_come_back_and_leave_no_orphan(stack):
+def test_the_keeper_starts_killed_services_again_and_leaves_no_orphan(stack):
     before = pids(stack.root)
     orphan = psutil.Process(before["mlflow"]).children()[0]  # uvicorn, which goes on and holds the port
     for name in ("mlflow", "worker"):
         os.kill(before[name], signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while any(pids(stack.root)[name] for name in ("mlflow", "worker")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    states = {service.service: service.state for service in supervisor.status(stack.root)}
-    assert states == {"s3": "healthy", "mlflow": "dead", "prefect": "healthy", "worker": "dead"}
-    assert supervisor.up(stack.root) == stack.env
-    after = pids(stack.root)
-    assert {name for name in after if after[name] != before[name]} == {"mlflow", "worker"}
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        found = {service.service: service for service in supervisor.status(stack.root)}
+        if all(
+            found[name].state == "healthy" and "by the keeper" in found[name].detail for name in ("mlflow", "worker")
+        ):
+            break
+        time.sleep(0.5)
+    assert {name: service.state for name, service in found.items()} == dict.fromkeys(found, "healthy")
+    assert {name for name in found if found[name].pid != before[name]} == {"mlflow", "worker"}
+    for name in ("mlflow", "worker"):
+        assert "started again once by the keeper, last at 20" in found[name].detail
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+    assert supervisor.up(stack.root) == stack.env  # a command that comes later finds all of it
+
+
+def test_a_dead_keeper_is_seen_and_started_by_up(stack):
+    before = pids(stack.root)
+    os.kill(before["keeper"], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(before["keeper"])], timeout=5)
+    states = {service.service: service.state for service in supervisor.status(stack.root)}
+    assert states == {**dict.fromkeys(states, "healthy"), "keeper": "dead"}
+    supervisor.up(stack.root)
+    assert {name for name, pid in pids(stack.root).items() if pid != before[name]} == {"keeper"}
+
+
+def test_a_scheduler_that_fails_is_seen(root, tmp_path, monkeypatch):
+    """The server answers, and its scheduler raises each time: as Prefect 3.8 does with SQLAlchemy 2.1."""
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", os.fspath(planted))
+    supervisor.up(root, only=("prefect",))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        (found,) = (service for service in supervisor.status(root) if service.service == "prefect")
+        if found.state == "unhealthy":
+            break
+        time.sleep(0.5)
+    assert found.state == "unhealthy"
+    assert re.match(r"its background service schedule_\w+ fails: RuntimeError: planted in the scheduler", found.detail)
+
+
+def test_a_deployment_without_scheduled_runs_is_seen(stack, monkeypatch):
+    """Scheduled runs that are deleted, and a scheduler that makes no new ones."""
+    url, auth = stack.env["PREFECT_API_URL"].removesuffix("/api"), stack.env["PREFECT_API_AUTH_STRING"]
+    flow = services.request(url, "/api/flows/", auth, "POST", {"name": "scheduled"})["id"]
+    body = {"name": "monthly", "flow_id": flow, "schedules": [{"schedule": {"cron": "0 3 1 * *"}, "active": True}]}
+    made = services.request(url, "/api/deployments/", auth, "POST", body)["id"]
+    monkeypatch.setattr(services, "SCHEDULER_GRACE", timedelta(0))
+    try:
+        with pytest.raises(services.UnhealthyError, match="the scheduler has made no run of deployment 'monthly'"):
+            services.check_schedules(url, auth)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # the scheduler looks at new deployments every five seconds
+            try:
+                services.check_schedules(url, auth)
+                return
+            except services.UnhealthyError:
+                time.sleep(0.5)
+        pytest.fail("no run was scheduled in 60 s")
+    finally:
+        services.request(url, f"/api/deployments/{made}", auth, "DELETE")
 
 
 def test_flows_are_deployed_when_they_change_and_a_wrong_file_is_one_line(stack):
@@ -223,7 +298,7 @@ def test_flows_are_deployed_when_they_change_and_a_wrong_file_is_one_line(stack)
         file.write_text(text.replace("hello.py:hello", "absent.py:hello"))
         with pytest.raises(StackError, match=r"^deploy of prefect.yaml failed.*absent.py.*deploy.log\)$"):
             supervisor.up(stack.root)
-        assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 4
+        assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 5
     finally:
         file.unlink()
 

@@ -1,0 +1,142 @@
+"""Keeps the local stack running: restarts services that died, rotates their logs, and closes lost runs.
+
+`pedigree up` starts it last and `pedigree down` stops it first. What it did is in `.pedigree/keeper.json`, which
+`pedigree status` reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from components.core.storage import write_json
+from flows import live
+from infra.local import supervisor
+from infra.local.processes import LOG_LIMIT_BYTES
+from infra.local.services import KEEPER_STATE
+from infra.local.site import Site, StackError
+
+LOOK_SECONDS = 2.0
+HUNG_SECONDS = 180.0  # a service whose process lives, but that has not been healthy for so long, is started again
+CALM_SECONDS = 600.0  # after so long without a restart the waiting begins with its shortest again
+LONGEST_WAIT_SECONDS = 300.0
+CLOSE_SECONDS = 10.0
+
+logger = logging.getLogger("keeper")
+
+
+@dataclass
+class Keeper:
+    """What the keeper has seen and done.
+
+    Args:
+        restarts: service -> how often it was started again, when last and why.
+        failure: why the last attempt to start services failed; empty if it did not.
+        next_try: when the next attempt is due, where a service is down; seconds since 1970.
+        unhealthy_since: service -> time since when its check fails.
+    """
+
+    root: Path
+    restarts: dict[str, dict[str, object]] = field(default_factory=dict)
+    failure: str = ""
+    next_try: float = 0.0
+    in_a_row: int = 0
+    last_restart: float = 0.0
+    unhealthy_since: dict[str, float] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Look at every service once, and start again what is down, unless that must wait."""
+        now = time.time()
+        reasons = {status.service: self._reason(status, now) for status in supervisor.status(self.root)}
+        down = {service: reason for service, reason in reasons.items() if reason}
+        if now - self.last_restart > CALM_SECONDS:
+            self.in_a_row = 0
+        if down and now >= self.next_try:
+            self._revive(down)
+        elif not down:
+            self.failure = ""
+        self._save()
+
+    def _reason(self, status: supervisor.Status, now: float) -> str:
+        """Why a service must be started again; empty if it need not."""
+        if status.service == "keeper":
+            return ""
+        if status.state in ("dead", "stopped"):
+            return "its process had ended"
+        if status.state == "healthy" or status.failing:
+            self.unhealthy_since.pop(status.service, None)
+            return ""
+        since = self.unhealthy_since.setdefault(status.service, now)
+        return f"it did not answer for {now - since:.0f} s" if now - since > HUNG_SECONDS else ""
+
+    def _revive(self, down: dict[str, str]) -> None:
+        for service, reason in down.items():
+            logger.warning("%s: %s; starting it again", service, reason)
+            done = self.restarts.get(service, {"times": 0})
+            when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            self.restarts[service] = {"times": int(str(done["times"])) + 1, "last": when, "why": reason}
+        self._save()
+        try:
+            supervisor.revive(self.root, tuple(down), logger.info)
+            self.failure = ""
+        except StackError as error:
+            self.failure = str(error)
+            logger.error("%s", error)
+        self.unhealthy_since.clear()
+        self.in_a_row, self.last_restart = self.in_a_row + 1, time.time()
+        self.next_try = self.last_restart + min(2.0**self.in_a_row, LONGEST_WAIT_SECONDS)
+
+    def _save(self) -> None:
+        state = {key: value for key, value in asdict(self).items() if key in ("restarts", "failure", "next_try")}
+        write_json(self.root / ".pedigree" / KEEPER_STATE, state)
+
+
+def close_lost_runs(root: Path) -> None:
+    """Close runs whose process is gone, in a process of its own: Prefect's and MLflow's clients are large."""
+    if live.lost(root):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.live"], cwd=root, capture_output=True, text=True, check=False, timeout=300
+        )
+        for line in (done.stdout + done.stderr).splitlines():
+            logger.warning("%s", line)
+
+
+def rotate_logs(site: Site) -> None:
+    """Begin each service's log anew where it is large; one earlier part is kept.
+
+    The services write in append mode, so that a log can be cut under them.
+    """
+    for log in site.log("x").parent.glob("*.log"):
+        if log.stat().st_size > LOG_LIMIT_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            with log.open("r+") as file:
+                file.truncate(0)
+
+
+def main() -> None:
+    """Keep the stack of the folder that is named until SIGTERM."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    root = Path(sys.argv[1])
+    keeper, closed = Keeper(root), 0.0
+    logger.info("keeping the stack of %s", root)
+    while True:
+        try:
+            keeper.look()
+            rotate_logs(Site.load(root))
+            if time.time() - closed > CLOSE_SECONDS:
+                close_lost_runs(root)
+                closed = time.time()
+        except (OSError, StackError, subprocess.SubprocessError):
+            logger.exception("the keeper could not look at the stack; it goes on")
+        time.sleep(LOOK_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The flow runs that processes of this checkout execute, so that a run whose process is gone is found and closed.
+
+Each has a file in `.pedigree/flow-runs` that its process keeps locked; the lock ends with the process, however that
+ends. `python -m flows.live` closes what is lost; the keeper of the local stack and each new run do so too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+from uuid import UUID
+
+import psutil
+
+from components.core import tracking
+from flows.workspace import close_branch
+from infra.local import supervisor
+
+FOLDER = Path(".pedigree") / "flow-runs"
+STOP_SECONDS = 60.0
+LOST = "its process was killed, or the machine went down"
+
+logger = logging.getLogger(__name__)
+_held: dict[str, IO[str]] = {}  # locked until Prefect knows the run's end, or this process is gone
+_left_open: set[str] = set()
+
+
+def begin(checkout: Path) -> None:
+    """Note that this process executes the current flow run."""
+    from prefect.runtime import flow_run
+
+    folder = checkout / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{flow_run.id}.new"
+    _held[flow_run.id] = file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    begun = {"process": os.getpid(), "since": time.time(), "flow": flow_run.flow_name, "try": flow_run.run_count}
+    _write(file, begun)
+    path.rename(folder / f"{flow_run.id}.json")  # never seen without being locked
+
+
+def note(checkout: Path, **facts: str) -> None:
+    """Add facts to the current flow run's file: which `run` of which `model` it makes, or what it is `waiting` for."""
+    from prefect.runtime import flow_run
+
+    _write(_held[flow_run.id], {**_read(checkout / FOLDER / f"{flow_run.id}.json"), **facts})
+
+
+def leave_open() -> None:
+    """Keep the current flow run's file after its end: MLflow has not taken the end yet, `close_lost` tells it later."""
+    from prefect.runtime import flow_run
+
+    _left_open.add(flow_run.id)
+
+
+def end(flow: Any, flow_run: Any, state: Any) -> None:
+    """Forget a flow run that has ended: a hook of the flows, called once Prefect knows of the end."""
+    file = _held.pop(str(flow_run.id), None)
+    if file is not None:
+        if str(flow_run.id) not in _left_open:
+            Path(file.name).with_name(f"{flow_run.id}.json").unlink(missing_ok=True)
+        file.close()
+
+
+def running(checkout: Path) -> list[dict[str, Any]]:
+    """What is noted of each flow run that a living process executes."""
+    return [_read(path) for path in sorted((checkout / FOLDER).glob("*.json")) if not _is_free(path)]
+
+
+def lost(checkout: Path) -> list[Path]:
+    """The files of the flow runs whose process is gone."""
+    return [path for path in sorted((checkout / FOLDER).glob("*.json")) if _is_free(path)]
+
+
+def stop_running(checkout: Path) -> list[str]:
+    """Stop the runs that were started by hand, as Ctrl-C does, and wait until they have saved their state.
+
+    A worker stops its own, which go on when there is a worker again.
+
+    Returns:
+        A line for each.
+    """
+    lines = []
+    workers = {process.pid for process in supervisor.processes(checkout)}
+    for noted in running(checkout):
+        if noted.get("process") in (None, os.getpid(), *workers):
+            continue
+        name = f"{noted['flow']} {noted.get('run', '')}".strip()
+        try:
+            process = psutil.Process(noted["process"])
+            process.terminate()
+            process.wait(STOP_SECONDS)
+        except psutil.TimeoutExpired:
+            lines.append(f"{name} (process {noted['process']}) still saves its state after {STOP_SECONDS:.0f} s")
+        except psutil.Error:  # it has ended
+            continue
+        else:
+            lines.append(f"stopped {name}: what it finished is kept, `pedigree run` goes on")
+    return lines
+
+
+def close_lost(checkout: Path) -> list[str]:
+    """Mark flow runs whose process is gone as crashed in Prefect, and what they did as killed in MLflow and git.
+
+    What a service does not take now is left for the next call.
+
+    Returns:
+        A line for each that is closed.
+    """
+    closed = []
+    for path in lost(checkout):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                closed.append(_close(checkout, UUID(path.stem), _read(path)))
+            except BlockingIOError:  # somebody else closes it
+                continue
+            except (OSError, RuntimeError) as error:
+                logger.warning("flow run %s of a dead process is not closed yet: %s", path.stem, error)
+                continue
+            path.unlink(missing_ok=True)
+    return closed
+
+
+def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
+    name = noted.get("run") or str(flow_run)
+    if noted.get("run"):
+        tracking.close_lost(noted["run"], noted["model"])
+        root = checkout / ".pedigree" / "runs" / noted["run"]
+        if root.exists():
+            close_branch(root, f"Run interrupted: {LOST}")
+    _crash(flow_run, noted)
+    return f"{noted['flow']} {name}: {LOST}; closed"
+
+
+def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
+    """Tell Prefect, unless it knows the end or a later try runs; prefect.yaml starts a crashed run again."""
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Cancelled, Crashed
+
+    try:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(flow_run)
+            state = run.state
+            if state is None or state.is_final() or state.is_scheduled() or run.run_count != noted["try"]:
+                return
+            message = f"{LOST} (process {noted['process']})"
+            ended = Cancelled(message=message) if state.is_cancelling() else Crashed(message=message)
+            client.set_flow_run_state(flow_run, ended, force=True)
+    except ObjectNotFound:
+        return
+    except HTTPError as error:
+        raise RuntimeError(f"Prefect: {error}") from error
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # it ended meanwhile
+        return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # it ended, or is being written
+        return {}
+
+
+def _write(file: IO[str], values: dict[str, Any]) -> None:
+    """Write in place: a file that replaced this one would not be locked."""
+    file.seek(0)
+    file.write(json.dumps(values))
+    file.truncate()
+    file.flush()
+
+
+def main() -> None:
+    """Close what is lost in the current folder, and print it."""
+    for line in close_lost(Path.cwd()):
+        sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""A log file for each run, whoever started it: `.pedigree/logs/runs/<run-id>.log`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOGGERS = ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs")
+
+
+@contextmanager
+def log_file(checkout: Path, run_id: str) -> Iterator[Path]:
+    """Write what the run logs inside the block, each line with its time."""
+    path = checkout / ".pedigree" / "logs" / "runs" / f"{run_id}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield path
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()

@@ -1,0 +1,135 @@
+"""What the locked versions do together in the background: schedules, events, late runs, crashed runs started again.
+
+Each is seen to happen, with real flows that the stack's worker runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.local import supervisor
+from infra.local.services import UnhealthyError, request
+
+PROJECT = Path(__file__).parents[2]
+FLOWS = """
+import os, signal, time
+from prefect import flow
+from prefect.runtime import flow_run
+
+@flow
+def tick(): ...
+
+@flow
+def killed_once():
+    if flow_run.run_count == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+pytestmark = pytest.mark.stack
+
+
+def call(stack, path: str, body: Any = None, method: str = "POST") -> Any:
+    url = stack.env["PREFECT_API_URL"].removesuffix("/api")
+    for _ in range(20):
+        try:
+            return request(url, f"/api{path}", stack.env["PREFECT_API_AUTH_STRING"], method, body)
+        except UnhealthyError as error:  # a busy machine: SQLite is locked, or the answer is late
+            if "503" not in str(error) and "timed out" not in str(error):
+                raise
+            time.sleep(1)
+    raise AssertionError(f"{path}: the server does not answer")
+
+
+def runs(stack, deployment: str) -> list[dict[str, Any]]:
+    wanted = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return call(stack, "/flow_runs/filter", wanted)
+
+
+def wait_for(what: str, seen: Callable[[], Any], seconds: float = 120) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := seen():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what} was not seen in {seconds:.0f} s")
+
+
+def started(stack, name: str, flow: str) -> dict[str, Any]:
+    deployment = call(stack, f"/deployments/name/{flow}/{name}", None, "GET")
+    return call(stack, f"/deployments/{deployment['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+
+
+@pytest.fixture(scope="module")
+def deployed(stack) -> Iterator[Any]:
+    """Deployments of small flows, with the automations of the project's own prefect.yaml."""
+    pool = {"name": "unserved", "type": "process", "base_job_template": {}}
+    call(stack, "/work_pools/", pool)
+    (stack.root / "flows").mkdir(exist_ok=True)
+    (stack.root / "flows" / "duties.py").write_text(FLOWS)
+    here = {"work_pool": {"name": "pedigree"}}
+    tick, killed = ("flows/duties.py:tick", "flows/duties.py:killed_once")
+    grown = {"type": "event", "expect": ["duties.grown"], "enabled": True, "name": "duties grown"}
+    file = stack.root / "prefect.yaml"
+    text = {
+        "deployments": [
+            {"name": "clock", "entrypoint": tick, "schedules": [{"interval": 20}], **here},
+            {"name": "listener", "entrypoint": tick, "triggers": [grown], **here},
+            {"name": "nobody", "entrypoint": tick, "work_pool": {"name": "unserved"}},
+            {"name": "again", "entrypoint": killed, "concurrency_limit": 1, **here},
+        ],
+        "automations": yaml.safe_load((PROJECT / "prefect.yaml").read_text())["automations"],
+    }
+    file.write_text(yaml.safe_dump(text))
+    supervisor.up(stack.root)
+    started(stack, "nobody", "tick")
+    started(stack, "again", "killed-once")
+    started(stack, "again", "killed-once")
+    try:
+        yield stack
+    finally:
+        file.unlink()
+        for deployment in call(stack, "/deployments/filter", {}):
+            if deployment["name"] in ("clock", "listener", "nobody", "again"):
+                call(stack, f"/deployments/{deployment['id']}", None, "DELETE")
+
+
+def test_an_event_starts_a_run(deployed):
+    assert os.environ["PREFECT_API_URL"] == deployed.env["PREFECT_API_URL"]
+    from prefect.events import Event
+    from prefect.events.clients import get_events_client
+    from prefect.utilities.asyncutils import run_coro_as_sync
+
+    async def send() -> None:
+        async with get_events_client() as client:
+            await client.emit(Event(event="duties.grown", resource={"prefect.resource.id": "duties.x"}))
+
+    run_coro_as_sync(send())
+    wait_for("the run of the event", lambda: [r for r in runs(deployed, "listener") if r["state_name"] == "Completed"])
+
+
+def test_a_crashed_run_is_started_again_and_frees_its_slot(deployed):
+    """Two runs of a deployment that takes one at a time: the first is killed, and neither blocks the other."""
+
+    def ended() -> list[dict[str, Any]]:
+        return [run for run in runs(deployed, "again") if run["state_name"] == "Completed"]
+
+    wait_for("the end of both runs", lambda: len(ended()) == 2, seconds=240)
+    assert [run["run_count"] for run in ended()] == [2, 2]
+
+
+def test_a_run_that_nobody_takes_is_late(deployed):
+    wait_for("a late run", lambda: [run for run in runs(deployed, "nobody") if run["state_name"] == "Late"])
+
+
+def test_a_schedule_fires_again_and_again(deployed):
+    def completed() -> list[str]:
+        return [run["id"] for run in runs(deployed, "clock") if run["state_name"] == "Completed"]
+
+    wait_for("two scheduled runs", lambda: len(completed()) >= 2)
+    assert all(run["auto_scheduled"] for run in runs(deployed, "clock"))
