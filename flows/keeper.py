@@ -22,7 +22,8 @@ from infra.local.processes import LOG_LIMIT_BYTES
 from infra.local.services import KEEPER_STATE
 from infra.local.site import Site, StackError
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 2.0  # between looks at the processes
+ASK_SECONDS = 30.0  # between questions to the services whether they work
 HUNG_SECONDS = 180.0  # a service whose process lives, but that has not been healthy for so long, is started again
 CALM_SECONDS = 600.0  # after so long without a restart the waiting begins with its shortest again
 LONGEST_WAIT_SECONDS = 300.0
@@ -49,11 +50,14 @@ class Keeper:
     in_a_row: int = 0
     last_restart: float = 0.0
     unhealthy_since: dict[str, float] = field(default_factory=dict)
+    asked: float = 0.0
 
     def look(self) -> None:
         """Look at every service once, and start again what is down, unless that must wait."""
         now = time.time()
-        reasons = {status.service: self._reason(status, now) for status in supervisor.status(self.root)}
+        ask = now - self.asked > ASK_SECONDS
+        self.asked = now if ask else self.asked
+        reasons = {status.service: self._reason(status, now, ask) for status in supervisor.status(self.root, ask)}
         down = {service: reason for service, reason in reasons.items() if reason}
         if now - self.last_restart > CALM_SECONDS:
             self.in_a_row = 0
@@ -63,12 +67,14 @@ class Keeper:
             self.failure = ""
         self._save()
 
-    def _reason(self, status: supervisor.Status, now: float) -> str:
+    def _reason(self, status: supervisor.Status, now: float, asked: bool) -> str:
         """Why a service must be started again; empty if it need not."""
         if status.service == "keeper":
             return ""
         if status.state in ("dead", "stopped"):
             return "its process had ended"
+        if not asked:
+            return ""
         if status.state == "healthy" or status.failing:
             self.unhealthy_since.pop(status.service, None)
             return ""

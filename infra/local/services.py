@@ -25,7 +25,7 @@ from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, POR
 WORK_POOL = "pedigree"
 WORKER = "local"
 KEEPER_STATE = "keeper.json"
-KEEPER_SILENCE_SECONDS = 60.0
+KEEPER_SILENCE_SECONDS = 180.0  # it may be waiting for a service that starts
 SCHEDULER_GRACE = timedelta(minutes=3)  # the scheduler looks at all deployments each minute
 ERROR_AGE = timedelta(minutes=3)
 LOG_TAIL_BYTES = 200_000
