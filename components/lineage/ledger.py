@@ -173,6 +173,12 @@ class Ledger:
             settings_of: Any = config
             settings_of.setdefault("cache", {})["dir"] = os.fspath(cache)
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold off every other use of the ledger in this process, so that `dvc.lock` is whole and stays as it is."""
+        with _ONE_AT_A_TIME:
+            yield
+
     def _restore_beside(self, repo: Repo, stage: Any) -> None:
         """Bring the outputs of the stage's equals into place that are missing but known.
 
