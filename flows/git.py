@@ -55,17 +55,21 @@ def head_commit(checkout: Path) -> str:
 
 def head(checkout: Path) -> Head:
     """Return the checkout's commit and index, as `head_commit` does."""
-    asked = ("rev-parse", "--is-inside-work-tree", "--show-prefix", "--git-path", "index")
-    done = _call(checkout, asked, {}, None)
+    asked = ("--is-inside-work-tree", "--show-prefix", "--git-path", "index", "--show-superproject-working-tree")
+    done = _call(checkout, ("rev-parse", *asked), {}, None)
     if done.returncode and "not a git repository (or any" not in done.stderr:  # it belongs to another user
         raise WorkspaceError(f"git: {' '.join(done.stderr.split())}")
-    inside, prefix, index = (*done.stdout.split("\n"), "", "", "")[:3]
+    inside, prefix, index, above = (*done.stdout.split("\n"), "", "", "", "")[:4]
     if inside != "true":
         raise WorkspaceError(f"{checkout} is not a git repository, and a run is a commit: `git init`, then commit")
     if prefix:
         raise WorkspaceError(
             f"{checkout} is the folder {prefix} of a git repository, and a run is a commit of a whole repository: "
             "clone Pedigree into a repository of its own"
+        )
+    if above and (checkout / ".git").is_file():  # its git folder is in the one above, where DVC takes it to be
+        raise WorkspaceError(
+            f"{checkout} is a submodule of {above}, and DVC cannot work in one: clone Pedigree into a folder of its own"
         )
     commit = git(checkout, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
     if not commit:

@@ -199,3 +199,11 @@ def test_a_checkout_of_another_user(root, monkeypatch, tmp_path):
 def test_a_folder_of_a_larger_repository_is_refused(root):
     with pytest.raises(WorkspaceError, match=r"flows is the folder flows/ of a git repository"):
         head_commit(root / "flows")
+
+
+def test_a_submodule_is_refused(root, tmp_path):
+    above = tmp_path / "above"
+    git_lines(tmp_path, "init", "-q", os.fspath(above))
+    git_lines(above, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", os.fspath(root), "inner")
+    with pytest.raises(WorkspaceError, match=r"inner is a submodule of .*above, and DVC cannot work in one: clone"):
+        head_commit(above / "inner")
