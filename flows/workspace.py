@@ -1,38 +1,36 @@
 """A run's own folder: a git worktree on branch `runs/<run-id>` that shares the checkout's DVC cache.
 
-A run is a commit: what is in the checkout now (uncommitted edits too) and the run's `params.yaml` become the first
-commit of the branch; each finished stage adds one. The checkout itself is never touched.
+A run is a commit: the checkout's code and configuration (uncommitted edits too) and the run's `params.yaml` become
+the first commit of the branch; each finished stage adds one. The checkout itself is never touched.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import yaml
 
 from components.recipe import PARAMS_FILE, Recipe
+from flows.git import WorkspaceError, git, head_commit  # noqa: F401 - it is known by this module's name too
+from flows.snapshot import COLLECTIONS, by_top_level, describe, known_sources, snapshot
 
 if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
     from components.lineage.ledger import Ledger
 
-COLLECTIONS = ("data/pool", "data/evaluation")
+logger = logging.getLogger(__name__)
+
 SAMPLE = "sample"  # the source that `make run` builds when there is no other
 ENDS = ("Run finished", "Run failed", "Run interrupted")  # how the subject of a branch's last commit begins
 KEPT_FOLDERS = 3  # of the newest finished runs, to look into; all branches are kept
-
-
-class WorkspaceError(RuntimeError):
-    """The checkout cannot give a run its folder; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Workspace:
     root: Path
     run_id: str
     ledger: Ledger
+    told: set[str] = field(default_factory=set, compare=False)  # stray files that were named
 
     @property
     def branch(self) -> str:
@@ -49,11 +48,29 @@ class Workspace:
         return f"runs/{self.run_id}"
 
     def commit(self, message: str) -> str:
-        """Commit what git tracks of the run (`dvc.lock`, result files); returns the commit."""
-        git(self.root, "add", "--all")
-        if git(self.root, "status", "--porcelain"):
-            git(self.root, "commit", "--quiet", "--no-verify", "--message", message)
-        return git(self.root, "rev-parse", "HEAD")
+        """Commit what the stages leave to git: `dvc.lock`, outputs that DVC does not cache; returns the commit."""
+        with self.ledger.at_rest():  # else a stage that ends meanwhile has half written `dvc.lock`, or holds the index
+            said = git(self.root, "ls-files", "-z", "--modified", "--others", "--exclude-standard")
+            changed = sorted(set(filter(None, said.split("\0"))))
+            recorded = _recorded_outputs(self.root)
+            left = [path for path in changed if _for_git(path, recorded)]
+            if left:
+                given = "".join(f"{path}\0" for path in left)
+                git(self.root, "update-index", "--add", "--remove", "-z", "--stdin", given=given)
+            if git(self.root, "diff-index", "--cached", "--name-only", "HEAD"):
+                git(self.root, "commit", "--quiet", "--no-verify", "--message", message)
+            commit = git(self.root, "rev-parse", "HEAD")
+        self._tell_strays({*changed} - {*left} - self.told)
+        return commit
+
+    def _tell_strays(self, paths: set[str]) -> None:
+        """Name files that are no stage's output, once; the output of a stage that still runs is no stray."""
+        if not paths:
+            return
+        outputs = {path for stage in self.ledger.stages() for path in stage.outputs}
+        for group in by_top_level(sorted(path for path in paths if not _for_git(path, outputs))):
+            logger.warning("not committed to %s, no stage's output: %s", self.branch, describe(self.root, group))
+            self.told.update(group)
 
 
 def close_branch(root: Path, message: str) -> str:
@@ -113,11 +130,6 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def known_sources(checkout: Path) -> list[str]:
-    """Names of the sources in the pool, by their `.dvc` files."""
-    return sorted({path.parent.name for path in (checkout / "data" / "pool").glob("*/*.dvc")})
-
-
 def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     """The sources a run uses: those asked for, else all; the sample only where there is nothing else.
 
@@ -133,65 +145,16 @@ def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     return list(asked or [name for name in known if name != SAMPLE] or known)
 
 
-def head_commit(checkout: Path) -> str:
-    """The commit that the checkout is at.
-
-    Raises:
-        WorkspaceError: not a git repository, or one without a commit.
-    """
-    if git(checkout, "rev-parse", "--is-inside-work-tree", check=False) != "true":
-        raise WorkspaceError(f"{checkout} is not a git repository, and a run is a commit: `git init`, then commit")
-    head = git(checkout, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
-    if not head:
-        raise WorkspaceError(f"{checkout} has no commit yet, and a run is a commit: `git add -A && git commit`")
-    return head
+def _recorded_outputs(root: Path) -> set[str]:
+    lock = root / "dvc.lock"
+    stages = ((yaml.safe_load(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
+    return {out["path"] for stage in stages.values() for out in stage.get("outs", ())}
 
 
-def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
-    """Commit the checkout as it is (tracked and new files, never ignored ones) without touching it or its index.
-
-    Of the pool's sources only `sources` are in it; a source that is an evaluation set and nothing else always is.
-    """
-    head = head_commit(checkout)
-    left_out = set(known_sources(checkout)) - set(sources)
-    with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
-        git(checkout, "read-tree", "HEAD", extra=index)
-        git(checkout, "add", "--all", ".", extra=index)
-        for path in git(checkout, "ls-files", "--", *COLLECTIONS, extra=index).splitlines():
-            if path.endswith(".dvc") and Path(path).parent.name in left_out:
-                git(checkout, "rm", "--cached", "--quiet", "--", path, extra=index)
-        text = Path(scratch) / PARAMS_FILE
-        text.write_text(params)
-        blob = git(checkout, "hash-object", "-w", "--no-filters", os.fspath(text))
-        git(checkout, "update-index", "--add", "--cacheinfo", f"100644,{blob},{PARAMS_FILE}", extra=index)
-        tree = git(checkout, "write-tree", extra=index)
-    return git(checkout, "commit-tree", tree, "-p", head, "-m", message)
-
-
-def git(root: Path, *arguments: str, check: bool = True, extra: dict[str, str] | None = None) -> str:
-    """What a git command prints; runs are committed as Pedigree where the user has set no identity.
-
-    Raises:
-        WorkspaceError: git is missing or refuses.
-    """
-    try:
-        who = {f"GIT_{role}_{field}": value for role in ("AUTHOR", "COMMITTER") for field, value in _identity(root)}
-        done = subprocess.run(
-            ["git", "-C", os.fspath(root), *arguments],
-            capture_output=True, text=True, check=False, env={**os.environ, **who, **(extra or {})},
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise WorkspaceError("git is not installed, and a run is a commit") from None
-    if check and done.returncode:
-        raise WorkspaceError(f"git {arguments[0]}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}")
-    return done.stdout.strip()
-
-
-def _identity(root: Path) -> list[tuple[str, str]]:
-    asked = ["git", "-C", os.fspath(root), "config", "user.email"]
-    known = os.environ.get("GIT_AUTHOR_EMAIL") or subprocess.run(asked, capture_output=True, check=False).stdout
-    return [] if known else [("NAME", "Pedigree"), ("EMAIL", "pedigree@localhost")]
+def _for_git(path: str, outputs: set[str]) -> bool:
+    """Whether DVC writes the file for git, or it is of outputs: those that DVC caches are ignored by git."""
+    written_by_dvc = path == "dvc.lock" or path.rpartition("/")[2] == ".gitignore"
+    return written_by_dvc or not outputs.isdisjoint([path, *map(str, PurePosixPath(path).parents)])
 
 
 def _remove_old(checkout: Path, runs: Path) -> None:

@@ -35,7 +35,8 @@ class RunningStack:
 @pytest.fixture(scope="session")
 def stack_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the run's one stack, which is stopped at the end and must leave no process behind."""
-    root, before = tmp_path_factory.mktemp("stack"), dict(os.environ)
+    # Characters that end a path in a URI, start a value in a settings file, or are no ASCII: people have such folders.
+    root, before = tmp_path_factory.mktemp("stack ü 50% a?b#c"), dict(os.environ)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a test run that is cut short cleans up too
     try:
         yield root

@@ -21,6 +21,7 @@ import dvc.config
 import dvc.exceptions
 import dvc.lock
 from botocore.exceptions import BotoCoreError, ClientError
+from configobj import ConfigObj, ConfigObjError
 from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import RunCacheNotFoundError, _get_stage_hash
@@ -169,9 +170,18 @@ class Ledger:
         local.parent.mkdir(exist_ok=True)
         if settings is not None and settings.exists():
             shutil.copy(settings, local)
-        with self._repo() as repo, repo.config.edit("local") as config:
-            settings_of: Any = config
-            settings_of.setdefault("cache", {})["dir"] = os.fspath(cache)
+        try:  # not by DVC, which writes ASCII only
+            config: Any = ConfigObj(os.fspath(local), encoding="utf-8", interpolation=False)
+        except ConfigObjError as error:
+            raise LedgerError(f"{settings} cannot be read ({error}); mend or delete it") from None
+        config.setdefault("cache", {})["dir"] = os.fspath(cache)
+        config.write()
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold off every other use of the ledger in this process, so that `dvc.lock` is whole and stays as it is."""
+        with _ONE_AT_A_TIME:
+            yield
 
     def _restore_beside(self, repo: Repo, stage: Any) -> None:
         """Bring the outputs of the stage's equals into place that are missing but known.

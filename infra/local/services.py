@@ -192,7 +192,7 @@ def _mlflow(site: Site) -> Service:
     """MLflow with basic auth; it alone speaks to the artifacts' prefix of the models bucket."""
     url, port = site.url("mlflow"), site.ports["mlflow"]
     command = [program("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{site.folder / 'mlflow.db'}"]
+    command += ["--backend-store-uri", "sqlite:///mlflow.db"]  # below cwd, as a `?` in a whole path would end it
     command += ["--artifacts-destination", f"s3://{MODELS_BUCKET}/mlflow", "--app-name", "basic-auth"]
     command += ["--allowed-hosts", f"{HOST}:*,localhost:*"]
     command += ["--cors-allowed-origins", f"{url},http://localhost:{port}"]
@@ -218,6 +218,7 @@ def _prefect(site: Site) -> Service:
     command = [program("prefect"), "server", "start", "--host", HOST, "--port", str(port)]
     variables = {
         **site.variables(),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///prefect/prefect.db",  # below cwd, as MLflow's
         "PREFECT_SERVER_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         "PREFECT_UI_STATIC_DIRECTORY": str(site.folder / "prefect" / "ui"),

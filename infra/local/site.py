@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
-import io
 import json
 import os
 import random
@@ -12,6 +10,8 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from configobj import ConfigObj, ConfigObjError
 
 from components.core.storage import write_bytes, write_json
 
@@ -189,7 +189,7 @@ def _write_client_files(site: Site) -> None:
     )
     auth = {
         "default_permission": "READ",
-        "database_uri": f"sqlite:///{site.folder / 'mlflow-auth.db'}",
+        "database_uri": "sqlite:///mlflow-auth.db",  # below the server's folder: in a URI, `?` and `#` end a path
         "admin_username": keys["MLFLOW_TRACKING_USERNAME"],
         "admin_password": keys["MLFLOW_TRACKING_PASSWORD"],
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
@@ -198,16 +198,23 @@ def _write_client_files(site: Site) -> None:
     lines = [f"{key} = {value}".replace("%", "%%") for key, value in auth.items()]
     _write_private(site.folder / "basic_auth.ini", "\n".join(["[mlflow]", *lines, ""]))
     if (site.root / ".dvc").is_dir():
-        local, file = configparser.ConfigParser(interpolation=None), site.root / ".dvc" / "config.local"
-        local.read(file)
-        local["'remote \"storage\"'"] = {
-            "endpointurl": site.url("s3"),
-            "credentialpath": str(credentials),
-            "region": REGION,
-        }
-        text = io.StringIO()
-        local.write(text)
-        _write_private(file, text.getvalue())
+        _write_dvc_settings(site, credentials)
+
+
+def _write_dvc_settings(site: Site, credentials: Path) -> None:
+    """Name the storage in DVC's local settings, beside whatever else they hold."""
+    file = site.root / ".dvc" / "config.local"
+    try:
+        local = ConfigObj(os.fspath(file), encoding="utf-8", interpolation=False)  # quotes paths as DVC reads them
+    except ConfigObjError as error:
+        raise StackError(f"{file} cannot be read ({error}); mend or delete it") from None
+    local['remote "storage"'] = {
+        "endpointurl": site.url("s3"),
+        "credentialpath": str(credentials),
+        "region": REGION,
+    }
+    local.filename = None
+    _write_private(file, b"\n".join([*local.write(), b""]).decode())
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -59,7 +59,8 @@ def test_snapshot_has_edits_and_new_files_never_ignored_ones(tmp_path):
     root = make_repository(tmp_path)
     head = git(root, "rev-parse", "HEAD")
     (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text() + "# edited\n")
-    (root / "new.py").write_text("new\n")
+    (root / "flows").mkdir()
+    (root / "flows/new.py").write_text("new\n")
     (root / "staged.py").write_text("staged\n")
     git(root, "add", "staged.py")
     (root / "gone.txt").write_text("x")
@@ -77,7 +78,7 @@ def test_snapshot_has_edits_and_new_files_never_ignored_ones(tmp_path):
     assert git(root, "show", f"{commit}:dvc.yaml").endswith("# edited")
     assert git(root, "show", f"{commit}:params.yaml") + "\n" == PARAMS
     files = git_lines(root, "ls-tree", "-r", "--name-only", commit)
-    assert {"new.py", "staged.py", "data/pool/photos/ab12.dvc"} <= set(files)
+    assert {"flows/new.py", "staged.py", "data/pool/photos/ab12.dvc"} <= set(files)
     assert not [name for name in files if name.startswith((".pedigree", "first", "gone.txt", "data/pool/photos/ab12/"))]
     assert git(root, "rev-parse", f"{commit}^") == head
     assert git(root, "show", "-s", "--format=%s", commit) == "Run 1"

@@ -195,6 +195,14 @@ def test_dvc_and_s3fs_find_the_storage_by_files_or_by_variables(storage, tmp_pat
     assert (worktree / "file").read_text() == "content"
 
 
+def test_all_state_is_inside_a_folder_of_any_name(stack):
+    assert {"ü", "%", "?", "#", " "} <= set(stack.root.name)
+    beside = {path.resolve() for path in stack.root.parent.iterdir() if path.name.startswith("stack")}
+    assert beside == {stack.root}
+    databases = {path.name for path in (stack.root / ".pedigree").rglob("*.db")}
+    assert {"mlflow.db", "mlflow-auth.db", "prefect.db"} <= databases
+
+
 def test_a_worktree_shares_the_stack_of_its_checkout(stack, tmp_path, monkeypatch):
     before = pids(stack.root)
     (tmp_path / ".pedigree").symlink_to(stack.root / ".pedigree")

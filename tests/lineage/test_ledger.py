@@ -122,6 +122,29 @@ def test_a_folder_without_dvc_and_a_dead_remote_are_named(tmp_path):
         ledger.fetch_run_cache()
 
 
+def test_a_path_with_any_characters(tmp_path):
+    plain, odd = make_repository(tmp_path), tmp_path / "Größe 50% a?b#c, 'd'"
+    odd.mkdir()
+    root = plain.rename(odd / "main")
+    config = root / ".dvc" / "config"
+    config.write_text(config.read_text().replace(str(tmp_path / "remote"), "../../remote"))
+    (tmp_path / "remote").rename(odd / "remote")
+    (root / ".dvc/config.local").write_text(f'[core]\nsite_cache_dir = "{odd}/site"\n')
+    work = tmp_path / "Läufe #1" / "run"
+    subprocess.run(["git", "worktree", "add", "-q", "-b", "run", str(work)], cwd=root, check=True)
+    ledger = Ledger(work)
+    ledger.share_cache(root / ".dvc" / "cache", root / ".dvc/config.local")
+    assert ledger.bring_data() == 1
+    assert set(run_all(ledger).values()) == {Outcome.CHANGED}
+    assert set(run_all(ledger).values()) == {Outcome.UNCHANGED}
+    shown = subprocess.run([DVC, "config", "--show-origin", "-l"], cwd=work, check=True, capture_output=True, text=True)
+    assert f"core.site_cache_dir={odd}/site" in shown.stdout
+    assert f"cache.dir={root}/.dvc/cache" in shown.stdout
+    (root / ".dvc/config.local").write_text("[cache\n")
+    with pytest.raises(LedgerError, match=r"config\.local cannot be read .*; mend or delete it"):
+        ledger.share_cache(root / ".dvc" / "cache", root / ".dvc/config.local")
+
+
 def test_threads_take_turns(tmp_path):
     root = make_repository(tmp_path)
     ledger = Ledger(root)

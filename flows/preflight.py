@@ -1,0 +1,207 @@
+"""What can be known of a run before its first stage: files it names, images it has, room on the disks.
+
+Only footers of manifests and `.dvc` files are read, so that it takes no time for a pool of any size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from components.core.config import ConfigError
+from flows.snapshot import CODE_FOLDERS, COLLECTIONS, known_sources
+from infra.local.site import HOST
+
+if TYPE_CHECKING:
+    from components.model.config import HeadConfig, ViTConfig
+    from components.recipe import Recipe
+    from components.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+POOL, EVALUATION = COLLECTIONS
+FILES = ("weights", "path", "teacher_weights", "previous")  # last parts of the keys whose values name files
+VERSIONED = ("embed.embedder.weights", "embed.semantic.weights", "distill.teacher_weights")  # may be models:/...
+LEAST_BYTES = 100 * 2**20  # for the run's folder, logs and databases, even where every stage is unchanged
+TRAINING_BYTES = 16  # a parameter in a checkpoint: student, average and two moments, float32
+CHECKPOINTS = 3  # two are kept while the next is written
+EMBEDDING_BYTES = 4096  # of an image: 1,024 float32 numbers
+
+
+def check(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> None:
+    """Refuse a run that cannot succeed, and warn of one that may fill a disk.
+
+    Args:
+        checkout: Pedigree's folder.
+        recipe: all parameters of the run.
+        sources: names of the sources of the pool that the run uses.
+
+    Raises:
+        ConfigError: one line for each fault, with the key to change and a value that fits.
+    """
+    told = [
+        *_missing_files(checkout, recipe),
+        *_unknown_seeds(recipe, sources),
+        *_few_images(checkout, recipe, sources),
+    ]
+    told += [*_no_evaluation(checkout, sources), *_no_room(checkout, _needs(checkout, recipe, sources))]
+    if told:
+        raise ConfigError("\n".join(told))
+
+
+def _missing_files(checkout: Path, recipe: Recipe) -> Iterator[str]:
+    """Files and folders that the recipe names and the run would not find; relative paths are of the run's folder."""
+    made = {"models/pretrained", *recipe.evaluate.models.values()}
+    for key, value in named_files(recipe.model_dump(mode="json", by_alias=True)):
+        is_made = key == "distill.teacher_weights" and value.rstrip("/") in made
+        if is_made or (key in VERSIONED and value.startswith("models:/")):
+            continue
+        if not (checkout / value).exists():
+            yield f"{key}: {checkout / value} does not exist; give the path of a file or folder that does"
+        elif not Path(value).is_absolute() and not _in_the_run(checkout, value):
+            yield (
+                f"{key}: {value} is in this checkout but not in git, so the run's folder does not have it; "
+                f"set {key}={(checkout / value).resolve()}"
+            )
+
+
+def named_files(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of every parameter that names a file, folder or registered version."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from named_files(value, f"{before}{name}.")
+        elif name in FILES and isinstance(value, str):
+            yield before + name, value
+
+
+def _in_the_run(checkout: Path, path: str) -> bool:
+    """Whether a run's folder has what lies at this relative path of the checkout."""
+    from flows.git import git
+
+    top = Path(path).parts[0]
+    if top in {".pedigree", *CODE_FOLDERS}:  # the first is linked
+        return True
+    return bool(git(checkout, "--literal-pathspecs", "ls-files", "--", path))
+
+
+def _unknown_seeds(recipe: Recipe, sources: Sequence[str]) -> Iterator[str]:
+    for name in sorted(set(recipe.curate.seed_sets) - set(sources)):
+        yield f"curate.seed_sets.{name}: the run has no such source; its sources: {', '.join(sources)}"
+
+
+def _few_images(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[str]:
+    """Batches that are larger than the curated set can be, however few images curation leaves out."""
+    counts = {name: _num_images(checkout, POOL, name) for name in sources}
+    known = {name: count for name, count in counts.items() if count is not None}
+    if len(known) < len(counts):
+        logger.info("batch sizes not checked: %s not in this checkout", ", ".join(sorted(counts.keys() - known.keys())))
+        return
+    most, target = sum(known.values()), recipe.curate.target_images
+    where = ", ".join(f"{name} {count:,}" for name, count in known.items())
+    said = f"the sources hold {most:,} images ({where})"
+    if target is not None and not recipe.curate.seed_sets and target < most:
+        most, said = target, f"curate.target_images is {target:,}"
+    sections: dict[str, TrainingConfig] = {
+        "pretrain": recipe.pretrain,
+        "adapt": recipe.adapt,
+        "distill": recipe.distill,
+    }
+    for name, section in sections.items():
+        if section.batch_size > most:
+            part = section.num_processes * section.accumulation_steps
+            fits = most // part * part
+            advice = f"set {name}.batch_size={fits} or less, or take in more images" if fits else "take in more images"
+            yield f"{name}.batch_size is {section.batch_size:,}, but {said}: {advice}"
+
+
+def _no_evaluation(checkout: Path, sources: Sequence[str]) -> Iterator[str]:
+    """The stage evaluate needs images; a run has those of its sources, and of sources that only evaluate."""
+    unused = set(known_sources(checkout)) - set(sources)
+    sets = {path.parent.name for path in (checkout / EVALUATION).glob("*/*.dvc")} - unused
+    counts = [_num_images(checkout, EVALUATION, name) for name in sets]
+    if None not in counts and not sum(filter(None, counts)):
+        yield (
+            f"{EVALUATION}: no evaluation images of {', '.join(sources)}, and the stage evaluate needs some: "
+            "pedigree ingest FOLDER --name NAME --license LICENSE --evaluation"
+        )
+
+
+def _num_images(checkout: Path, collection: str, source: str) -> int | None:
+    """Images of a source by its manifests, doubles included; None where one is not in the checkout."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from components.data.manifest import MANIFEST
+
+    snapshots = [path.with_suffix("") for path in (checkout / collection / source).glob("*.dvc")]
+    try:
+        return sum(pq.read_metadata(folder / MANIFEST).num_rows for folder in snapshots)
+    except (OSError, pa.ArrowInvalid):  # the stages say what is wrong with it, once it is fetched
+        return None
+
+
+def _needs(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> dict[Path, dict[str, int]]:
+    """Bytes that a run writes at most, by folder and kind; a stage that is unchanged writes nothing."""
+    images, count = 0, 0
+    for path in (file for name in sources for file in (checkout / POOL / name).glob("*.dvc")):
+        for out in (yaml.safe_load(path.read_text()) or {}).get("outs", ()):
+            images += out.get("size", 0)
+        count += _num_images(checkout, POOL, path.parent.name) or 0
+    target = recipe.curate.target_images
+    kept = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
+    heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)
+    large = num_parameters(recipe.pretrain.backbone, heads)
+    models = [large, large, *(num_parameters(student.backbone, heads) for student in recipe.distill.students.values())]
+    local = any(s.checkpoint_uri is None for s in (recipe.pretrain, recipe.adapt, recipe.distill))
+    embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
+    made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
+    return {
+        checkout / ".dvc": made,
+        checkout / ".pedigree": {
+            **{f"{name} in S3": size for name, size in made.items() if _local_storage()},
+            "checkpoints": CHECKPOINTS * TRAINING_BYTES * max(models) if local else 0,
+        },
+    }
+
+
+def _local_storage() -> bool:
+    """Whether the S3 server is that of the local stack, which keeps its data in `.pedigree`."""
+    return HOST in os.environ.get("AWS_ENDPOINT_URL", HOST)
+
+
+def num_parameters(backbone: ViTConfig, heads: Sequence[HeadConfig]) -> int:
+    """Parameters of a vision transformer and its projection heads, without biases and norms (below 1 %)."""
+    dim = backbone.dim
+    total = backbone.depth * dim * dim * (4 + 2 * backbone.ffn_ratio)  # swiglu: three matrices of 2/3 the width
+    total += dim * (3 * backbone.patch_size**2 + (backbone.image_size // backbone.patch_size) ** 2)
+    for head in heads:
+        total += head.hidden_dim * (dim + max(0, head.num_layers - 2) * head.hidden_dim + head.bottleneck_dim)
+        total += head.bottleneck_dim * head.num_prototypes
+    return int(total)
+
+
+def _no_room(checkout: Path, needs: Mapping[Path, Mapping[str, int]]) -> Iterator[str]:
+    """Disks with less room than a run needs: a fault where nothing can be written, else a warning with the figures."""
+    by_disk: dict[int, list[Path]] = defaultdict(list)
+    for folder in needs:
+        by_disk[os.stat(folder if folder.exists() else checkout).st_dev].append(folder)
+    for folders in by_disk.values():
+        free = shutil.disk_usage(folders[0] if folders[0].exists() else checkout).free
+        parts = {name: size for folder in folders for name, size in needs[folder].items() if size}
+        where = " and ".join(map(str, folders))
+        if free < LEAST_BYTES:
+            yield f"{where}: {free / 2**20:.0f} MiB are free, and a run needs {LEAST_BYTES / 2**20:.0f} MiB at least"
+        elif free < sum(parts.values()):
+            figures = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+            logger.warning(
+                "%s: %.2f GiB are free, a run that computes all stages needs about %.2f (%s); free some first",
+                *(where, free / GIB, sum(parts.values()) / GIB, figures),
+            )
