@@ -23,8 +23,17 @@ from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
 from components.recipe import load_recipe
-from flows import curate_command, interrupt, promote, seen_command, stack_commands, trace_commands, train_status
-from flows.workspace import head_commit
+from flows import (
+    curate_command,
+    interrupt,
+    preflight,
+    promote,
+    seen_command,
+    stack_commands,
+    trace_commands,
+    train_status,
+)
+from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
 from infra.local.site import StackError
 
@@ -120,16 +129,17 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
     with _clear_errors():
         choose_engine(engine, address)
         checkout = _checkout()
-        name = load_recipe(checkout, recipe, set_ or []).name  # a wrong parameter is told before anything starts
+        params = load_recipe(checkout, recipe, set_ or [])  # a wrong parameter is told before anything starts
         if images is not None:
             _check_folder(images)
         head_commit(checkout)
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
+        preflight.check(checkout, params, chosen_sources(checkout, sources))
         from flows.retrain import retrain
 
         result = _finished(retrain, sources=sources, recipe=recipe, overrides=set_)
-    _closing(result, name, as_json)
+    _closing(result, params.name, as_json)
 
 
 @app.command()

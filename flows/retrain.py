@@ -25,7 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from components.core import tracking
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
-from flows import interrupt, live, published
+from flows import interrupt, live, preflight, published
 from flows.run_log import log_file
 from flows.stages import StageFailedError, run_stage
 from flows.workspace import Workspace, WorkspaceError, chosen_sources, close_branch, open_workspace
@@ -100,6 +100,7 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
         if recipe.name != name:
             changed = f"the model's name changed from {name} to {recipe.name} while this run waited"
             raise WorkspaceError(f"{changed}; run again")
+        preflight.check(checkout, recipe, used)
         with open_workspace(checkout, _exact(recipe, registry), used) as workspace:
             live.note(checkout, run=workspace.run_id, model=recipe.name)
             with log_file(checkout, workspace.run_id):
