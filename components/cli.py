@@ -22,6 +22,7 @@ from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError, recover_dirs, write_json
 from components.core.tracking import stage_run
 from components.recipe import Recipe, load_recipe
+from components.stages import FORGET, PREPARE_STREAM, STAGES, load
 
 BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer
 ITEM_STAGES = ("distill", "evaluate")
@@ -34,26 +35,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def _function(stage: str) -> Callable[..., dict[str, Any]]:
     """The function of a stage; its libraries are imported only now."""
-    match stage:
-        case "embed":
-            from components.curation.stage import embed as function
-        case "curate":
-            from components.curation.stage import curate as function
-        case "pretrain":
-            from components.pretraining.stage import run as function
-        case "adapt":
-            from components.adaptation.stage import run as function
-        case "distill":
-            from components.distillation.stage import run as function
-        case "evaluate":
-            from components.evaluation.stage import run as function
-        case "register":
-            from components.registry.stage import run as function
-        case _:
-            raise ConfigError(
-                f"unknown stage {stage!r}; known stages: embed, curate, pretrain, adapt, distill, evaluate, register"
-            )
-    return function
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}; known stages: {', '.join(STAGES)}")
+    return load(STAGES[stage][0])
 
 
 def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
@@ -100,9 +84,7 @@ def run(
     extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
     if stage in TRAINING_STAGES:
-        from components.lineage.streaming import prepare_stream
-
-        prepare_stream(root)
+        load(PREPARE_STREAM)(root)
     section = getattr(recipe, "register_model" if stage == "register" else stage)
     params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}
     first_rank = int(os.environ.get("RANK", "0")) == 0
@@ -116,9 +98,7 @@ def run(
         # A training's last row is in MLflow already, as the end of each curve.
         tracked.log_result({key: value for key, value in result.items() if key != "last"})
     if "run_key" in result:  # a training
-        from components.training.delivery import forget
-
-        forget(root, result["run_key"])
+        load(FORGET)(root, result["run_key"])
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.core import tracking
+from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
@@ -173,7 +174,7 @@ def _run_stages(workspace: Workspace) -> dict[str, str]:
         if future.state.is_failed() or future.state.is_crashed():
             error = future.result(raise_on_failure=False)
             raise error if isinstance(error, Exception) else StageFailedError(future.state.message)
-    return {name: future.result() for name, future in futures.items()}
+    return {name: future.result() for name, future in futures.items() if name != CODE_STAGE}
 
 
 def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture[str]]) -> PrefectFuture[str]:

@@ -94,10 +94,10 @@ class Ledger:
             stage = self._stage(repo, name)
             if not stage.changed():
                 return Outcome.UNCHANGED
+            stage.remove_outs(ignore_remove=False)  # DVC restores over nothing that it does not know
             try:
                 repo.stage_cache.restore(stage, run_cache=True, pull=self._has_remote(repo))
             except RunCacheNotFoundError:
-                stage.remove_outs(ignore_remove=False)
                 self._restore_beside(repo, stage)
                 return Outcome.CHANGED
             self._commit(repo, name)

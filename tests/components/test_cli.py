@@ -208,8 +208,11 @@ def test_every_stage_has_a_function_of_the_agreed_form(stage):
 
 def test_dvc_yaml_calls_every_stage():
     pipeline = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
-    assert tuple(pipeline) == STAGES
+    code = pipeline.pop("code")
+    assert tuple(pipeline) == tuple(cli.STAGES) == STAGES
+    assert [path for out in code["outs"] for path in out] == [f"reports/code/{stage}.txt" for stage in STAGES]
     for stage, entry in pipeline.items():
+        assert [d for d in (entry.get("do") or entry)["deps"] if "code" in d] == [f"reports/code/{stage}.txt"]
         command = (entry.get("do") or entry)["cmd"]
         assert command == f"python -m components {stage}" + (" ${key}" if "do" in entry else "")
 

@@ -18,6 +18,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from components.lineage.code import list_of, read_list
+from tests.lineage.test_code import unlisted
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = (
@@ -26,6 +29,18 @@ SMALL = (
     "distill.optimizer.warmup_steps=1", "evaluate.linear.c_grid=[1.0]", "evaluate.bootstrap_resamples=50",
 )  # fmt: skip
 STAGES = ["embed", "curate", "pretrain", "adapt", "distill@small", "evaluate@small", "evaluate@teacher", "register"]
+
+TRACER = """
+import atexit, os, sys
+
+def write():
+    if os.path.join("components", "__main__.py") in sys.argv[0]:
+        names = [name for name in sys.modules if name.partition(".")[0] == "components"]
+        with open(os.path.join(os.path.dirname(__file__), f"{sys.argv[1]}.{os.getpid()}.txt"), "w") as file:
+            file.write(" ".join(names))
+
+atexit.register(write)
+"""
 
 pytestmark = pytest.mark.stack
 
@@ -74,20 +89,36 @@ def checkout(stack, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(checkout) -> dict[str, Any]:
-    return run(checkout)
+    """The first run; each stage's process leaves the names of what it has loaded in a file of its own."""
+    traced = checkout.parent / "traced"
+    traced.mkdir()
+    (traced / "sitecustomize.py").write_text(TRACER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(traced))
+        return run(checkout)
 
 
 def test_everything_is_made_and_recorded(checkout, first):
     assert first["outcomes"] == dict.fromkeys(first["outcomes"], "ran")
     assert sorted(first["outcomes"]) == sorted(STAGES)
     subjects = git(checkout, "log", "--format=%s", f"main..{first['branch']}").splitlines()
-    assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == sorted(STAGES)
+    assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == sorted([*STAGES, "code"])
     root = folder(checkout, first)
     assert "up to date" in dvc(root, "status")
     assert git(root, "status", "--porcelain") == ""
     assert git(checkout, "rev-parse", first["branch"]) == first["commit"]
     assert git(checkout, "status", "--porcelain", "--", ":!data") == ""  # a run never touches the checkout
     assert {row["model"] for row in first["metrics"]} == {"teacher", "small", "random", "descriptor"}
+
+
+def test_what_a_stage_loads_is_on_the_list_of_its_code(checkout, first):
+    for stage in {name.partition("@")[0] for name in STAGES}:
+        loaded = {
+            name for path in (checkout.parent / "traced").glob(f"{stage}.*.txt") for name in path.read_text().split()
+        }
+        assert f"components.{'curation' if stage in ('embed', 'curate') else 'core'}" in loaded
+        listed = read_list((folder(checkout, first) / list_of(stage)).read_text())
+        assert unlisted(loaded, listed, checkout) == set()
 
 
 def dvc(root: Path, *arguments: str) -> str:

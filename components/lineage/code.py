@@ -1,0 +1,208 @@
+"""The code of each stage as parsed, in files that `dvc.yaml` names as inputs: `python -m components.lineage.code`.
+
+A line of `reports/code/STAGE.txt` is a file that the stage can load and the SHA-256 of what it says: of a module its
+syntax tree, so that comments, docstrings and layout do not count; of any other file its bytes. A stage can load what
+its entry in `components.stages` and the command line import, at the top or inside functions, and what these import.
+DVC runs this whenever a byte of `components` has changed, so a list is never older than the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from components.core.storage import write_bytes
+from components.stages import STAGES
+
+STAGE = "code"  # in dvc.yaml; bookkeeping, no work
+LISTS = "reports/code"
+PACKAGE = "components"
+COMMAND_LINE = "components.__main__"
+# They name every stage. What a stage needs of `recipe` are its own config models, which the stage imports itself.
+NOT_FOLLOWED = ("components/recipe.py", "components/stages.py")
+BY_NAME = ("import_module", "__import__")  # functions that import what a string names
+
+
+class CodeError(RuntimeError):
+    """The code cannot be fingerprinted; the message says which file and line, and what to do."""
+
+
+class Code:
+    """All files of the package below `root`.
+
+    Args:
+        root: the folder that holds `components`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._modules: dict[str, Module] = {}
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """Paths of all files that DVC watches (see .dvcignore), relative to `root`."""
+        found = (path.relative_to(self.root) for path in (self.root / PACKAGE).rglob("*") if path.is_file())
+        return frozenset(p.as_posix() for p in found if "__pycache__" not in p.parts and p.suffix != ".md")
+
+    def fingerprints(self, modules: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of each file that the named modules can load, themselves included, by path.
+
+        Raises:
+            CodeError: a file is no Python, or imports what only a running program knows.
+        """
+        waiting, found = [path for name in modules for path in self._of_module(name)], {}
+        while waiting:
+            path = waiting.pop()
+            if path in found:
+                continue
+            if path.endswith(".py"):
+                found[path] = self._module(path).fingerprint
+                waiting += () if path in NOT_FOLLOWED else self._loaded_by(path)
+            else:
+                found[path] = hashlib.sha256((self.root / path).read_bytes()).hexdigest()
+        return dict(sorted(found.items()))
+
+    def _module(self, path: str) -> Module:
+        if path not in self._modules:
+            self._modules[path] = Module(path, (self.root / path).read_bytes())
+        return self._modules[path]
+
+    def _loaded_by(self, path: str) -> Iterator[str]:
+        module, folder = self._module(path), PurePosixPath(path).parent
+        for name in module.imports | module.strings:
+            yield from self._of_module(name)
+        for text in module.strings:
+            yield from self.files & {text, f"{folder}/{text}"}
+
+    def _of_module(self, name: str) -> Iterator[str]:
+        """The file of a module, and those of the packages that it lies in; none for what is not of this package."""
+        parts = name.split(".")
+        if parts[0] == PACKAGE:
+            packages = ("/".join((*parts[:end], "__init__.py")) for end in range(1, len(parts) + 1))
+            yield from self.files & {*packages, "/".join(parts) + ".py"}
+
+
+class Module:
+    """One parsed file.
+
+    Args:
+        path: relative to the folder that holds the package.
+        source: its bytes.
+
+    Raises:
+        CodeError: it is no Python.
+    """
+
+    def __init__(self, path: str, source: bytes) -> None:
+        self.path = path
+        try:
+            self.tree = ast.parse(source)
+        except (SyntaxError, ValueError) as error:
+            line = getattr(error, "lineno", None) or 1
+            raise CodeError(f"{path}, line {line}: no valid Python: {getattr(error, 'msg', error)}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the syntax tree."""
+        return hashlib.sha256(_canonical(self.tree).encode()).hexdigest()
+
+    @cached_property
+    def imports(self) -> frozenset[str]:
+        """Dotted names of all that is imported; `from a import b` gives `a` and `a.b`.
+
+        Raises:
+            CodeError: a module is imported by a name that is no literal.
+        """
+        return frozenset(name for node in self._nodes for name in self._imported_by(node))
+
+    @cached_property
+    def strings(self) -> frozenset[str]:
+        """All string literals: one that is the name of a module or file counts as its import."""
+        constants = (node.value for node in self._nodes if isinstance(node, ast.Constant))
+        return frozenset(value for value in constants if isinstance(value, str))
+
+    @cached_property
+    def _nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    def _imported_by(self, node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = PurePosixPath(self.path).parent.parts
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join((*above, *([node.module] if node.module else [])))
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Call) and _name(node.func) in BY_NAME and not _is_literal(node.args):
+            raise CodeError(
+                f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that only a running program knows, "
+                "so a change of that module would go unseen; write the whole name as a literal"
+            )
+
+
+def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> None:
+    """Write `reports/code/STAGE.txt` of every stage.
+
+    Raises:
+        CodeError: as for `Code.fingerprints`.
+    """
+    code = Code(root)
+    lists = {stage: code.fingerprints([COMMAND_LINE, *_modules(names)]) for stage, names in stages.items()}
+    for stage, found in lists.items():
+        text = "".join(f"{path} {fingerprint}\n" for path, fingerprint in found.items())
+        write_bytes(root / list_of(stage), text.encode())
+
+
+def list_of(stage: str) -> str:
+    """Path of the list of a stage of `dvc.yaml`, such as `distill@small`."""
+    return f"{LISTS}/{stage.partition('@')[0]}.txt"
+
+
+def read_list(text: str) -> dict[str, str]:
+    """The fingerprints that a list holds, by path."""
+    return dict(line.rsplit(" ", 1) for line in text.splitlines())
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    return [name.partition(":")[0] for name in names]
+
+
+def _is_literal(arguments: list[ast.expr]) -> bool:
+    """Whether the first of a call's arguments is the whole name of a module."""
+    value = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else None
+    return isinstance(value, str) and not value.startswith(".")
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def _canonical(value: Any) -> str:
+    """A syntax tree as text: without positions, docstrings and empty fields, which Python versions add to."""
+    if isinstance(value, ast.Constant):
+        return f"{type(value.value).__name__} {value.value!a}"
+    if isinstance(value, ast.AST):
+        fields = ((name, field) for name, field in ast.iter_fields(value) if name not in ("kind", "type_comment"))
+        said = [f"{name}={_canonical(field)}" for name, field in fields if field is not None and field != []]
+        return f"{type(value).__name__}({', '.join(said)})"
+    if isinstance(value, list):
+        return f"[{', '.join(_canonical(item) for item in value if not _is_docstring(item))}]"
+    return ascii(value)
+
+
+def _is_docstring(statement: Any) -> bool:
+    """A string that stands alone: nothing uses it, wherever it stands."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+if __name__ == "__main__":
+    try:
+        write_lists(Path.cwd())
+    except CodeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,28 @@
+"""The stages by name: the function of each, and what is called before and after a training.
+
+Names and no imports, so that each stage loads only its own code, and `lineage.code` can tell which code that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+PREPARE_STREAM = "components.lineage.streaming:prepare_stream"
+FORGET = "components.training.delivery:forget"
+STAGES = {  # the first is the stage's function
+    "embed": ("components.curation.stage:embed",),
+    "curate": ("components.curation.stage:curate",),
+    "pretrain": ("components.pretraining.stage:run", PREPARE_STREAM, FORGET),
+    "adapt": ("components.adaptation.stage:run", PREPARE_STREAM, FORGET),
+    "distill": ("components.distillation.stage:run", PREPARE_STREAM, FORGET),
+    "evaluate": ("components.evaluation.stage:run",),
+    "register": ("components.registry.stage:run",),
+}
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Import the function that `module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
