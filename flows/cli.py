@@ -33,6 +33,7 @@ from flows import (
     trace_commands,
     train_status,
 )
+from flows.commands import runs as runs_command
 from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
 from infra.local.site import StackError
@@ -99,6 +100,7 @@ app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
 app.command("curate")(curate_command.curate)
 app.command("train-status")(train_status.train_status)
+app.command("runs")(_in_the_checkout(runs_command.runs))
 
 
 @app.command()

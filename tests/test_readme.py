@@ -23,6 +23,7 @@ COMMANDS = [line.removeprefix("$ ") for block in BLOCKS for line in block.splitl
 RUN_ELSEWHERE = (
     ("make run", "tests/flows", r'"run"'),
     ("make test", ".ci/run", r"make test"),
+    ("pedigree runs", "tests/flows/test_runs_command.py", r'"runs"'),
     ("pedigree run", "tests/flows", r'"run"'),
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),

@@ -115,6 +115,13 @@ class AuditLog:
             entries.append(self._verified(key, body, entries[-1] if entries else None))
         return entries
 
+    def names(self) -> list[str]:
+        """Names of the models that have events."""
+        asked = {"Bucket": self.bucket, "Prefix": "events/", "Delimiter": "/"}
+        with s3_errors(self._place):
+            pages = self._client.get_paginator("list_object_versions").paginate(**asked)
+            return [p["Prefix"].split("/")[1] for page in pages for p in page.get("CommonPrefixes", [])]
+
     def _verified(self, key: str, body: bytes, before: Entry | None) -> Entry:
         try:
             entry = Entry(**json.loads(body))

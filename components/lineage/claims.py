@@ -1,0 +1,131 @@
+"""What the registry and the audit log refer to: runs, commits and DVC objects that must stay, and for whose sake."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from components.core.mlflow_client import reported
+from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.needs import OBJECT_ID
+from components.lineage.origin import Tag, data_versions
+from components.lineage.record import RecordError
+from components.lineage.runs import RUN_ID
+
+COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
+REMOVED_TAG = "pedigree.removed"  # on the MLflow runs of a run that `pedigree gc` removed: when
+DATA_TAGS = (Tag.CURATED, Tag.POOL, Tag.EVALUATION)
+PAGE = 200
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One version or audit event, and what of ours it refers to.
+
+    Attributes:
+        by: such as `version pedigree-candidates/3`.
+        runs: run ids.
+        ids: DVC ids.
+        lock_sha256: of the `dvc.lock` that it was registered with.
+    """
+
+    by: str
+    runs: frozenset[str]
+    commits: frozenset[str]
+    ids: frozenset[str] = frozenset()
+    lock_sha256: str | None = None
+
+
+def versions(client: Any) -> list[Any]:
+    """All versions of all registered models.
+
+    Raises:
+        TrackingError: MLflow does not answer; the same for all below that take its client.
+    """
+    with reported():
+        return list(_pages(lambda token: client.search_model_versions(max_results=PAGE, page_token=token)))
+
+
+def champions(client: Any) -> dict[str, str]:
+    """`NAME-candidates 3` -> `champion as NAME 1`, for each candidate that was promoted to a champion of today."""
+    found = {}
+    for version in versions(client):
+        with reported():
+            aliases = client.get_registered_model(version.name).aliases if Tag.CANDIDATE in version.tags else {}
+        if str(aliases.get("champion")) == str(version.version):
+            found[version.tags[Tag.CANDIDATE].replace("/", " ")] = f"champion as {version.name} {version.version}"
+    return found
+
+
+def version_claims(found: Iterable[Any]) -> list[Claim]:
+    """What each version that names its commit was made by and from."""
+    return [_claim(version) for version in found if version.tags.get(Tag.COMMIT)]
+
+
+def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
+    """What audit events name, by themselves or by their MLflow run; and a line for each such run that is gone.
+
+    Raises:
+        AuditError: a chain is broken: nothing is removed until that is explained.
+        StorageError: S3 does not answer.
+    """
+    claims, notes = [], []
+    for entry in (entry for name in log.names() for entry in log.read(name)):
+        by, text = f"audit event {entry.name}/{entry.sequence}", json.dumps(asdict(entry))
+        tags = _run_tags(client, entry)
+        if tags is None:
+            notes.append(f"{by} names the MLflow run {entry.details['run']}, which MLflow does not have any more")
+        text += json.dumps(tags or {})
+        ids = frozenset(id_ for id_ in OBJECT_ID.findall(text) if id_.endswith(".dir"))
+        claims.append(Claim(by, frozenset(RUN_ID.findall(text)), frozenset(COMMIT.findall(text)), ids))
+    return claims, notes
+
+
+def mlflow_runs(client: Any, model_names: Iterable[str], query: str) -> list[Any]:
+    """MLflow's runs of these models (each is an experiment) that match a query."""
+    with reported():
+        experiments = [client.get_experiment_by_name(name) for name in sorted(set(model_names))]
+        ids = [experiment.experiment_id for experiment in experiments if experiment is not None]
+        if not ids:
+            return []
+        return list(_pages(lambda token: client.search_runs(ids, query, max_results=PAGE, page_token=token)))
+
+
+def _claim(version: Any) -> Claim:
+    by, tags = f"version {version.name}/{version.version}", version.tags
+    try:
+        ids = {data.dvc for tag in DATA_TAGS for data in data_versions(tags, tag)}
+    except (ValueError, TypeError):
+        raise RecordError(f"{by}: its tags do not say which data it was made from ({', '.join(DATA_TAGS)})") from None
+    branch = tags.get(Tag.BRANCH, "")
+    runs = frozenset([branch.removeprefix("runs/")] if branch.startswith("runs/") else [])
+    ids |= {tags[Tag.WEIGHTS_DVC]} if tags.get(Tag.WEIGHTS_DVC) else set()
+    return Claim(by, runs, frozenset([tags[Tag.COMMIT]]), frozenset(ids), tags.get(Tag.LOCK_SHA256))
+
+
+def _run_tags(client: Any, entry: Entry) -> Mapping[str, str] | None:
+    """Tags of the MLflow run that an event names; none where it names none; None if MLflow does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(entry.details.get("run"), str):
+        return {}
+    with reported():
+        try:
+            return client.get_run(entry.details["run"]).data.tags
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+
+def _pages(ask: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return

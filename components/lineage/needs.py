@@ -1,0 +1,110 @@
+"""Which DVC objects a commit or a folder needs: all that its `dvc.lock` and `*.dvc` files name, folders with files.
+
+Also outputs that git keeps (`cache: false`): DVC stores them for its run cache, and restores no stage without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.lineage.record import LOCK, RecordError
+from components.lineage.runs import ask_git
+
+OBJECT_ID = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
+FOLDER = ".dir"  # how the id of a folder's listing ends
+
+
+class Needs:
+    """Answers for one repository.
+
+    Args:
+        root: the checkout; all its worktrees share its commits.
+        read: gives the bytes of a listing by its id; None for one that is nowhere.
+    """
+
+    def __init__(self, root: Path, read: Callable[[str], bytes | None]) -> None:
+        self.root = root
+        self.unlisted: set[str] = set()  # folders that something needs and whose listing is nowhere
+        self._read = read
+        self._blob = functools.cache(self._named_by)
+        self._files = functools.cache(self._listed)
+
+    def of_commit(self, revision: str) -> set[str]:
+        """Ids of the objects that a commit needs."""
+        lines = ask_git(self.root, "ls-tree", "-r", revision).splitlines()
+        entries = [line.partition("\t") for line in lines]
+        blobs = [facts.split()[2] for facts, _, path in entries if _names_data(path)]
+        return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
+
+    def of_folder(self, folder: Path) -> set[str]:
+        """Ids of the objects that a worktree's files need as they are now, committed or not."""
+        asked = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+        paths = {folder / name for name in ask_git(folder, *asked).split("\0") if _names_data(name)} | {folder / LOCK}
+        texts = {path: path.read_bytes() for path in paths if path.is_file()}
+        return self.whole(id_ for path, text in texts.items() for id_ in _ids(text, str(path)))
+
+    def of_history(self, revisions: Iterable[str]) -> set[str]:
+        """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
+        listed = ask_git(self.root, "rev-list", "--objects", *revisions, "--", "*.dvc").splitlines()
+        blobs = [line.split()[0] for line in listed if line.endswith(".dvc")]
+        return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
+
+    def whole(self, ids: Iterable[str]) -> set[str]:
+        """The ids, and those of the files in the folders among them."""
+        found = set(ids)
+        return found.union(*(self._files(id_) for id_ in found if id_.endswith(FOLDER)))
+
+    def _named_by(self, blob: str) -> tuple[str, ...]:
+        return tuple(_ids(ask_git(self.root, "cat-file", "blob", blob).encode(), f"git object {blob[:12]}"))
+
+    def _listed(self, folder: str) -> tuple[str, ...]:
+        data = self._read(folder)
+        if data is None:
+            self.unlisted.add(folder)
+            return ()
+        try:
+            return tuple(str(item["md5"]) for item in json.loads(data))
+        except (ValueError, TypeError, KeyError):
+            raise RecordError(f"DVC object {folder}: not a folder's listing; `dvc fetch` it again") from None
+
+
+def ids_of(outputs: Iterable[Any]) -> list[str]:
+    """DVC ids of the outputs of a stage, a `.dvc` file or a run-cache entry."""
+    return [out["md5"] for out in outputs if OBJECT_ID.fullmatch(str(out.get("md5")))]
+
+
+def read_yaml(text: bytes, where: str) -> Any:
+    """Parsed YAML.
+
+    Raises:
+        RecordError: it is none; what it names is unknown then.
+    """
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        raise RecordError(
+            f"{where}: not readable as YAML, so the data that it names is not known; mend it first"
+        ) from None
+
+
+def _ids(text: bytes, where: str) -> list[str]:
+    """What a `dvc.lock` or a `.dvc` file names."""
+    try:
+        found = read_yaml(text, where) or {}
+        stages = found["stages"].values() if "stages" in found else [found]
+        return [id_ for stage in stages for id_ in ids_of(stage.get("outs") or [])]
+    except (AttributeError, TypeError):
+        raise RecordError(
+            f"{where}: not as DVC writes it, so the data that it names is not known; mend it first"
+        ) from None
+
+
+def _names_data(path: str) -> bool:
+    return path.endswith(".dvc") or path == LOCK or path.endswith(f"/{LOCK}")

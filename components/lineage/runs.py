@@ -1,0 +1,182 @@
+"""The runs of this repository, read from git: which there are, how each ended, and what it registered."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.lineage.record import Record, RecordError
+
+RUNS = Path(".pedigree") / "runs"  # of the checkout: a folder and a lock file for each run
+BRANCHES = "refs/heads/runs/"
+RESULT = "reports/register/result.json"
+RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
+RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
+_ENDS = {"Run finished": FINISHED, "Run failed": FAILED, "Run interrupted": INTERRUPTED}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit of a run; `time` is in seconds since 1970."""
+
+    sha: str
+    time: int
+    subject: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, by its branch `runs/<id>`.
+
+    Attributes:
+        commits: its own, newest first; empty while it starts.
+        folder: its worktree, where that is kept.
+        locked: a process holds its lock file.
+    """
+
+    id: str
+    commits: tuple[Commit, ...]
+    folder: Path | None
+    locked: bool
+
+    @property
+    def branch(self) -> str:
+        """Name of its branch."""
+        return f"runs/{self.id}"
+
+    @property
+    def tip(self) -> str:
+        """Its last commit."""
+        return self.commits[0].sha
+
+    @property
+    def started(self) -> int | None:
+        """When it started, in seconds since 1970."""
+        return self.commits[-1].time if self.commits else None
+
+    @property
+    def ended(self) -> int | None:
+        """When its last commit was made; None while it runs."""
+        return None if self.locked or not self.commits else self.commits[0].time
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `failed`, `interrupted`, or `lost`: it ended without a closing commit."""
+        if self.locked:
+            return RUNNING
+        return _ENDS.get(self._closing[0], LOST)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed or was interrupted; of a lost run, what it did last."""
+        if self.state in (FAILED, INTERRUPTED):
+            return self._closing[1]
+        return f"no closing commit; the last one: {self.commits[0].subject}" if self.state == LOST else None
+
+    @property
+    def computed(self) -> list[str]:
+        """Stages that ran, rather than being unchanged or restored."""
+        subjects = (commit.subject.partition(": ") for commit in reversed(self.commits))
+        return [stage for stage, _, how in subjects if how.startswith("ran for ")]
+
+    @property
+    def _closing(self) -> tuple[str, str]:
+        start, _, rest = self.commits[0].subject.partition(": ")
+        return start, rest
+
+
+@dataclass(frozen=True)
+class Worktree:
+    """A folder that git has checked out: the checkout itself, a run's, or one that somebody made by hand."""
+
+    folder: Path
+    head: str
+    branch: str | None
+
+
+def find_runs(root: Path) -> list[Run]:
+    """All runs that have a branch or hold a lock, newest first; also those of other checkouts of this repository."""
+    branches = set(refs(root, BRANCHES))
+    names = {ref.removeprefix(BRANCHES) for ref in branches}
+    folders = {tree.branch: tree.folder for tree in worktrees(root) if tree.branch and tree.folder.is_dir()}
+    locks = {path.stem: path for path in (root / RUNS).glob("*.lock")}
+    locks |= {name: folders[ref].with_name(f"{name}.lock") for name in names if (ref := f"{BRANCHES}{name}") in folders}
+    names |= {name for name, path in locks.items() if is_locked(path)}  # one that starts has no branch yet
+    found = []
+    for name in names:
+        commits = tuple(_own_commits(root, name)) if f"{BRANCHES}{name}" in branches else ()
+        folder = folders.get(f"{BRANCHES}{name}")
+        found.append(Run(name, commits, folder, name in locks and is_locked(locks[name])))
+    return sorted(found, key=lambda run: (run.started or float("inf"), run.id), reverse=True)
+
+
+def registered(root: Path, run: Run) -> list[dict[str, Any]]:
+    """The versions that a run registered (or found registered), each with `name` and `version`."""
+    if not any(commit.subject.startswith("register: ") for commit in run.commits):
+        return []  # what is there was in the checkout
+    found = json.loads(Record(root, run.tip).read(RESULT) or b"{}")
+    return [version for version in found.values() if isinstance(version, dict) and "version" in version]
+
+
+def worktrees(root: Path) -> list[Worktree]:
+    """The folders of this repository that git knows; each at where the project begins in it."""
+    prefix = ask_git(root, "rev-parse", "--show-prefix")
+    found = []
+    for block in ask_git(root, "worktree", "list", "--porcelain").split("\n\n"):
+        facts = {key: value for key, _, value in (line.partition(" ") for line in block.splitlines())}
+        if set(facts.get("HEAD", "0")) != {"0"}:  # else it is bare, or has no commit yet
+            found.append(Worktree(Path(facts["worktree"], prefix), facts["HEAD"], facts.get("branch")))
+    return found
+
+
+def refs(root: Path, *patterns: str) -> list[str]:
+    """Names of git's references below the patterns."""
+    return ask_git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
+
+
+def ask_git(root: Path, *arguments: str) -> str:
+    """What a git command prints.
+
+    Raises:
+        RecordError: git refuses; the message is its own.
+    """
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split())
+        raise RecordError(f"git {arguments[0]} in {root}: {said or f'exit {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file; the file is left as it is."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _own_commits(root: Path, name: str) -> list[Commit]:
+    """Commits of the branch back to the one that a run begins with; of a foreign branch, those that no other has."""
+    branch, form = f"{BRANCHES}{name}", "--format=%H%x1f%ct%x1f%s"
+    found = []
+    for line in ask_git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():
+        found.append(_commit(line))
+        if found[-1].subject == f"Run {name}":
+            return found
+    others = ["--not", f"--exclude={BRANCHES}*", "--all"]
+    lines = ask_git(root, "log", form, branch, *others, "--").splitlines()
+    return [_commit(line) for line in lines] or found[:1]
+
+
+def _commit(line: str) -> Commit:
+    sha, time, subject = line.split("\x1f", 2)
+    return Commit(sha, int(time), subject)

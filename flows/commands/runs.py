@@ -1,0 +1,156 @@
+"""`pedigree runs`: what was run here, how it ended, what came of it, what it takes on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.core.mlflow_client import TrackingError, checked_client, server_uri
+from components.lineage.keeping import only_needed_by
+from components.lineage.needs import Needs
+from components.lineage.removal import own_bytes
+from components.lineage.runs import FINISHED, Run, find_runs, registered
+from components.lineage.stored import DiskStore, object_path, objects
+from infra.local import supervisor
+from infra.local.site import StackError
+
+CACHE = Path(".dvc") / "cache"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, as it is shown; sizes in bytes, times in ISO 8601."""
+
+    run: str
+    branch: str
+    started: str | None
+    ended: str | None
+    state: str
+    outcome: str
+    registered: list[str]
+    bytes_objects: int  # of DVC objects in the cache that no other run and no other branch needs
+    bytes_folder: int  # of its worktree, where that is kept, without what is linked to the cache
+
+
+def runs(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """List the runs of this repository, newest first: when, how it ended, what it registered, what it takes.
+
+    A lost run is one whose process ended without a closing commit. Works without the services, which only
+    say which version is a champion.
+
+    Examples:
+      pedigree runs
+
+      pedigree runs --json | jq '.runs[] | select(.state == "failed") | .outcome'
+    """
+    root = Path.cwd()
+    champions, note = _champions(root)
+    found = find_runs(root)
+    sizes = _sizes(root, found)
+    rows = [_row(root, run, champions, sizes.get(run.id, 0)) for run in found]
+    if as_json:
+        told = {"runs": [asdict(row) for row in rows], "notes": [note] if note else []}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    if not rows:
+        console.print("no runs yet; `pedigree run` makes one")
+        return
+    console.print(_table(rows))
+    if note:
+        console.print(note, markup=False)
+
+
+def _row(root: Path, run: Run, champions: Mapping[str, str], size: int) -> Row:
+    made = [f"{version['name']} {version['version']}" for version in registered(root, run)]
+    return Row(
+        run=run.id,
+        branch=run.branch,
+        started=_time(run.started),
+        ended=_time(run.ended),
+        state=run.state,
+        outcome=_outcome(run, [f"{name} ({champions[name]})" if name in champions else name for name in made]),
+        registered=made,
+        bytes_objects=size,
+        bytes_folder=own_bytes(run.folder) if run.folder else 0,
+    )
+
+
+def _outcome(run: Run, made: Sequence[str]) -> str:
+    """What came of a run, in words."""
+    told = [run.reason] if run.reason else []
+    if run.state == FINISHED and not run.computed:
+        told.append("nothing computed")
+    return "; ".join([*told, *([", ".join(made)] if made else [])])
+
+
+def _champions(root: Path) -> tuple[dict[str, str], str | None]:
+    """`NAME-candidates 3` -> `champion as NAME 1`; and a line where the registry could not be asked."""
+    from components.lineage.claims import champions
+
+    try:
+        os.environ.update(supervisor.connect(root, start=False))
+        if server_uri() is None:
+            raise TrackingError("MLFLOW_TRACKING_URI is not set")
+        return champions(checked_client()), None
+    except (StackError, TrackingError) as error:
+        return {}, f"champions are not shown: {error}"
+
+
+def _sizes(root: Path, found: Sequence[Run]) -> dict[str, int]:
+    disk = DiskStore(root / CACHE)
+    there = objects(disk.listing())
+    needs = Needs(root, lambda id_: disk.read(object_path(id_)))
+    return {
+        name: sum(there[id_].size for id_ in ids if id_ in there)
+        for name, ids in only_needed_by(root, found, needs).items()
+    }
+
+
+def _time(seconds: int | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(
+        box=None, pad_edge=False, caption_justify="left",
+        caption="size: DVC objects in the cache that only this run needs + its folder, where that is kept",
+    )  # fmt: skip
+    for column in ("run", "started", "ended", "state", "outcome", "size"):
+        table.add_column(column, overflow="fold", no_wrap=column == "run")
+    for row in rows:
+        size = f"{in_words(row.bytes_objects)} + {in_words(row.bytes_folder)}"
+        table.add_row(row.run, _age(row.started), _age(row.ended), row.state, row.outcome, size)
+    return table
+
+
+def _age(when: str | None) -> str:
+    if when is None:
+        return "-"
+    seconds = time.time() - datetime.fromisoformat(when).timestamp()
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def in_words(size: float) -> str:
+    """A number of bytes, such as `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
