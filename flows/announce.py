@@ -26,6 +26,7 @@ from prefect.utilities.urls import url_for
 
 from components.core.storage import write_bytes
 from components.data.manifest import MANIFEST
+from flows.health import online_workers, start_worker
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -114,7 +115,7 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
             _settle(note)
             return _found(client, listener, before, told)
     except httpx.HTTPError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
         if not note.exists():
             return replace(told, note=f"Prefect took the event but does not say what it started ({reason})")
         raise AnnounceError(
@@ -161,8 +162,5 @@ def _found(
 
 
 def _missing_worker(client: SyncPrefectClient, listener: DeploymentResponse) -> str | None:
-    pool = listener.work_pool_name
-    workers = client.read_workers_for_work_pool(pool) if pool else []
-    if any(str(worker.status) == "ONLINE" for worker in workers):
-        return None
-    return f"it waits for a worker: `prefect worker start --pool {pool}` (`pedigree up` for the local stack)"
+    pool = listener.work_pool_name or ""
+    return None if online_workers(client, pool) else f"it waits for a worker: {start_worker(pool)}"

@@ -25,6 +25,7 @@ from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
 from components.recipe import Recipe, load_recipe
 from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
+from flows.commands import doctor
 from flows.workspace import head_commit
 from infra.local import supervisor
 
@@ -85,6 +86,7 @@ app.command("up")(_in_the_checkout(stack_commands.up))
 app.command("status")(_in_the_checkout(stack_commands.status))
 app.command("down")(_in_the_checkout(stack_commands.down))
 app.command("env")(_in_the_checkout(stack_commands.env))
+app.command("doctor")(_in_the_checkout(doctor.doctor))
 app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))

@@ -29,6 +29,7 @@ RUN_ELSEWHERE = (
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
     ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
+    ("pedigree doctor", "tests/flows/test_doctor.py", r'"doctor"'),
     ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
     ("pedigree up", "tests/infra/test_local_stack.py", r'"up"'),
     ("pedigree status", "tests/infra/test_local_stack.py", r'"status"'),
