@@ -86,7 +86,9 @@ def test_every_pedigree_command_and_option_in_the_text_exists():
     named = set(re.findall(r"\bpedigree ([a-z][a-z-]*)", "\n".join(re.findall(r"`([^`\n]+)`", TEXT)) + "".join(BLOCKS)))
     assert named >= {"run", "ingest", "promote", "trace", "up", "status", "down", "env"}
     assert named <= set(commands)
-    options = {option for command in commands.values() for p in command.params for option in p.opts}
+    options = {
+        option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)
+    }
     spoken = set(re.findall(r"`(--[a-z-]+)[^`]*`", TEXT))
     assert "--set" in spoken
     assert spoken <= options
