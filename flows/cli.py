@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ from flows import (
     trace_commands,
     train_status,
 )
+from flows.commands import doctor
 from flows.commands import runs as runs_command
 from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
@@ -95,6 +97,7 @@ app.command("up")(_in_the_checkout(stack_commands.up))
 app.command("status")(_in_the_checkout(stack_commands.status))
 app.command("down")(_in_the_checkout(stack_commands.down))
 app.command("env")(_in_the_checkout(stack_commands.env))
+app.command("doctor")(_in_the_checkout(doctor.doctor))
 app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
@@ -145,21 +148,24 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
 
 
 @app.command()
-def ingest(
+def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     source: Annotated[str, typer.Argument(help="Folder, s3://bucket/prefix, tar shards or Parquet with image bytes.")],
     name: Annotated[str, typer.Option(help="Name of the source in the pool: small letters, digits, hyphens.")],
     license_: Annotated[str, typer.Option("--license", help="Licence under which the images may be used.")],
     holdout: Annotated[float | None, typer.Option(help="Share held out for evaluation, such as 0.2.")] = None,
     evaluation: Annotated[bool, typer.Option(help="The whole source is an evaluation set.")] = False,
+    retrain: Annotated[bool, typer.Option(help="Let new images start a retraining.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
     """Take a source of images into the pool: decode, validate, store, track with DVC, push to S3.
 
-    What is in the pool already is not stored again. New images start retraining through the deployment
-    `retrain/on-new-images`.
+    What is in the pool already is not stored again. New images start a whole retraining through the deployment
+    `retrain/on-new-images`, which is named at the end; `--no-retrain` starts none.
 
     Examples:
       pedigree ingest ~/photos --name photos --license CC-BY-4.0 --holdout 0.2
+
+      pedigree ingest ~/photos --name photos --license CC-BY-4.0 --no-retrain
 
       pedigree ingest s3://bucket/shards/ --name crawl --license CC0-1.0
     """
@@ -176,17 +182,21 @@ def ingest(
         _connect(checkout)
         from flows.ingest import ingest as flow
 
-        report = _finished(flow, request)
+        done = _finished(flow, request, announce=retrain)
+    report = done.report
     if as_json:
         fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
         snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
-        _print_json({**{key: getattr(report, key) for key in fields}, **snapshots})
+        started = [asdict(each) for each in done.retraining]
+        _print_json({**{key: getattr(report, key) for key in fields}, **snapshots, "retraining": started})
         return
     console = Console()
     console.print(f"{name}: {report}", markup=False, highlight=False)
     for folder in (report.pool_snapshot, report.evaluation_snapshot):
         if folder is not None:
             console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.dvc` keeps it in your history")
+    for line in done.retraining if retrain else ["no retraining starts, now or by a later ingest (--no-retrain)"]:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _connect(checkout: Path) -> None:
@@ -237,6 +247,7 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
     """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
     from components.data.ingest_config import IngestRequest
     from flows.ingest import ingest as flow
+    from flows.pool_lock import pool_held
     from flows.workspace import SAMPLE, known_sources
 
     if images is not None:
@@ -244,16 +255,17 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
         request = IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2)
         _finished(flow, request, announce=False)
         return [name]
-    if not known_sources(checkout):
-        from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
+    with pool_held(SAMPLE, logging.getLogger(__name__)):  # while it is made another run must not make it too
+        if not known_sources(checkout):
+            from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
 
-        folder = checkout / ".pedigree" / SAMPLE
-        build_sample_pool(folder)
-        for part, as_evaluation in (("evaluation", True), ("pool", False)):
-            request = IngestRequest.parse(
-                source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
-            )
-            _finished(flow, request, announce=False)
+            folder = checkout / ".pedigree" / SAMPLE
+            build_sample_pool(folder)
+            for part, as_evaluation in (("evaluation", True), ("pool", False)):
+                request = IngestRequest.parse(
+                    source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
+                )
+                _finished(flow, request, announce=False)
     return None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.events import emit_event
 from prefect.states import Failed
 
 from components.data.ingest import IngestReport
@@ -16,37 +16,53 @@ from components.data.ingest import ingest as ingest_source
 from components.data.ingest_config import IngestRequest
 from components.lineage.ledger import Ledger
 from flows import interrupt, live
+from flows.announce import Retraining, announce_snapshots, forget_snapshots, remember_untracked
+from flows.pool_lock import pool_held
 from flows.stages import RETRIES
 
-POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
+
+@dataclass(frozen=True)
+class Ingested:
+    """What was stored, and the retraining that each new snapshot of the pool has started."""
+
+    report: IngestReport
+    retraining: tuple[Retraining, ...]
 
 
 @flow(
     name="ingest", persist_result=False,
     on_completion=[live.end], on_failure=[live.end], on_cancellation=[live.end], on_crashed=[live.end],
 )  # fmt: skip
-def ingest(request: IngestRequest, announce: bool = True) -> IngestReport | State[Any]:
+def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[Any]:
     """Store what is new of a source, validated and tracked by DVC.
 
     Args:
         request: what to read, its name and its licence.
-        announce: emit the event that starts retraining when images were added to the pool.
+        announce: emit the event that starts retraining when images were added to the pool, also by an earlier ingest of
+            this source that did not end; if false, no later ingest emits it for them either.
     """
-    live.close_lost(Path.cwd())
-    live.begin(Path.cwd())
     with interrupt.handled() as interrupted:
         try:
-            report = ingest_source(request)
-            track(request)
+            live.close_lost(Path.cwd())
+            live.begin(Path.cwd())
+            return _ingest(request, announce)
         except KeyboardInterrupt:
             return interrupt.final_state(interrupted)
         except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
             return Failed(message=str(error) or type(error).__name__)
-    create_markdown_artifact(f"**{request.name}**: {report}", key=f"ingest-{request.name}")
-    if announce and report.pool_snapshot is not None:
-        resource = {"prefect.resource.id": f"pedigree.pool.{request.name}"}
-        emit_event(POOL_GROWN, resource=resource, payload={"images": report.stored})
-    return report
+
+
+def _ingest(request: IngestRequest, announce: bool) -> Ingested:
+    source = request.pool / request.name
+    with pool_held(request.name, get_run_logger()):
+        report = ingest_source(request)
+        remember_untracked(source)
+        track(request)
+        retraining = announce_snapshots(source) if announce else []
+        forget_snapshots(source)
+    told = "\n\n".join(map(str, (f"**{request.name}**: {report}", *retraining)))
+    create_markdown_artifact(told, key=f"ingest-{request.name}")
+    return Ingested(report, tuple(retraining))
 
 
 @task(name="track", persist_result=False, cache_policy=NO_CACHE, **RETRIES)

@@ -30,6 +30,7 @@ RUN_ELSEWHERE = (
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
     ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
+    ("pedigree doctor", "tests/flows/test_doctor.py", r'"doctor"'),
     ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
     ("pedigree up", "tests/infra/test_local_stack.py", r'"up"'),
     ("pedigree status", "tests/infra/test_local_stack.py", r'"status"'),
@@ -86,7 +87,9 @@ def test_every_pedigree_command_and_option_in_the_text_exists():
     named = set(re.findall(r"\bpedigree ([a-z][a-z-]*)", "\n".join(re.findall(r"`([^`\n]+)`", TEXT)) + "".join(BLOCKS)))
     assert named >= {"run", "ingest", "promote", "trace", "up", "status", "down", "env"}
     assert named <= set(commands)
-    options = {option for command in commands.values() for p in command.params for option in p.opts}
+    options = {
+        option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)
+    }
     spoken = set(re.findall(r"`(--[a-z-]+)[^`]*`", TEXT))
     assert "--set" in spoken
     assert spoken <= options

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -81,6 +83,24 @@ def _advice(reason: str) -> str:
         f"{shown_server()} or the storage behind it does not answer ({reason}); 'pedigree status' says what is "
         "down, 'pedigree up' starts it; or correct MLFLOW_TRACKING_URI (unset it to run without tracking)"
     )
+
+
+def probe_artifacts(name: str) -> None:
+    """Store an artifact where runs of the model `name` store theirs, and remove it.
+
+    Raises:
+        TrackingError: the server does not answer, refuses these credentials, or cannot reach its storage.
+    """
+    with reported():
+        client = checked_client()
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        experiment = client.get_experiment_by_name(name) or client.get_experiment("0")
+        probe = f"doctor-{secrets.token_hex(8)}"
+        artifacts = get_artifact_repository(f"{experiment.artifact_location.rstrip('/')}/{probe}")
+        with tempfile.NamedTemporaryFile(prefix="probe-") as file:
+            artifacts.log_artifact(file.name)
+        artifacts.delete_artifacts()
 
 
 @contextmanager

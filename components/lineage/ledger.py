@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -164,6 +164,20 @@ class Ledger:
             repo.checkout(targets=targets, force=True)
             return len(targets)
 
+    def remote_address(self) -> str:
+        """The address of the remote, once it has answered with its own settings; waits for no lock.
+
+        Raises:
+            LedgerError: there is no remote, or it refuses.
+            LedgerUnreachableError: it does not answer.
+        """
+        with self._repo(locked=False) as repo:
+            if not self._has_remote(repo):
+                raise LedgerError("DVC has no remote; `dvc remote add --default storage s3://BUCKET/dvc` names one")
+            remote = repo.cloud.get_remote()
+            remote.fs.exists(remote.path)
+            return remote.fs.unstrip_protocol(remote.path)
+
     def share_cache(self, cache: Path, settings: Path | None) -> None:
         """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
         local = self.root / ".dvc" / "config.local"
@@ -209,13 +223,13 @@ class Ledger:
         return bool(repo.config["core"].get("remote"))
 
     @contextmanager
-    def _repo(self) -> Iterator[Repo]:
+    def _repo(self, locked: bool = True) -> Iterator[Repo]:
         try:
             with (
                 _ONE_AT_A_TIME,
                 _inside(self.root),
                 Repo(os.fspath(self.root), _wait_for_lock=True) as repo,
-                lock_repo(repo),
+                lock_repo(repo) if locked else nullcontext(),
             ):
                 yield repo
         except dvc.exceptions.NotDvcRepoError:

@@ -6,19 +6,26 @@ import base64
 import json
 import os
 import subprocess
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from filelock import FileLock
 from PIL import Image
 from skimage import data
 
+from components.data.ingest_config import IngestRequest
 from components.data.manifest import read_collection
-from flows.ingest import POOL_GROWN
-from tests.flows.repository import DVC, PROJECT, make_repository, pedigree
+from flows.announce import LISTENER, POOL_GROWN
+from flows.ingest import ingest as ingest_flow
+from tests.flows.repository import DVC, PROJECT, make_repository, pedigree, pedigree_command
 
 pytestmark = pytest.mark.stack
 
@@ -34,6 +41,14 @@ def prefect(path: str, body: dict[str, Any]) -> Any:
 def grown(source: str) -> list[dict[str, Any]]:
     names = {"any_resource": {"id": [f"pedigree.pool.{source}"]}, "event": {"name": [POOL_GROWN]}}
     return prefect("/events/filter", {"filter": names})["events"]
+
+
+def announced(source: str) -> list[dict[str, Any]]:
+    """The events, once Prefect has written the first of them."""
+    until = time.monotonic() + 60
+    while not (events := grown(source)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return events
 
 
 def ingest(root: Path, source: Path, name: str, *options: str) -> dict[str, Any]:
@@ -74,13 +89,16 @@ def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_pat
     assert not ids["pool"] & ids["evaluation"]
     assert (len(ids["pool"]), len(ids["evaluation"])) == (report["stored"], report["held_out"])
 
-    until = time.monotonic() + 15
-    while not (events := grown("flow-shots")) and time.monotonic() < until:
-        time.sleep(0.2)
-    assert [event["payload"]["images"] for event in events] == [report["stored"]]
+    (told,) = report["retraining"]
+    assert (told["images"], told["flow_run"]) == (report["stored"], None)
+    assert "no deployment retrain/on-new-images; `prefect deploy --all` makes it" in told["note"]
+    assert [event["payload"]["images"] for event in announced("flow-shots")] == [report["stored"]]
+
+    note = Path("flow-shots") / Path(report["pool_snapshot"]).name  # as if killed after sending, before noting it
+    (root / ".pedigree/announced" / note).rename(root / ".pedigree/unannounced" / note)
     again = ingest(root, photos, "flow-shots", "--holdout", "0.25")
     assert (again["already_present"], again["pool_snapshot"], again["evaluation_snapshot"]) == (40, None, None)
-    assert len(grown("flow-shots")) == 1  # nothing new, nothing announced
+    assert len(grown("flow-shots")) == 1
 
 
 def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack, tmp_path, photos):
@@ -92,15 +110,85 @@ def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack,
     assert grown("flow-benchmark") == []
 
 
-def test_an_ingest_that_was_cut_short_before_tracking_is_completed(stack, tmp_path, photos):
+def test_what_an_unfinished_ingest_stored_is_announced_once_by_the_next(stack, tmp_path, photos, monkeypatch):
     root = make_repository(tmp_path)
-    report = ingest(root, photos, "flow-cut")
-    pointer = root / f"{report['pool_snapshot']}.dvc"
-    recorded = pointer.read_text()
-    pointer.unlink()
-    assert ingest(root, photos, "flow-cut")["stored"] == 0
-    assert pointer.read_text() == recorded
+    monkeypatch.chdir(root)
+
+    def dvc(*arguments: str) -> None:
+        subprocess.run([DVC, "remote", "modify", *arguments], cwd=root, check=True, capture_output=True)
+
+    dvc("storage", "url", f"s3://pedigree-data/{tmp_path.name}")
+    dvc("storage", "endpointurl", stack.env["AWS_ENDPOINT_URL"])
+    dvc("--local", "storage", "access_key_id", "refused")
+    dvc("--local", "storage", "secret_access_key", "refused")
+    request = IngestRequest.parse(source=str(photos), name="flow-cut", license="CC0-1.0")
+    failed = ingest_flow(request, return_state=True)
+    assert failed.is_failed()
+    assert "DVC" in failed.message
+    (snapshot,) = (path for path in (root / "data/pool/flow-cut").iterdir() if path.is_dir())
+    assert grown("flow-cut") == []
+
+    snapshot.with_name(f"{snapshot.name}.dvc").unlink()  # as if killed before `dvc add`
+    (root / ".pedigree/unannounced/flow-cut" / snapshot.name).unlink()
+    (root / ".dvc/config.local").unlink()
+    done = ingest_flow(request)
+    assert (done.report.stored, done.report.already_present) == (0, 40)
+    assert [(told.snapshot, told.images) for told in done.retraining] == [(snapshot.name, 40)]
+    assert snapshot.with_name(f"{snapshot.name}.dvc").exists()
+    assert [event["payload"]["images"] for event in announced("flow-cut")] == [40]
+    assert ingest_flow(request).retraining == ()
+    assert len(grown("flow-cut")) == 1
+
+
+@pytest.fixture
+def listener(stack, tmp_path) -> Iterator[str]:
+    """The deployment of prefect.yaml that waits for new images, on a work pool without a worker; its id."""
+    api, pool = partial(subprocess.run, cwd=PROJECT, check=True, capture_output=True, text=True), "idle"
+    program = str(Path(sys.executable).with_name("prefect"))
+    api([program, "--no-prompt", "work-pool", "create", pool, "--type", "process"])
+    api([program, "--no-prompt", "deploy", "--name", "on-new-images", "--pool", pool])
+    try:
+        (found,) = prefect("/deployments/filter", {"deployments": {"name": {"any_": ["on-new-images"]}}})
+        yield found["id"]
+    finally:
+        api([program, "--no-prompt", "deployment", "delete", "retrain/on-new-images"])
+        api([program, "--no-prompt", "work-pool", "delete", pool])
+
+
+def test_the_retraining_that_new_images_start_is_named(stack, listener, tmp_path, photos):
+    root = make_repository(tmp_path)
+    done = pedigree(root, "ingest", str(photos), "--name", "flow-told", "--license", "CC0-1.0")
+    assert done.returncode == 0, done.stderr
+    (run,) = prefect("/flow_runs/filter", {"deployments": {"id": {"any_": [listener]}}})
+    page = stack.env["PREFECT_API_URL"].removesuffix("/api")
+    started = f"40 new images start a retraining: deployment retrain/on-new-images, {page}/runs/flow-run/{run['id']}"
+    assert f"{started}; it waits for a worker: `prefect worker start --pool idle`" in done.stdout
+
+
+def test_an_ingest_waits_for_another_and_no_retrain_holds_for_later_ones(stack, tmp_path, photos, monkeypatch):
+    root = make_repository(tmp_path)
+    monkeypatch.chdir(root)
+    (root / ".pedigree").mkdir()
+    holder = root / ".pedigree/pool.lock"
+    with FileLock(holder), (tmp_path / "said").open("w+") as said:
+        holder.write_text("the ingest of others (process 7, since yesterday)")
+        arguments = pedigree_command(
+            "ingest", str(photos), "--name", "flow-wait", "--license", "CC0-1.0", "--no-retrain"
+        )
+        waiting = subprocess.Popen(arguments, stdout=said, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert any("waiting for the ingest of others (process 7, since yesterday)" in line for line in waiting.stderr)
+        assert not (root / "data/pool/flow-wait").exists()
+        holder.write_text("")
+    told = waiting.communicate(timeout=120)[1]
+    assert waiting.returncode == 0, told
+    assert holder.read_text().startswith(f"the ingest of flow-wait (process {waiting.pid}, since 20")
+    assert "no retraining starts, now or by a later ingest (--no-retrain)" in (tmp_path / "said").read_text()
+    request = IngestRequest.parse(source=str(photos), name="flow-wait", license="CC0-1.0")
+    assert ingest_flow(request).retraining == ()
 
 
 def test_the_deployment_waits_for_the_event_that_is_sent():
-    assert f"{POOL_GROWN}" in (PROJECT / "prefect.yaml").read_text()
+    (named,) = (each for each in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+                if LISTENER.endswith(f"/{each['name']}"))  # fmt: skip
+    assert named["triggers"][0]["expect"] == [POOL_GROWN]

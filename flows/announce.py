@@ -1,0 +1,166 @@
+"""Tell Prefect which snapshots the pool has gained, each exactly once, and find the retraining that this starts.
+
+`.pedigree/unannounced/SOURCE/SNAPSHOT` holds the id of the event that a stored snapshot still needs. The file is
+written before `dvc add` and moved to `.pedigree/announced` after Prefect has taken the event, so an ingest that fails
+or is killed in between leaves it to the next ingest of that source. The id stays the same, and Prefect is asked for it
+before it is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import httpx
+import pyarrow.parquet as pq
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events import Event, Resource
+from prefect.events.filters import EventFilter, EventIDFilter
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.urls import url_for
+
+from components.core.storage import write_bytes
+from components.data.manifest import MANIFEST
+from flows.health import online_workers, start_worker
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import DeploymentResponse
+
+POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
+LISTENER = "retrain/on-new-images"  # the deployment that waits for it
+UNANNOUNCED, ANNOUNCED = Path(".pedigree/unannounced"), Path(".pedigree/announced")
+WAIT_SECONDS = 30.0  # for the run that an enabled trigger makes: 1 to 2 s on a machine that is not busy
+
+
+class AnnounceError(RuntimeError):
+    """Prefect did not take the event; the images are stored, and another ingest of the source sends it."""
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What the event of one snapshot has started; `flow_run` and `url` are None where it started nothing."""
+
+    snapshot: str
+    images: int
+    deployment: str = LISTENER
+    flow_run: str | None = None
+    url: str | None = None
+    note: str | None = None  # what is missing, and what to do
+
+    def __str__(self) -> str:
+        if self.flow_run is None:
+            return f"{self.images} new images announced, no retraining seen: {self.note}"
+        started = f"{self.images} new images start a retraining: deployment {self.deployment}, {self.url}"
+        return f"{started}; {self.note}" if self.note else started
+
+
+def remember_untracked(source: Path) -> None:
+    """Note an event for each snapshot of a pool's source that DVC does not know yet."""
+    for folder in sorted(path for path in source.glob("[0-9a-f]*") if path.is_dir()):
+        places = [home / source.name / folder.name for home in (UNANNOUNCED, ANNOUNCED)]
+        if not any(place.exists() for place in (folder.with_name(f"{folder.name}.dvc"), *places)):
+            write_bytes(places[0], str(uuid4()).encode())
+
+
+def forget_snapshots(source: Path) -> None:
+    """Drop the events that the source's snapshots still need: no later ingest sends them."""
+    for note in _notes(source):
+        _settle(note)
+
+
+def announce_snapshots(source: Path) -> list[Retraining]:
+    """Send the events that the source's snapshots still need, and say what each has started.
+
+    Raises:
+        AnnounceError: Prefect does not answer or refuses.
+    """
+    return [_announce_one(source / note.name, note) for note in _notes(source)]
+
+
+def _notes(source: Path) -> list[Path]:
+    """The notes of the source's snapshots that are still there."""
+    notes = sorted((UNANNOUNCED / source.name).glob("[0-9a-f]*"))
+    return [note for note in notes if (source / note.name).is_dir()]
+
+
+def _settle(note: Path) -> None:
+    """Nothing is to be sent for this snapshot any more."""
+    settled = ANNOUNCED / note.relative_to(UNANNOUNCED)
+    settled.parent.mkdir(parents=True, exist_ok=True)
+    note.replace(settled)
+
+
+def _announce_one(snapshot: Path, note: Path) -> Retraining:
+    images = pq.read_metadata(snapshot / MANIFEST).num_rows
+    event = Event(
+        id=UUID(note.read_text()),
+        event=POOL_GROWN,
+        resource=Resource({"prefect.resource.id": f"pedigree.pool.{snapshot.parent.name}"}),
+        payload={"images": images, "snapshot": snapshot.name},
+    )
+    told = Retraining(snapshot.name, images)
+    try:
+        with get_client(sync_client=True) as client:
+            listener = _listener(client)
+            before = {run.id for run in _started(client, listener)}
+            if not client.read_events(EventFilter(id=EventIDFilter(id=[event.id])), limit=1).events:
+                client.request("POST", "/events", json=[event.model_dump(mode="json")])
+            _settle(note)
+            return _found(client, listener, before, told)
+    except httpx.HTTPError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
+        if not note.exists():
+            return replace(told, note=f"Prefect took the event but does not say what it started ({reason})")
+        raise AnnounceError(
+            f"the images are stored, but Prefect did not take the event that starts a retraining ({reason}); "
+            "ingest the source again to send it"
+        ) from error
+
+
+def _listener(client: SyncPrefectClient) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(LISTENER)
+    except ObjectNotFound:
+        return None
+
+
+def _started(client: SyncPrefectClient, listener: DeploymentResponse | None) -> list[FlowRun]:
+    """The newest runs that the deployment's trigger has made."""
+    if listener is None:
+        return []
+    chosen = DeploymentFilter(id=DeploymentFilterId(any_=[listener.id]))
+    runs = client.read_flow_runs(deployment_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=100)
+    return [run for run in runs if run.created_by is not None and run.created_by.type == "AUTOMATION"]
+
+
+def _found(
+    client: SyncPrefectClient, listener: DeploymentResponse | None, before: set[UUID], told: Retraining
+) -> Retraining:
+    """Wait for the run that was not there before the event."""
+    if listener is None:
+        return replace(told, note=f"Prefect has no deployment {LISTENER}; `prefect deploy --all` makes it")
+    automations = client.read_resource_related_automations(f"prefect.deployment.{listener.id}")
+    if not any(automation.enabled for automation in automations):
+        return replace(
+            told, note=f"the trigger of {LISTENER} is off; switch it on in Prefect's page, under Automations"
+        )
+    until = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < until:
+        if new := [run for run in _started(client, listener) if run.id not in before]:
+            run = new[-1]
+            where = url_for("flow-run", obj_id=run.id)
+            return replace(told, flow_run=str(run.id), url=where, note=_missing_worker(client, listener))
+        time.sleep(0.5)
+    return replace(told, note=f"the trigger of {LISTENER} made no run in {WAIT_SECONDS:.0f} s; look at Prefect's log")
+
+
+def _missing_worker(client: SyncPrefectClient, listener: DeploymentResponse) -> str | None:
+    pool = listener.work_pool_name or ""
+    return None if online_workers(client, pool) else f"it waits for a worker: {start_worker(pool)}"

@@ -1,0 +1,51 @@
+"""`pedigree doctor`: what a run needs and lacks, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.health import RED, Finding, diagnose
+from infra.local import supervisor
+from infra.local.site import StackError
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False) -> None:
+    """Check everything that a run needs: packages, git, S3, DVC, MLflow, Prefect, its worker and schedules.
+
+    Green: works. Yellow: works, but look at it. Red: a run fails or never starts; ends with 1. Nothing is changed.
+
+    Examples:
+      pedigree doctor
+
+      pedigree doctor --json
+    """
+    checkout, findings = Path.cwd(), []
+    try:
+        os.environ.update(supervisor.connect(checkout, start=False))
+    except StackError as error:
+        findings.append(Finding("services", RED, str(error)))
+    findings += diagnose(checkout, services=not findings)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    else:
+        _show(findings)
+    if any(finding.state == RED for finding in findings):
+        raise typer.Exit(1)
+
+
+def _show(findings: list[Finding]) -> None:
+    table = Table("", "check", "found", "what to do", box=None, pad_edge=False)
+    for finding in findings:
+        state = Text(finding.state, style=finding.state)
+        table.add_row(state, Text(finding.check), Text(finding.detail), Text(finding.advice))
+    Console().print(table)

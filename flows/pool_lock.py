@@ -1,0 +1,38 @@
+"""One ingest at a time: the pool's folders and DVC's record of them take one writer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOCK = Path(".pedigree/pool.lock")
+
+
+@contextmanager
+def pool_held(source: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> Iterator[None]:
+    """Hold the pool of the current checkout; wait, and log for what, while another process holds it.
+
+    A process that holds it may take it again. The lock ends with the process, however it ends; its file names the last
+    holder.
+    """
+    path = LOCK.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("waiting for %s", path.read_text().strip() or "another ingest")
+        lock.acquire()
+    try:
+        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        path.write_text(f"the ingest of {source} (process {os.getpid()}, since {since})")
+        yield
+    finally:
+        lock.release()
