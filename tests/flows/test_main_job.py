@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -251,14 +252,37 @@ def test_promotion_and_trace(checkout, first):
     assert "champion" in {row["model"] for row in after["metrics"] if row["evaluation"] == "teacher"}
 
 
-def test_training_killed_in_the_middle_goes_on_from_its_checkpoint(checkout, first):
-    values = settings("pretrain.optimizer.base_lr=3e-3", "pretrain.steps=60", "pretrain.checkpoint_every_steps=5")
+def started(root: Path, values: list[str], until: str) -> subprocess.Popen[str]:
+    """`pedigree run`, as far as the line that is named."""
     command = [sys.executable, "-c", "from flows.cli import main; main()", "run", *values]
-    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("checkpoint after 10 steps"):
-            break
+    assert any(line.startswith(until) for line in process.stderr)
+    return process
+
+
+def test_training_that_is_stopped_or_killed_goes_on_from_its_checkpoint(checkout, first):
+    values = settings("pretrain.optimizer.base_lr=3e-3", "pretrain.steps=60", "pretrain.checkpoint_every_steps=5")
+    process = started(checkout, values, "checkpoint after 5 steps")
+    process.terminate()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert "; start it again to go on" in said
+    assert said.splitlines()[-1] == "stopped by SIGTERM; what was finished is kept, run again to go on"
+    experiment = MlflowClient().get_experiment_by_name("pedigree")
+    assert experiment is not None
+    newest = MlflowClient().search_runs([experiment.experiment_id], max_results=2)
+    assert {(run.data.tags["pedigree.stage"], run.info.status) for run in newest} == {
+        ("flow", "KILLED"),
+        ("pretrain", "KILLED"),
+    }
+    stopped = newest[0].data.tags["pedigree.run"]
+    assert git(checkout, "show", "-s", "--format=%s", f"runs/{stopped}") == "Run interrupted: stopped by SIGTERM"
+
+    process = started(checkout, values, "checkpoint after 20 steps")
+    assert process.stderr is not None
     trainer = next(c for c in psutil.Process(process.pid).children(recursive=True) if "pretrain" in c.cmdline())
     trainer.kill()
     said = process.stderr.read()
