@@ -34,7 +34,7 @@ from flows import (
     trace_commands,
     train_status,
 )
-from flows.commands import doctor
+from flows.commands import doctor, plan
 from flows.commands import runs as runs_command
 from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
@@ -102,6 +102,7 @@ app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
 app.command("curate")(curate_command.curate)
+app.command("plan")(_in_the_checkout(plan.plan))
 app.command("train-status")(train_status.train_status)
 app.command("runs")(_in_the_checkout(runs_command.runs))
 

@@ -25,6 +25,7 @@ RUN_ELSEWHERE = (
     ("make test", ".ci/run", r"make test"),
     ("pedigree runs", "tests/flows/test_runs_command.py", r'"runs"'),
     ("pedigree run", "tests/flows", r'"run"'),
+    ("pedigree plan", "tests/flows/test_plan.py", r'\["plan"'),
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),

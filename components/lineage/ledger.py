@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,9 +25,12 @@ import dvc.exceptions
 import dvc.lock
 from botocore.exceptions import BotoCoreError, ClientError
 from configobj import ConfigObj, ConfigObjError
+from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
-from dvc.stage.cache import RunCacheNotFoundError, _get_stage_hash
+from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
+
+from components.lineage.record import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
@@ -57,6 +63,25 @@ class Stage:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run would do with a stage.
+
+    Attributes:
+        stage: name, as of `Stage`.
+        outcome: RESTORED or CHANGED, as far as the inputs are known.
+        waits: the stages it needs whose outputs are not in place.
+        here: its outputs are in place, as they are going to be.
+        inputs: what `dvc.lock` would say: `cmd`, `params`, and `deps` with their DVC ids, None where that is not known.
+    """
+
+    stage: str
+    outcome: Outcome
+    waits: tuple[str, ...]
+    here: bool
+    inputs: dict[str, Any]
+
+
 class Ledger:
     """DVC's record of one workspace.
 
@@ -70,23 +95,7 @@ class Ledger:
     def stages(self) -> list[Stage]:
         """All stages of `dvc.yaml` in an order in which they can run."""
         with self._repo() as repo:
-            graph = repo.index.graph  # edges go from a stage to what it depends on
-            names: dict[Any, str] = {s: str(s.addressing) for s in graph.nodes if isinstance(s, PipelineStage)}
-            result, done = [], set()
-
-            def visit(stage: Any) -> None:
-                if stage in done or stage not in names:
-                    return
-                done.add(stage)
-                needed = sorted((s for s in graph.successors(stage) if s in names), key=names.__getitem__)
-                for other in needed:
-                    visit(other)
-                outs = tuple(out.def_path for out in stage.outs)
-                result.append(Stage(names[stage], stage.cmd, tuple(names[s] for s in needed), outs))
-
-            for stage in sorted(names, key=names.__getitem__):
-                visit(stage)
-            return result
+            return [stage for _, stage in self._in_order(repo)]
 
     def take_up(self, name: str) -> Outcome:
         """Bring a stage's outputs into place if they are known for today's inputs; else clear them away to run."""
@@ -132,6 +141,52 @@ class Ledger:
                 target = "/".join((remote.path, *entry.relative_to(repo.cache.legacy.path).parts))
                 remote.fs.put_file(os.fspath(entry), target)
 
+    def foresee(self, helper: str | None = None) -> list[Foreseen]:
+        """Find out what a run in this workspace would do with each stage, from this machine's cache alone.
+
+        Tracked data and outputs that are known are brought into place; nothing is recorded, sent or fetched.
+
+        Args:
+            helper: a stage that is run for it where it has changed: a quick one, whose outputs others depend on.
+
+        Raises:
+            LedgerError: tracked data is not in the cache, or the helper fails; the message has its last line.
+        """
+        found: dict[str, Foreseen] = {}
+        outputs: dict[str, tuple[str, ...]] = {}
+        with self._repo() as repo:
+            self._place_data(repo, fetch=False)
+            for stage, known in self._in_order(repo):
+                waits = tuple(name for name in known.needs if not found[name].here)
+                outcome, here = (Outcome.CHANGED, False) if waits else self._restore_here(repo, stage)
+                if known.name == helper and not here:
+                    self._run_helper(known)
+                    here = True
+                unsure = [path for name in waits for path in outputs[name]]
+                found[known.name] = Foreseen(known.name, outcome, waits, here, _inputs(stage, unsure))
+                outputs[known.name] = known.outputs
+        return list(found.values())
+
+    def adopt(self, name: str, entry: dict[str, Any]) -> None:
+        """Take the outputs of a stage's old `dvc.lock` entry as those of today's inputs, also for later runs.
+
+        Raises:
+            LedgerError: the outputs are neither in the cache nor on the remote.
+        """
+        with self._repo() as repo:
+            stage = self._stage(repo, name)
+            made = repo.stage_cache._create_stage(entry, wdir=stage.wdir)
+            if self._has_remote(repo):
+                for objects in made.get_used_objs().values():
+                    repo.cloud.pull(objects)
+            if not made.outs_cached():
+                raise LedgerError(
+                    f"{name}: its recorded outputs are neither in the DVC cache nor on the remote; run it"
+                )
+            stage.remove_outs(ignore_remove=False)
+            made.checkout()
+            self._commit(repo, name)
+
     def fetch_run_cache(self) -> None:
         """Learn what other machines have computed: fetch the remote's small index of finished stages."""
         with self._repo() as repo:
@@ -150,19 +205,7 @@ class Ledger:
     def bring_data(self) -> int:
         """Put every tracked data folder (`*.dvc`) in place, fetching what the cache lacks; returns how many."""
         with self._repo() as repo:
-            targets = [s.addressing for s in repo.index.stages if not isinstance(s, PipelineStage)]
-            if not targets:
-                return 0
-            missing = [s for s in repo.index.stages if s.addressing in targets and not s.outs_cached()]
-            if missing and self._has_remote(repo):
-                repo.fetch(targets=[s.addressing for s in missing])
-            if lost := [str(s.outs[0]) for s in missing if not s.outs_cached()]:
-                raise LedgerError(
-                    f"{lost[0]}: its bytes are neither in the DVC cache nor on the remote; take the remote that has "
-                    f"them (AWS_ENDPOINT_URL), or delete {lost[0]}.dvc and ingest the source again"
-                )
-            repo.checkout(targets=targets, force=True)
-            return len(targets)
+            return self._place_data(repo, fetch=True)
 
     def remote_address(self) -> str:
         """The address of the remote, once it has answered with its own settings; waits for no lock.
@@ -212,6 +255,62 @@ class Ledger:
                 repo.stage_cache.restore(other, run_cache=True, pull=self._has_remote(repo))
                 self._commit(repo, other.name)
 
+    def _in_order(self, repo: Repo) -> list[tuple[Any, Stage]]:
+        """All stages in an order in which they can run: DVC's object of each, and ours."""
+        graph = repo.index.graph  # edges go from a stage to what it depends on
+        names: dict[Any, str] = {s: str(s.addressing) for s in graph.nodes if isinstance(s, PipelineStage)}
+        result, done = [], set()
+
+        def visit(stage: Any) -> None:
+            if stage in done or stage not in names:
+                return
+            done.add(stage)
+            needed = sorted((s for s in graph.successors(stage) if s in names), key=names.__getitem__)
+            for other in needed:
+                visit(other)
+            outs = tuple(out.def_path for out in stage.outs)
+            result.append((stage, Stage(names[stage], stage.cmd, tuple(names[s] for s in needed), outs)))
+
+        for stage in sorted(names, key=names.__getitem__):
+            visit(stage)
+        return result
+
+    def _place_data(self, repo: Repo, fetch: bool) -> int:
+        targets = [s.addressing for s in repo.index.stages if not isinstance(s, PipelineStage)]
+        if not targets:
+            return 0
+        missing = [s for s in repo.index.stages if s.addressing in targets and not s.outs_cached()]
+        if missing and fetch and self._has_remote(repo):
+            repo.fetch(targets=[s.addressing for s in missing])
+        if lost := [str(s.outs[0]) for s in missing if not s.outs_cached()]:
+            raise LedgerError(
+                f"{lost[0]}: its bytes are neither in the DVC cache nor on the remote; take the remote that has "
+                f"them (AWS_ENDPOINT_URL), or delete {lost[0]}.dvc and ingest the source again"
+                if fetch
+                else f"{lost[0]}: its bytes are not in this machine's DVC cache; `dvc pull {lost[0]}` fetches them"
+            )
+        repo.checkout(targets=targets, force=True)
+        return len(targets)
+
+    def _restore_here(self, repo: Repo, stage: Any) -> tuple[Outcome, bool]:
+        """Bring a stage's outputs into place if this machine has them: the outcome, and whether they are in place."""
+        try:
+            repo.stage_cache.restore(stage, run_cache=True, pull=False)
+        except RunCacheNotFoundError:
+            known = _can_hash(stage) and repo.stage_cache._load(stage)
+            return (Outcome.RESTORED if known else Outcome.CHANGED), False
+        return Outcome.RESTORED, True
+
+    def _run_helper(self, stage: Stage) -> None:
+        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+        done = subprocess.run(
+            shlex.split(stage.command), cwd=self.root, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
+            raise LedgerError(said.removeprefix("error: "))
+
     def _commit(self, repo: Repo, name: str) -> None:
         repo.commit(target=name, force=True)
         repo._reset()
@@ -241,6 +340,19 @@ class Ledger:
         except (OSError, BotoCoreError, ClientError) as error:
             refused = isinstance(error, ClientError | PermissionError)
             raise (LedgerError if refused else LedgerUnreachableError)(f"DVC remote: {_one_line(error)}") from error
+
+
+def _inputs(stage: Any, unsure: list[str]) -> dict[str, Any]:
+    """Command, parameters, and the DVC id of each input; None for what is missing or overlaps an `unsure` path."""
+    params: dict[str, Any] = {}
+    deps: dict[str, Any] = {}
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            params |= dep.read_params()
+        else:
+            known = dep.exists and not any(overlap(dep.def_path, path) for path in unsure)
+            deps[dep.def_path] = dep.get_hash().value if known else None
+    return {"cmd": stage.cmd, "params": params, "deps": deps}
 
 
 @contextmanager

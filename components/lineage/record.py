@@ -134,14 +134,15 @@ def upstream(stages: Mapping[str, Any], path: str) -> list[str]:
     while wanted:
         target = wanted.pop(0)
         for name, stage in stages.items():
-            makes = any(_overlap(out["path"], target) for out in stage.get("outs", []))
+            makes = any(overlap(out["path"], target) for out in stage.get("outs", []))
             if makes and name not in found:
                 found.append(name)
                 wanted += [dep["path"] for dep in stage.get("deps", [])]
     return found
 
 
-def _overlap(one: str, other: str) -> bool:
+def overlap(one: str, other: str) -> bool:
+    """Whether two paths are the same, or one lies in the other."""
     a, b = PurePosixPath(one), PurePosixPath(other)
     return a == b or a in b.parents or b in a.parents
 

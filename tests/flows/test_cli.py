@@ -22,8 +22,8 @@ from flows.cli import _closing, _Plain, app
 from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
-COMMANDS = ("run", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
-WITH_EXAMPLES = ("run", "ingest", "promote", "trace", "curate", "train-status")
+COMMANDS = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
+WITH_EXAMPLES = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status")
 
 
 @pytest.fixture

@@ -66,6 +66,12 @@ def run(root: Path, *values: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def planned(root: Path, *values: str) -> dict[str, str]:
+    done = pedigree(root, "plan", "--json", *settings(*values))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {step["stage"]: step["outcome"] for step in json.loads(done.stdout)["stages"]}
+
+
 def computed(result: dict[str, Any]) -> set[str]:
     return {name for name, outcome in result["outcomes"].items() if outcome == "ran"}
 
@@ -200,6 +206,7 @@ def test_prefect_shows_tables_and_pictures(first):
 
 
 def test_an_unchanged_run_computes_nothing(checkout, first):
+    assert planned(checkout) == dict.fromkeys(STAGES, "unchanged")
     begun = time.monotonic()
     again = run(checkout)
     assert computed(again) == set()
@@ -210,8 +217,10 @@ def test_an_unchanged_run_computes_nothing(checkout, first):
 
 
 def test_a_parameter_of_distillation_changes_only_what_follows_it(checkout, first):
+    told = planned(checkout, "distill.steps=4")
     changed = run(checkout, "distill.steps=4")
     assert computed(changed) == {"distill@small", "evaluate@small", "register"}
+    assert computed(changed) == {name for name, outcome in told.items() if outcome in ("run", "after")}
     difference = json.loads(dvc(folder(checkout, changed), "params", "diff", "--json", first["branch"]))
     assert difference == {"params.yaml": {"distill.steps": {"old": 3, "new": 4, "diff": 1}}}
     # With DVC alone, as an auditor does it: the changed stages, computed again from the run's own branch.

@@ -1,0 +1,136 @@
+"""`pedigree plan`: which stages a run would compute, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from components.recipe import PARAMS_FILE, Recipe, load_recipe
+from flows.workspace import SAMPLE, chosen_sources, head_commit, known_sources
+
+if TYPE_CHECKING:
+    from flows.preview import Preview, Step
+
+MAX_SHOWN = 6  # changes of a stage; --json has all
+MAX_LINE = 2000
+CHAMPIONS = "champions"
+# What a run asks the registry for: which versions are the champions now.
+RESOLVED = (
+    ("evaluate", CHAMPIONS),
+    ("distill", "teacher_weights"),
+    ("embed", "embedder", "weights"),
+    ("embed", "semantic", "weights"),
+)
+
+
+def plan(
+    recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
+) -> None:
+    """Say which stages a run would compute, and why, compared with the last finished run of the model.
+
+    Nothing is started, computed or fetched, and the checkout stays as it is. A stage is `unchanged`; `restored`,
+    where an earlier run had the same inputs; `run`; or `after` others that make its inputs again: it runs unless
+    they come out the same. What other machines have computed since the last run is not asked for.
+
+    Examples:
+      pedigree plan
+
+      pedigree plan --set distill.steps=50
+
+      pedigree plan --json | jq '.stages[] | select(.outcome == "run")'
+    """
+    from flows.preview import open_preview
+
+    checkout = Path.cwd()
+    params = load_recipe(checkout, recipe, set_ or [])
+    head_commit(checkout)
+    exact, notes = exact_recipe(checkout, params)
+    known = known_sources(checkout)
+    if not known:
+        notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
+    with open_preview(checkout, exact, chosen_sources(checkout, None) if known else []) as preview:
+        pass
+    _print_json(preview, notes) if as_json else _print(preview, notes)
+
+
+def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with today's champions as exact versions, or those of the last run where no registry answers."""
+    from components.core.mlflow_client import TrackingError, checked_client, server_uri
+    from infra.local.supervisor import StackError, connect
+
+    try:
+        os.environ.update(connect(checkout, start=False))
+        if server_uri():
+            checked_client()
+            from flows.retrain import _exact
+
+            return _exact(params), []
+    except (StackError, TrackingError):
+        pass
+    return _as_last_resolved(checkout, params)
+
+
+def _as_last_resolved(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
+    from flows.preview import last_run
+
+    last = last_run(checkout, params.name)
+    old = yaml.safe_load(last.read(PARAMS_FILE) or b"") if last else {}
+    values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    taken = [line for keys in RESOLVED if (line := _take(values, old, keys))]
+    told = [f"the registry does not answer; as in the last run: {', '.join(taken)}"] if taken else []
+    return Recipe.model_validate(values), told
+
+
+def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
+    """Put the last run's exact version in the place of none, or of an alias of the same model; says what it took."""
+    *above, key = keys
+    for name in above:
+        values, old = (part.get(name) if isinstance(part, dict) else None for part in (values, old))
+    if not isinstance(values, dict) or not isinstance(old, dict) or not old.get(key):
+        return None
+    given = values.get(key)
+    same = str(old[key]).startswith(f"{str(given).partition('@')[0]}/") if "@" in str(given) else key == CHAMPIONS
+    if not same or (key == CHAMPIONS and given):
+        return None
+    values[key] = old[key]
+    return f"{'.'.join(keys)} {old[key]}"
+
+
+def _print(preview: Preview, notes: list[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else MAX_LINE, highlight=False)
+    console.print(f"compared with run {preview.last_run}" if preview.last_run else "no run has finished yet")
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    table = Table("stage", "", "why", box=None, pad_edge=False)
+    for step in preview.steps:
+        table.add_row(step.stage, step.outcome, Text(_why(step)))
+    console.print(table)
+    counts = Counter(step.outcome for step in preview.steps)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+
+
+def _why(step: Step) -> str:
+    told = [f"{change.kind}: {change.what}" for change in step.changes[:MAX_SHOWN]]
+    if len(step.changes) > MAX_SHOWN:
+        told.append(f"and {len(step.changes) - MAX_SHOWN} more")
+    if step.after:
+        told.append(f"after {', '.join(step.after)}")
+    return "; ".join(told)
+
+
+def _print_json(preview: Preview, notes: list[str]) -> None:
+    steps = [dataclasses.asdict(step) for step in preview.steps]
+    sys.stdout.write(json.dumps({"last_run": preview.last_run, "notes": notes, "stages": steps}, indent=2) + "\n")

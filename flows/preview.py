@@ -1,0 +1,134 @@
+"""What a run would do, found out without one: in a worktree of the same snapshot, from this machine's cache alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from components.lineage.changes import Change, changes
+from components.lineage.code import STAGE as CODE_STAGE
+from components.lineage.ledger import Foreseen, Ledger, Outcome
+from components.lineage.record import Record, RecordError
+from components.recipe import PARAMS_FILE, Recipe
+from flows.workspace import COLLECTIONS, git, params_text, snapshot
+
+BRANCHES = "refs/heads/runs/"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run would do with one stage.
+
+    Attributes:
+        stage: its name.
+        outcome: `run`; `unchanged`: as in the last run; `restored`: as in an earlier one; `after`: what it needs is
+            made again, and it runs unless that gives the same bytes.
+        after: the stages that it waits for, whose outputs will be made again, or fetched.
+        changes: what differs from the last run.
+    """
+
+    stage: str
+    outcome: str
+    after: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A worktree with what a run would find; it is removed when its block ends.
+
+    Attributes:
+        ledger: of the worktree.
+        last: the record of the last finished run of the same model; None: there is none.
+        steps: all stages but the bookkeeping, in an order in which they can run.
+    """
+
+    ledger: Ledger
+    last: Record | None
+    steps: list[Step]
+
+    @property
+    def last_run(self) -> str | None:
+        """Id of the last finished run."""
+        return self.last.revision.removeprefix("runs/") if self.last and self.last.revision else None
+
+
+@contextmanager
+def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[Preview]:
+    """Snapshot the checkout as a run does, and find out what each stage would do.
+
+    Raises:
+        WorkspaceError: not a git repository, or one without a commit.
+        LedgerError: data of the pool is not on this machine, or the code cannot be read.
+    """
+    folder = checkout / ".pedigree" / "preview"
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove(checkout, folder)  # what a killed one left
+        commit = snapshot(checkout, params_text(checkout, recipe), sources, "Preview of a run")
+        git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
+        try:
+            ledger = Ledger(folder)
+            ledger.share_cache(checkout / ".dvc" / "cache", checkout / ".dvc" / "config.local")
+            for collection in COLLECTIONS:
+                (folder / collection).mkdir(parents=True, exist_ok=True)
+            last = last_run(checkout, recipe.name)
+            yield Preview(ledger, last, _steps(ledger, last))
+        finally:
+            _remove(checkout, folder)
+
+
+def last_run(checkout: Path, name: str) -> Record | None:
+    """The newest run of the model `name` that finished: its `dvc.lock` has all that its `dvc.yaml` names."""
+    listed = git(checkout, "for-each-ref", "--format=%(refname:short)", "--sort=-refname", BRANCHES)
+    return next((record for b in listed.splitlines() if _finished(record := Record(checkout, b), name)), None)
+
+
+def _finished(record: Record, name: str) -> bool:
+    params = yaml.safe_load(record.read(PARAMS_FILE) or b"") or {}
+    if params.get("name") != name:
+        return False
+    named = (yaml.safe_load(record.read("dvc.yaml") or b"") or {}).get("stages", {})
+    try:
+        return named.keys() <= {stage.partition("@")[0] for stage in record.stages()}
+    except RecordError:
+        return False
+
+
+def _steps(ledger: Ledger, last: Record | None) -> list[Step]:
+    entries = last.stages() if last else {}
+    steps = []
+    for seen in ledger.foresee(CODE_STAGE):
+        if seen.stage == CODE_STAGE:
+            continue
+        if last is None or seen.stage not in entries:
+            told = [Change("record", f"{'the last run has no such stage' if last else 'no run yet'}")]
+            steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+            continue
+        told = changes(entries[seen.stage], seen.inputs, last, Record(ledger.root))
+        if not told and not seen.waits and seen.outcome is Outcome.CHANGED:
+            told = [Change("record", "its outputs are no longer in this machine's cache")]
+        steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+    return steps
+
+
+def _outcome(seen: Foreseen, told: list[Change]) -> str:
+    if seen.waits:
+        return "run" if told else "after"
+    if seen.outcome is Outcome.CHANGED:
+        return "run"
+    return "restored" if told else "unchanged"
+
+
+def _remove(checkout: Path, folder: Path) -> None:
+    git(checkout, "worktree", "remove", "--force", os.fspath(folder), check=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    git(checkout, "worktree", "prune", check=False)
