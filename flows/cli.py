@@ -24,6 +24,7 @@ from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
 from components.recipe import Recipe, load_recipe
 from flows import curate_command, promote, seen_command, stack_commands, trace_commands, train_status
+from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
 from flows.workspace import head_commit
 from infra.local import supervisor
@@ -90,6 +91,7 @@ app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
 app.command("curate")(curate_command.curate)
 app.command("train-status")(train_status.train_status)
+app.command("gc")(_at_the_services(gc_command.gc))
 app.command("runs")(_in_the_checkout(runs_command.runs))
 
 

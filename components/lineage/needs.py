@@ -9,7 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -53,7 +53,8 @@ class Needs:
     def of_history(self, revisions: Iterable[str]) -> set[str]:
         """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
         listed = ask_git(self.root, "rev-list", "--objects", *revisions, "--", "*.dvc").splitlines()
-        blobs = [line.split()[0] for line in listed if line.endswith(".dvc")]
+        named = [line.partition(" ") for line in listed]
+        blobs = [sha for sha, _, path in named if PurePosixPath(path).suffix == ".dvc"]  # `.dvc` itself is a folder
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
 
     def whole(self, ids: Iterable[str]) -> set[str]:
@@ -107,4 +108,4 @@ def _ids(text: bytes, where: str) -> list[str]:
 
 
 def _names_data(path: str) -> bool:
-    return path.endswith(".dvc") or path == LOCK or path.endswith(f"/{LOCK}")
+    return PurePosixPath(path).suffix == ".dvc" or PurePosixPath(path).name == LOCK
