@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from components.lineage.removal import Removal, delete, last_use, own_bytes
+from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
 
 CHECKPOINTS, CACHES = Path(".pedigree") / "checkpoints", Path(".pedigree") / "cache"
 TRAINED = "trained"  # the cache whose entries are named as their training's folder of checkpoints is
@@ -17,7 +17,7 @@ LOCKS = "locks"  # in a cache: no content
 
 
 def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tuple[Removal, list[str]]:
-    """Checkpoints of trainings that no process holds, that nobody touched since `before`, and of no kept run.
+    """Checkpoints of trainings that no process holds, to which nothing was written since `before`, and of no kept run.
 
     Returns:
         The removal, and a line on trainings with checkpoints on S3: their folders say where, so they stay.
@@ -28,7 +28,7 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
         size = own_bytes(folder)
         if uri := begun.get("config", {}).get("checkpoint_uri"):
             on_s3.append(f"{uri.rstrip('/')}/{folder.name}")
-        if uri or begun.get("git_commit") in kept_commits or last_use(folder) > before or _is_held(folder):
+        if uri or begun.get("git_commit") in kept_commits or last_write(folder) > before or _is_held(folder):
             left += size
         else:
             going[str(folder.relative_to(root))] = size

@@ -52,9 +52,10 @@ class Needs:
 
     def of_history(self, revisions: Iterable[str]) -> set[str]:
         """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
-        listed = ask_git(self.root, "rev-list", "--objects", *revisions, "--", "*.dvc").splitlines()
-        named = [line.partition(" ") for line in listed]
-        blobs = [sha for sha, _, path in named if PurePosixPath(path).suffix == ".dvc"]  # `.dvc` itself is a folder
+        asked = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
+        lines = ask_git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
+        changed = {sha for line in lines for sha in line.split()[2:4]}  # the file before and after each change
+        blobs = [sha for sha in changed if set(sha) != {"0"}]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
 
     def whole(self, ids: Iterable[str]) -> set[str]:

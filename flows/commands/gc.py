@@ -108,6 +108,8 @@ def _print(plan: Plan, dry_run: bool, before: int, after: int) -> None:
     for kind, count in Counter(why.split(": ")[0] for why in plan.kept.values()).items():
         name, why = next((name, why) for name, why in plan.kept.items() if why.startswith(f"{kind}: "))
         console.print(f"kept as {kind}: {count} runs, e.g. {name} ({why.removeprefix(f'{kind}: ')})", markup=False)
+    if any(why.startswith("registered: ") for why in plan.kept.values()):
+        console.print("a run goes once the versions that it registered are deleted in MLflow, and it is old enough")
     for note in plan.notes:
         console.print(note, markup=False)
 
