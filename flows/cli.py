@@ -35,6 +35,7 @@ from flows import (
     train_status,
 )
 from flows.commands import doctor, plan
+from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
 from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
@@ -104,6 +105,7 @@ app.command("seen")(_at_the_services(seen_command.seen))
 app.command("curate")(curate_command.curate)
 app.command("plan")(_in_the_checkout(plan.plan))
 app.command("train-status")(train_status.train_status)
+app.command("gc")(_at_the_services(gc_command.gc))
 app.command("runs")(_in_the_checkout(runs_command.runs))
 
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from components.recipe import PARAMS_FILE, Recipe
-from flows.git import WorkspaceError, git, head_commit  # noqa: F401 - it is known by this module's name too
+from flows.gc_lock import no_gc_beside
+from flows.git import WorkspaceError, git, head_commit
 from flows.snapshot import COLLECTIONS, by_top_level, describe, known_sources, snapshot
 
 if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
@@ -97,10 +98,11 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
 
     runs = checkout / ".pedigree" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    _remove_old(checkout, runs)
+    head_commit(checkout)
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with (runs / f"{run_id}.lock").open("w") as lock:
+    with no_gc_beside(checkout), (runs / f"{run_id}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_old(checkout, runs)
         commit = snapshot(checkout, params_text(checkout, recipe), sources, f"Run {run_id}")
         root = runs / run_id
         git(checkout, "worktree", "add", "--quiet", "-b", f"runs/{run_id}", os.fspath(root), commit)

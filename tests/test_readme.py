@@ -24,6 +24,7 @@ RUN_ELSEWHERE = (
     ("make run", "tests/flows", r'"run"'),
     ("make test", ".ci/run", r"make test"),
     ("pedigree runs", "tests/flows/test_runs_command.py", r'"runs"'),
+    ("pedigree gc", "tests/flows/test_gc_command.py", r'"--dry-run"'),
     ("pedigree run", "tests/flows", r'"run"'),
     ("pedigree plan", "tests/flows/test_plan.py", r'\["plan"'),
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),

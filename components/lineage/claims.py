@@ -26,12 +26,14 @@ class Claim:
     """One version or audit event, and what of ours it refers to.
 
     Attributes:
+        because: `registered` or `audited`.
         by: such as `version pedigree-candidates/3`.
         runs: run ids.
         ids: DVC ids.
         lock_sha256: of the `dvc.lock` that it was registered with.
     """
 
+    because: str
     by: str
     runs: frozenset[str]
     commits: frozenset[str]
@@ -80,7 +82,7 @@ def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
             notes.append(f"{by} names the MLflow run {entry.details['run']}, which MLflow does not have any more")
         text += json.dumps(tags or {})
         ids = frozenset(id_ for id_ in OBJECT_ID.findall(text) if id_.endswith(".dir"))
-        claims.append(Claim(by, frozenset(RUN_ID.findall(text)), frozenset(COMMIT.findall(text)), ids))
+        claims.append(Claim("audited", by, frozenset(RUN_ID.findall(text)), frozenset(COMMIT.findall(text)), ids))
     return claims, notes
 
 
@@ -103,7 +105,7 @@ def _claim(version: Any) -> Claim:
     branch = tags.get(Tag.BRANCH, "")
     runs = frozenset([branch.removeprefix("runs/")] if branch.startswith("runs/") else [])
     ids |= {tags[Tag.WEIGHTS_DVC]} if tags.get(Tag.WEIGHTS_DVC) else set()
-    return Claim(by, runs, frozenset([tags[Tag.COMMIT]]), frozenset(ids), tags.get(Tag.LOCK_SHA256))
+    return Claim("registered", by, runs, frozenset([tags[Tag.COMMIT]]), frozenset(ids), tags.get(Tag.LOCK_SHA256))
 
 
 def _run_tags(client: Any, entry: Entry) -> Mapping[str, str] | None:

@@ -41,27 +41,27 @@ class Kept:
 
 
 def kept_runs(root: Path, runs: Sequence[Run], rule: Rule, claims: Iterable[Claim]) -> dict[str, str]:
-    """Run id -> the first reason for which it stays, in words.
+    """Run id -> the first reason for which it stays: `KIND: PARTICULARS`.
 
     `runs` are all runs, newest first.
     """
     why: dict[str, str] = {}
     for number, run in enumerate(runs):
         if run.locked:
-            why[run.id] = "it is running"
+            why[run.id] = "running: it goes on"
         elif number < rule.keep:
-            why[run.id] = f"among the newest {rule.keep}"
+            why[run.id] = f"newest: among the newest {rule.keep}"
         elif run.ended is None or run.ended > rule.before:
-            why[run.id] = "not old enough"
+            why[run.id] = "young: it ended too short a time ago"
     makers = {commit.sha: run.id for run in runs for commit in run.commits}
     there = {run.id for run in runs}
     for claim in claims:
         for name in (claim.runs & there) | {makers[sha] for sha in claim.commits if sha in makers}:
-            why.setdefault(name, f"of {claim.by}")
+            why.setdefault(name, f"{claim.because}: {claim.by}")
     own = {run.folder for run in runs}
     for tree in worktrees(root):
         if (maker := makers.get(tree.head)) and tree.folder not in own:
-            why.setdefault(maker, f"checked out in {tree.folder}")
+            why.setdefault(maker, f"checked out: in {tree.folder}")
     return _with_named(root, runs, why)
 
 
@@ -91,7 +91,8 @@ def needed_objects(root: Path, gone: Iterable[Run], claims: Sequence[Claim], nee
         if absent and ids:
             raise RecordError(
                 f"{claim.by}: commit {min(absent)[:12]} is not in this repository, but its data lies here, so what it "
-                f"needs is not known; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first"
+                f"needs is not known; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
+                "or, if that is lost, delete the version in MLflow"
             )
         kept.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))
         kept.elsewhere += [claim.by] if absent else []
@@ -126,7 +127,7 @@ def _with_named(root: Path, runs: Sequence[Run], why: dict[str, str]) -> dict[st
     while todo:
         by, names = todo.pop()
         for name in sorted(names & named.keys() - why.keys()):
-            why[name] = f"named by {PARAMS} of {by}"
+            why[name] = f"named: by {PARAMS} of {by}"
             todo.append((f"run {name}", named[name]))
     return why
 

@@ -221,6 +221,16 @@ class Ledger:
             remote.fs.exists(remote.path)
             return remote.fs.unstrip_protocol(remote.path)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep all other users of DVC out of this workspace: ingest, and the `dvc` command."""
+        lock = self._repo()
+        lock.__enter__()
+        try:
+            yield  # what is raised here is not DVC's
+        finally:
+            lock.__exit__(None, None, None)
+
     def share_cache(self, cache: Path, settings: Path | None) -> None:
         """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
         local = self.root / ".dvc" / "config.local"

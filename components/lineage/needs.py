@@ -9,7 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -52,8 +52,10 @@ class Needs:
 
     def of_history(self, revisions: Iterable[str]) -> set[str]:
         """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
-        listed = ask_git(self.root, "rev-list", "--objects", *revisions, "--", "*.dvc").splitlines()
-        blobs = [line.split()[0] for line in listed if line.endswith(".dvc")]
+        asked = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
+        lines = ask_git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
+        changed = {sha for line in lines for sha in line.split()[2:4]}  # the file before and after each change
+        blobs = [sha for sha in changed if set(sha) != {"0"}]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
 
     def whole(self, ids: Iterable[str]) -> set[str]:
@@ -107,4 +109,4 @@ def _ids(text: bytes, where: str) -> list[str]:
 
 
 def _names_data(path: str) -> bool:
-    return path.endswith(".dvc") or path == LOCK or path.endswith(f"/{LOCK}")
+    return PurePosixPath(path).suffix == ".dvc" or PurePosixPath(path).name == LOCK

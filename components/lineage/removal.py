@@ -54,10 +54,14 @@ def disk_bytes(*folders: Path) -> int:
     return sum(seen.values())
 
 
+def last_write(path: Path) -> float:
+    """When a file, or any below a folder, was last written, in seconds since 1970."""
+    return max(facts.st_mtime for facts in [*files(path)] or [path.lstat()])
+
+
 def last_use(path: Path) -> float:
-    """When a file, or any below a folder, was last written or read, in seconds since 1970."""
-    facts = [*files(path)] or [path.lstat()]
-    return max(max(f.st_mtime, f.st_atime) for f in facts)
+    """When a file, or any below a folder, was last written or read (as far as the disk notes that)."""
+    return max(max(facts.st_mtime, facts.st_atime) for facts in [*files(path)] or [path.lstat()])
 
 
 def delete(path: Path) -> None:

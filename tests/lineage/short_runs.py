@@ -9,7 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,11 +22,12 @@ from components.recipe import Recipe, load_recipe
 from flows.workspace import Workspace, git, open_workspace
 from tests.flows.repository import PROJECT
 
-SEED = "$(sed -n 's/^seed. //p' params.yaml)"
+SEED = "$(grep ^seed params.yaml | cut -c 7-)"
 STAGES = {
     "curate": {
         "cmd": "mkdir -p data/curated reports/curate && cp data/pool/photos/ab12/manifest.parquet data/curated/ && "
-        f"seq {SEED} 30000 > data/curated/00000.tar && echo {SEED} > reports/curate/result.json",
+        f"sh -c '(cat data/pool/photos/ab12/00000.tar && seq {SEED} 30000) > data/curated/00000.tar' && "
+        f"echo {SEED} > reports/curate/result.json",
         "deps": ["data/pool", "components/curation"],
         "params": ["seed"],
         "outs": ["data/curated"],
@@ -47,7 +48,7 @@ class ShortRuns:
     root: Path
     name: str
     recipe: Recipe
-    count: int = 0
+    works: list[Workspace] = field(default_factory=list)
 
     @property
     def cache(self) -> Path:
@@ -56,7 +57,6 @@ class ShortRuns:
     @contextmanager
     def going(self, seed: int) -> Iterator[Workspace]:
         """A run that has begun and brought its data."""
-        self.count += 1
         recipe = self.recipe.model_copy(update={"seed": seed, "name": self.name})
         with open_workspace(self.root, recipe, ["photos"]) as work:
             work.ledger.bring_data()
@@ -137,7 +137,7 @@ def make_short_runs(folder: Path) -> ShortRuns:
     snapshot = root / "data/pool/photos/ab12"
     snapshot.mkdir(parents=True)
     _write_manifest(snapshot / "manifest.parquet")
-    (snapshot / "00000.tar").write_bytes(b"not really a tar" * 1000)
+    (snapshot / "00000.tar").write_text(f"not really a tar, and unlike that of any other repository: {name}")
     (root / "components/curation").mkdir(parents=True)
     (root / "components/curation/stage.py").write_text("# code\n")
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}, sort_keys=False))

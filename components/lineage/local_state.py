@@ -1,0 +1,91 @@
+"""What `.pedigree` holds that can be made again: checkpoints of trainings that were stopped, and caches."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
+
+CHECKPOINTS, CACHES = Path(".pedigree") / "checkpoints", Path(".pedigree") / "cache"
+TRAINED = "trained"  # the cache whose entries are named as their training's folder of checkpoints is
+LOCK = "lock"  # in a training's folder: a record lock of the process that trains
+LOCKS = "locks"  # in a cache: no content
+
+
+def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tuple[Removal, list[str]]:
+    """Checkpoints of trainings that no process holds, to which nothing was written since `before`, and of no kept run.
+
+    Returns:
+        The removal, and a line on trainings with checkpoints on S3: their folders say where, so they stay.
+    """
+    going, left, on_s3 = {}, 0, []
+    for folder in sorted((root / CHECKPOINTS).glob("[!.]*")):
+        begun = _begun(folder)
+        size = own_bytes(folder)
+        if uri := begun.get("config", {}).get("checkpoint_uri"):
+            on_s3.append(f"{uri.rstrip('/')}/{folder.name}")
+        if uri or begun.get("git_commit") in kept_commits or last_write(folder) > before or _is_held(folder):
+            left += size
+        else:
+            going[str(folder.relative_to(root))] = size
+    note = (
+        f"{len(on_s3)} trainings that were stopped keep checkpoints on S3, which stay, e.g. {on_s3[0]}" if on_s3 else ""
+    )
+
+    def carry_out() -> None:
+        for name in going:
+            _delete_unheld(root / name)
+
+    return Removal("checkpoints", going, left, carry_out), [note] if note else []
+
+
+def caches_removal(root: Path, before: float) -> Removal:
+    """Entries of caches that nobody touched since `before`; what is being written has a hidden name."""
+    going, left = {}, 0
+    for entry in sorted((root / CACHES).glob("*/[!.]*")):
+        training = root / CHECKPOINTS / entry.name
+        held = entry.parent.name == TRAINED and _is_held(training)
+        size = own_bytes(entry) if entry.is_dir() else entry.lstat().st_size
+        if entry.name == LOCKS or held or last_use(entry) > before:
+            left += size
+        else:
+            going[str(entry.relative_to(root))] = size
+    return Removal("caches", going, left, partial(_delete_all, root, going))
+
+
+def _begun(folder: Path) -> Mapping[str, dict]:
+    """What a training began with; nothing where it did not come so far."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _delete_unheld(folder: Path) -> None:
+    """Delete a training's folder while holding it; a trainer that waits for it finds it gone and makes a new one."""
+    try:
+        with (folder / LOCK).open("a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            delete(folder)
+    except (FileNotFoundError, BlockingIOError):  # gone, or one began since the plan was made
+        return
+
+
+def _delete_all(root: Path, names: Mapping[str, int]) -> None:
+    for name in names:
+        delete(root / name)

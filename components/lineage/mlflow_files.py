@@ -1,0 +1,56 @@
+"""MLflow's files of runs that failed or were killed and whose pipeline run goes; their records stay."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from components.core.mlflow_client import reported
+from components.core.tracking import PARENT_STAGE
+from components.lineage.claims import REMOVED_TAG, mlflow_runs
+from components.lineage.removal import Removal
+
+UNSUCCESSFUL = ("FAILED", "KILLED")
+
+
+def failed_files_removal(
+    client: Any, models: Iterable[str], gone: Collection[str], claimed: Collection[str]
+) -> Removal:
+    """Files of the unsuccessful MLflow runs of pipeline runs that go; the MLflow run of each of these is marked.
+
+    Args:
+        client: MLflow's.
+        models: names of the models that they trained.
+        gone: ids of the runs that go.
+        claimed: MLflow runs that a registered version names.
+    """
+    names = [name for name in gone if "'" not in name]  # which no run of ours has
+    found = [run for name in names for run in mlflow_runs(client, models, f"tags.`pedigree.run` = '{name}'")]
+    failed = [run.info for run in found if run.info.status in UNSUCCESSFUL and run.info.run_id not in claimed]
+    sizes = {info.run_id: _size(client, info.run_id) for info in failed}
+    going = {f"{info.run_name} ({info.run_id})": sizes[info.run_id] for info in failed if sizes[info.run_id]}
+
+    def carry_out() -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with reported():
+            for run in found:
+                if run.data.tags.get("pedigree.stage") == PARENT_STAGE:
+                    client.set_tag(run.info.run_id, REMOVED_TAG, now)
+            for info in failed:
+                _delete_files(info)
+
+    return Removal("MLflow files of failed runs", going, 0, carry_out)
+
+
+def _size(client: Any, run_id: str, path: str | None = None) -> int:
+    with reported():
+        files = client.list_artifacts(run_id, path)
+    return sum(_size(client, run_id, file.path) if file.is_dir else file.file_size or 0 for file in files)
+
+
+def _delete_files(info: Any) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    get_artifact_repository(info.artifact_uri, tracking_uri=os.environ["MLFLOW_TRACKING_URI"]).delete_artifacts()

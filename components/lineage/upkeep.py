@@ -1,0 +1,208 @@
+"""What `pedigree gc` removes: what no kept run, no other branch, no registered version and no audit event needs.
+
+A plan is made first, whole; then carried out so that whatever refers to bytes goes before them. Killed anywhere, it is
+made again from what is left and completes: nothing is remembered from one try to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from components.core.tracking import PARENT_STAGE
+from components.lineage.audit_log import AuditLog
+from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
+from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects
+from components.lineage.local_state import caches_removal, checkpoints_removal
+from components.lineage.mlflow_files import failed_files_removal
+from components.lineage.needs import Needs, ids_of, read_yaml
+from components.lineage.record import Record
+from components.lineage.removal import Removal, delete, own_bytes
+from components.lineage.runs import BRANCHES, RUN_ID, RUNS, Run, ask_git, find_runs, is_locked, refs
+from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects
+
+READERS = 10  # threads that read run-cache entries from S3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes, in the order in which it must go.
+
+    Attributes:
+        kept: run id -> why it stays.
+        notes: what is left out or could not be known, a line each.
+    """
+
+    removals: list[Removal]
+    kept: dict[str, str]
+    notes: list[str]
+
+    def carry_out(self) -> None:
+        """Remove it all.
+
+        Raises:
+            StorageError, TrackingError, RecordError: something refuses; what went before is gone, and again goes on.
+        """
+        for removal in self.removals:
+            removal.carry_out()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The DVC cache or the DVC remote, listed once."""
+
+    name: str
+    store: Store
+    listing: Mapping[str, Stored]
+    objects: Mapping[str, Stored]
+
+
+def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -> Plan:
+    """Decide what goes; changes nothing. Hold the locks of runs and of DVC from before it until it is carried out.
+
+    Args:
+        root: the checkout.
+        cache: its DVC cache.
+        rule: which runs may go.
+        client: MLflow's.
+        log: the audit log.
+
+    Raises:
+        TrackingError, StorageError: the registry, the audit log or the remote does not answer.
+        AuditError: the audit log is broken.
+        RecordError: what something needs cannot be known.
+    """
+    found = versions(client)
+    of_events, notes = audit_claims(log, client)
+    claims, runs = [*version_claims(found), *of_events], find_runs(root)
+    why = kept_runs(root, runs, rule, claims)
+    gone, models = [run for run in runs if run.id not in why], model_names(root, runs)
+    disk, s3 = _places(root, cache)
+    files = failed_files_removal(client, models, [run.id for run in gone], {version.run_id for version in found})
+    removals = [files, *_runs_removals(root, gone)]
+    dvc, more = _dvc_removals(root, gone, claims, (disk, s3), rule, _unknown_runs(root, client, models))
+    kept_commits = {commit.sha for run in runs if run.id in why for commit in run.commits}
+    checkpoints, told = checkpoints_removal(root, kept_commits, rule.before)
+    removals += [*dvc, checkpoints, caches_removal(root, rule.before)]
+    return Plan(removals, why, [*notes, *more, *told])
+
+
+def _places(root: Path, cache: Path) -> tuple[_Place, _Place | None]:
+    def listed(name: str, store: Store) -> _Place:
+        listing = store.listing()
+        return _Place(name, store, listing, objects(listing))
+
+    url = Record(root).remote_url()
+    return listed("disk", DiskStore(cache)), listed("S3", S3Store(url)) if url else None
+
+
+def _unknown_runs(root: Path, client: Any, models: Iterable[str]) -> list[str]:
+    """Runs of these models that MLflow knows and git here does not, and that were not removed: of other clones."""
+    known = {ref.rpartition("/")[2] for ref in refs(root)}
+    found = mlflow_runs(client, models, f"tags.`pedigree.stage` = '{PARENT_STAGE}'")
+    tags = [run.data.tags for run in found if REMOVED_TAG not in run.data.tags]
+    return sorted({of.get("pedigree.run", "(unnamed)") for of in tags} - known)
+
+
+def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
+    """Folders of the runs, then their branches and lock files; also what a gc that was killed left of others."""
+    branches = {ref.removeprefix(BRANCHES) for ref in refs(root, BRANCHES)}
+    names = {path.name.removesuffix(".lock") for path in (root / RUNS).glob("*") if RUN_ID.match(path.name)}
+    stale = sorted(name for name in names - branches if not is_locked(root / RUNS / f"{name}.lock"))
+    folders = {run.folder for run in gone if run.folder} | {root / RUNS / name for name in stale}
+    sizes = {str(folder): own_bytes(folder) for folder in sorted(folders) if folder.is_dir()}
+
+    def remove_folders() -> None:
+        ask_git(root, "worktree", "prune")
+        for name in sizes:
+            if name in {str(run.folder) for run in gone}:
+                ask_git(root, "worktree", "remove", "--force", "--force", name)
+            delete(Path(name))
+
+    def remove_branches() -> None:
+        ask_git(root, "worktree", "prune")
+        for run in gone:
+            ask_git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
+        for name in [*(run.id for run in gone), *stale]:
+            delete(root / RUNS / f"{name}.lock")
+
+    return [
+        Removal("run folders", sizes, 0, remove_folders),
+        Removal("runs (branches)", dict.fromkeys((run.branch for run in gone), 0), 0, remove_branches),
+    ]
+
+
+def _dvc_removals(
+    root: Path, gone: Sequence[Run], claims: Sequence[Claim], places: Sequence[_Place | None], rule: Rule,
+    unknown: Sequence[str],
+) -> tuple[list[Removal], list[str]]:  # fmt: skip
+    """Run-cache entries whose outputs go or are gone, then the objects that nothing needs; on S3 first."""
+    there = [place for place in places if place]
+    needs = Needs(root, partial(_first, [place.store for place in there]))
+    here = {id_ for place in there for id_ in place.objects}
+    kept = needed_objects(root, gone, claims, needs, here)
+    young = {
+        id_ for place in there for id_, item in place.objects.items() if item.there and item.modified > rule.before
+    }
+    needed, notes = kept.ids | needs.whole(young), _notes(kept.elsewhere, needs, unknown)
+    doomed = {p.name: {} if p.name == "S3" and unknown else _without(p.objects, needed) for p in there}
+    alive = {p.name: {id_ for id_, item in p.objects.items() if item.there} - doomed[p.name].keys() for p in there}
+    of_entries = _outputs(there)
+    removals: list[Removal] = []
+    for place in reversed(there):
+        bytes_at = alive[place.name] if place.name == "S3" else set().union(*alive.values())
+        broken = [path for path in entries(place.listing) if not set(of_entries.get(path, ())) <= bytes_at]
+        found = {} if place.name == "S3" and unknown else {path: place.listing[path] for path in broken}
+        removals.append(_removal(f"run-cache entries on {place.name}", place, found, entries(place.listing)))
+    for place in reversed(there):
+        found = {object_path(id_): item for id_, item in doomed[place.name].items()}
+        removals.append(_removal(f"objects on {place.name}", place, found, place.objects))
+    unfinished = {
+        path: item
+        for path, item in there[0].listing.items()
+        if path.endswith(UNFINISHED) and item.modified <= rule.before
+    }
+    return [*removals, _removal("unfinished files of DVC", there[0], unfinished, {})], notes
+
+
+def _removal(kind: str, place: _Place, found: Mapping[str, Stored], every: Mapping[str, Stored]) -> Removal:
+    going = {path: item.size for path, item in found.items()}
+    left = sum(item.size for item in every.values()) - sum(going.values())
+    return Removal(kind, going, max(left, 0), partial(place.store.remove, found))
+
+
+def _without(found: Mapping[str, Stored], needed: set[str]) -> dict[str, Stored]:
+    return {id_: item for id_, item in found.items() if id_ not in needed}
+
+
+def _first(stores: Sequence[Store], id_: str) -> bytes | None:
+    """A listing's bytes, from the first place that has it."""
+    return next((data for store in stores if (data := store.read(object_path(id_))) is not None), None)
+
+
+def _outputs(places: Sequence[_Place]) -> dict[str, list[str]]:
+    """DVC ids of the outputs of each run-cache entry; equal names are equal entries, so each is read once."""
+    where = {path: place.store for place in reversed(places) for path in entries(place.listing)}
+    with ThreadPoolExecutor(READERS) as pool:
+        texts = pool.map(lambda path: where[path].read(path), where)
+        return {path: ids_of(read_yaml(t, path)["outs"]) for path, t in zip(where, texts, strict=True) if t is not None}
+
+
+def _notes(elsewhere: Sequence[str], needs: Needs, unknown: Sequence[str]) -> list[str]:
+    notes = []
+    if unknown:
+        notes.append(
+            f"S3 is left alone: MLflow knows {len(unknown)} runs without a branch here, e.g. {unknown[-1]}; fetch the "
+            "branches of the clones that made them, or delete those runs in MLflow, then run this again"
+        )
+    if elsewhere:
+        notes.append(f"{len(elsewhere)} versions and events are of other repositories, e.g. {elsewhere[-1]}; none of "
+                     "their data lies here")  # fmt: skip
+    if needs.unlisted:
+        lost = f"{len(needs.unlisted)} folders that something needs are neither in the cache nor on S3"
+        notes.append(f"{lost}, e.g. {min(needs.unlisted)}")
+    return notes

@@ -1,0 +1,58 @@
+"""Runs and `pedigree gc` keep out of each other's way: many runs at once, or one gc, over all clones of one repository.
+
+A run holds the lock from before its first commit to its end, so a gc never sees outputs between a stage and its commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from components.lineage.runs import ask_git, find_runs
+
+log = logging.getLogger(__name__)
+
+
+class RunningError(RuntimeError):
+    """A run goes on; the message names it."""
+
+
+@contextmanager
+def no_gc_beside(checkout: Path) -> Iterator[None]:
+    """Hold off `pedigree gc` until a run has ended; wait for one that works."""
+    with _lock_file(checkout) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("`pedigree gc` is working; the run starts when it has ended")
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def no_run_beside(checkout: Path) -> Iterator[None]:
+    """Hold off runs until `pedigree gc` has ended.
+
+    Raises:
+        RunningError: a run goes on, or another gc.
+    """
+    with _lock_file(checkout) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
+        if running or not free:
+            who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
+            raise RunningError(f"{who} goes on; nothing was removed: `pedigree gc` again when it has ended")
+        yield
+
+
+def _lock_file(checkout: Path) -> IO[str]:
+    folder = Path(checkout, ask_git(checkout, "rev-parse", "--git-common-dir"))
+    return (folder / "pedigree-gc.lock").open("a")
