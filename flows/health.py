@@ -289,12 +289,14 @@ def _worker(client: SyncPrefectClient) -> Finding:
 
 def online_workers(client: SyncPrefectClient, pool: str) -> list[str]:
     """Names of the workers of a work pool that have reported lately; empty where there is no such pool."""
+    import httpx
     from prefect.client.schemas.objects import WorkerStatus
-    from prefect.exceptions import ObjectNotFound
 
     try:
         workers = client.read_workers_for_work_pool(pool)
-    except ObjectNotFound:
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
         return []
     return [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE]
 

@@ -96,13 +96,13 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
     _check_tries()
     name = read_recipe().name
     with _one_run_a_model(checkout, name):
-        registry = _registry()
+        registry = open_registry()
         recipe, used = read_recipe(), chosen_sources(checkout, sources)
         if recipe.name != name:
             changed = f"the model's name changed from {name} to {recipe.name} while this run waited"
             raise WorkspaceError(f"{changed}; run again")
         preflight.check(checkout, recipe, used)
-        with open_workspace(checkout, _exact(recipe, registry), used) as workspace:
+        with open_workspace(checkout, exact(recipe, registry), used) as workspace:
             live.note(checkout, run=workspace.run_id, model=recipe.name)
             with log_file(checkout, workspace.run_id):
                 _name_flow_run(workspace.run_id)
@@ -182,14 +182,15 @@ def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture
     return run_stage.submit(stage, workspace, wait_for=needed)  # pyright: ignore[reportCallIssue]
 
 
-def _registry() -> MlflowClient:
+def open_registry() -> MlflowClient:
+    """Return the client of the registry, once it has answered."""
     from components.registry.publish import one_line_errors, registry_client
 
     with one_line_errors():
         return registry_client()
 
 
-def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
+def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
     """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
     from components.registry.publish import one_line_errors
 

@@ -1,44 +1,100 @@
-"""Prefect's automations of `prefect.yaml`: `python -m infra.automations` creates or updates them, by name.
+"""What Prefect's server does by itself when something happens: `python -m infra.automations` makes it so.
 
-`prefect deploy` takes a deployment's triggers from that file, and nothing that concerns all deployments.
+`prefect deploy` takes the triggers of deployments from `prefect.yaml`; this takes its list `automations`, and the
+failure notification. Applying twice changes nothing. An automation that is no longer wanted is deleted in Prefect's page.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import yaml
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.events.actions import CallWebhook
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+from infra.local.site import StackError
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+
+logger = logging.getLogger(__name__)
+
+WEBHOOK_VARIABLE = "PEDIGREE_FAILURE_WEBHOOK"
+WEBHOOK_BLOCK = "pedigree-failure"
+FAILURE_NOTIFICATION = "pedigree: a run failed"
+ENDED_BADLY = {f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")}
+# `{"text": ...}` is what Slack, Mattermost and Teams take. `tojson` quotes what an error message may hold.
+MESSAGE = (
+    '{"text": {{ ("Pedigree: run " ~ flow_run.name ~ " of " ~ deployment.name ~ " " ~ flow_run.state.name ~ ": " ~ '
+    '(flow_run.state.message or "no message") ~ " " ~ (flow_run | ui_url)) | tojson }}}'
+)
 
 
-def apply(file: Path) -> list[str]:
-    """Make the server's automations what the file says.
+def apply(file: Path) -> None:
+    """Make or update the automations of a file, and those that the environment asks for.
 
     Args:
         file: `prefect.yaml`; its list `automations` is in the schema of `prefect automation create`.
 
-    Returns:
-        Their names. Automations that the file does not name stay as they are.
+    Raises:
+        StackError: a setting is not allowed.
     """
-    from prefect.client.orchestration import get_client
-    from prefect.events.schemas.automations import AutomationCore
-
-    wanted = [AutomationCore.model_validate(each) for each in yaml.safe_load(file.read_text()).get("automations", ())]
     with get_client(sync_client=True) as client:
-        for automation in wanted:
-            found = client.read_automations_by_name(automation.name)
-            if found:
-                client.update_automation(found[0].id, automation)
-            else:
-                client.create_automation(automation)
-    return [automation.name for automation in wanted]
+        for wanted in yaml.safe_load(file.read_text()).get("automations", ()):
+            put(client, AutomationCore.model_validate(wanted))
+        if url := os.environ.get(WEBHOOK_VARIABLE):
+            failure_notification(client, url)
 
 
-def main() -> None:
-    """Apply `prefect.yaml` of the current folder."""
-    for name in apply(Path("prefect.yaml")):
-        sys.stdout.write(f"automation {name!r} is in place\n")
+def failure_notification(client: SyncPrefectClient, url: str) -> None:
+    """Call `url` when a flow run of any deployment fails, crashes or times out.
+
+    The address is a secret (whoever has it can post): it is kept in a block, which Prefect encrypts in its database.
+    Addresses of the own network are allowed; `allow_private_urls=False` of the block would refuse them.
+
+    Raises:
+        StackError: not an HTTP address.
+    """
+    if not url.startswith(("https://", "http://")):
+        raise StackError(f"{WEBHOOK_VARIABLE}: not an address; allowed: https://HOST/PATH or http://HOST/PATH")
+    block = Webhook.model_validate(
+        {"url": url, "headers": {"Content-Type": "application/json"}, "allow_private_urls": True}
+    )
+    identity = cast("UUID", block.save(WEBHOOK_BLOCK, overwrite=True))  # a coroutine only where a loop runs
+    trigger = EventTrigger(
+        expect=ENDED_BADLY,
+        match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+        match_related={"prefect.resource.id": "prefect.deployment.*"},  # type: ignore[arg-type]
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    automation = AutomationCore(
+        name=FAILURE_NOTIFICATION,
+        description=f"Calls the address of {WEBHOOK_VARIABLE}, block {WEBHOOK_BLOCK}.",
+        trigger=trigger,
+        actions=[CallWebhook(block_document_id=identity, payload=MESSAGE)],  # pyright: ignore[reportArgumentType]
+    )
+    put(client, automation)
+
+
+def put(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """Make the automation, or bring the one of its name to what is wanted."""
+    found = client.read_automations_by_name(automation.name)
+    if found:
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
+    logger.info("Prefect automation %r is on", automation.name)
 
 
 if __name__ == "__main__":
-    main()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    apply(Path("prefect.yaml"))

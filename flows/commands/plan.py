@@ -75,9 +75,9 @@ def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
         os.environ.update(connect(checkout, start=False))
         if server_uri():
             checked_client()
-            from flows.retrain import _exact
+            from flows.retrain import exact, open_registry
 
-            return _exact(params), []
+            return exact(params, open_registry()), []
     except (StackError, TrackingError):
         pass
     return _as_last_resolved(checkout, params)
