@@ -1,7 +1,7 @@
 """What Prefect's server does by itself when something happens: `python -m infra.automations` makes it so.
 
 `prefect deploy` takes the triggers of deployments from `prefect.yaml`; this takes its list `automations`, and the
-failure notification. Applying twice changes nothing. An automation that is no longer wanted is deleted in Prefect's page.
+failure notification. Applying twice changes nothing. One that is no longer wanted is deleted in Prefect's page.
 """
 
 from __future__ import annotations
