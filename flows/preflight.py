@@ -52,7 +52,8 @@ def check(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> None:
         *_unknown_seeds(recipe, sources),
         *_few_images(checkout, recipe, sources),
     ]
-    told += [*_no_evaluation(checkout, sources), *_no_room(checkout, _needs(checkout, recipe, sources))]
+    told += [*_no_evaluation(checkout, sources), *_no_shared_memory(recipe)]
+    told += [*_no_room(checkout, _needs(checkout, recipe, sources))]
     if told:
         raise ConfigError("\n".join(told))
 
@@ -109,17 +110,32 @@ def _few_images(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Itera
     said = f"the sources hold {most:,} images ({where})"
     if target is not None and not recipe.curate.seed_sets and target < most:
         most, said = target, f"curate.target_images is {target:,}"
-    sections: dict[str, TrainingConfig] = {
-        "pretrain": recipe.pretrain,
-        "adapt": recipe.adapt,
-        "distill": recipe.distill,
-    }
-    for name, section in sections.items():
+    for name, section in _trainings(recipe).items():
         if section.batch_size > most:
             part = section.num_processes * section.accumulation_steps
             fits = most // part * part
             advice = f"set {name}.batch_size={fits} or less, or take in more images" if fits else "take in more images"
             yield f"{name}.batch_size is {section.batch_size:,}, but {said}: {advice}"
+
+
+def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
+    """Loaders whose batches do not fit into /dev/shm; all ranks of a training are on this machine."""
+    from components.data.shared_memory import SharedMemoryError, check_shared_memory, crop_bytes
+
+    evaluate = recipe.evaluate
+    loaders = [("evaluate.num_workers", evaluate.num_workers, 3 * evaluate.batch_size * evaluate.crop_size**2)]
+    for name, section in _trainings(recipe).items():
+        size = crop_bytes(section.crops, section.batch_size)
+        loaders.append((f"{name}.stream.num_workers", section.stream.num_workers, size))
+    for loader in loaders:
+        try:
+            check_shared_memory(*loader)
+        except SharedMemoryError as error:
+            yield str(error)
+
+
+def _trainings(recipe: Recipe) -> dict[str, TrainingConfig]:
+    return {"pretrain": recipe.pretrain, "adapt": recipe.adapt, "distill": recipe.distill}
 
 
 def _no_evaluation(checkout: Path, sources: Sequence[str]) -> Iterator[str]:
@@ -160,7 +176,7 @@ def _needs(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> dict[Path,
     heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)
     large = num_parameters(recipe.pretrain.backbone, heads)
     models = [large, large, *(num_parameters(student.backbone, heads) for student in recipe.distill.students.values())]
-    local = any(s.checkpoint_uri is None for s in (recipe.pretrain, recipe.adapt, recipe.distill))
+    local = any(one.checkpoint_uri is None for one in _trainings(recipe).values())
     embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
     made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
     return {

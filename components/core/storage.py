@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 # What `atomic_dir` keeps in the directory `.NAME.RANDOM` beside NAME while it writes.
 SCRATCH = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
 LOCK, OLD = "lock", "old"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(RuntimeError):
@@ -31,6 +33,19 @@ class StorageError(RuntimeError):
 
 class MissingInStorageError(StorageError):
     """A bucket or object that is not there; trying again does not help."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Name `path`, and what to do, in an error of a full disk inside the block; few libraries name it themselves."""
+    try:
+        yield
+    except Exception as error:
+        rust = f"(os error {errno.ENOSPC})" in str(error)  # safetensors
+        number = errno.ENOSPC if rust else getattr(error, "errno", None)
+        if number in DISK_FULL and not getattr(error, "filename", None):
+            raise OSError(number, f"{os.strerror(number)}; free some, then run again", os.fspath(path)) from error
+        raise
 
 
 @contextmanager
@@ -43,7 +58,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     recover_dirs(path.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with (scratch / f"{LOCK}.new").open("w") as lock:
+        with disk_errors(path), (scratch / f"{LOCK}.new").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never seen without being held
             aside = scratch / "new"
@@ -86,7 +101,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with disk_errors(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ A batch is a pure function of (seed, step, rank, number of ranks), and all ranks
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import NUM_GLOBAL, sample_crops
 from components.data.masking import sample_masks
 from components.data.shards import ShardError
+from components.data.shared_memory import PREFETCH, check_shared_memory, crop_bytes
 from components.data.stream import BadImage, ImageStream, StreamError, too_many_bad
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,13 @@ class TrainingBatches(Dataset[Batch | Exception]):
         except (StreamError, ShardError, StorageError) as error:
             return error
 
+    def check_shared_memory(self, num_workers: int) -> None:
+        """Raise SharedMemoryError unless batches of the ranks on this machine fit into what is free of /dev/shm."""
+        plan = self._plan
+        on_this_machine = plan.batch_size // plan.num_ranks * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        size = crop_bytes(plan.crops, on_this_machine, plan.anchor_scale)
+        check_shared_memory("stream.num_workers", num_workers, size)
+
     def _batch(self, step: int) -> Batch:
         plan = self._plan
         share = plan.batch_size // plan.num_ranks
@@ -126,11 +135,13 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     Raises:
         StreamError, ShardError: the curated set is unusable, or more than `max_bad_images` of it.
         StorageError: it is streamed, and S3 does not answer or refuses.
+        SharedMemoryError: /dev/shm is too small for what the processes prepare.
     """
     options: dict[str, Any] = {}
     if config.num_workers:
         # Forked: a worker starts at once, without a second import of torch; it uses neither threads nor the device.
-        options = {"num_workers": config.num_workers, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+        batches.check_shared_memory(config.num_workers)
+        options = {"num_workers": config.num_workers, "prefetch_factor": PREFETCH, "multiprocessing_context": "fork"}
         options["worker_init_fn"] = _leave_stopping_to_the_trainer
     loader = DataLoader(batches, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available(), **options)
     bad: dict[str, BadImage] = {}

@@ -41,6 +41,9 @@ class BlurProbability(Config):
     local: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
+NUM_GLOBAL = 2  # the objective pairs the crops of an image: the teacher's view of one is the other's target
+
+
 class CropConfig(Config):
     """Two global crops and several local ones of each image (dinov2/data/augmentations.py)."""
 

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from components.data.config import CropConfig
+from components.data.config import NUM_GLOBAL, CropConfig
 from components.data.photometrics import Jitter, Photometrics, change_colors
 from components.data.shards import load_image, open_image, upright_size
 
-NUM_GLOBAL = 2  # the objective pairs the crops of an image: the teacher's view of one is the other's target
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 CROP_TRIES = 10  # then the largest centred crop, as torchvision's RandomResizedCrop does
 Box = tuple[int, int, int, int]  # left, top, right, bottom

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.core.storage import disk_errors
+
 MANIFEST = "manifest.parquet"
 REJECTED = "rejected.parquet"
 
@@ -126,7 +128,8 @@ def write_table(table: pa.Table, schema: pa.Schema, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     try:
-        pq.write_table(conformed, aside, compression="zstd")
+        with disk_errors(path):
+            pq.write_table(conformed, aside, compression="zstd")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from components.data.batch import to_input
 from components.data.crops import crop_box
 from components.data.evaluation_set import EvaluationSet, centre_crop
 from components.data.shards import ShardReader, decode_image
+from components.data.shared_memory import check_shared_memory
 from components.evaluation.config import EvaluateConfig, InstanceConfig
 from components.evaluation.descriptor import describe
 from components.model.vit import VisionTransformer
@@ -98,6 +99,7 @@ def extract_features(
 ) -> Features:
     """Features of all images by each extractor, in the order of the images."""
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
+    check_shared_memory("evaluate.num_workers", config.num_workers, 3 * config.batch_size * config.crop_size**2)
     # Its own generator keeps the loader from drawing on the global one.
     loader = DataLoader(images, config.batch_size, num_workers=config.num_workers, generator=torch.Generator())
     with progress(what, len(images)) as advance:

@@ -32,6 +32,8 @@ from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 
 from components.lineage.record import overlap
 
+from components.core.storage import DISK_FULL
+
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
 _ONE_AT_A_TIME = threading.Lock()
@@ -198,6 +200,7 @@ class Ledger:
         """`dvc add` a data folder and push it; returns its DVC id (`<md5>.dir`)."""
         with self._repo() as repo:
             stage: Any = repo.add(os.fspath(path))[0]  # pyright: ignore[reportArgumentType]
+            self._check_cached(repo, stage)
             if self._has_remote(repo):
                 repo.push(targets=[stage.addressing])
             return str(stage.outs[0].hash_info.value)
@@ -324,6 +327,19 @@ class Ledger:
     def _commit(self, repo: Repo, name: str) -> None:
         repo.commit(target=name, force=True)
         repo._reset()
+        self._check_cached(repo, self._stage(repo, name))
+
+    def _check_cached(self, repo: Repo, stage: Any) -> None:
+        """DVC logs what it could not write into its cache, such as on a full disk, and goes on.
+
+        Raises:
+            LedgerError: the cache lacks a part of the stage's outputs.
+        """
+        if not stage.outs_cached():
+            raise LedgerError(
+                f"{stage.addressing}: its files are not all in the DVC cache {repo.cache.local.path}: see whether its "
+                "disk is full or read-only, then run again"
+            )
 
     def _stage(self, repo: Repo, name: str) -> Any:
         return next(iter(repo.stage.collect(name)))
@@ -348,6 +364,9 @@ class Ledger:
         except (dvc.exceptions.DvcException, dvc.config.ConfigError) as error:
             raise LedgerError(f"DVC: {_one_line(error)}") from error
         except (OSError, BotoCoreError, ClientError) as error:
+            if getattr(error, "errno", None) in DISK_FULL:
+                where = getattr(error, "filename", None) or f"the DVC cache of {self.root}"
+                raise LedgerError(f"DVC: {where}: no space left on the disk; free some, then run again") from error
             refused = isinstance(error, ClientError | PermissionError)
             raise (LedgerError if refused else LedgerUnreachableError)(f"DVC remote: {_one_line(error)}") from error
 

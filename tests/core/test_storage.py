@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +164,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_bytes(path, b"new", mode=0o600)
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_path_and_what_to_do(tmp_path):
+    from safetensors import SafetensorError
+
+    def write_plain(folder: Path) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+    def write_weights(folder: Path) -> None:
+        assert folder.is_dir()  # the words that save_file says on a full tmpfs
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for write in (write_plain, write_weights):
+        told = r"No space left on device; free some, then run again: '.*/made'"
+        with pytest.raises(OSError, match=told) as caught, atomic_dir(tmp_path / "made") as folder:
+            write(folder)
+        assert caught.value.errno == errno.ENOSPC
+        assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from components.core.config import ConfigError
+from components.data import shared_memory
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.recipe import Recipe, load_recipe, recipe_names
 from components.training.initial import draw_network
@@ -128,8 +129,19 @@ def test_disks_without_room(checkout, monkeypatch, caplog):
     check(checkout, recipe(), ["cats", "dogs"])
     assert "needs about 2.06 (" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DISK(0, 0, 2**20))
-    (line,) = faults(checkout, recipe())
-    assert line.endswith("/.pedigree: 1 MiB are free, and a run needs 100 MiB at least")
+    assert faults(checkout, recipe())[-1].endswith("/.pedigree: 1 MiB are free, and a run needs 100 MiB at least")
+
+
+def test_loaders_that_shared_memory_cannot_hold(checkout, monkeypatch):
+    room = {shared_memory.SHARED_MEMORY: DISK(0, 0, 9 * 2**20)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: room.get(where, DISK(0, 0, 2**40)))
+    told = faults(checkout, recipe("pretrain.stream.num_workers=6", "evaluate.num_workers=9"))
+    assert [line.partition(": set ")[2].partition(",")[0] for line in told] == [
+        "evaluate.num_workers=6", "pretrain.stream.num_workers=5",
+    ]  # fmt: skip
+    assert told[1].startswith(
+        "/dev/shm has 9 MiB free, and pretrain.stream.num_workers=6 keeps up to 13 batches of 0.7 MiB there"
+    )
 
 
 def test_parameters_are_counted_as_they_are():

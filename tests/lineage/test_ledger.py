@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import threading
@@ -120,6 +121,20 @@ def test_a_folder_without_dvc_and_a_dead_remote_are_named(tmp_path):
     ledger.share_cache(root / ".dvc" / "cache", None)
     with pytest.raises(LedgerUnreachableError, match=r"127\.0\.0\.1:9"):
         ledger.fetch_run_cache()
+
+
+def test_what_the_cache_did_not_take_is_an_error(tmp_path):
+    root = make_repository(tmp_path)
+    image = root / "data/pool/photos/cd34/image"
+    image.parent.mkdir()
+    image.write_bytes(b"other bytes")
+    digest = hashlib.md5(b"other bytes").hexdigest()
+    place = root / ".dvc/cache/files/md5" / digest[:2]
+    place.symlink_to("/proc/self")  # DVC logs that it cannot write there, and calls it done
+    with pytest.raises(LedgerError, match=r"cd34\.dvc: its files are not all in the DVC cache .*disk is full"):
+        Ledger(root).track(image.parent)
+    place.unlink()
+    assert Ledger(root).track(image.parent).endswith(".dir")
 
 
 def test_a_path_with_any_characters(tmp_path):
