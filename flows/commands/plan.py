@@ -74,10 +74,10 @@ def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
     try:
         os.environ.update(connect(checkout, start=False))
         if server_uri():
-            checked_client()
+            registry = checked_client()
             from flows.retrain import _exact
 
-            return _exact(params), []
+            return _exact(params, registry), []
     except (StackError, TrackingError):
         pass
     return _as_last_resolved(checkout, params)
