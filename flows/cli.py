@@ -42,6 +42,7 @@ from infra.local import supervisor
 from infra.local.site import StackError
 
 if TYPE_CHECKING:
+    from flows.accept import Acceptance
     from flows.retrain import RunResult
 
 BAD_INPUT, FAILED = 2, 1
@@ -119,6 +120,11 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
     engine: EngineOption = None,
     address: AddressOption = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Only its code changed, and in nothing that matters: keep its outputs."),
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; required with --accept, kept in the audit log.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
     """Run the whole main job: ingest, curate, pretrain, adapt, distill, evaluate, register.
@@ -133,10 +139,13 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
       pedigree run --recipe tiny-cpu --set pretrain.optimizer.base_lr=2e-3
 
       pedigree run --engine ray --address 10.0.0.7:6379
+
+      pedigree run --accept pretrain --reason "only a log line changed"
     """
     with _clear_errors():
         choose_engine(engine, address)
         checkout = _checkout()
+        accepted = _acceptance(accept, reason)
         params = load_recipe(checkout, recipe, set_ or [])  # a wrong parameter is told before anything starts
         if images is not None:
             _check_folder(images)
@@ -144,6 +153,8 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
         preflight.check(checkout, params, chosen_sources(checkout, sources))
+        if accepted:
+            accepted.record(checkout, plan.exact_recipe(checkout, params)[0], sources)
         from flows.retrain import retrain
 
         result = _finished(retrain, sources=sources, recipe=recipe, overrides=set_)
@@ -200,6 +211,14 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
             console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.dvc` keeps it in your history")
     for line in done.retraining if retrain else ["no retraining starts, now or by a later ingest (--no-retrain)"]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _acceptance(stages: list[str] | None, reason: str | None) -> Acceptance | None:
+    if not stages and reason is None:
+        return None
+    from flows.accept import Acceptance
+
+    return Acceptance.parse(stages or [], reason)
 
 
 def _connect(checkout: Path) -> None:

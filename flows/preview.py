@@ -17,7 +17,8 @@ from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
 from components.lineage.record import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
-from flows.workspace import COLLECTIONS, git, params_text, snapshot
+from flows.gc_lock import no_gc_beside
+from flows.workspace import COLLECTIONS, ENDS, git, params_text, snapshot
 
 BRANCHES = "refs/heads/runs/"
 
@@ -70,7 +71,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
     """
     folder = checkout / ".pedigree" / "preview"
     folder.parent.mkdir(exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
+    with no_gc_beside(checkout), folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _remove(checkout, folder)  # what a killed one left
         commit = snapshot(checkout, params_text(checkout, recipe), sources, "Preview of a run")
@@ -88,8 +89,10 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
 
 def last_run(checkout: Path, name: str) -> Record | None:
     """The newest run of the model `name` that finished: its `dvc.lock` has all that its `dvc.yaml` names."""
-    listed = git(checkout, "for-each-ref", "--format=%(refname:short)", "--sort=-refname", BRANCHES)
-    return next((record for b in listed.splitlines() if _finished(record := Record(checkout, b), name)), None)
+    listed = git(checkout, "for-each-ref", "--format=%(refname:short) %(subject)", "--sort=-refname", BRANCHES)
+    branches = (line.partition(" ") for line in listed.splitlines())
+    ended = (Record(checkout, branch) for branch, _, subject in branches if not subject.startswith(ENDS[1:]))
+    return next((record for record in ended if _finished(record, name)), None)
 
 
 def _finished(record: Record, name: str) -> bool:

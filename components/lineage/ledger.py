@@ -30,9 +30,8 @@ from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 
-from components.lineage.record import overlap
-
 from components.core.storage import DISK_FULL
+from components.lineage.record import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.

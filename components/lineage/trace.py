@@ -10,10 +10,12 @@ import dataclasses
 import datetime
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from components.core.config import ConfigError
 from components.core.mlflow_client import checked_client, server_uri, shown_server
@@ -25,6 +27,7 @@ from components.lineage.remote import Remote, RemoteError
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 CHAMPION = "champion"
+ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
 DATA_FOLDERS = ("data/", "models/", "reports/")
 
 
@@ -249,7 +252,24 @@ class _Tracer:
         record = self._record(node, commit, tags.get(Tag.LOCK_SHA256))
         if record is not None:
             node.children += _LockTrace(record, tags).nodes()
+            self._acceptances(node, record)
         return node
+
+    def _acceptances(self, node: Node, record: Record) -> None:
+        """Put below a stage the event by which a person took its outputs for code that did not make them."""
+        name = (yaml.safe_load(record.read("params.yaml") or b"") or {}).get("name")
+        try:
+            events = [e for e in AuditLog.from_environment().read(name) if e.action == ACCEPTED] if name else []
+        except (AuditError, StorageError) as error:
+            node.missing.append(str(error))
+            return
+        for stage in (child for child in node.children if child.kind == "stage" and events):
+            entry = record.stages().get(stage.name, {})
+            code = {dep.get("md5") for dep in entry.get("deps", [])}
+            for event in events:
+                told = event.details
+                if told["stage"] == stage.name and told["code"] in code and told["outputs"] == outputs_of(entry):
+                    stage.children.append(_event(event))
 
     def _record(self, node: Node, commit: str, lock_sha256: str | None) -> Record | None:
         """The `dvc.lock` that the version was registered with: at its commit, or the one that its run made of it."""
@@ -358,6 +378,11 @@ def _stage(name: str, stage: dict[str, Any]) -> Node:
         "outs": {out["path"]: out.get("md5") for out in stage.get("outs", [])},
     }
     return Node("stage", name, facts)
+
+
+def outputs_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The DVC ids of the outputs of a stage's entry in `dvc.lock`, by path."""
+    return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def _event(entry: Entry) -> Node:

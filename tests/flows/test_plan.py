@@ -1,4 +1,4 @@
-"""What `pedigree plan` says is what a run then does.
+"""What `pedigree plan` says is what a run then does; an accepted change of code is on record and runs nothing.
 
 The repository is this project with short stages; a run is a run's own worktree, ledger and commands, without Prefect.
 """
@@ -14,8 +14,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.lineage.ledger import Outcome
+from components.core.config import ConfigError
+from components.lineage.audit_log import AuditLog
+from components.lineage.code import list_of
+from components.lineage.ledger import Ledger, Outcome
+from components.lineage.record import file_md5
 from components.recipe import load_recipe
+from flows.accept import Acceptance
 from flows.cli import app
 from flows.stages import stream
 from flows.workspace import chosen_sources, open_workspace
@@ -171,3 +176,61 @@ def test_what_a_killed_plan_left_is_cleared_and_data_that_is_elsewhere_is_named(
     (root / "data/pool/photos/lost.dvc").unlink()
     assert done.exit_code == 1
     assert "data/pool/photos/lost: its bytes are not in this machine's DVC cache; `dvc pull " in done.output
+
+
+def test_an_acceptance_needs_a_stage_and_a_reason(root, monkeypatch):
+    monkeypatch.chdir(root)
+    for options, told in ((["--accept", "pretrain"], "needs a reason"), (["--reason", "x"], "name the stage too")):
+        done = CliRunner().invoke(app, ["run", *options])
+        assert (done.exit_code, told in done.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "told"),
+    [
+        ("adapt", {}, "--accept adapt: pretrain would make its inputs again; accept that too, or leave both"),
+        (
+            "pretrain",
+            {"steps": 777},
+            "--accept pretrain: more than its code differs from .*parameter: pretrain.steps",
+        ),
+        ("train", {}, "--accept train: no such stage; known: curate, pretrain, adapt"),
+    ],
+)
+def test_what_cannot_be_accepted_is_refused_and_writes_nothing(root, storage, stage, setting, told):
+    append(root / KOLEO, "\nEPSILON = 1e-6\n")
+    recipe = load_recipe(root, None, [f"pretrain.{key}={value}" for key, value in setting.items()])
+    events = AuditLog.from_environment().read(recipe.name)
+    with pytest.raises(ConfigError, match=told):
+        Acceptance([stage], "why").record(root, recipe, None)
+    assert AuditLog.from_environment().read(recipe.name) == events
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_accepted_code_runs_nothing_and_is_on_record(root, storage, monkeypatch):
+    name = "accepted"
+    params = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params.replace("name: pedigree", f"name: {name}"))
+    assert set(run(root).values()) == {Outcome.RESTORED}
+    recipe = load_recipe(root, None)
+    append(root / KOLEO, "\nEPSILON = 1e-5\n")
+    acceptance = Acceptance.parse(["adapt", "pretrain"], "only a constant that nothing reads")
+    with monkeypatch.context() as patch:  # killed between the event and the rest
+        patch.setattr(Ledger, "adopt", killed)
+        with pytest.raises(KeyboardInterrupt):
+            acceptance.record(root, recipe, None)
+    assert acceptance.record(root, recipe, None) == ["pretrain", "adapt"]
+    entries = AuditLog.from_environment().read(name)
+    assert [(e.action, e.details["stage"], e.details["reason"]) for e in entries] == [
+        ("accept-code", stage, acceptance.reason) for stage in ("pretrain", "adapt")
+    ]
+    old, new = entries[0].details["files"][KOLEO]
+    assert old != new
+    assert set(run(root).values()) == {Outcome.RESTORED}
+    newest = max((root / ".pedigree/runs").glob("*.lock")).with_suffix("")
+    assert entries[0].details["code"] == file_md5(newest / list_of("pretrain"))
+    assert acceptance.record(root, recipe, None) == []  # nothing is left to accept, and no event is written
+    assert AuditLog.from_environment().read(name) == entries

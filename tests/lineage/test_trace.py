@@ -25,7 +25,7 @@ from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.origin import Tag, collect_origin
 from components.lineage.record import Record, RecordError, folder_id, upstream
-from components.lineage.trace import Node, Trace, TraceError, trace
+from components.lineage.trace import ACCEPTED, Node, Trace, TraceError, outputs_of, trace
 
 pytestmark = pytest.mark.stack
 
@@ -88,7 +88,7 @@ def files(root: Path) -> None:
         (root / "components" / code).mkdir(parents=True)
         (root / "components" / code / "stage.py").write_text(f"# {code}\n")
     (root / "dvc.yaml").write_text(PIPELINE)
-    (root / "params.yaml").write_text("curate: {threshold: 0.45}\nadapt: {steps: 10}\n")
+    (root / "params.yaml").write_text(f"name: {root.name}\ncurate: {{threshold: 0.45}}\nadapt: {{steps: 10}}\n")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,21 @@ def test_tree_from_version_to_sources(case: Case):
     assert adapt.facts["params"] == {"adapt": {"steps": 10}}
     assert adapt.facts["outs"] == {"models/adapted": folder_id(case.root / "models/adapted")}
     assert list(kinds(found, "code")[0].facts["paths"]) == ["components/curation", "components/training"]
+
+
+def test_an_accepted_change_of_code_is_shown_below_its_stage(case: Case):
+    """As `pedigree run --accept` writes it: for this code and these outputs, and once for others."""
+    name = yaml.safe_load((case.root / "params.yaml").read_text())["name"]
+    entry = Record(case.root, case.recorded_at).stages()["adapt"]
+    code = next(dep["md5"] for dep in entry["deps"] if dep["path"] == "components/training")
+    details = {"stage": "adapt", "code": code, "outputs": outputs_of(entry), "reason": "a log line"}
+    for told in (details, details | {"code": "0" * 32}, details | {"outputs": {"models/adapted": "0" * 32}}):
+        AuditLog.from_environment().append(Event(name, ACCEPTED, "before/adapt", "rita", told))
+    adapt, curate = kinds(trace(f"{case.name}-candidates@latest", case.root), "stage")
+    assert [(event.kind, event.facts["actor"], event.facts["reason"]) for event in adapt.children] == [
+        ("event", "rita", "a log line")
+    ]
+    assert curate.children == []
 
 
 def test_data_down_to_s3_objects_and_licences(case: Case):
