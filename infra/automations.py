@@ -54,7 +54,7 @@ def apply(file: Path) -> None:
 
 
 def failure_notification(client: SyncPrefectClient, url: str) -> None:
-    """Call `url` when a flow run of any deployment fails, crashes or times out.
+    """Call `url` when a run of a deployment with the tag `pedigree` fails, crashes or times out.
 
     The address is a secret (whoever has it can post): it is kept in a block, which Prefect encrypts in its database.
     Addresses of the own network are allowed; `allow_private_urls=False` of the block would refuse them.
@@ -71,7 +71,7 @@ def failure_notification(client: SyncPrefectClient, url: str) -> None:
     trigger = EventTrigger(
         expect=ENDED_BADLY,
         match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
-        match_related={"prefect.resource.id": "prefect.deployment.*"},  # type: ignore[arg-type]
+        match_related={"prefect.resource.id": "prefect.tag.pedigree"},  # type: ignore[arg-type]
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,

@@ -100,7 +100,6 @@ class Site:
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
             "PREFECT_API_AUTH_STRING": self.credentials["PREFECT_API_AUTH_STRING"],
             "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; prefect.yaml ends a run that misses three
             **QUIET,
         }
 

@@ -53,7 +53,7 @@ def test_a_failed_run_of_a_deployment_calls_the_webhook(stack, webhook, tmp_path
     file.write_text("deployments: []\n")
     (stack.root / "short.py").write_text(FLOW)
     prefect = [str(Path(sys.executable).with_name("prefect")), "--no-prompt"]
-    deploy = [*prefect, "deploy", "short.py:short", "--name", "notified", "--pool", "pedigree"]
+    deploy = [*prefect, "deploy", "short.py:short", "--name", "notified", "--pool", "pedigree", "--tag", "pedigree"]
     subprocess.run(deploy, cwd=stack.root, check=True, capture_output=True)
     monkeypatch.setenv(automations.WEBHOOK_VARIABLE, "http://127.0.0.1:9/old")
     automations.apply(file)

@@ -72,7 +72,7 @@ def deployed(stack) -> Iterator[Any]:
     call(stack, "/work_pools/", pool)
     (stack.root / "flows").mkdir(exist_ok=True)
     (stack.root / "flows" / "duties.py").write_text(FLOWS)
-    here = {"work_pool": {"name": "pedigree"}}
+    here = {"work_pool": {"name": "pedigree"}, "tags": ["pedigree"]}
     tick, killed = ("flows/duties.py:tick", "flows/duties.py:killed_once")
     grown = {"type": "event", "expect": ["duties.grown"], "enabled": True, "name": "duties grown"}
     file = stack.root / "prefect.yaml"
