@@ -7,11 +7,14 @@ import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from components.core.mlflow_client import reported
+from components.core.mlflow_client import reported, server_uri
 from components.core.tracking import PARENT_STAGE
 from components.lineage.claims import REMOVED_TAG, mlflow_runs
 from components.lineage.removal import Removal
+from components.lineage.stored import S3Store
 
+PROXIED = "mlflow-artifacts"  # scheme of files that MLflow's server itself puts on S3
+BUCKET_VARIABLE, FOLDER = "PEDIGREE_MODELS_BUCKET", "mlflow"  # where the local stack's does
 UNSUCCESSFUL = ("FAILED", "KILLED")
 
 
@@ -53,4 +56,9 @@ def _size(client: Any, run_id: str, path: str | None = None) -> int:
 def _delete_files(info: Any) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    get_artifact_repository(info.artifact_uri, tracking_uri=os.environ["MLFLOW_TRACKING_URI"]).delete_artifacts()
+    get_artifact_repository(info.artifact_uri, tracking_uri=server_uri()).delete_artifacts()
+    scheme, _, path = info.artifact_uri.partition(":/")
+    if scheme == PROXIED and (bucket := os.environ.get(BUCKET_VARIABLE)):
+        store = S3Store(f"s3://{bucket}/{FOLDER}/{path.strip('/')}/")
+        # The bucket is versioned, and MLflow deletes the newest versions only.
+        store.remove({name: item for name, item in store.listing(("",)).items() if not item.there})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from components.core.storage import MissingInStorageError, StorageError, s3_clie
 
 OBJECT = re.compile(r"files/md5/([0-9a-f]{2})/([0-9a-f]{30}(?:\.dir)?)")
 ENTRY = re.compile(r"runs/[0-9a-f]{2}/[0-9a-f]{64}/[0-9a-f]{64}")
+PARTS = ("files/md5/", "runs/")
 UNFINISHED = ".tmp"  # how the names of files end that DVC is writing
 BATCH = 1000  # S3's limit of one request that deletes
 
@@ -66,7 +67,7 @@ class DiskStore:
     def listing(self) -> dict[str, Stored]:
         """All files below `files/md5` and `runs`."""
         found = {}
-        for part in ("files/md5", "runs"):
+        for part in PARTS:
             for folder, _, names in os.walk(self._folder / part):
                 for name in names:
                     path = Path(folder, name)
@@ -115,12 +116,12 @@ class S3Store:
         self._prefix = f"{prefix.rstrip('/')}/" if prefix else ""
         self._client = s3_client()
 
-    def listing(self) -> dict[str, Stored]:
-        """All keys below the prefix that have any version, listed once."""
+    def listing(self, parts: Sequence[str] = PARTS) -> dict[str, Stored]:
+        """All keys below these parts of the prefix that have any version, listed once."""
         versions: dict[str, list[dict[str, Any]]] = {}
         with s3_errors(self.url):
             pages = self._client.get_paginator("list_object_versions")
-            for part in ("files/md5/", "runs/"):
+            for part in parts:
                 for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + part):
                     for item in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
                         versions.setdefault(item["Key"].removeprefix(self._prefix), []).append(item)
@@ -165,16 +166,6 @@ def objects(listing: Mapping[str, Stored]) -> dict[str, Stored]:
 def entries(listing: Mapping[str, Stored]) -> dict[str, Stored]:
     """The run-cache entries of a listing by their path."""
     return {path: item for path, item in listing.items() if ENTRY.fullmatch(path)}
-
-
-def chosen(listing: Mapping[str, Stored], paths: Iterable[str]) -> dict[str, Stored]:
-    """A part of a listing."""
-    return {path: listing[path] for path in paths}
-
-
-def total(found: Collection[Stored]) -> int:
-    """Bytes of all."""
-    return sum(item.size for item in found)
 
 
 def _stored(items: list[dict[str, Any]]) -> Stored:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from components.core.config import ConfigError
-from flows.commands.runs import CACHE, in_words
+from flows.commands.runs import CACHE, in_words, wide_console
 from flows.gc_lock import no_run_beside
+from infra.local.compaction import compact_storage
 
 if TYPE_CHECKING:
     from components.lineage.removal import Removal
@@ -64,6 +64,7 @@ def gc(
         plan = make_plan(root, root / CACHE, rule, client, log)
         if not dry_run:
             plan.carry_out()
+            compact_storage(root)
         after = disk_bytes(*folders)
     if as_json:
         sys.stdout.write(json.dumps(_as_dict(plan, dry_run, before, after), indent=2) + "\n")
@@ -94,7 +95,7 @@ def _as_dict(plan: Plan, dry_run: bool, before: int, after: int) -> dict[str, An
 
 
 def _print(plan: Plan, dry_run: bool, before: int, after: int) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "would go" if dry_run else "removed", "bytes", "left", "such as"):
         table.add_column(column, justify="right" if column not in ("kind", "such as") else "left", overflow="fold")

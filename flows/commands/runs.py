@@ -25,6 +25,7 @@ from components.lineage.stored import DiskStore, object_path, objects
 from infra.local import supervisor
 from infra.local.site import StackError
 
+FILE_WIDTH = 300  # characters of a line
 CACHE = Path(".dvc") / "cache"
 
 
@@ -65,13 +66,18 @@ def runs(
         told = {"runs": [asdict(row) for row in rows], "notes": [note] if note else []}
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     if not rows:
         console.print("no runs yet; `pedigree run` makes one")
         return
     console.print(_table(rows))
     if note:
         console.print(note, markup=False)
+
+
+def wide_console() -> Console:
+    """A console whose tables are as wide as the terminal, and keep their lines whole in a file."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def _row(root: Path, run: Run, champions: Mapping[str, str], size: int) -> Row:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +22,14 @@ from components.lineage.audit_log import AuditLog, Event
 from components.lineage.ledger import Outcome
 from components.lineage.origin import Tag
 from components.lineage.record import Record
+from components.lineage.removal import disk_bytes
 from components.lineage.stored import DiskStore, S3Store, entries, objects
 from components.lineage.trace import trace
 from flows import workspace
 from flows.cli import app
 from flows.gc_lock import RunningError, no_gc_beside, no_run_beside
 from flows.workspace import git
+from infra.local.compaction import compact_storage
 from tests.flows.repository import DVC, git_lines
 from tests.lineage.short_runs import STAGES, ShortRuns, do_stage, make_short_runs, open_mlflow_run, sh
 
@@ -204,7 +208,12 @@ def test_killed_in_the_middle_and_run_again(runs: ShortRuns, monkeypatch: pytest
 
     client = MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name(runs.name).experiment_id], "status = 'FAILED'")
-    assert client.list_artifacts(run.info.run_id) == []  # its record stays
+    assert client.list_artifacts(run.info.run_id, "pictures") == []  # its record stays
+    asked = {
+        "Bucket": os.environ["PEDIGREE_MODELS_BUCKET"],
+        "Prefix": f"mlflow/{run.info.experiment_id}/{run.info.run_id}",
+    }
+    assert "Versions" not in boto3.client("s3").list_object_versions(**asked)
 
 
 def store_versions(store: Any, listing: Any) -> set[tuple[str, str]]:
@@ -226,6 +235,19 @@ def test_what_stayed_is_whole_and_what_went_is_computed_again(runs: ShortRuns):
         assert do_stage(again, "curate", STAGES["curate"]["cmd"]) == "ran"
     with runs.going(3) as again:
         assert again.ledger.take_up("curate") is Outcome.RESTORED
+
+
+def test_the_local_s3_server_gives_its_disk_back(stack, monkeypatch: pytest.MonkeyPatch):
+    client, place = boto3.client("s3"), {"Bucket": os.environ["PEDIGREE_DATA_BUCKET"], "Key": "large"}
+    version = client.put_object(**place, Body=os.urandom(20_000_000))["VersionId"]
+    full = disk_bytes(stack.root / ".pedigree/s3")
+    client.delete_object(**place, VersionId=version)
+    until = time.monotonic() + 120
+    while disk_bytes(stack.root / ".pedigree/s3") > full - 15_000_000:  # SeaweedFS deletes in the background
+        assert compact_storage(stack.root)
+        assert time.monotonic() < until
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.of-a-team.example.org")
+    assert not compact_storage(stack.root)
 
 
 def test_a_run_waits_for_gc_and_gc_does_not_wait_for_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
