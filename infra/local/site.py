@@ -60,6 +60,8 @@ class Site:
             if (folder / "credentials.env").exists():
                 lines = (folder / "credentials.env").read_text().splitlines()
                 site.credentials = dict(line.split("=", 1) for line in lines if "=" in line)
+        except PermissionError as error:
+            raise StackError(f"{error.filename} is another user's: work in a checkout of your own") from error
         except (OSError, ValueError, KeyError) as error:
             raise StackError(
                 f"the state of the stack in {folder} cannot be read ({error}); mend or delete it"
