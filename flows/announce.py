@@ -110,8 +110,12 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
         with get_client(sync_client=True) as client:
             listener = _listener(client)
             before = {run.id for run in _started(client, listener)}
-            if not client.read_events(EventFilter(id=EventIDFilter(id=[event.id])), limit=1).events:
-                client.request("POST", "/events", json=[event.model_dump(mode="json")])
+            if client.read_events(EventFilter(id=EventIDFilter(id=[event.id])), limit=1).events:
+                _settle(note)
+                return replace(
+                    told, note=f"an ingest that was cut short had sent the event; see the runs of {LISTENER}"
+                )
+            client.request("POST", "/events", json=[event.model_dump(mode="json")])
             _settle(note)
             return _found(client, listener, before, told)
     except httpx.HTTPError as error:

@@ -61,10 +61,8 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
         checkout: the folder that holds `dvc.yaml`.
         services: whether the environment leads to services; if not, only the machine and the checkout are looked at.
     """
-    groups: list[tuple[str, list[Check], str]] = [
-        ("this machine", [python, packages, pinned, disk, databases], ""),
-        ("checkout", [commit], ""),
-    ]
+    local: list[Check] = [python, packages, pinned, disk, databases]
+    groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit], "")]
     if services:
         login = "PREFECT_API_URL and PREFECT_API_AUTH_STRING lead to it; `pedigree up` starts the local one"
         groups += [
@@ -166,8 +164,7 @@ def s3_answers(_: Path) -> Iterator[Finding]:
     with s3_errors(f"s3://{bucket}"):
         answer = s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
     yield Finding("S3", GREEN, f"{os.environ.get('AWS_ENDPOINT_URL', 'AWS')} answers")
-    theirs = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    if theirs:
+    if theirs := answer["ResponseMetadata"]["HTTPHeaders"].get("date"):
         skew = abs((datetime.now(UTC) - parsedate_to_datetime(theirs)).total_seconds())
         state, advice = (GREEN, "") if skew < SKEW_SECONDS else (YELLOW, "set the clock by NTP on both machines")
         yield Finding("clock", state, f"{skew:.0f} s from that of S3", advice)
@@ -355,9 +352,8 @@ def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -
 def _late_runs(client: SyncPrefectClient) -> Finding:
     from prefect.client.schemas.filters import FlowRunFilter
 
-    late = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}}), limit=50
-    )
+    wanted = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
+    late = client.read_flow_runs(flow_run_filter=wanted, limit=50)
     if not late:
         return Finding("late runs", GREEN, "none")
     detail = f"{len(late)}{'+' if len(late) == 50 else ''}, such as {late[0].name}"

@@ -98,6 +98,7 @@ def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_pat
     (root / ".pedigree/announced" / note).rename(root / ".pedigree/unannounced" / note)
     again = ingest(root, photos, "flow-shots", "--holdout", "0.25")
     assert (again["already_present"], again["pool_snapshot"], again["evaluation_snapshot"]) == (40, None, None)
+    assert again["retraining"][0]["note"].startswith("an ingest that was cut short had sent the event")
     assert len(grown("flow-shots")) == 1
 
 
