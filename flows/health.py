@@ -254,8 +254,10 @@ def prefect(checkout: Path) -> Iterator[Finding]:
             yield Finding("Prefect", state, f"{client.api_url} answers, version {theirs} (here {__version__})", advice)
             yield _work_pool(client)
             yield _worker(client)
-            for wanted in yaml.safe_load((checkout / "prefect.yaml").read_text())["deployments"]:
-                yield from _deployment(client, wanted)
+            wanted = yaml.safe_load((checkout / "prefect.yaml").read_text())
+            for deployment in wanted["deployments"]:
+                yield from _deployment(client, deployment)
+            yield from _automations(client, [automation["name"] for automation in wanted.get("automations", ())])
             yield _late_runs(client)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
@@ -324,6 +326,16 @@ def _deployment(client: SyncPrefectClient, wanted: dict[str, Any]) -> Iterator[F
         on = any(automation.enabled for automation in automations)
         advice = "" if on else "switch it on in Prefect's page, under Automations, or `prefect deploy --all`"
         yield Finding(f"{name}: trigger", GREEN if on else RED, "on" if on else "off or gone", advice)
+
+
+def _automations(client: SyncPrefectClient, wanted: list[str]) -> Iterator[Finding]:
+    """Those of prefect.yaml, without which a run that loses its machine stays Running for ever."""
+    on = [name for name in wanted if any(found.enabled for found in client.read_automations_by_name(name))]
+    if missing := [name for name in wanted if name not in on]:
+        advice = "`python -m infra.automations` (`pedigree up` for the local stack), or switch it on in Prefect's page"
+        yield Finding("automations", RED, f"{missing[0]!r} is off or gone", advice)
+    elif on:
+        yield Finding("automations", GREEN, ", ".join(on))
 
 
 def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -> Finding:

@@ -33,6 +33,7 @@ def deployed(stack, checkout) -> Iterator[None]:
     run = partial(subprocess.run, cwd=checkout, check=True, capture_output=True, text=True)
     try:
         run([prefect, "--no-prompt", "deploy", "--all"])
+        run([sys.executable, "-m", "infra.automations"])
         yield
     finally:
         for name in DEPLOYMENTS:
@@ -59,7 +60,7 @@ def test_all_is_green_where_all_is_well_and_no_probe_stays(stack, checkout, depl
     assert code == 0
     assert {"Python", "packages", "git", "S3", "clock", "data bucket", "models bucket", "audit bucket", "DVC remote",
             "MLflow", "Prefect", "work pool", "worker", *DEPLOYMENTS, *waits, "retrain/on-new-images: trigger",
-            "late runs"} <= set(found)  # fmt: skip
+            "automations", "late runs"} <= set(found)  # fmt: skip
     for role in ("data", "models", "audit"):
         assert versions(f"pedigree-{role}", stack.env["AWS_ENDPOINT_URL"]) == []
 
