@@ -126,13 +126,13 @@ def rotate_logs(site: Site) -> None:
 
 
 def main() -> None:
-    """Keep the stack of the folder that is named until SIGTERM."""
+    """Keep the stack of the folder that is named until SIGTERM, or until the folder is deleted."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     root = Path(sys.argv[1])
     keeper, closed = Keeper(root), 0.0
     logger.info("keeping the stack of %s", root)
-    while True:
+    while (root / ".pedigree" / "stack.json").exists():
         try:
             keeper.look()
             rotate_logs(Site.load(root))
