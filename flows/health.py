@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.core.storage import s3_client, s3_errors
+from infra.local.services import SCHEDULER_GRACE, WORK_POOL
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -32,8 +33,6 @@ GREEN, YELLOW, RED = "green", "yellow", "red"
 GIB = 1024**3
 FREE_RED_GIB, FREE_YELLOW_GIB = 2, 10
 SKEW_SECONDS = 60  # S3 refuses from 15 minutes on, and logs of two machines are hard to compare long before
-NEW_DEPLOYMENT = timedelta(minutes=2)  # until the scheduler has looked at it
-WORK_POOL = "pedigree"
 BUCKETS = {"PEDIGREE_DATA_BUCKET": "data", "PEDIGREE_MODELS_BUCKET": "models", "PEDIGREE_AUDIT_BUCKET": "audit"}
 DRIVERS = {  # variable of a server's database -> what its address must begin with
     "MLFLOW_BACKEND_STORE_URI": ("sqlite:", "postgresql+psycopg2:", "postgresql:"),
@@ -128,7 +127,7 @@ def disk(checkout: Path) -> Iterator[Finding]:
     """Look at the free space where checkpoints and caches go."""
     free = shutil.disk_usage(checkout).free / GIB
     state = RED if free < FREE_RED_GIB else YELLOW if free < FREE_YELLOW_GIB else GREEN
-    advice = "" if state == GREEN else "free some space; `dvc gc --workspace` drops what no branch in use needs"
+    advice = "" if state == GREEN else "free some space: `pedigree gc --keep 10 --older 30d --dry-run`"
     yield Finding("disk", state, f"{free:.1f} GiB free at {checkout}", advice)
 
 
@@ -355,8 +354,8 @@ def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -
     )
     if runs:
         return Finding(check, GREEN, f"next run {runs[0].expected_start_time:%Y-%m-%d %H:%M} UTC")
-    if found.updated and datetime.now(UTC) - found.updated < NEW_DEPLOYMENT:
-        return Finding(check, YELLOW, "no run is scheduled yet; just deployed", "look again in two minutes")
+    if found.created and datetime.now(UTC) - found.created < SCHEDULER_GRACE:
+        return Finding(check, YELLOW, "no run is scheduled yet; just deployed", "look again in three minutes")
     advice = "look for errors of Prefect's scheduler in the server's log (SQLAlchemy 2.1 stops it: see packages)"
     return Finding(check, RED, "active, but no run is scheduled", advice)
 

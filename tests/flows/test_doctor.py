@@ -104,7 +104,7 @@ def test_an_active_schedule_without_a_run_to_come_is_red(stack, checkout, deploy
         client._client.post(f"/deployments/{found.id}/schedules", json=body).raise_for_status()
         found = client.read_deployment(found.id)
         assert health._schedule(client, "weekly", found).state == YELLOW
-        monkeypatch.setattr(health, "NEW_DEPLOYMENT", timedelta(0))
+        monkeypatch.setattr(health, "SCHEDULER_GRACE", timedelta(0))
         assert health._schedule(client, "weekly", found).detail == "active, but no run is scheduled"
 
 
