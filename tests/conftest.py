@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
         shared = needs_services and item.path.name != "test_main_job.py"
         item.add_marker(pytest.mark.xdist_group("services" if shared else item.path.name))
+
+
+@pytest.fixture(autouse=True)
+def _loggers_are_on() -> None:
+    """Switch our loggers on again: migrations of a database (alembic) in a test before this one switch all off."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] in ("components", "flows", "infra") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @dataclass(frozen=True)
