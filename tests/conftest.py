@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _loggers_are_on() -> None:
-    """Switch our loggers on again: migrations of a database (alembic) in a test before this one switch all off."""
+def _loggers_are_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Switch our loggers and pytest's handler on again: libraries that a test before this one used switch them off."""
+    caplog.handler.setLevel(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] in ("components", "flows", "infra") and isinstance(logger, logging.Logger):
             logger.disabled = False
