@@ -82,19 +82,21 @@ class Keeper:
         return f"it did not answer for {now - since:.0f} s" if now - since > HUNG_SECONDS else ""
 
     def _revive(self, down: dict[str, str]) -> None:
-        for service, reason in down.items():
-            logger.warning("%s: %s; starting it again", service, reason)
-            done = self.restarts.get(service, {"times": 0})
-            when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-            self.restarts[service] = {"times": int(str(done["times"])) + 1, "last": when, "why": reason}
-        self._save()
+        revived: tuple[str, ...] = tuple(down)
         try:
-            supervisor.revive(self.root, tuple(down), logger.info)
+            revived = supervisor.revive(self.root, revived, logger.info)
             self.failure = ""
         except StackError as error:
             self.failure = str(error)
             logger.error("%s", error)
         self.unhealthy_since.clear()
+        if not revived:  # a command started them meanwhile
+            return
+        for service in revived:
+            logger.warning("%s: %s; started again", service, down[service])
+            times = int(str(self.restarts.get(service, {"times": 0})["times"])) + 1
+            when = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            self.restarts[service] = {"times": times, "last": when, "why": down[service]}
         self.in_a_row, self.last_restart = self.in_a_row + 1, time.time()
         self.next_try = self.last_restart + min(2.0**self.in_a_row, LONGEST_WAIT_SECONDS)
 

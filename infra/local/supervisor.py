@@ -119,8 +119,11 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
     return {**(site.variables() if not only else site.storage_variables()), **without_proxy(os.environ)}
 
 
-def revive(root: Path, names: tuple[str, ...], report: Report) -> None:
+def revive(root: Path, names: tuple[str, ...], report: Report) -> tuple[str, ...]:
     """Start services again that are dead or do not answer; for the keeper.
+
+    Returns:
+        The names of those that were still down once no other command held the stack.
 
     Raises:
         StackError: one cannot start; the others run.
@@ -134,6 +137,7 @@ def revive(root: Path, names: tuple[str, ...], report: Report) -> None:
         for line in settle(site, {name for name in site.services if main_process(site, name) is not None}):
             report(line)
         _start(site, [service for service in services(site) if service.name in names], [], report)
+        return names
 
 
 def down(root: Path, report: Report = logger.info) -> list[str]:
