@@ -57,6 +57,13 @@ def mark(site: Site, name: str) -> str:
     return f"{site.folder}:{name}"
 
 
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        return None
+
+
 def _is_ours(process: psutil.Process, mark: str) -> bool:
     """Whether a living process carries the mark."""
     try:
@@ -80,14 +87,18 @@ def main_process(site: Site, name: str) -> psutil.Process | None:
 
 
 def find(site: Site, names: tuple[str, ...]) -> list[psutil.Process]:
-    """Every living process of the services: those that carry their mark, and all that descend from those."""
+    """Every living process of the services: those that carry their mark, and all that descend from those.
+
+    Services that the keeper started descend from it, and are not of it: they carry a mark of their own.
+    """
     marks = {mark(site, name) for name in names}
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         if any(_is_ours(process, mark) for mark in marks):
             found[process.pid] = process
             try:
-                found |= {child.pid: child for child in process.children(recursive=True)}
+                children = process.children(recursive=True)
+                found |= {child.pid: child for child in children if _mark_of(child) in (None, *marks)}
             except psutil.Error:
                 continue
     ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from flows.stack_commands import app
 from infra.local import services, supervisor
+from infra.local.processes import find
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
 
 UP = "import sys; from pathlib import Path; from infra.local.supervisor import up; up(Path(sys.argv[1]), tuple(sys.argv[2:]), print)"  # noqa: E501
@@ -232,6 +233,20 @@ def test_the_keeper_starts_killed_services_again_and_leaves_no_orphan(stack):
         assert "started again once by the keeper, last at 20" in found[name].detail
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
     assert supervisor.up(stack.root) == stack.env  # a command that comes later finds all of it
+
+
+def test_what_the_keeper_started_is_not_of_the_keeper(stack):
+    """`down` ends the keeper first, and the services only after the runs have saved their state."""
+    before = pids(stack.root)
+    os.kill(before["mlflow"], signal.SIGKILL)
+    until = time.monotonic() + 120
+    while supervisor.status(stack.root)[1].state != "healthy" and time.monotonic() < until:
+        time.sleep(0.5)
+    mlflow = psutil.Process(pids(stack.root)["mlflow"])
+    assert mlflow.ppid() == before["keeper"]
+    found = {process.pid for process in find(Site.load(stack.root), ("keeper",))}
+    assert before["keeper"] in found
+    assert mlflow.pid not in found
 
 
 def test_a_dead_keeper_is_seen_and_started_by_up(stack):
