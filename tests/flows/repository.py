@@ -82,7 +82,7 @@ def pedigree_command(*arguments: str) -> list[str]:
 
 
 def pedigree(
-    root: Path, *arguments: str, env: dict[str, str] | None = None, seconds: float = 300
+    root: Path, *arguments: str, env: dict[str, str] | None = None, seconds: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run `pedigree` in `root` to its end; `env` is added to this process's environment."""
     return subprocess.run(

@@ -54,7 +54,7 @@ def git(root: Path, *arguments: str) -> str:
 
 def pedigree(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
 
 
 def settings(*values: str) -> list[str]:
