@@ -46,7 +46,7 @@ def begin(checkout: Path) -> None:
 
 
 def note(checkout: Path, **facts: str) -> None:
-    """Add facts to the current flow run's file: which `run` of which `model` it makes, or what it is `waiting` for."""
+    """Add facts to the current flow run's file: which `run` of which `model` it makes."""
     from prefect.runtime import flow_run
 
     _write(_held[flow_run.id], {**_read(checkout / FOLDER / f"{flow_run.id}.json"), **facts})
