@@ -70,6 +70,7 @@ def connected(address: str) -> Iterator[int]:
     """
     host = _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a late thread of a pool connects again after the end
     if host in LOOPBACK:  # else Ray takes it for this machine's outer address, where such a cluster does not listen
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:

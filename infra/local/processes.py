@@ -109,8 +109,10 @@ def stop(site: Site, *names: str) -> list[str]:
     """End the services' processes, politely first, and return the names of those that were running."""
     were = [name for name in names if main_process(site, name) is not None]
     with uninterrupted():
-        if left := end(lambda: find(site, names), PATIENCE_SECONDS.get(names[-1], STOP_SECONDS)):
-            raise StackError(f"process {left[0].pid} of {names[0]} does not end: stop it by hand with `kill -9`")
+        patience = max((PATIENCE_SECONDS.get(name, STOP_SECONDS) for name in names), default=STOP_SECONDS)
+        if left := end(lambda: find(site, names), patience):
+            name = " or ".join(names)
+            raise StackError(f"process {left[0].pid} of {name} does not end: stop it by hand with `kill -9`")
         if [name for name in names if site.services.pop(name, None)]:
             site.save()
     return were

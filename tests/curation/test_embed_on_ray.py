@@ -44,6 +44,7 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TMPDIR", folder)  # Ray writes its address below it, and does not make the folder for that
         (Path(folder) / "ray").mkdir()
+        patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")  # read when Ray is imported, below; `connected` sets it too
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on the loopback address, as `connected` does it
         from ray.cluster_utils import Cluster
 

@@ -260,8 +260,9 @@ def test_what_is_not_found_is_said(case: Case, tmp_path: Path, monkeypatch: pyte
     assert line.startswith(f"commit {case.registered_at}: not in the git repository")
     with monkeypatch.context() as patch:
         patch.delenv("PEDIGREE_AUDIT_BUCKET")
-        (line,) = trace(f"{case.name}/1", case.root).missing
-        assert "PEDIGREE_AUDIT_BUCKET is not set" in line
+        missing = trace(f"{case.name}/1", case.root).missing
+        assert len(missing) == 1, missing
+        assert "PEDIGREE_AUDIT_BUCKET is not set" in missing[0]
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         with pytest.raises(TrackingError, match=r"does not answer .*'pedigree up' starts it"):
