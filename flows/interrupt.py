@@ -110,6 +110,7 @@ def final_state(interrupt: Interrupt) -> State[Any]:
 
     A run of a deployment that was not cancelled goes on when a worker takes it again; any other is cancelled.
     """
+    from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.runtime import deployment, flow_run
     from prefect.states import AwaitingRetry, Cancelled
@@ -117,7 +118,8 @@ def final_state(interrupt: Interrupt) -> State[Any]:
     message = f"{interrupt.reason}; what was finished is kept"
     if deployment.id is None:
         return Cancelled(message=message)
-    with get_client(sync_client=True) as client:
+    state = None
+    with suppress(HTTPError), get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(flow_run.id)).state
     if state is not None and state.is_cancelling():
         return Cancelled(message="cancelled; what was finished is kept")

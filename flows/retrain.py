@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from uuid import UUID
 
 from httpx import HTTPError
@@ -27,12 +26,10 @@ from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
+from flows.registered import exact, open_registry
 from flows.run_log import log_file
 from flows.stages import StageFailedError, run_stage
 from flows.workspace import Workspace, WorkspaceError, chosen_sources, close_branch, open_workspace
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 STAGES_SIDE_BY_SIDE = 2
 MOST_TRIES = 5  # of one flow run, which is started again after a crash or a stop of its worker
@@ -180,53 +177,6 @@ def _run_stages(workspace: Workspace) -> dict[str, str]:
 def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture[str]]) -> PrefectFuture[str]:
     needed: list[Any] = [futures[name] for name in stage.needs]
     return run_stage.submit(stage, workspace, wait_for=needed)  # pyright: ignore[reportCallIssue]
-
-
-def open_registry() -> MlflowClient:
-    """Return the client of the registry, once it has answered."""
-    from components.registry.publish import one_line_errors, registry_client
-
-    with one_line_errors():
-        return registry_client()
-
-
-def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
-    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
-    from components.registry.publish import one_line_errors
-
-    with one_line_errors():
-        return _resolved(recipe, registry)
-
-
-def _resolved(recipe: Recipe, client: MlflowClient) -> Recipe:
-    from components.registry.promote import with_alias
-
-    def version(name: str, alias: str) -> str | None:
-        found = with_alias(client, name, alias)
-        return f"models:/{name}/{found.version}" if found else None
-
-    names = {model: recipe.name if model == "teacher" else f"{recipe.name}-{model}" for model in recipe.evaluate.models}
-    champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
-    if champions and not recipe.evaluate.champions:
-        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
-    teacher = Path(recipe.distill.teacher_weights)
-    if teacher.is_absolute() and not teacher.is_dir():
-        raise WorkspaceError(f"distill.teacher_weights: {teacher} is no folder; give one that holds weights")
-    if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", recipe.distill.teacher_weights):
-        if (found := version(*named.groups())) is None:
-            raise WorkspaceError(f"distill.teacher_weights: {named[0]} names no registered version")
-        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_weights": found})})
-    exact = {}
-    for key in ("embedder", "semantic"):
-        config: Any = getattr(recipe.embed, key)
-        weights = getattr(config, "weights", "")  # which the kind `model` has
-        if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", weights):
-            if (found := version(*named.groups())) is None:
-                raise WorkspaceError(f"embed.{key}.weights: {weights} names no registered version")
-            exact[key] = config.model_copy(update={"weights": found})
-    if exact:
-        recipe = recipe.model_copy(update={"embed": recipe.embed.model_copy(update=exact)})
-    return recipe
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
         os.environ.update(connect(checkout, start=False))
         if server_uri():
             checked_client()
-            from flows.retrain import exact, open_registry
+            from flows.registered import exact, open_registry
 
             return exact(params, open_registry()), []
     except (StackError, TrackingError):

@@ -17,7 +17,7 @@ from components.model.config import ViTConfig
 from components.model.export import save_weights
 from components.model.vit import VisionTransformer
 from components.recipe import Recipe, load_recipe
-from flows.retrain import _resolved
+from flows.registered import exact
 from flows.workspace import WorkspaceError, params_text
 from tests.flows.repository import PROJECT
 
@@ -51,7 +51,7 @@ def test_the_champion_of_the_moment_is_an_input_of_the_run(client, root):
     digests = []
     for version in ("1", "2"):
         client.set_registered_model_alias("curator", "champion", version)
-        text = params_text(root, _resolved(recipe, client))  # what the run's params.yaml says
+        text = params_text(root, exact(recipe, client))  # what the run's params.yaml says
         section = yaml.safe_load(text)["embed"]
         assert section["embedder"]["weights"] == section["semantic"]["weights"] == f"models:/curator/{version}"
         config = Recipe.model_validate(yaml.safe_load(text)).embed
@@ -66,21 +66,21 @@ def test_the_champion_of_the_moment_is_an_input_of_the_run(client, root):
 def test_the_champion_teaches_as_an_exact_version(client, root):
     client.set_registered_model_alias("curator", "champion", "2")
     recipe = load_recipe(PROJECT, "tiny-cpu", ["distill.teacher_weights=models:/curator@champion"])
-    text = params_text(root, _resolved(recipe, client))
+    text = params_text(root, exact(recipe, client))
     assert yaml.safe_load(text)["distill"]["teacher_weights"] == "models:/curator/2"
     recipe = load_recipe(PROJECT, "tiny-cpu", ["distill.teacher_weights=models:/curator@best"])
     with pytest.raises(WorkspaceError, match=r"^distill\.teacher_weights: models:/curator@best names no registered"):
-        _resolved(recipe, client)
+        exact(recipe, client)
 
 
 def test_a_teacher_that_is_not_there_is_told_before_the_first_stage(client, root, tmp_path):
     recipe = load_recipe(PROJECT, None, [f"distill.teacher_weights={tmp_path}/none"])
     with pytest.raises(WorkspaceError, match=r"distill\.teacher_weights: .*/none is no folder"):
-        _resolved(recipe, client)
+        exact(recipe, client)
 
 
 @pytest.mark.parametrize("key", ["embedder", "semantic"])
 def test_an_alias_that_nothing_has_is_named(client, key):
     recipe = load_recipe(PROJECT, "tiny-cpu", [f"embed.{key}={EMBEDDER.replace('@champion', '@best')}"])
     with pytest.raises(WorkspaceError, match=rf"^embed\.{key}\.weights: models:/curator@best names no registered"):
-        _resolved(recipe, client)
+        exact(recipe, client)

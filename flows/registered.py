@@ -1,0 +1,53 @@
+"""What the registry holds now, written into a recipe as exact versions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.recipe import Recipe
+from components.registry.promote import with_alias
+from components.registry.publish import one_line_errors, registry_client
+from flows.workspace import WorkspaceError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@one_line_errors()
+def open_registry() -> MlflowClient:
+    """Return the client of the registry, once it has answered."""
+    return registry_client()
+
+
+@one_line_errors()
+def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
+    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+
+    def version(name: str, alias: str) -> str | None:
+        found = with_alias(registry, name, alias)
+        return f"models:/{name}/{found.version}" if found else None
+
+    names = {model: recipe.name if model == "teacher" else f"{recipe.name}-{model}" for model in recipe.evaluate.models}
+    champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
+    if champions and not recipe.evaluate.champions:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"champions": champions})})
+    teacher = Path(recipe.distill.teacher_weights)
+    if teacher.is_absolute() and not teacher.is_dir():
+        raise WorkspaceError(f"distill.teacher_weights: {teacher} is no folder; give one that holds weights")
+    if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", recipe.distill.teacher_weights):
+        if (found := version(*named.groups())) is None:
+            raise WorkspaceError(f"distill.teacher_weights: {named[0]} names no registered version")
+        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_weights": found})})
+    exact = {}
+    for key in ("embedder", "semantic"):
+        config: Any = getattr(recipe.embed, key)
+        weights = getattr(config, "weights", "")  # which the kind `model` has
+        if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", weights):
+            if (found := version(*named.groups())) is None:
+                raise WorkspaceError(f"embed.{key}.weights: {weights} names no registered version")
+            exact[key] = config.model_copy(update={"weights": found})
+    if exact:
+        recipe = recipe.model_copy(update={"embed": recipe.embed.model_copy(update=exact)})
+    return recipe
