@@ -10,7 +10,7 @@ run: $(READY)  ## the whole main job: make run [IMAGES=/path/to/folder] [RECIPE=
 	$(BIN)/pedigree run $(RUN_ARGS)
 
 test: $(READY)
-	$(BIN)/pytest --numprocesses=2 --dist=loadgroup
+	$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

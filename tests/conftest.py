@@ -15,14 +15,23 @@ import pytest
 
 from infra.local import supervisor
 
+SERVICES, MAIN_JOB = "services", "test_main_job.py"
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: all that need services to one, but the main job; the others file by file."""
+    """Where processes share the tests: all that need services to one, but the main job; the others file by file.
+
+    Those two take longest and come first.
+    """
     for item in items:
-        needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
-        shared = needs_services and item.path.name != "test_main_job.py"
-        item.add_marker(pytest.mark.xdist_group("services" if shared else item.path.name))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: _group(item) not in (SERVICES, MAIN_JOB))
+
+
+def _group(item: pytest.Item) -> str:
+    needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
+    return SERVICES if needs_services and item.path.name != MAIN_JOB else item.path.name
 
 
 @pytest.fixture(autouse=True)

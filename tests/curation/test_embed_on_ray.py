@@ -69,7 +69,7 @@ def test_embeddings_and_scores_are_the_same_bytes(small_workspace, tmp_path_fact
     save_small_model(small_workspace / "weights")
     ours = ModelConfig(weights="weights", image_size=28, batch_size=3)
     made = {}
-    for engine, workers in ((Engine.LOKY, 1), (Engine.LOKY, 2), (Engine.RAY, 2)):
+    for engine, workers in ((Engine.LOKY, 1), (Engine.RAY, 2)):
         root = tmp_path_factory.mktemp("run") / "workspace"
         shutil.copytree(small_workspace, root)
         monkeypatch.setenv(ADDRESS, "")
@@ -83,7 +83,7 @@ def test_packed_shards_and_blurred_faces_are_the_same_bytes(small_workspace, clu
     pool = read_collection(small_workspace / "data/pool")
     faces = {row: [{"x": 40, "y": 30, "w": 50, "h": 60}] for row in (4, 7)}
     made = {}
-    for engine, workers in ((Engine.LOKY, 1), (Engine.LOKY, 2), (Engine.RAY, 2)):
+    for engine, workers in ((Engine.LOKY, 1), (Engine.RAY, 2)):
         monkeypatch.setenv(ADDRESS, "")
         choose_engine(engine, cluster if engine is Engine.RAY else None)
         folder = small_workspace / f"{engine}{workers}"

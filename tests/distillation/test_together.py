@@ -154,7 +154,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 def test_killed_with_one_ahead_and_taken_up_by_a_stage_that_waited(place, values, workspace, caplog):  # noqa: F811
     """SIGKILL; one student loses its newest checkpoint; two stages side by side, of which one waits for the other."""
-    both = values("small", "wide", steps=40, checkpoint_every_steps=4, objective={"centering": "sinkhorn"})
+    both = values("small", "wide", steps=20, checkpoint_every_steps=4, objective={"centering": "sinkhorn"})
     alone = place()
     for student in ("small", "wide"):
         run(checked(both | {"share_teacher": False}), alone, 0, student)

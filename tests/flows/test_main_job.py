@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from components.lineage.code import list_of, read_list
 from tests.lineage.test_code import unlisted
@@ -25,13 +28,15 @@ from tests.lineage.test_code import unlisted
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = (
-    "pretrain.steps=6", "pretrain.batch_size=16", "pretrain.optimizer.warmup_steps=2", "adapt.steps=2",
+    "pretrain.steps=16", "pretrain.batch_size=16", "pretrain.optimizer.warmup_steps=2",
+    "pretrain.checkpoint_every_steps=2", "adapt.steps=2",
     "adapt.batch_size=8", "adapt.optimizer.warmup_steps=1", "distill.steps=3", "distill.batch_size=8",
     "distill.optimizer.warmup_steps=1", "evaluate.linear.c_grid=[1.0]", "evaluate.bootstrap_resamples=50",
     # Ten times as fast as bfloat16 on a processor that cannot compute in it.
     "pretrain.precision=float32", "adapt.precision=float32", "distill.precision=float32",
 )  # fmt: skip
 STAGES = ["embed", "curate", "pretrain", "adapt", "distill@small", "evaluate@small", "evaluate@teacher", "register"]
+AFTER_DISTILLATION = {"distill@small", "evaluate@small", "register"}
 
 TRACER = """
 import atexit, os, sys
@@ -96,23 +101,94 @@ def checkout(stack, tmp_path_factory) -> Path:
     return root
 
 
+def started(root: Path, until: str) -> subprocess.Popen[str]:
+    """`pedigree run`, as far as the line that is named."""
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", *settings()]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(line.startswith(until) for line in process.stderr)
+    return process
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended before its time: its code, what it said, and the newest two runs of MLflow."""
+
+    code: int
+    said: str
+    in_mlflow: list[Run]
+
+
+def ended(process: subprocess.Popen[str]) -> Ended:
+    assert process.stderr is not None
+    said = process.stderr.read()
+    code = process.wait(60)
+    experiment = MlflowClient().get_experiment_by_name("pedigree")
+    assert experiment is not None
+    return Ended(code, said, list(MlflowClient().search_runs([experiment.experiment_id], max_results=2)))
+
+
 @pytest.fixture(scope="module")
-def first(checkout) -> dict[str, Any]:
-    """The first run; each stage's process leaves the names of what it has loaded in a file of its own."""
-    traced = checkout.parent / "traced"
-    traced.mkdir()
-    (traced / "sitecustomize.py").write_text(TRACER)
+def traced(checkout) -> Iterator[Path]:
+    """The folder in which each stage's process leaves the names of what it has loaded."""
+    folder = checkout.parent / "traced"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(TRACER)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(traced))
-        return run(checkout)
+        patch.setenv("PYTHONPATH", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stopped(checkout, traced) -> Ended:
+    """The first run, which gets SIGTERM in the middle of pretraining."""
+    process = started(checkout, "checkpoint after 2 steps")
+    process.terminate()
+    return ended(process)
+
+
+@pytest.fixture(scope="module")
+def killed(checkout, stopped) -> Ended:
+    """The second run, whose training is killed."""
+    process = started(checkout, "checkpoint after 6 steps")
+    next(c for c in psutil.Process(process.pid).children(recursive=True) if "pretrain" in c.cmdline()).kill()
+    return ended(process)
+
+
+@pytest.fixture(scope="module")
+def first(checkout, killed) -> dict[str, Any]:
+    """The first run that ends well; it goes on where those before it were."""
+    return run(checkout)
+
+
+def test_a_stopped_run_ends_in_order(checkout, stopped):
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "Traceback" not in stopped.said
+    assert "; start it again to go on" in stopped.said
+    assert stopped.said.splitlines()[-1] == "stopped by SIGTERM; what was finished is kept, run again to go on"
+    states = {(run.data.tags["pedigree.stage"], run.info.status) for run in stopped.in_mlflow}
+    assert states == {("flow", "KILLED"), ("pretrain", "KILLED")}
+    branch = f"runs/{stopped.in_mlflow[0].data.tags['pedigree.run']}"
+    subjects = git(checkout, "log", "--format=%s", f"main..{branch}").splitlines()
+    assert subjects[0] == "Run interrupted: stopped by SIGTERM"
+    assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == ["code", "curate", "embed"]
+
+
+def test_a_run_whose_training_is_killed_says_so(killed):
+    assert killed.code == 1
+    assert "Traceback" not in killed.said
+    assert "resumed after " in killed.said
+    last = killed.said.splitlines()[-1]
+    assert last.startswith("error: `python -m components pretrain` failed (killed by SIGKILL)")
 
 
 def test_everything_is_made_and_recorded(checkout, first):
-    assert first["outcomes"] == dict.fromkeys(first["outcomes"], "ran")
     assert sorted(first["outcomes"]) == sorted(STAGES)
+    assert computed(first) == set(STAGES) - {"embed", "curate"}  # which the stopped run had finished
     subjects = git(checkout, "log", "--format=%s", f"main..{first['branch']}").splitlines()
-    assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == sorted([*STAGES, "code"])
+    assert {line.split(":")[0] for line in subjects if ": ran" in line} == computed(first)
     root = folder(checkout, first)
+    assert "resumed after " in (checkout / ".pedigree" / "logs" / "runs" / f"{first['run']}.log").read_text()
     assert "up to date" in dvc(root, "status")
     assert git(root, "status", "--porcelain") == ""
     assert git(checkout, "rev-parse", first["branch"]) == first["commit"]
@@ -120,11 +196,9 @@ def test_everything_is_made_and_recorded(checkout, first):
     assert {row["model"] for row in first["metrics"]} == {"teacher", "small", "random", "descriptor"}
 
 
-def test_what_a_stage_loads_is_on_the_list_of_its_code(checkout, first):
+def test_what_a_stage_loads_is_on_the_list_of_its_code(checkout, traced, first):
     for stage in {name.partition("@")[0] for name in STAGES}:
-        loaded = {
-            name for path in (checkout.parent / "traced").glob(f"{stage}.*.txt") for name in path.read_text().split()
-        }
+        loaded = {name for path in traced.glob(f"{stage}.*.txt") for name in path.read_text().split()}
         assert f"components.{'curation' if stage in ('embed', 'curate') else 'core'}" in loaded
         listed = read_list((folder(checkout, first) / list_of(stage)).read_text())
         assert unlisted(loaded, listed, checkout) == set()
@@ -180,7 +254,7 @@ def test_candidates_are_registered_below_one_pipeline_run(first):
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.`pedigree.run` = '{first['run']}'")
     parents = {found.data.tags.get("mlflow.parentRunId") for found in runs}
-    assert len(runs) == len(STAGES) + 1
+    assert len(runs) == len(computed(first)) + 1
     assert len(parents) == 2  # None of the pipeline's own run, and its id of all stages
     (parent,) = (found for found in runs if found.info.run_id in parents)
     assert "| teacher | random | " in parent.data.tags["mlflow.note.content"]
@@ -218,13 +292,27 @@ def test_an_unchanged_run_computes_nothing(checkout, first):
     assert time.monotonic() - begun < 120  # 15 s measured; not a benchmark, a stage that ran would take longer
 
 
-def test_a_parameter_of_distillation_changes_only_what_follows_it(checkout, first):
+def test_promotion_and_trace(checkout, first):
+    told = planned(checkout, "distill.steps=4")
+    assert {name for name, outcome in told.items() if outcome in ("run", "after")} == AFTER_DISTILLATION
+    done = pedigree(checkout, "promote", "pedigree@latest", "--reason", "the first one")
+    assert done.returncode == 0, done.stderr
+    done = pedigree(checkout, "trace", "pedigree@champion", "--json")
+    assert done.returncode == 0, done.stderr
+    text = json.dumps(json.loads(done.stdout))
+    for fact in ("the first one", "CC0-1.0", "python -m components pretrain", "data/pool/sample/"):
+        assert fact in text
+
+
+def test_a_parameter_and_a_champion_change_only_what_follows_them(checkout, first):
     told = planned(checkout, "distill.steps=4")
     changed = run(checkout, "distill.steps=4")
-    assert computed(changed) == {"distill@small", "evaluate@small", "register"}
+    assert computed(changed) == AFTER_DISTILLATION | {"evaluate@teacher"}  # which measures the champion too
     assert computed(changed) == {name for name, outcome in told.items() if outcome in ("run", "after")}
+    assert "champion" in {row["model"] for row in changed["metrics"] if row["evaluation"] == "teacher"}
     difference = json.loads(dvc(folder(checkout, changed), "params", "diff", "--json", first["branch"]))
-    assert difference == {"params.yaml": {"distill.steps": {"old": 3, "new": 4, "diff": 1}}}
+    assert difference["params.yaml"].pop("distill.steps") == {"old": 3, "new": 4, "diff": 1}
+    assert difference == {"params.yaml": {"evaluate.champions.teacher": {"old": None, "new": "models:/pedigree/1"}}}
     # With DVC alone, as an auditor does it: the changed stages, computed again from the run's own branch.
     auditor = checkout / ".pedigree" / "auditor"
     git(checkout, "worktree", "add", "-q", "--detach", str(auditor), changed["branch"])
@@ -246,61 +334,3 @@ def test_all_data_comes_back_from_s3(checkout, first):
             path.unlink()
     subprocess.run([BIN / "dvc", "pull"], cwd=root, capture_output=True, check=True)
     assert {p: hashlib.sha256(p.read_bytes()).digest() for p in kept} == kept
-
-
-def test_promotion_and_trace(checkout, first):
-    done = pedigree(checkout, "promote", "pedigree@latest", "--reason", "the first one")
-    assert done.returncode == 0, done.stderr
-    done = pedigree(checkout, "trace", "pedigree@champion", "--json")
-    assert done.returncode == 0, done.stderr
-    text = json.dumps(json.loads(done.stdout))
-    for fact in ("the first one", "CC0-1.0", "python -m components pretrain", "data/pool/sample/"):
-        assert fact in text
-    after = run(checkout)
-    assert computed(after) == {"evaluate@small", "evaluate@teacher", "register"}  # the cache was deleted before
-    champions = (folder(checkout, after) / "params.yaml").read_text().partition("champions:")[2]
-    assert "teacher: models:/pedigree/1" in champions
-    assert "champion" in {row["model"] for row in after["metrics"] if row["evaluation"] == "teacher"}
-
-
-def started(root: Path, values: list[str], until: str) -> subprocess.Popen[str]:
-    """`pedigree run`, as far as the line that is named."""
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", *values]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any(line.startswith(until) for line in process.stderr)
-    return process
-
-
-def test_training_that_is_stopped_or_killed_goes_on_from_its_checkpoint(checkout, first):
-    values = settings("pretrain.optimizer.base_lr=3e-3", "pretrain.steps=60", "pretrain.checkpoint_every_steps=5")
-    process = started(checkout, values, "checkpoint after 5 steps")
-    process.terminate()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert "Traceback" not in said
-    assert "; start it again to go on" in said
-    assert said.splitlines()[-1] == "stopped by SIGTERM; what was finished is kept, run again to go on"
-    experiment = MlflowClient().get_experiment_by_name("pedigree")
-    assert experiment is not None
-    newest = MlflowClient().search_runs([experiment.experiment_id], max_results=2)
-    assert {(run.data.tags["pedigree.stage"], run.info.status) for run in newest} == {
-        ("flow", "KILLED"),
-        ("pretrain", "KILLED"),
-    }
-    stopped = newest[0].data.tags["pedigree.run"]
-    assert git(checkout, "show", "-s", "--format=%s", f"runs/{stopped}") == "Run interrupted: stopped by SIGTERM"
-
-    process = started(checkout, values, "checkpoint after 20 steps")
-    assert process.stderr is not None
-    trainer = next(c for c in psutil.Process(process.pid).children(recursive=True) if "pretrain" in c.cmdline())
-    trainer.kill()
-    said = process.stderr.read()
-    assert process.wait(60) == 1
-    assert "Traceback" not in said
-    assert said.splitlines()[-1].startswith("error: `python -m components pretrain` failed (killed by SIGKILL)")
-    done = pedigree(checkout, "run", *values)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "resumed after " in done.stderr
-    assert "kNN of teacher" in done.stdout
