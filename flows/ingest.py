@@ -47,7 +47,7 @@ def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[An
             live.begin(Path.cwd())
             return _ingest(request, announce)
         except KeyboardInterrupt:
-            return interrupt.final_state(interrupted)
+            return interrupt.end(interrupted)
         except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
             return Failed(message=str(error) or type(error).__name__)
 

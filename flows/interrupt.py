@@ -105,22 +105,28 @@ def stop(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGTERM)
 
 
-def final_state(interrupt: Interrupt) -> State[Any]:
-    """The state of an interrupted flow run.
+def end(interrupt: Interrupt) -> State[Any]:
+    """The last state of an interrupted flow run that was started by hand or cancelled.
 
-    A run of a deployment that was not cancelled goes on when a worker takes it again; any other is cancelled.
+    A deployment's run that nobody cancelled goes on later: this call then ends the process, as Prefect does where it
+    suspends a run, and a worker takes the run again.
     """
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import Pause
     from prefect.runtime import deployment, flow_run
     from prefect.states import AwaitingRetry, Cancelled
+
+    from flows import live
 
     message = f"{interrupt.reason}; what was finished is kept"
     if deployment.id is None:
         return Cancelled(message=message)
-    state = None
+    later = AwaitingRetry(message=f"{message}; a worker starts it again")
     with suppress(HTTPError), get_client(sync_client=True) as client:
-        state = client.read_flow_run(UUID(flow_run.id)).state
-    if state is not None and state.is_cancelling():
-        return Cancelled(message="cancelled; what was finished is kept")
-    return AwaitingRetry(message=f"{message}; a worker starts it again")
+        run = client.read_flow_run(UUID(flow_run.id))
+        if run.state is not None and run.state.is_cancelling():
+            return Cancelled(message="cancelled; what was finished is kept")
+        live.end(None, run, later)  # before another process begins it
+        raise Pause(state=client.set_flow_run_state(run.id, later).state)
+    return later  # Prefect is away

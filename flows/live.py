@@ -140,7 +140,7 @@ def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
 
 
 def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
-    """Tell Prefect, unless it knows the end or a later try runs; prefect.yaml starts a crashed run again."""
+    """Tell Prefect, unless the run has ended, waits for its next try or is in it; prefect.yaml starts it again."""
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -150,7 +150,7 @@ def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
         with get_client(sync_client=True) as client:
             run = client.read_flow_run(flow_run)
             state = run.state
-            if state is None or state.is_final() or state.is_scheduled() or run.run_count != noted["try"]:
+            if state is None or not (state.is_running() or state.is_cancelling()) or run.run_count != noted["try"]:
                 return
             message = f"{LOST} (process {noted['process']})"
             ended = Cancelled(message=message) if state.is_cancelling() else Crashed(message=message)

@@ -78,10 +78,10 @@ def retrain(
         try:
             return _retrain(Path.cwd(), lambda: params or load_recipe(Path.cwd(), recipe, overrides or []), sources)
         except KeyboardInterrupt:
-            return interrupt.final_state(interrupted)
+            return interrupt.end(interrupted)
         except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
             if interrupt.asked():
-                return interrupt.final_state(interrupted)
+                return interrupt.end(interrupted)
             return Failed(message=str(error) or type(error).__name__)
 
 

@@ -20,8 +20,10 @@ from infra.local.services import UnhealthyError, request
 PROJECT = Path(__file__).parents[2]
 FLOWS = """
 import os, signal, time
+from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
+from flows import interrupt, live
 
 @flow
 def tick(): ...
@@ -30,6 +32,17 @@ def tick(): ...
 def killed_once():
     if flow_run.run_count == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+
+@flow(on_completion=[live.end])
+def stopped_once():
+    with interrupt.handled() as interrupted:
+        try:
+            live.begin(Path.cwd())
+            if flow_run.run_count == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+        except KeyboardInterrupt:
+            return interrupt.end(interrupted)
 """
 pytestmark = pytest.mark.stack
 
@@ -70,10 +83,10 @@ def deployed(stack) -> Iterator[Any]:
     """Deployments of small flows, with the automations of the project's own prefect.yaml."""
     pool = {"name": "unserved", "type": "process", "base_job_template": {}}
     call(stack, "/work_pools/", pool)
-    (stack.root / "flows").mkdir(exist_ok=True)
-    (stack.root / "flows" / "duties.py").write_text(FLOWS)
+    (stack.root / "made").mkdir(exist_ok=True)
+    (stack.root / "made" / "duties.py").write_text(FLOWS)
     here = {"work_pool": {"name": "pedigree"}, "tags": ["pedigree"]}
-    tick, killed = ("flows/duties.py:tick", "flows/duties.py:killed_once")
+    tick, killed, stopped = (f"made/duties.py:{flow}" for flow in ("tick", "killed_once", "stopped_once"))
     grown = {"type": "event", "expect": ["duties.grown"], "enabled": True, "name": "duties grown"}
     file = stack.root / "prefect.yaml"
     text = {
@@ -82,20 +95,22 @@ def deployed(stack) -> Iterator[Any]:
             {"name": "listener", "entrypoint": tick, "triggers": [grown], **here},
             {"name": "nobody", "entrypoint": tick, "work_pool": {"name": "unserved"}},
             {"name": "again", "entrypoint": killed, "concurrency_limit": 1, **here},
+            {"name": "later", "entrypoint": stopped, "concurrency_limit": 1, **here},
         ],
         "automations": yaml.safe_load((PROJECT / "prefect.yaml").read_text())["automations"],
     }
     file.write_text(yaml.safe_dump(text))
     supervisor.up(stack.root)
     started(stack, "nobody", "tick")
-    started(stack, "again", "killed-once")
-    started(stack, "again", "killed-once")
+    for _ in range(2):
+        started(stack, "again", "killed-once")
+    started(stack, "later", "stopped-once")
     try:
         yield stack
     finally:
         file.unlink()
         for deployment in call(stack, "/deployments/filter", {}):
-            if deployment["name"] in ("clock", "listener", "nobody", "again"):
+            if deployment["name"] in ("clock", "listener", "nobody", "again", "later"):
                 call(stack, f"/deployments/{deployment['id']}", None, "DELETE")
 
 
@@ -121,6 +136,15 @@ def test_a_crashed_run_is_started_again_and_frees_its_slot(deployed):
 
     wait_for("the end of both runs", lambda: len(ended()) == 2, seconds=240)
     assert [run["run_count"] for run in ended()] == [2, 2]
+
+
+def test_a_run_that_gets_sigterm_goes_on_in_a_second_try(deployed):
+    def ended() -> list[dict[str, Any]]:
+        return [run for run in runs(deployed, "later") if run["state_name"] == "Completed"]
+
+    (run,) = wait_for("the end of the run", ended)
+    states = [state["name"] for state in call(deployed, f"/flow_run_states/?flow_run_id={run['id']}", None, "GET")]
+    assert [states.count(name) for name in ("Running", "AwaitingRetry", "Crashed")] == [2, 1, 0]
 
 
 def test_a_run_that_nobody_takes_is_late(deployed):
