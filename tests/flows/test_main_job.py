@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from components.lineage.code import list_of, read_list
 from tests.lineage.test_code import unlisted
@@ -101,31 +100,37 @@ def checkout(stack, tmp_path_factory) -> Path:
     return root
 
 
-def started(root: Path, until: str) -> subprocess.Popen[str]:
-    """`pedigree run`, as far as the line that is named."""
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", *settings()]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any(line.startswith(until) for line in process.stderr)
-    return process
-
-
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended before its time: its code, what it said, and the newest two runs of MLflow."""
+class Interrupted:
+    """How a run ended before its time: its code, what it said, and each stage's status in MLflow."""
 
     code: int
     said: str
-    in_mlflow: list[Run]
+    run: str
+    in_mlflow: dict[str, str]
 
 
-def ended(process: subprocess.Popen[str]) -> Ended:
+def interrupted(root: Path, until: str, hit: Callable[[psutil.Process], None]) -> Interrupted:
+    """`pedigree run`, which is hit when it says a line."""
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", *settings()]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    said = process.stderr.read()
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(until):
+            hit(psutil.Process(process.pid))
+            break
+    lines += process.stderr
     code = process.wait(60)
-    experiment = MlflowClient().get_experiment_by_name("pedigree")
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("pedigree")
     assert experiment is not None
-    return Ended(code, said, list(MlflowClient().search_runs([experiment.experiment_id], max_results=2)))
+    newest = client.search_runs([experiment.experiment_id], max_results=1)[0].data.tags["pedigree.run"]
+    found = client.search_runs([experiment.experiment_id], f"tags.`pedigree.run` = '{newest}'")
+    return Interrupted(
+        code, "".join(lines), newest, {run.data.tags["pedigree.stage"]: run.info.status for run in found}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,19 +145,19 @@ def traced(checkout) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def stopped(checkout, traced) -> Ended:
+def stopped(checkout, traced) -> Interrupted:
     """The first run, which gets SIGTERM in the middle of pretraining."""
-    process = started(checkout, "checkpoint after 2 steps")
-    process.terminate()
-    return ended(process)
+    return interrupted(checkout, "checkpoint after 2 steps", psutil.Process.terminate)
+
+
+def kill_training(process: psutil.Process) -> None:
+    next(child for child in process.children(recursive=True) if "pretrain" in child.cmdline()).kill()
 
 
 @pytest.fixture(scope="module")
-def killed(checkout, stopped) -> Ended:
+def killed(checkout, stopped) -> Interrupted:
     """The second run, whose training is killed."""
-    process = started(checkout, "checkpoint after 6 steps")
-    next(c for c in psutil.Process(process.pid).children(recursive=True) if "pretrain" in c.cmdline()).kill()
-    return ended(process)
+    return interrupted(checkout, "checkpoint after 6 steps", kill_training)
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +171,8 @@ def test_a_stopped_run_ends_in_order(checkout, stopped):
     assert "Traceback" not in stopped.said
     assert "; start it again to go on" in stopped.said
     assert stopped.said.splitlines()[-1] == "stopped by SIGTERM; what was finished is kept, run again to go on"
-    states = {(run.data.tags["pedigree.stage"], run.info.status) for run in stopped.in_mlflow}
-    assert states == {("flow", "KILLED"), ("pretrain", "KILLED")}
-    branch = f"runs/{stopped.in_mlflow[0].data.tags['pedigree.run']}"
-    subjects = git(checkout, "log", "--format=%s", f"main..{branch}").splitlines()
+    assert stopped.in_mlflow == {"embed": "FINISHED", "curate": "FINISHED", "pretrain": "KILLED", "flow": "KILLED"}
+    subjects = git(checkout, "log", "--format=%s", f"main..runs/{stopped.run}").splitlines()
     assert subjects[0] == "Run interrupted: stopped by SIGTERM"
     assert sorted(line.split(":")[0] for line in subjects if ": ran" in line) == ["code", "curate", "embed"]
 
