@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
@@ -20,7 +21,6 @@ import psutil
 
 from components.core import tracking
 from flows.workspace import close_branch
-from infra.local import supervisor
 
 FOLDER = Path(".pedigree") / "flow-runs"
 STOP_SECONDS = 60.0
@@ -79,30 +79,41 @@ def lost(checkout: Path) -> list[Path]:
 
 
 def stop_running(checkout: Path) -> list[str]:
-    """Stop the runs that were started by hand, as Ctrl-C does, and wait until they have saved their state.
+    """Stop all runs of this checkout, as Ctrl-C does, and wait until they have saved their state.
 
-    A worker stops its own, which go on when there is a worker again.
+    A worker is frozen before: when it ends it kills its runs at once, and while it lives it takes them up again.
 
     Returns:
         A line for each.
     """
-    lines = []
-    workers = {process.pid for process in supervisor.processes(checkout)}
+    stopped: dict[psutil.Process, tuple[str, str]] = {}
     for noted in running(checkout):
-        if noted.get("process") in (None, os.getpid(), *workers):
-            continue
-        name = f"{noted['flow']} {noted.get('run', '')}".strip()
-        try:
+        with suppress(psutil.Error, KeyError):  # it has ended, or has just begun
             process = psutil.Process(noted["process"])
+            if process.pid == os.getpid():
+                continue
+            workers = [parent for parent in process.parents() if {"worker", "start"} <= set(parent.cmdline())]
+            for worker in workers:
+                worker.suspend()
             process.terminate()
-            process.wait(STOP_SECONDS)
-        except psutil.TimeoutExpired:
-            lines.append(f"{name} (process {noted['process']}) still saves its state after {STOP_SECONDS:.0f} s")
-        except psutil.Error:  # it has ended
-            continue
-        else:
-            lines.append(f"stopped {name}: what it finished is kept, `pedigree run` goes on")
-    return lines
+            goes_on = "a worker goes on with it" if workers else "`pedigree run` goes on"
+            stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), goes_on
+    until = time.monotonic() + STOP_SECONDS
+    while not all(map(_has_ended, stopped)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return [
+        f"stopped {name}: what it finished is kept, {goes_on}"
+        if _has_ended(process)
+        else f"{name} (process {process.pid}) still saves its state after {STOP_SECONDS:.0f} s"
+        for process, (name, goes_on) in stopped.items()
+    ]
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # whose parent is frozen
+    except psutil.NoSuchProcess:
+        return True
 
 
 def close_lost(checkout: Path) -> list[str]:

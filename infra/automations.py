@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from prefect.blocks.webhook import Webhook
@@ -86,13 +86,20 @@ def failure_notification(client: SyncPrefectClient, url: str) -> None:
 
 
 def put(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Make the automation, or bring the one of its name to what is wanted."""
+    """Make the automation, or bring the one of its name to what is wanted.
+
+    One that is so already is left alone: an update makes Prefect forget which runs it has seen.
+    """
     found = client.read_automations_by_name(automation.name)
-    if found:
-        client.update_automation(found[0].id, automation)
-    else:
+    if not found:
         client.create_automation(automation)
+    elif _content(AutomationCore.model_validate(found[0].model_dump())) != _content(automation):
+        client.update_automation(found[0].id, automation)
     logger.info("Prefect automation %r is on", automation.name)
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    return automation.model_dump(mode="json", exclude={"trigger": {"id"}})
 
 
 if __name__ == "__main__":

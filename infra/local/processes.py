@@ -125,6 +125,7 @@ def end(living: Callable[[], list[psutil.Process]], patience: float = STOP_SECON
         for process in left:
             try:
                 getattr(process, method)()
+                process.resume()  # one that is frozen would not hear it
             except psutil.Error:
                 continue
         psutil.wait_procs(left, timeout=seconds)
