@@ -14,7 +14,6 @@ from components.curation.config import CurateConfig, EmbedConfig
 from components.distillation.config import DistillConfig
 from components.evaluation.config import EvaluateConfig
 from components.pretraining.config import PretrainConfig
-from components.registry.config import RegisterConfig
 from components.training.config import check_crops_fit
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -32,7 +31,6 @@ class Recipe(Config):
     adapt: AdaptConfig
     distill: DistillConfig
     evaluate: EvaluateConfig
-    register_model: RegisterConfig = Field(alias="register")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -45,11 +43,10 @@ class Recipe(Config):
             raise ValueError(f"evaluate.models: this recipe makes no {unknown[0]}")
         patches = {"pretrain": self.pretrain.backbone.patch_size}
         patches |= {f"distill.students.{name}": s.backbone.patch_size for name, s in self.distill.students.items()}
-        sizes = {"evaluate.crop_size": self.evaluate.crop_size, "register.resolution": self.register_model.resolution}
-        for key, size in sizes.items():
-            for section, patch in patches.items():
-                if size % patch:
-                    raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
+        key, size = "evaluate.preprocessing.crop_size", self.evaluate.preprocessing.crop_size
+        for section, patch in patches.items():
+            if size % patch:
+                raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
         return self
 
     @model_validator(mode="after")

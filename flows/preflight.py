@@ -123,7 +123,7 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
     from components.data.shared_memory import SharedMemoryError, check_shared_memory, crop_bytes
 
     evaluate = recipe.evaluate
-    loaders = [("evaluate.num_workers", evaluate.num_workers, 3 * evaluate.batch_size * evaluate.crop_size**2)]
+    loaders = [("evaluate.num_workers", evaluate.num_workers, evaluate.batch_bytes)]
     for name, section in _trainings(recipe).items():
         size = crop_bytes(section.crops, section.batch_size)
         loaders.append((f"{name}.stream.num_workers", section.stream.num_workers, size))

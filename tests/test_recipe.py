@@ -122,8 +122,7 @@ def test_several_mistakes_are_a_line_each():
         (["evaluate.models={teacher: models/adapted}"], "evaluate.models must hold all that is registered"),
         (["evaluate.models.small=models/adapted"], "evaluate.models must hold all that is registered"),
         (["evaluate.models.other=models/students/other"], "this recipe makes no models/students/other"),
-        (["evaluate.crop_size=64"], "evaluate.crop_size 64 must be a multiple of pretrain.backbone.patch_size 6"),
-        (["register.resolution=62"], "register.resolution 62 must be a multiple of pretrain.backbone.patch_size 6"),
+        (["evaluate.preprocessing.crop_size=64"], "evaluate.preprocessing.crop_size 64 must be a multiple of"),
         (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 6"),
         (["adapt.crops.local_size=32"], "adapt: crops.local_size 32 is not a multiple of backbone.patch_size 6; use"),
         (

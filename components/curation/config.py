@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
+from components.model.config import Preprocessing
 
 Similarity = Annotated[float, Field(gt=0, lt=1)]  # cosine of two embeddings
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,7 +27,7 @@ class ModelConfig(Config):
 
     kind: Literal["model"] = "model"
     weights: str  # a weights folder, or models:/NAME@alias
-    image_size: PositiveInt = 224  # whole image squeezed to this square, a multiple of the patch size
+    preprocessing: Preprocessing = Preprocessing()  # crop_size: a multiple of the patch size
     batch_size: PositiveInt = 32
 
 

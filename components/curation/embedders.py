@@ -20,7 +20,7 @@ from components.core.weights_cache import FILES as WEIGHTS_FILES
 from components.curation import descriptor
 from components.curation.config import DescriptorConfig, EmbedderConfig, ModelConfig, OnnxConfig, TorchScriptConfig
 
-VERSION = 1  # raise it whenever a change here changes an embedding
+VERSION = 2  # raise it whenever a change here changes an embedding
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -125,13 +125,14 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     import torch
 
     from components.model.export import load_backbone
+    from components.model.preprocessing import center_crop, to_input
 
     backbone = load_backbone(folder)
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
-        batch = np.stack([normalised_pixels(image, "square", config.image_size) for image in images])
+        crops = np.stack([np.asarray(center_crop(image, config.preprocessing)) for image in images])  # [B, S, S, 3]
         with _one_torch_thread(), torch.inference_mode():
-            return backbone(torch.from_numpy(batch)).cls_token.numpy()  # [B, D]
+            return backbone(to_input(torch.from_numpy(crops).permute(0, 3, 1, 2))).cls_token.numpy()  # [B, D]
 
     return embed
 

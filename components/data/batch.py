@@ -26,11 +26,10 @@ from components.data.masking import sample_masks
 from components.data.shards import ShardError
 from components.data.shared_memory import PREFETCH, check_shared_memory, crop_bytes
 from components.data.stream import BadImage, ImageStream, StreamError, too_many_bad
+from components.model.preprocessing import to_input
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _MASKS = 1_000_000  # third number of the masks' generators, out of the way of the crops' numbers
 
 
@@ -156,13 +155,6 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
         if len(bad) > config.max_bad_images:
             raise too_many_bad(list(bad.values()), config)
         yield batch
-
-
-def to_input(crops: Tensor) -> Tensor:
-    """Normalise [N, 3, H, W] uint8 images by ImageNet's mean and standard deviation; float32."""
-    mean = torch.tensor(IMAGENET_MEAN, device=crops.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=crops.device).view(3, 1, 1)
-    return (crops.float() / 255 - mean) / std
 
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from components.data.manifest import read_collection
 
@@ -62,15 +61,6 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
         return EvaluationSet(root, table, None)
     _warn_of_mixture(root, table, names != "")
     return EvaluationSet(root, table, _read_labels(root, table, names))
-
-
-def centre_crop(image: Image.Image, resize_size: int, crop_size: int) -> Image.Image:
-    """Resize the shorter side to `resize_size` pixels (bicubic, antialiased) and cut the middle."""
-    scale = resize_size / min(image.size)
-    width, height = (max(resize_size, round(side * scale)) for side in image.size)
-    left, top = (width - crop_size) // 2, (height - crop_size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + crop_size, top + crop_size))
 
 
 def _warn_of_mixture(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from components.core.config import Config
+from components.model.config import Preprocessing
 
 # 10^-6 to 10^5 in 45 steps: C_POWER_RANGE of dinov2/eval/log_regression.py.
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
@@ -21,7 +22,6 @@ class KnnConfig(Config):
     neighbours: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
     reported: PositiveInt = 20  # its accuracy is `knn_top1`; "20 usually works best", says the code's help text
     temperature: PositiveFloat = 0.07
-    resize_size: PositiveInt = 256  # pixels of the shorter side, before the centre crop
 
     @model_validator(mode="after")
     def _reported_is_measured(self) -> Self:
@@ -31,13 +31,12 @@ class KnnConfig(Config):
 
 
 class LinearConfig(Config):
-    """Logistic regression on frozen features (dinov2/eval/log_regression.py)."""
+    """Logistic regression on frozen features (dinov2/eval/log_regression.py, which resizes to 224 instead of 256)."""
 
     c_grid: tuple[PositiveFloat, ...] = Field(default=PAPER_C_GRID, min_length=1)  # inverse strengths of the L2 penalty
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of train, at random, to choose C on
     max_iterations: PositiveInt = 1000
     tolerance: PositiveFloat = 1e-12
-    resize_size: PositiveInt = 224  # pixels of the shorter side, before the centre crop
 
 
 class InstanceConfig(Config):
@@ -59,7 +58,7 @@ class EvaluateConfig(Config):
     """Measures of a frozen backbone on data/evaluation. Defaults: METHOD of DINOv2 (arXiv:2304.07193, App. B)."""
 
     models: dict[str, str]  # name -> weights folder; `dvc.yaml` evaluates each of them
-    crop_size: PositiveInt = 224  # pixels; a multiple of the backbone's patch size
+    preprocessing: Preprocessing = Preprocessing()  # crop_size: a multiple of the backbone's patch size
     batch_size: PositiveInt = 256
     num_workers: int = Field(default=8, ge=0)  # processes that decode images; 0 decodes in the stage's own
     champions: dict[str, Version] = Field(default_factory=dict)  # model's name -> today's, where it has one
@@ -75,9 +74,7 @@ class EvaluateConfig(Config):
             raise ValueError(f"champions: {unknown[0]!r} is not among models {sorted(self.models)}")
         return self
 
-    @model_validator(mode="after")
-    def _crop_fits(self) -> Self:
-        smallest = min(self.knn.resize_size, self.linear.resize_size)
-        if self.crop_size > smallest:
-            raise ValueError(f"crop_size {self.crop_size} is larger than the smallest resize_size {smallest}")
-        return self
+    @property
+    def batch_bytes(self) -> int:
+        """Size of one batch of images."""
+        return 3 * self.batch_size * self.preprocessing.crop_size**2

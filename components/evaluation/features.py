@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from components.core.progress import progress
-from components.data.batch import to_input
 from components.data.crops import crop_box
-from components.data.evaluation_set import EvaluationSet, centre_crop
+from components.data.evaluation_set import EvaluationSet
 from components.data.shards import ShardReader, decode_image
 from components.data.shared_memory import check_shared_memory
 from components.evaluation.config import EvaluateConfig, InstanceConfig
 from components.evaluation.descriptor import describe
+from components.model.config import Preprocessing
+from components.model.preprocessing import center_crop, to_input
 from components.model.vit import VisionTransformer
 
 Extractor = Callable[[Tensor], NDArray[np.float32]]  # [B, S, S, 3] uint8 -> [B, D]
@@ -35,15 +36,15 @@ class Augmentation:
 
 
 class EvaluationImages(Dataset[Tensor]):
-    """Images as [S, S, 3] uint8: shorter side to `resize_size` (bicubic), centre crop, or an augmented view."""
+    """Images as [S, S, 3] uint8, preprocessed or as an augmented view."""
 
     def __init__(
-        self, images: EvaluationSet, resize_size: int, crop_size: int, augmentation: Augmentation | None = None
+        self, images: EvaluationSet, preprocessing: Preprocessing, augmentation: Augmentation | None = None
     ) -> None:
         self._reader = ShardReader(images.root)
         columns = (images.images[name].to_pylist() for name in ("shard", "offset", "length"))
         self._places = list(zip(*columns, strict=True))
-        self._resize, self._crop, self._augmentation = resize_size, crop_size, augmentation
+        self._preprocessing, self._augmentation = preprocessing, augmentation
 
     def __len__(self) -> int:
         return len(self._places)
@@ -51,10 +52,10 @@ class EvaluationImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         image = decode_image(self._reader.read(*self._places[index]))
         if self._augmentation is None:
-            image = centre_crop(image, self._resize, self._crop)
+            image = center_crop(image, self._preprocessing)
         else:
             generator = np.random.default_rng([self._augmentation.seed, index])
-            image = augmented_view(image, self._crop, self._augmentation.config, generator)
+            image = augmented_view(image, self._preprocessing.crop_size, self._augmentation.config, generator)
         return torch.from_numpy(np.array(image))
 
 
@@ -99,7 +100,7 @@ def extract_features(
 ) -> Features:
     """Features of all images by each extractor, in the order of the images."""
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
-    check_shared_memory("evaluate.num_workers", config.num_workers, 3 * config.batch_size * config.crop_size**2)
+    check_shared_memory("evaluate.num_workers", config.num_workers, config.batch_bytes)
     # Its own generator keeps the loader from drawing on the global one.
     loader = DataLoader(images, config.batch_size, num_workers=config.num_workers, generator=torch.Generator())
     with progress(what, len(images)) as advance:

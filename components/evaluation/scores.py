@@ -40,18 +40,14 @@ class Measured:
 
 def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[str, Extractor], seed: int) -> Measured:
     """Score every model: by classes where the set has labels, else by retrieval of augmented views."""
-    crops = EvaluationImages(images, config.knn.resize_size, config.crop_size)
+    crops = EvaluationImages(images, config.preprocessing)
     features = extract_features(extractors, crops, config, "features")
     if images.labels is None:
         scores = _instance_scores(config, images, extractors, features, seed)
     else:
-        linear_features = features
-        if config.linear.resize_size != config.knn.resize_size:
-            crops = EvaluationImages(images, config.linear.resize_size, config.crop_size)
-            linear_features = extract_features(extractors, crops, config, "features for logistic regression")
         scores = {name: knn_scores(config.knn, features[name], images.labels) for name in features}
         for name, values in scores.items():
-            _add_linear(values, config, linear_features[name], images.labels, name)
+            _add_linear(values, config, features[name], images.labels, name)
     for name, values in scores.items():
         values.metrics |= {"effective_rank": effective_rank(features[name]), "feature_std": feature_std(features[name])}
     return Measured(scores, features)
@@ -105,7 +101,7 @@ def _instance_scores(
     order = np.random.default_rng(seed).permutation(images.images.num_rows)
     chosen = np.sort(order[: config.instance.num_queries])
     augmentation = Augmentation(config.instance, seed)
-    views = EvaluationImages(images.take(chosen), config.knn.resize_size, config.crop_size, augmentation)
+    views = EvaluationImages(images.take(chosen), config.preprocessing, augmentation)
     queries = extract_features(extractors, views, config, "features of augmented views")
     scores = {name: Scores() for name in gallery}
     for name, values in scores.items():

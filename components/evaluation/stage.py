@@ -52,7 +52,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     counts = _counts(images)
 
     with atomic_dir(root / "reports" / "evaluate" / model) as folder:
-        pixels = EvaluationImages(images, config.knn.resize_size, config.crop_size)
+        pixels = EvaluationImages(images, config.preprocessing)
         queries = choose_queries(images, config.num_pictures, seed)
         shown = torch.stack([pixels[index] for index in queries])
         patches = {name: patch_features(backbone, shown) for name, backbone in backbones.items()}
@@ -79,12 +79,12 @@ def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dic
         # With the small initial LayerScale the class token hardly depends on the image, and beating it says little:
         # logistic regression is at chance. At 1 the untrained blocks do their work, and it is an honest opponent.
         found[RANDOM] = VisionTransformer(candidate.config.model_copy(update={"layer_scale_init": 1.0}))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, size = "cuda" if torch.cuda.is_available() else "cpu", config.preprocessing.crop_size
     for name, backbone in found.items():
         patch = backbone.config.patch_size
-        if config.crop_size % patch:
+        if size % patch:
             raise EvaluationError(
-                f"evaluate.crop_size {config.crop_size} is not a multiple of {patch}, the patch size of {name}"
+                f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {name}"
             )
         backbone.eval().to(device)
     return found
@@ -101,7 +101,7 @@ def _counts(images: EvaluationSet) -> dict[str, int]:
 def _facts(config: EvaluateConfig, counts: Mapping[str, int]) -> list[str]:
     facts = [
         ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in counts.items()),
-        f"Frozen class tokens after the last norm, {config.crop_size} pixel centre crops.",
+        f"Frozen class tokens after the last norm, {config.preprocessing.crop_size} pixel center crops.",
         f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and colour histograms, no network.",
     ]
     return facts + [f"{CHAMPION} of {name}: {version}." for name, version in config.champions.items()]

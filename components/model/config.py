@@ -36,6 +36,23 @@ class ViTConfig(Config):
         return self
 
 
+class Preprocessing(Config):
+    """How an image becomes a backbone's input. Defaults: `make_classification_eval_transform` of DINOv2."""
+
+    resize_size: int = Field(default=256, ge=1, le=16384)  # pixels of the shorter side, bicubic
+    crop_size: int = Field(default=224, ge=1, le=16384)  # pixels of the square that is cut from the middle
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop_size > self.resize_size:
+            raise ValueError(f"crop_size {self.crop_size} is larger than resize_size {self.resize_size}")
+        return self
+
+    def at(self, crop_size: int) -> Preprocessing:
+        """The same part of an image at another resolution."""
+        return Preprocessing(resize_size=round(crop_size * self.resize_size / self.crop_size), crop_size=crop_size)
+
+
 class HeadConfig(Config):
     """Projection head. Defaults: `dino` and `ibot` of DINOv2's `ssl_default_config.yaml` (L and g use 131,072)."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from components.lineage.origin import DataVersion, Origin
+from components.model.config import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class CardFacts:
         curated: manifest of the training set.
         validation: outcome of the data checks.
         evaluation: nested results of the evaluation stage.
-        resolution: pixels a side when the caller gives none.
+        preprocessing: of the images, as evaluated.
         seed: of the run.
     """
 
@@ -34,20 +35,21 @@ class CardFacts:
     curated: pa.Table
     validation: str
     evaluation: Mapping[str, Any]
-    resolution: int
+    preprocessing: Preprocessing
     seed: int
 
 
 def render_card(facts: CardFacts) -> str:
     """The card as markdown."""
-    origin, backbone = facts.origin, facts.backbone
+    origin, backbone, size = facts.origin, facts.backbone, facts.preprocessing
     shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
     parts = [
         f"# {facts.name}",
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
         f"bytes), gives their class tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
-        f"cosines. Any resolution that is a multiple of {backbone['patch_size']}; {facts.resolution} unless the "
-        "parameter `resolution` says otherwise.",
+        f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
+        "pixel square in the middle, as the evaluation below did; the parameter `resolution` sets another square, a "
+        f"multiple of {backbone['patch_size']}, of the same part of the image.",
         "## Origin",
         _table(
             ("", ""),

@@ -29,6 +29,7 @@ from components.core.mlflow_client import TrackingError, checked_client, server_
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.origin import Origin, Tag
+from components.model.config import Preprocessing
 
 SOURCE = Path(__file__).parents[2]
 # What `pyfunc_model.py` imports of ours; a test loads the model with nothing else of this repository in reach.
@@ -45,6 +46,7 @@ CODE = (
     "components/model/export.py",
     "components/model/head.py",
     "components/model/layers.py",
+    "components/model/preprocessing.py",
     "components/model/vit.py",
 )
 REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow")
@@ -70,7 +72,7 @@ class Candidate:
         card: the model's passport as markdown.
         evaluation: nested results; their numbers become metrics of the model.
         example: one encoded image.
-        resolution: pixels a side when the caller gives none.
+        preprocessing: of the images, as evaluated.
         with_heads: its projection heads go along, which others need to learn from it.
     """
 
@@ -81,7 +83,7 @@ class Candidate:
     card: str
     evaluation: Mapping[str, Any]
     example: bytes
-    resolution: int
+    preprocessing: Preprocessing
     with_heads: bool
 
 
@@ -201,14 +203,15 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             _copy(candidate.weights / name, parts / "weights" / name)
         (parts / "card.md").write_text(candidate.card)
         dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]
-        example = (pd.DataFrame({"image": [candidate.example]}), {"resolution": candidate.resolution})
+        resolution = candidate.preprocessing.crop_size
+        example = (pd.DataFrame({"image": [candidate.example]}), {"resolution": resolution})
         mlflow.pyfunc.save_model(
             path=folder,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            model_config={"resolution": candidate.resolution},
+            model_config={"preprocessing": candidate.preprocessing.model_dump()},
             artifacts={"weights": str(parts / "weights"), "card": str(parts / "card.md")},
             code_paths=[str(parts / "components")],
-            signature=_signature(dim, candidate.resolution),
+            signature=_signature(dim, resolution),
             input_example=example,
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
             mlflow_model=model,

@@ -19,8 +19,8 @@ from components.data.shards import ShardReader
 from components.lineage.origin import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.lineage.record import Record
 from components.lineage.remote import Remote
+from components.model.config import Preprocessing
 from components.registry.card import CardFacts, render_card
-from components.registry.config import RegisterConfig
 from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ STUDENTS = "models/students"
 SUMMARY = "summary.html"
 
 
-def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, Any]:
+def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[str, Any]:
     """Register `models/adapted` as NAME-candidates and each `models/students/S` as NAME-S-candidates.
 
     Returns:
@@ -43,10 +43,10 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
     """
     client = registry_client()
     if not os.environ.get("MLFLOW_RUN_ID"):  # called without components/cli.py, which opens the stage's run
-        params = {"name": name, "seed": seed, "register": config.model_dump()}
+        params = {"name": name, "seed": seed, "preprocessing": preprocessing.model_dump()}
         with tracking.stage_run("register", None, params, root):
-            return run(config, root, seed, name)
-    register = _Register(client, config, root, seed, os.environ["MLFLOW_RUN_ID"])
+            return run(preprocessing, root, seed, name)
+    register = _Register(client, preprocessing, root, seed, os.environ["MLFLOW_RUN_ID"])
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
         teacher = register(f"{name}-candidates", TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
@@ -62,8 +62,8 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
 class _Register:
     """What the registrations of one run have in common."""
 
-    def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, run_id: str) -> None:
-        self.client, self.config, self.root, self.seed, self.run_id = client, config, root, seed, run_id
+    def __init__(self, client: MlflowClient, preprocessing: Preprocessing, root: Path, seed: int, run_id: str) -> None:
+        self.client, self.preprocessing, self.root, self.seed, self.run_id = client, preprocessing, root, seed, run_id
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
         except ManifestError as error:
@@ -79,9 +79,6 @@ class _Register:
             self.inputs_logged = True
         weights = self.root / path
         backbone = json.loads((weights / "config.json").read_text())["backbone"]
-        if self.config.resolution % backbone["patch_size"]:
-            given, patch = self.config.resolution, backbone["patch_size"]
-            raise RegistryError(f"register.resolution {given}: must be a multiple of the patch size of {path}, {patch}")
         evaluation = _evaluation(self.root, item)
         validation = _validation(self.root, origin)
         facts = CardFacts(
@@ -92,7 +89,7 @@ class _Register:
             curated=self.curated,
             validation=validation,
             evaluation=evaluation,
-            resolution=self.config.resolution,
+            preprocessing=self.preprocessing,
             seed=self.seed,
         )
         candidate = Candidate(
@@ -103,7 +100,7 @@ class _Register:
             card=render_card(facts),
             evaluation=evaluation,
             example=_smallest_image(self.curated, self.root / CURATED),
-            resolution=self.config.resolution,
+            preprocessing=self.preprocessing,
             with_heads=item == "teacher",
         )
         version = publish(self.client, candidate, self.run_id)

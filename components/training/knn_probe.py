@@ -12,16 +12,16 @@ from torch import Tensor
 
 from components.core.knn import knn_predictions, nearest
 from components.core.metrics import top1_accuracy
-from components.data.batch import to_input
-from components.data.evaluation_set import EvaluationSet, Labels, centre_crop, read_evaluation_set
+from components.data.evaluation_set import EvaluationSet, Labels, read_evaluation_set
 from components.data.manifest import snapshot_manifests
 from components.data.shards import ShardReader, decode_image
+from components.model.config import Preprocessing
+from components.model.preprocessing import center_crop, to_input
 from components.training.config import KnnProbeConfig
 from components.training.networks import Network
 
 logger = logging.getLogger(__name__)
 
-RESIZE = 256 / 224  # of the shorter side to the crop, and
 TEMPERATURE = 0.07  # of the votes (dinov2/eval/knn.py)
 TEST_SHARE = 5  # one image of the probe in five is a test image
 CHUNK = 64  # images at once
@@ -74,5 +74,5 @@ def _read(images: EvaluationSet, rows: NDArray[np.int64], crop_size: int) -> Ten
     reader = ShardReader(images.root)
     columns = (images.images[name].take(rows).to_pylist() for name in ("shard", "offset", "length"))
     decoded = (decode_image(reader.read(*place)) for place in zip(*columns, strict=True))
-    crops = [np.asarray(centre_crop(image, round(crop_size * RESIZE), crop_size)) for image in decoded]
+    crops = [np.asarray(center_crop(image, Preprocessing().at(crop_size))) for image in decoded]
     return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())

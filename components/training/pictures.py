@@ -13,9 +13,10 @@ from torch import Tensor
 
 from components.core.distributed import rank
 from components.core.tracking import log_file
-from components.data.batch import Batch, to_input
+from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.data.stream import ImageStream
+from components.model.preprocessing import to_input
 from components.training.networks import Network
 
 PROGRESS = "pca_step_*.jpg"  # in a run's folder

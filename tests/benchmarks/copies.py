@@ -26,6 +26,7 @@ from rich.console import Console
 from components.curation.config import DescriptorConfig, EmbedderConfig, ModelConfig
 from components.curation.embedders import Embed, load, resolve
 from components.data.sample_pool import build_sample_pool
+from components.model.config import Preprocessing
 
 DEDUPLICATE, DECONTAMINATE = 0.6, 0.45
 MIN_SIDE = 80  # pixels of an original
@@ -174,7 +175,7 @@ def main(
     """Print the table of components/curation/README.md."""
     embedders: dict[str, EmbedderConfig] = {"descriptor": DescriptorConfig()}
     if weights is not None:
-        embedders["model"] = ModelConfig(weights=str(weights), image_size=image_size)
+        embedders["model"] = ModelConfig(weights=str(weights), preprocessing=Preprocessing().at(image_size))
     console = Console(width=200)
     console.print("| embedder | kind | among | above | copies | recall | precision | recall at precision 0.99 |")
     console.print("|---|---|---|---|---|---|---|---|")

@@ -26,9 +26,10 @@ from components.curation.embed import EmbeddingsError, read_embeddings, read_sco
 from components.curation.stage import CACHE, embed
 from components.data.manifest import MANIFEST, ManifestError, read_collection, read_manifest, write_manifest
 from components.data.shards import BLOCK, ShardError, ShardReader, decode_image
+from components.model.config import Preprocessing
 
 ONE = EmbedConfig(workers=1)
-OURS = ModelConfig(weights="weights", image_size=28, batch_size=5)
+OURS = ModelConfig(weights="weights", preprocessing=Preprocessing(resize_size=32, crop_size=28), batch_size=5)
 
 
 def embeddings(root, part, name):

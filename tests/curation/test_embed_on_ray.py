@@ -19,6 +19,7 @@ from components.core.storage import sha256_dir
 from components.curation.config import EmbedConfig, ModelConfig
 from components.curation.stage import embed
 from components.data.manifest import read_collection
+from components.model.config import Preprocessing
 from tests.core.test_engine import die_on_three, fail_on_three, slow_square
 from tests.curation.test_curation_pack import packed
 from tests.curation.test_embed import save_small_model
@@ -67,7 +68,7 @@ def on_ray(cluster, monkeypatch):
 
 def test_embeddings_and_scores_are_the_same_bytes(small_workspace, tmp_path_factory, cluster, monkeypatch):
     save_small_model(small_workspace / "weights")
-    ours = ModelConfig(weights="weights", image_size=28, batch_size=3)
+    ours = ModelConfig(weights="weights", preprocessing=Preprocessing(resize_size=32, crop_size=28), batch_size=3)
     made = {}
     for engine, workers in ((Engine.LOKY, 1), (Engine.RAY, 2)):
         root = tmp_path_factory.mktemp("run") / "workspace"

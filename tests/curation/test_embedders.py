@@ -62,14 +62,15 @@ def test_short_side_keeps_the_ratio_and_runs_images_one_by_one(tmp_path, photos)
 
 
 def test_our_own_weights_give_class_tokens(tmp_path, photos):
-    from components.model.config import ViTConfig
+    from components.model.config import Preprocessing, ViTConfig
     from components.model.export import load_backbone, save_weights
     from components.model.vit import VisionTransformer
 
     torch.manual_seed(0)
     save_weights(tmp_path / "w", VisionTransformer(ViTConfig(dim=24, depth=2, num_heads=2, image_size=28)), None, {})
-    embed = load(resolve(ModelConfig(weights="w", image_size=28), tmp_path))
-    batch = torch.from_numpy(np.stack([normalised_pixels(photo, "square", 28) for photo in photos[:2]]))
+    embed = load(resolve(ModelConfig(weights="w", preprocessing=Preprocessing(resize_size=32, crop_size=28)), tmp_path))
+    middles = [photo.resize((32, 32), 3).crop((2, 2, 30, 30)) for photo in photos[:2]]  # 3 is bicubic; all are squares
+    batch = torch.from_numpy(np.stack([normalised_pixels(middle, "square", 28) for middle in middles]))
     with torch.no_grad():
         expected = load_backbone(tmp_path / "w")(batch).cls_token
     np.testing.assert_allclose(embed(photos[:2]), expected.numpy(), atol=1e-5)

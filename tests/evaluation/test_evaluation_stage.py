@@ -13,24 +13,25 @@ from PIL import Image
 from skimage import data as photographs
 
 from components.core.storage import sha256_dir
-from components.data.evaluation_set import EvaluationError, centre_crop, read_evaluation_set
+from components.data.evaluation_set import EvaluationError, read_evaluation_set
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConfig, LinearConfig
 from components.evaluation.features import Augmentation, EvaluationImages
 from components.evaluation.pictures import pca_colours
 from components.evaluation.stage import run
-from components.model.config import ViTConfig
+from components.model.config import Preprocessing, ViTConfig
 from components.model.export import save_weights
+from components.model.preprocessing import center_crop
 from components.model.vit import VisionTransformer
 
 CONFIG = EvaluateConfig(
     models={"teacher": "models/adapted", "small": "models/students/small"},
-    crop_size=32,
+    preprocessing=Preprocessing(resize_size=36, crop_size=32),
     batch_size=16,
     num_workers=0,
-    knn=KnnConfig(neighbours=(3, 200), reported=3, resize_size=36),
-    linear=LinearConfig(c_grid=(0.1, 10.0), resize_size=32, max_iterations=100, tolerance=1e-4),
+    knn=KnnConfig(neighbours=(3, 200), reported=3),
+    linear=LinearConfig(c_grid=(0.1, 10.0), max_iterations=100, tolerance=1e-4),
     instance=InstanceConfig(num_queries=20),
     bootstrap_resamples=100,
     num_pictures=4,
@@ -139,8 +140,15 @@ def test_no_set(workspace):
 
 def test_crop_that_does_not_fit(workspace):
     write_set(workspace, tiles())
-    with pytest.raises(EvaluationError, match="crop_size 30 is not a multiple of 8, the patch size of small"):
-        run(CONFIG.model_copy(update={"crop_size": 30}), workspace, 0, "small")
+    with pytest.raises(
+        EvaluationError, match=r"preprocessing\.crop_size 30 is not a multiple of 8, the patch size of small"
+    ):
+        run(
+            CONFIG.model_copy(update={"preprocessing": Preprocessing(resize_size=36, crop_size=30)}),
+            workspace,
+            0,
+            "small",
+        )
     assert not (workspace / "reports").exists()
 
 
@@ -197,7 +205,7 @@ def test_split_by_hash_where_none_is_given(workspace):
 def test_crops_keep_the_aspect_ratio():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    crop = np.array(centre_crop(image, 64, 48))
+    crop = np.array(center_crop(image, Preprocessing(resize_size=64, crop_size=48)))
     assert crop.shape == (48, 48, 3)
     assert (crop == [0, 0, 255]).all()
 
@@ -205,7 +213,7 @@ def test_crops_keep_the_aspect_ratio():
 def test_views_depend_on_seed_and_place_only(workspace):
     write_set(workspace, tiles())
     images = read_evaluation_set(workspace / "data" / "evaluation")
-    views = [EvaluationImages(images, 36, 32, Augmentation(CONFIG.instance, seed)) for seed in (0, 0, 1)]
+    views = [EvaluationImages(images, CONFIG.preprocessing, Augmentation(CONFIG.instance, seed)) for seed in (0, 0, 1)]
     assert torch.equal(views[0][5], views[1][5])
     assert not torch.equal(views[0][5], views[2][5])
 

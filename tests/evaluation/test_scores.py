@@ -11,6 +11,7 @@ from components.evaluation.config import EvaluateConfig, KnnConfig, LinearConfig
 from components.evaluation.instance import retrieval_ranks
 from components.evaluation.linear import linear_predictions
 from components.evaluation.scores import Scores, differences
+from components.model.config import Preprocessing
 
 MODELS = {"teacher": "models/adapted"}
 
@@ -104,7 +105,7 @@ def test_defaults_are_the_papers():
     ("make", "message"),
     [
         (lambda: KnnConfig(neighbours=(5,), reported=20), "one of neighbours"),
-        (lambda: EvaluateConfig(models=MODELS, crop_size=256), "larger than the smallest"),
+        (lambda: Preprocessing(crop_size=257), "crop_size 257 is larger than resize_size 256"),
         (lambda: EvaluateConfig(models=MODELS, champions={"teacher": "models:/tiny@champion"}), "pattern"),
     ],
 )

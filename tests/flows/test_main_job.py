@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
 
+from components.data.evaluation_set import read_evaluation_set
+from components.data.shards import ShardReader
+from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
+from components.evaluation.scores import knn_scores
 from components.lineage.code import list_of, read_list
+from components.model.export import load_backbone
+from components.recipe import load_recipe
 from tests.lineage.test_code import unlisted
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +271,24 @@ def test_candidates_are_registered_below_one_pipeline_run(first):
     (parent,) = (found for found in runs if found.info.run_id in parents)
     assert "| teacher | random | " in parent.data.tags["mlflow.note.content"]
     assert not [key for found in runs for key in found.data.metrics if key.startswith("last.")]  # curves end so
+
+
+def test_a_registered_model_gives_the_features_that_were_evaluated(checkout, first, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # to which a loaded model adds its own copy of our code
+    root = folder(checkout, first)
+    config, images = load_recipe(root, None).evaluate, read_evaluation_set(root / "data" / "evaluation")
+    reader = ShardReader(images.root)
+    places = images.images.select(["shard", "offset", "length"]).to_pylist()
+    encoded = [reader.read(**place) for place in places]
+    model = mlflow.pyfunc.load_model("models:/pedigree-small-candidates@latest")
+    given = model.predict(pd.DataFrame({"image": encoded}))
+    extractor = {"small": backbone_extractor(load_backbone(root / "models" / "students" / "small"))}
+    measured = extract_features(extractor, EvaluationImages(images, config.preprocessing), config, "features")["small"]
+    np.testing.assert_allclose(given, measured, rtol=1e-4, atol=1e-4)
+    result = json.loads((root / "reports" / "evaluate" / "small" / "result.json").read_text())
+    assert images.labels is not None
+    scores = knn_scores(config.knn, given, images.labels).metrics
+    assert scores == {key: result[key] for key in scores}
 
 
 def test_prefect_shows_tables_and_pictures(first):

@@ -24,14 +24,14 @@ from PIL import Image
 from components.data.manifest import CURATED_SCHEMA, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.lineage.record import folder_id
-from components.model.config import HeadConfig, ViTConfig
+from components.model.config import HeadConfig, Preprocessing, ViTConfig
 from components.model.export import save_weights
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.registry import stage
-from components.registry.config import RegisterConfig
 
 PATCH = 7
+PREPROCESSING = Preprocessing(resize_size=32, crop_size=28)
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
 
 
@@ -145,12 +145,12 @@ def finished(stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Models registered once, for tests that change nothing: twice the same, then with a newer teacher."""
     root, name = tmp_path_factory.mktemp("finished"), new_name()
     make_workspace(root)
-    first = stage.run(RegisterConfig(resolution=28), root, 7, name)
-    again = stage.run(RegisterConfig(resolution=28), root, 7, name)
+    first = stage.run(PREPROCESSING, root, 7, name)
+    again = stage.run(PREPROCESSING, root, 7, name)
     earlier = root.with_name(f"{root.name}-earlier")
     shutil.copytree(root, earlier)
     change_teacher(root, 9)
-    newer = stage.run(RegisterConfig(resolution=28), root, 7, name)
+    newer = stage.run(PREPROCESSING, root, 7, name)
     return {"root": earlier, "name": name, "first": first, "again": again, "newer": newer}
 
 

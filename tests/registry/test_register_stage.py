@@ -20,21 +20,21 @@ from components.lineage.origin import Tag, data_versions
 from components.lineage.record import RecordError, folder_id
 from components.model.export import load_backbone
 from components.registry import stage
-from components.registry.config import RegisterConfig
 from components.registry.publish import RegistryError
 from components.registry.stage import teacher_of
-from tests.registry.conftest import weights
+from tests.registry.conftest import PREPROCESSING, weights
 
 pytestmark = pytest.mark.stack
-CONFIG = RegisterConfig(resolution=28)
 
 
 def independent_embedding(weights: Path, image: Image.Image, resolution: int) -> np.ndarray:
-    """Crop first, then scale, with torch's arithmetic: the way in is not the one under test."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    """In torch's arithmetic, and with its antialiased bicubic scaling: the way in is not the one under test."""
+    short = round(resolution * 32 / 28)
+    shape = [max(short, round(side * short / min(image.size))) for side in (image.height, image.width)]
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(whole, shape, mode="bicubic", antialias=True)[0]
+    top, left = (shape[0] - resolution) // 2, (shape[1] - resolution) // 2
+    pixels = scaled[:, top : top + resolution, left : left + resolution] / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         tokens = load_backbone(weights)(((pixels - mean[:, None, None]) / std[:, None, None])[None])
@@ -164,21 +164,16 @@ def test_same_weights_and_commit_are_the_same_version(finished):
 def test_refuses_weights_that_are_not_the_recorded_ones(stack, workspace: Path, name: str):
     (workspace / "models/adapted/config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"not the bytes that dvc\.lock records"):
-        stage.run(CONFIG, workspace, 7, name)
-
-
-def test_refuses_a_resolution_that_cannot_be_patched(stack, workspace: Path, name: str):
-    with pytest.raises(RegistryError, match=r"register\.resolution 30: must be a multiple of the patch size"):
-        stage.run(RegisterConfig(resolution=30), workspace, 7, name)
+        stage.run(PREPROCESSING, workspace, 7, name)
 
 
 def test_refuses_without_evaluation(stack, workspace: Path, name: str):
     (workspace / "reports/evaluate/teacher/result.json").unlink()
     with pytest.raises(RegistryError, match=r"result\.json: no such file"):
-        stage.run(CONFIG, workspace, 7, name)
+        stage.run(PREPROCESSING, workspace, 7, name)
 
 
 def test_refuses_without_a_server(workspace: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI is not set"):
-        stage.run(CONFIG, workspace, 7, name)
+        stage.run(PREPROCESSING, workspace, 7, name)

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from components.data.batch import to_input
-from components.data.evaluation_set import centre_crop, read_evaluation_set
+from components.data.evaluation_set import read_evaluation_set
 from components.data.shards import ShardReader, decode_image
+from components.model.config import Preprocessing
+from components.model.preprocessing import center_crop, to_input
 from components.training.config import KnnProbeConfig
 from components.training.knn_probe import load_probe
 from tests.training.jobs import make_job, write_labelled
@@ -21,7 +22,9 @@ def test_knn_is_scikit_learns(curated, pretrain_values, tmp_path):
     assert found.labels is not None
     reader, rows = ShardReader(tmp_path), found.images.to_pylist()
     images = [decode_image(reader.read(r["shard"], r["offset"], r["length"])) for r in rows]
-    pixels = np.stack([np.asarray(centre_crop(image, 37, 32)) for image in images]).transpose(0, 3, 1, 2)
+    pixels = np.stack(
+        [np.asarray(center_crop(image, Preprocessing(resize_size=37, crop_size=32))) for image in images]
+    ).transpose(0, 3, 1, 2)
     with torch.no_grad():
         features = job.networks.ema.backbone(to_input(torch.from_numpy(pixels.copy()))).cls_token
     unit = torch.nn.functional.normalize(features.double(), dim=1).numpy()
