@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-RUN_ARGS = $(if $(IMAGES),--images "$(IMAGES)") $(if $(RECIPE),--recipe "$(RECIPE)")
+# The shell reads both from the environment, as they were given: in text of a recipe, `$` and backquotes would be expanded.
+override IMAGES := $(value IMAGES)
+override RECIPE := $(value RECIPE)
+export IMAGES RECIPE
 
 .PHONY: run test lint bench clean
 
 run: $(READY)  ## the whole main job: make run [IMAGES=/path/to/folder] [RECIPE=name]
-	$(BIN)/pedigree run $(RUN_ARGS)
+	$(BIN)/pedigree run $${IMAGES:+--images "$$IMAGES"} $${RECIPE:+--recipe "$$RECIPE"}
 
 test: $(READY)
 	$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder

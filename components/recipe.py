@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -14,10 +16,13 @@ from components.curation.config import CurateConfig, EmbedConfig
 from components.distillation.config import DistillConfig
 from components.evaluation.config import EvaluateConfig
 from components.pretraining.config import PretrainConfig
-from components.training.config import check_crops_fit
+from components.training.config import TrainingConfig, check_crops_fit, check_divisible
 
 RECIPES = Path(__file__).parent / "recipes"
 PARAMS_FILE = "params.yaml"
+STEPS = ("pretrain.steps=", "adapt.steps=", "distill.steps=")
+
+logger = logging.getLogger(__name__)
 
 
 class Recipe(Config):
@@ -43,19 +48,15 @@ class Recipe(Config):
             raise ValueError(f"evaluate.models: this recipe makes no {unknown[0]}")
         patches = {"pretrain": self.pretrain.backbone.patch_size}
         patches |= {f"distill.students.{name}": s.backbone.patch_size for name, s in self.distill.students.items()}
-        key, size = "evaluate.preprocessing.crop_size", self.evaluate.preprocessing.crop_size
+        crop_size = self.evaluate.preprocessing.crop_size
         for section, patch in patches.items():
-            if size % patch:
-                raise ValueError(f"{key} {size} must be a multiple of {section}.backbone.patch_size {patch}")
+            check_divisible("evaluate.preprocessing.crop_size", crop_size, f"{section}.backbone.patch_size", patch)
         return self
 
     @model_validator(mode="after")
     def _stages_fit_what_pretraining_makes(self) -> Self:
         patch = self.pretrain.backbone.patch_size
-        try:
-            check_crops_fit(self.adapt.crops, patch)
-        except ValueError as error:
-            raise ValueError(f"adapt: {error} of pretrain") from None
+        check_crops_fit(self.adapt.crops, patch, "pretrain.backbone", "adapt.")
         for name, student in self.distill.students.items():
             if self.distill.teacher_weights == "models/adapted" and student.backbone.patch_size != patch:
                 raise ValueError(
@@ -72,6 +73,10 @@ class Recipe(Config):
             raise ValueError(f"curate.filters.max_nsfw is {limit}, but embed scores no such thing; {advice}")
         return self
 
+    def trainings(self) -> dict[str, TrainingConfig]:
+        """The stages that train, by name."""
+        return {"pretrain": self.pretrain, "adapt": self.adapt, "distill": self.distill}
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with Pedigree."""
@@ -87,4 +92,36 @@ def load_recipe(root: Path, name: str | None, overrides: Iterable[str] = ()) -> 
     path = root / PARAMS_FILE if name is None else RECIPES / f"{name}.yaml"
     if name is not None and name not in recipe_names():
         raise ConfigError(f"unknown recipe {name!r}; known recipes: {', '.join(recipe_names())}")
-    return validate(Recipe, apply_overrides(load_yaml(path), overrides), path.name)
+    values, given = load_yaml(path), list(overrides)
+    return validate(Recipe, apply_overrides(values, [*_shortened(values, given), *given]), path.name)
+
+
+def _shortened(values: dict[str, Any], overrides: list[str]) -> Iterator[str]:
+    """Overrides that bring what a training begins with into proportion, where an override makes it shorter."""
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    longer = [override for override in overrides if not override.strip().startswith(STEPS)]
+    if len(longer) == len(overrides):
+        return
+    try:
+        before = validate(Recipe, apply_overrides(values, longer), PARAMS_FILE)
+    except ConfigError:  # told, once all overrides are set
+        return
+    after = apply_overrides(values, overrides)
+    for stage, config in before.trainings().items():
+        steps = after[stage].get("steps")
+        if f"{stage}.steps" not in keys or not isinstance(steps, int | float) or not 0 < steps < config.steps:
+            continue
+        steps = int(steps)
+        chosen = [key.removeprefix(f"{stage}.") for key in keys]
+        phases = {key: old for key, old in config.phases().items() if not {key, key.partition(".")[0]} & {*chosen}}
+        shorter = {key: old * steps // config.steps for key, old in phases.items()}
+        changes = [f"{key} {phases[key]} -> {new}" for key, new in shorter.items() if new != phases[key]]
+        if changes:
+            _tell(f"{stage}.steps is {steps} instead of {config.steps}, so in proportion: {', '.join(changes)}")
+        yield from (f"{stage}.{key}={new}" for key, new in shorter.items() if new != phases[key])
+
+
+@cache
+def _tell(line: str) -> None:
+    """Log a line once in this process: a run reads its recipe several times."""
+    logger.info(line)

@@ -22,7 +22,6 @@ from infra.local.site import HOST
 if TYPE_CHECKING:
     from components.model.config import HeadConfig, ViTConfig
     from components.recipe import Recipe
-    from components.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +109,11 @@ def _few_images(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Itera
     said = f"the sources hold {most:,} images ({where})"
     if target is not None and not recipe.curate.seed_sets and target < most:
         most, said = target, f"curate.target_images is {target:,}"
-    for name, section in _trainings(recipe).items():
+    for name, section in recipe.trainings().items():
         if section.batch_size > most:
             part = section.num_processes * section.accumulation_steps
             fits = most // part * part
+            fits = fits if fits >= 2 * part or not section.objective.koleo_weight else 0  # KoLeo needs a neighbor
             advice = f"set {name}.batch_size={fits} or less, or take in more images" if fits else "take in more images"
             yield f"{name}.batch_size is {section.batch_size:,}, but {said}: {advice}"
 
@@ -124,7 +124,7 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
 
     evaluate = recipe.evaluate
     loaders = [("evaluate.num_workers", evaluate.num_workers, evaluate.batch_bytes)]
-    for name, section in _trainings(recipe).items():
+    for name, section in recipe.trainings().items():
         size = crop_bytes(section.crops, section.batch_size)
         loaders.append((f"{name}.stream.num_workers", section.stream.num_workers, size))
     for loader in loaders:
@@ -132,10 +132,6 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
             check_shared_memory(*loader)
         except SharedMemoryError as error:
             yield str(error)
-
-
-def _trainings(recipe: Recipe) -> dict[str, TrainingConfig]:
-    return {"pretrain": recipe.pretrain, "adapt": recipe.adapt, "distill": recipe.distill}
 
 
 def _no_evaluation(checkout: Path, sources: Sequence[str]) -> Iterator[str]:
@@ -176,7 +172,7 @@ def _needs(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> dict[Path,
     heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)
     large = num_parameters(recipe.pretrain.backbone, heads)
     models = [large, large, *(num_parameters(student.backbone, heads) for student in recipe.distill.students.values())]
-    local = any(one.checkpoint_uri is None for one in _trainings(recipe).values())
+    local = any(one.checkpoint_uri is None for one in recipe.trainings().values())
     embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
     made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
     return {
@@ -194,10 +190,10 @@ def _local_storage() -> bool:
 
 
 def num_parameters(backbone: ViTConfig, heads: Sequence[HeadConfig]) -> int:
-    """Parameters of a vision transformer and its projection heads, without biases and norms (below 1 %)."""
+    """Parameters of a vision transformer and its projection heads, without biases, norms, positions (below 1 %)."""
     dim = backbone.dim
     total = backbone.depth * dim * dim * (4 + 2 * backbone.ffn_ratio)  # swiglu: three matrices of 2/3 the width
-    total += dim * (3 * backbone.patch_size**2 + (backbone.image_size // backbone.patch_size) ** 2)
+    total += dim * 3 * backbone.patch_size**2
     for head in heads:
         total += head.hidden_dim * (dim + max(0, head.num_layers - 2) * head.hidden_dim + head.bottleneck_dim)
         total += head.bottleneck_dim * head.num_prototypes

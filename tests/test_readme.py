@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,31 @@ def test_make_knows_what_to_do(command):
     assert done.returncode == 0, done.stderr
     target = {"run": "pedigree run", "test": "pytest"}[shlex.split(command)[1]]
     assert f".venv/bin/{target}" in done.stdout
-    for variable, value in re.findall(r"(IMAGES|RECIPE)=(\S+)", command):
-        assert f'--{variable.lower()} "{value}"' in done.stdout
+    for variable in re.findall(r"(IMAGES|RECIPE)=\S+", command):
+        assert f'--{variable.lower()} "${variable}"' in done.stdout
+
+
+@pytest.mark.parametrize("given_by", ["argument", "environment"])
+def test_make_run_passes_a_folder_on_as_it_is_named(tmp_path, monkeypatch, given_by):
+    folder = 'it\'s `touch ran` $x $(shell touch ran) "q" #1'
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    program = tmp_path / ".venv/bin/pedigree"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    for name in ("requirements.lock", "pyproject.toml", ".venv/.ready"):  # the newest last: it is installed
+        (tmp_path / name).touch()
+    given = {"IMAGES": folder, "RECIPE": "tiny-cpu"}
+    if given_by == "environment":
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        given = {}
+    done = execute(["make", "--silent", "run", *(f"{name}={value}" for name, value in given.items())], tmp_path)
+    assert done.stdout.splitlines() == ["run", "--images", folder, "--recipe", "tiny-cpu"], done.stderr
+    assert not (tmp_path / "ran").exists()
+    for name in ("IMAGES", "RECIPE"):
+        monkeypatch.delenv(name, raising=False)
+    assert execute(["make", "--silent", "run"], tmp_path).stdout == "run\n"
 
 
 def test_the_auditors_commands_work_in_a_clone(tmp_path):

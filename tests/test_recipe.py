@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from components.core.config import ConfigError
+from components.core.config import ConfigError, apply_overrides, load_yaml, validate
 from components.model.vit import VisionTransformer
 from components.recipe import PARAMS_FILE, RECIPES, Recipe, load_recipe, recipe_names
 from components.training.schedules import Schedules
@@ -43,10 +46,57 @@ def test_a_recipe_written_out_reads_as_the_same(name, tmp_path):
     assert load_recipe(tmp_path, None) == recipe
 
 
+def leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def other_values(value: Any) -> list[Any]:
+    """Values of which one is allowed where `value` is, if it is a number or a switch."""
+    if isinstance(value, bool):
+        return [not value]
+    return [value + 1, value - 1, value / 2 or 0.5] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_setting_one_key_changes_only_that_key(name):
+    """Also where a recipe gives its section in part, or not at all."""
+    given = load_yaml(RECIPES / f"{name}.yaml")
+    every = dict(leaves(as_dict(validate(Recipe, given, name))))
+    changed = 0
+    for key, value in every.items():
+        (same,) = changes(given, key, [value], every)
+        assert same == set(), f"{key}={value}, as it was, changed {same}"
+        for touched in changes(given, key, other_values(value), every)[:1]:
+            assert touched == {key}
+            changed += 1
+    assert changed > 80
+
+
+def changes(given: dict[str, Any], key: str, values: list[Any], every: dict[str, Any]) -> list[set[str]]:
+    """The keys that differ from `every` once `key` is set, for each value that is allowed."""
+    found = []
+    for value in values:
+        try:
+            recipe = validate(Recipe, apply_overrides(given, [f"{key}={json.dumps(value)}"]), "test")
+        except ConfigError:
+            continue
+        now = dict(leaves(as_dict(recipe)))
+        found.append({key for key in now.keys() | every.keys() if now.get(key) != every.get(key)})
+    return found
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
 @pytest.mark.parametrize(
     ("name", "millions", "learning_rate"),
     [
-        ("vits14-small-batch", 22, 4e-3 * (128 / 1024) ** 0.5),
+        ("vits14-small-batch", 21.6, 4e-3 * (128 / 1024) ** 0.5),
         ("vitl16-in1k", 303, 4e-3 * 2**0.5),
         ("vitl14", 304, 3.5e-4),  # Table 16, at 3072
         ("vitg14-lvd142m", 1_136, 3.5e-4),
@@ -55,9 +105,16 @@ def test_a_recipe_written_out_reads_as_the_same(name, tmp_path):
 def test_recipes_have_the_published_sizes_and_rates(name, millions, learning_rate):
     config = load_recipe(PROJECT, name).pretrain
     with torch.device("meta"):
-        backbone = VisionTransformer(config.backbone)
+        backbone = VisionTransformer(config.backbone.trained_at(config.crops.global_size))
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     assert Schedules(config).at(config.optimizer.warmup_steps - 1).lr == pytest.approx(learning_rate, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ["vits14-small-batch", "vitl16-in1k", "vitl14", "vitg14-lvd142m"])
+def test_students_learn_at_the_papers_rate(name):
+    config = load_recipe(PROJECT, name).distill
+    peak = Schedules(config).at(config.optimizer.warmup_steps).lr
+    assert peak == pytest.approx(1e-3 * (config.batch_size / 2048) ** 0.5)  # Table 16: 1e-3 at 2048
 
 
 def test_overrides_are_set_and_typed():
@@ -122,9 +179,15 @@ def test_several_mistakes_are_a_line_each():
         (["evaluate.models={teacher: models/adapted}"], "evaluate.models must hold all that is registered"),
         (["evaluate.models.small=models/adapted"], "evaluate.models must hold all that is registered"),
         (["evaluate.models.other=models/students/other"], "this recipe makes no models/students/other"),
-        (["evaluate.preprocessing.crop_size=64"], "evaluate.preprocessing.crop_size 64 must be a multiple of"),
+        (
+            ["evaluate.preprocessing.crop_size=64"],
+            "evaluate.preprocessing.crop_size 64 is not a multiple of pretrain.backbone.patch_size 6; use for example 66",
+        ),
         (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 6"),
-        (["adapt.crops.local_size=32"], "adapt: crops.local_size 32 is not a multiple of backbone.patch_size 6; use"),
+        (
+            ["adapt.crops.local_size=32"],
+            "adapt.crops.local_size 32 is not a multiple of pretrain.backbone.patch_size 6; use for example 30",
+        ),
         (
             ["distill.students.small.backbone={patch_size: 12, image_size: 48}"],
             "distill.students.small.backbone.patch_size is 12, that of the teacher (pretrain.backbone) is 6",
@@ -132,11 +195,49 @@ def test_several_mistakes_are_a_line_each():
         (["curate.filters={max_nsfw: 0.8}"], "curate.filters.max_nsfw is 0.8, but embed scores no such thing"),
         (["curate.target_images=0"], "curate: target_images is 0 and there are no seed_sets, so no image is in"),
         (["curate.levels=[]"], "curate: levels is empty, but the balanced part"),
-        (["pretrain.steps=10"], "optimizer.warmup_steps is 40, more than the 10 steps of the run"),
+        (
+            ["pretrain.steps=10", "pretrain.optimizer.warmup_steps=40"],
+            "optimizer.warmup_steps is 40, more than the 10 steps of the run",
+        ),
+        (
+            ["adapt.batch_size=3", "adapt.num_processes=2"],
+            "adapt: batch_size 3 is not a multiple of num_processes 2; use for example 4",
+        ),
+        (["adapt.batch_size=1", "adapt.num_processes=2"], "use for example 4"),  # 2 would leave KoLeo no neighbor
     ],
 )
 def test_sections_must_agree(overrides, line):
     assert line in refused(*overrides)
+
+
+def test_what_is_suggested_is_allowed():
+    overrides = ("adapt.crops.local_size=32", "evaluate.crop_size=64", "register.resolution=62", "adapt.batch_size=1")
+    for override in overrides:
+        key, given = override.split("=")
+        more = ["adapt.num_processes=2"] if key == "adapt.batch_size" else []
+        message = refused(override, *more)
+        assert f"{key.rpartition('.')[2]} {given} " in message
+        suggested = re.search(r"use for example (\d+)$", message.partition(" (given")[0])
+        assert suggested
+        load_recipe(PROJECT, "tiny-cpu", [f"{key}={suggested[1]}", *more])
+
+
+def test_a_shorter_run_has_shorter_phases_unless_they_are_given(caplog):
+    caplog.set_level("INFO")
+    shorter = load_recipe(PROJECT, "vitl14", ["pretrain.steps=625", "pretrain.teacher.temp_warmup_steps=9"]).pretrain
+    assert shorter.phases() == {
+        "optimizer.warmup_steps": 100, "optimizer.freeze_last_layer_steps": 1, "optimizer.freeze_backbone_steps": 0,
+        "teacher.temp_warmup_steps": 9,
+    }  # fmt: skip
+    assert caplog.messages == [
+        "pretrain.steps is 625 instead of 625000, so in proportion: optimizer.warmup_steps 100000 -> 100, "
+        "optimizer.freeze_last_layer_steps 1250 -> 1"
+    ]
+    recipe = load_recipe(PROJECT, "tiny-cpu", ["pretrain.steps=20", "distill.steps=2e1", "adapt.steps=100"])
+    assert (recipe.pretrain.optimizer.warmup_steps, recipe.distill.optimizer.warmup_steps) == (1, 1)
+    assert recipe.adapt.optimizer.warmup_steps == 8  # longer: as it is
+    for section in ("pretrain.optimizer={warmup_steps: 40}", "pretrain.optimizer.warmup_steps=40"):
+        assert "warmup_steps is 40, more than the 20 steps" in refused("pretrain.steps=20", section)
 
 
 def test_the_pretrained_model_can_be_evaluated_too():

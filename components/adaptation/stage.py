@@ -13,6 +13,7 @@ from components.training.initial import load_network
 from components.training.loop import Job
 from components.training.networks import self_distillation
 from components.training.parallelize import launch
+from components.training.precision import resolve_precision
 
 
 def run(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
@@ -22,8 +23,9 @@ def run(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
 
 def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
     """What one rank does."""
+    config = resolve_precision(config, "adapt")
     pretrained = root / "models" / "pretrained"
-    student = load_network(pretrained)
+    student = load_network(pretrained, config.crops.global_size)
     check_crops_fit(config.crops, student.backbone.config.patch_size)
     # Another seed than pretraining's, or the run would begin with the same images in the same crops.
     stream = ImageStream(root / "data" / "curated", config.stream, seed + 1)

@@ -14,7 +14,11 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of all config models: frozen, unknown keys refused, every value validated (defaults too)."""
+    """Base of all config models: frozen, unknown keys refused, every value validated (defaults too).
+
+    A section whose defaults differ from stage to stage has a class for each stage, so that one that is given in part
+    keeps the rest of its stage's own defaults.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 

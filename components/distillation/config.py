@@ -6,7 +6,7 @@ import math
 import re
 from typing import Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
 from components.model.config import ViTConfig
@@ -25,6 +25,12 @@ class StudentConfig(Config):
         return self
 
 
+class DistillOptimizerConfig(OptimizerConfig):
+    """AdamW for students."""
+
+    base_lr: PositiveFloat = 1e-3 / math.sqrt(2)  # Table 16: 1e-3 at 2048
+
+
 class DistillConfig(TrainingConfig):
     """A frozen teacher with its heads; no masking; the moving average of the student ships."""
 
@@ -33,7 +39,7 @@ class DistillConfig(TrainingConfig):
     students: dict[str, StudentConfig] = Field(min_length=1)
     share_teacher: bool = True  # students that are to be trained step together; False: one by one, for less memory
     batch_size: PositiveInt = 2_048  # Table 16
-    optimizer: OptimizerConfig = OptimizerConfig(base_lr=1e-3 / math.sqrt(2))  # Table 16: 1e-3 at 2048
+    optimizer: DistillOptimizerConfig = DistillOptimizerConfig()
 
     @model_validator(mode="after")
     def _students_fit(self) -> Self:
@@ -45,8 +51,5 @@ class DistillConfig(TrainingConfig):
                     f"students: {name!r} cannot name a student; allowed: lower-case letters, digits, - and _, "
                     "but not 'teacher', which names the adapted model"
                 )
-            try:
-                check_crops_fit(self.crops, student.backbone.patch_size)
-            except ValueError as error:
-                raise ValueError(f"students.{name}: {error}") from None
+            check_crops_fit(self.crops, student.backbone.patch_size, f"students.{name}.backbone")
         return self

@@ -20,6 +20,7 @@ from components.training.initial import draw_network, load_network
 from components.training.loop import Job
 from components.training.networks import Network, distillation
 from components.training.parallelize import launch
+from components.training.precision import resolve_precision
 
 
 def run(config: DistillConfig, root: Path, seed: int, student: str) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def find_teacher(weights: str, root: Path) -> Path:
 
 def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_weights: Path) -> dict[str, Any]:
     """What one rank does: train the student, and beside it the others whose weights are missing or out of date."""
+    config = resolve_precision(config, "distill")
     teacher = load_network(teacher_weights)
     check_patch_sizes(config, teacher)
     stream = ImageStream(root / "data" / "curated", config.stream, seed)
@@ -75,7 +77,7 @@ def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_
 
 def student_job(name: str, config: DistillConfig, teacher: Network, stream: ImageStream, seed: int) -> Job:
     """The training of one student, at its start."""
-    shape = config.students[name].backbone
+    shape = config.students[name].backbone.trained_at(config.crops.global_size)
     heads = {head: theirs.config for head, theirs in teacher.heads.items()}
     networks = distillation(draw_network(shape, heads, seed), teacher)
     return Job(f"distill/{name}", config, networks, stream, masking=None, seed=seed)

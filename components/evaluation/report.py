@@ -45,6 +45,7 @@ def write_report(
     facts: Sequence[str],
     scores: Mapping[str, Mapping[str, float]],
     differences: Mapping[str, Mapping[str, Interval]],
+    intervals: Mapping[str, Mapping[str, Interval]],
 ) -> None:
     """Write the HTML report; the pictures `pca.jpg` and `neighbours.jpg` beside `path` are put inside it.
 
@@ -54,6 +55,7 @@ def write_report(
         facts: one-line statements on the data and the protocol.
         scores: for each model, its metrics; the first model is the candidate.
         differences: for each other model that was compared with intervals, candidate minus it, by metric.
+        intervals: for each model, of its accuracies.
     """
     pictures = (
         ("pca", "Patch features", "First three principal components of the patch tokens, as colours, in each row."),
@@ -64,9 +66,9 @@ def write_report(
         ),
     )
     body = [f"<h1>{escape(title)}</h1>", *(f'<p class="facts">{escape(fact)}</p>' for fact in facts)]
-    body += ["<h2>Scores</h2>", _score_table(scores)]
-    for other, intervals in differences.items():
-        body += [f"<h2>{escape(next(iter(scores)))} minus {escape(other)}</h2>", _difference_table(intervals)]
+    body += ["<h2>Scores</h2>", _score_table(scores, intervals)]
+    for other, found in differences.items():
+        body += [f"<h2>{escape(next(iter(scores)))} minus {escape(other)}</h2>", _difference_table(found)]
     for name, heading, text in pictures:
         data = base64.b64encode((path.parent / f"{name}.jpg").read_bytes()).decode()
         body += [
@@ -77,24 +79,26 @@ def write_report(
     write_bytes(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>'.encode())
 
 
-def _score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+def _score_table(scores: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Interval]]) -> str:
     metrics = list(dict.fromkeys(metric for values in scores.values() for metric in values))
     head = "".join(f"<th>{escape(model)}</th>" for model in scores)
     rows = []
     for metric in metrics:
-        values = [values.get(metric) for values in scores.values()]
-        best = max(value for value in values if value is not None)
-        cells = "".join(_cell(value, best, metric) for value in values)
+        values = {model: values.get(metric) for model, values in scores.items()}
+        best = max(value for value in values.values() if value is not None)
+        cells = "".join(_cell(value, best, metric, intervals[model].get(metric)) for model, value in values.items())
         meaning = MEANINGS.get(metric, "")
         rows.append(f"<tr><td>{escape(metric)}<br><small>{escape(meaning)}</small></td>{cells}</tr>")
-    return f"<table><tr><th>metric</th>{head}</tr>{''.join(rows)}</table>"
+    note = "<small>In brackets: 95 % interval (Wilson).</small>"
+    return f"<table><tr><th>metric</th>{head}</tr>{''.join(rows)}</table>{note}"
 
 
-def _cell(value: float | None, best: float, metric: str) -> str:
+def _cell(value: float | None, best: float, metric: str, interval: Interval | None) -> str:
     if value is None:
         return "<td></td>"
     mark = ' class="best"' if value == best and metric != "linear_c" else ""
-    return f"<td{mark}>{value:.4g}</td>"
+    bounds = f"<br><small>({interval.low:.3f} to {interval.high:.3f})</small>" if interval else ""
+    return f"<td{mark}>{value:.4g}{bounds}</td>"
 
 
 def _difference_table(intervals: Mapping[str, Interval]) -> str:
@@ -103,5 +107,8 @@ def _difference_table(intervals: Mapping[str, Interval]) -> str:
         mark = "better" if interval.low > 0 else "worse" if interval.high < 0 else ""
         bounds = f"{interval.low:+.3f} to {interval.high:+.3f}"
         rows.append(f'<tr><td>{escape(metric)}</td><td class="{mark}">{interval.mean:+.3f}</td><td>{bounds}</td></tr>')
-    note = "<small>Bootstrap over images; where they are parts of one photograph, the true width is larger.</small>"
+    note = (
+        "<small>Over images: Bonett and Price for accuracies; for other metrics bootstrap, too narrow near 0 and 1 on "
+        "few images. Where images are parts of one photograph, the true width is larger.</small>"
+    )
     return f"<table><tr><th>metric</th><th>difference</th><th>95 % interval</th></tr>{''.join(rows)}</table>{note}"

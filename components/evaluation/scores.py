@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.core.knn import knn_predictions, nearest
-from components.core.metrics import Interval, bootstrap_interval, effective_rank, feature_std, top1_accuracy
+from components.core.metrics import Interval, effective_rank, feature_std, top1_accuracy
 from components.data.evaluation_set import EvaluationSet, Labels
 from components.evaluation.config import EvaluateConfig, KnnConfig
 from components.evaluation.features import Augmentation, EvaluationImages, Extractor, Features, extract_features
 from components.evaluation.instance import retrieval_ranks
+from components.evaluation.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.evaluation.linear import linear_predictions
 
 
@@ -28,6 +29,10 @@ class Scores:
         """Add a metric that is a mean over images."""
         self.by_image[metric] = by_image
         self.metrics[metric] = float(by_image.mean())
+
+    def intervals(self) -> dict[str, Interval]:
+        """95 % intervals of the accuracies."""
+        return {metric: accuracy_interval(values) for metric, values in self.by_image.items() if is_accuracy(values)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def differences(
     generator = np.random.default_rng(seed)
     return {
         other: {
-            metric: bootstrap_interval(values - scores[other].by_image[metric], generator, num_resamples)
+            metric: difference_interval(values, scores[other].by_image[metric], generator, num_resamples)
             for metric, values in scores[model].by_image.items()
         }
         for other in scores

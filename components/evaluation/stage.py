@@ -60,7 +60,8 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         rows = neighbour_rows(images, pixels, measured.features[model], queries)
         draw_neighbours(rows).save(folder / "neighbours.jpg", quality=90)
         write_comparison(folder / "comparison.csv", metrics)
-        write_report(folder / "report.html", f"Evaluation of {model}", _facts(config, counts), metrics, compared)
+        title, certain = f"Evaluation of {model}", {name: s.intervals() for name, s in measured.scores.items()}
+        write_report(folder / "report.html", title, _facts(config, counts), metrics, compared, certain)
 
     others = {name: values for name, values in metrics.items() if name != model}
     intervals = {f"minus_{name}": {k: asdict(v) for k, v in values.items()} for name, values in compared.items()}

@@ -19,7 +19,9 @@ class ViTConfig(Config):
     ffn: Literal["mlp", "swiglu"] = "mlp"  # from scratch L and g use swiglu, distilled models mlp
     ffn_ratio: float = Field(default=4.0, ge=0.5, le=64)  # swiglu takes 2/3 of it, rounded up to a multiple of 8
     num_registers: int = Field(default=4, ge=0, le=64)  # arXiv 2309.16588; published models have 0 or 4
-    image_size: int = Field(default=518, ge=1, le=16384)  # pixels; stored position grid: image_size / patch_size
+    # Pixels; the stored position grid is image_size / patch_size. None: of the global crops of its training, as in the
+    # released code, whose 518 stands in configs of evaluation. Of a larger grid training determines only a part.
+    image_size: int | None = Field(default=None, ge=1, le=16384)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # same rate in all blocks; from scratch 0.3 to 0.4, distilled 0
     layer_scale_init: float = Field(default=1e-5, gt=0)  # `layerscale` of ssl_default_config.yaml
     interpolate_antialias: bool = True  # false for the published models without registers
@@ -29,11 +31,15 @@ class ViTConfig(Config):
     def _shapes_divide(self) -> Self:
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, but {self.dim} is not one of {self.num_heads}")
-        if self.image_size % self.patch_size:
+        if self.image_size is not None and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, but {self.image_size} is not one of {self.patch_size}"
             )
         return self
+
+    def trained_at(self, global_size: int) -> ViTConfig:
+        """This shape, with the position grid of global crops of so many pixels where it names none."""
+        return self if self.image_size else self.model_copy(update={"image_size": global_size})
 
 
 class Preprocessing(Config):

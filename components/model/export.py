@@ -14,7 +14,7 @@ from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -46,6 +46,13 @@ class _WeightsDescription(Config):
     backbone: ViTConfig
     heads: dict[Literal["dino", "ibot"], _HeadDescription] | None = None
     provenance: dict[str, Any]
+
+    @field_validator("backbone")
+    @classmethod
+    def _has_a_grid(cls, value: ViTConfig) -> ViTConfig:
+        if value.image_size is None:
+            raise ValueError("image_size: required, but not given")
+        return value
 
 
 def save_weights(
@@ -177,7 +184,7 @@ def published_tensors(path: Path, config: ViTConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         backbone = VisionTransformer(config)
     tensors = {name: t if t.is_floating_point() else t.float() for name, t in from_dinov2(state).items()}
-    remedy = "correct `backbone`, or give other weights"
+    remedy = "correct `backbone` (`image_size` is 518 for the published weights), or give other weights"
     _check(backbone, tensors, f"{path}: not the backbone that is configured", remedy, exact=False)
     return tensors
 

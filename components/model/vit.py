@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,11 +60,41 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+def resample_positions(pos_embed: Tensor, config: ViTConfig, rows: int, columns: int) -> Tensor:
+    """Position embedding of another grid of patches, resampled in float32 (`interpolate_pos_encoding` of DINOv2).
+
+    Args:
+        pos_embed: [1, 1 + P, D], the class token's and those of a square grid.
+        config: says how; its image size is not read.
+        rows: of the wanted grid.
+        columns: of the wanted grid.
+
+    Returns:
+        [1, 1 + rows * columns, D] float32.
+    """
+    embedding, stored = pos_embed.float(), math.isqrt(pos_embed.shape[1] - 1)
+    patches = embedding[:, 1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # [1, D, stored, stored]
+    # Weights trained with an offset were resampled by a scale factor, which samples at slightly other points than
+    # the output size does; they must go on so (METHOD: "historic rounding work-around").
+    offset = config.interpolate_offset
+    patches = F.interpolate(
+        patches,
+        size=None if offset else (rows, columns),
+        scale_factor=[(rows + offset) / stored, (columns + offset) / stored] if offset else None,
+        mode="bicubic",
+        antialias=config.interpolate_antialias,
+    )
+    assert patches.shape[2:] == (rows, columns), f"resampled to {list(patches.shape[2:])}, not {[rows, columns]}"
+    return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
 class VisionTransformer(nn.Module):
     """ViT backbone (`dinov2/models/vision_transformer.py`); parameters carry the published names."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        if config.image_size is None:
+            raise ValueError("image_size: required, the position grid is made for it")
         self.config = config
         self.grid_size = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
@@ -165,24 +196,10 @@ class VisionTransformer(nn.Module):
         return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)  # registers carry no position
 
     def _position_embedding(self, rows: int, columns: int) -> Tensor:
-        """Position embedding for a grid of patches, [1, 1 + rows * columns, D], resampled in float32."""
-        stored = self.grid_size
-        if (rows, columns) == (stored, stored):
+        """Position embedding for a grid of patches, [1, 1 + rows * columns, D]."""
+        if (rows, columns) == (self.grid_size, self.grid_size):
             return self.pos_embed
-        embedding = self.pos_embed.float()
-        patches = embedding[:, 1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # [1, D, stored, stored]
-        # Weights trained with an offset were resampled by a scale factor, which samples at slightly other points than
-        # the output size does; they must go on so (METHOD: "historic rounding work-around").
-        offset = self.config.interpolate_offset
-        patches = F.interpolate(
-            patches,
-            size=None if offset else (rows, columns),
-            scale_factor=[(rows + offset) / stored, (columns + offset) / stored] if offset else None,
-            mode="bicubic",
-            antialias=self.config.interpolate_antialias,
-        )
-        assert patches.shape[2:] == (rows, columns), f"resampled to {list(patches.shape[2:])}, not {[rows, columns]}"
-        return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+        return resample_positions(self.pos_embed, self.config, rows, columns)
 
     def _outputs(self, tokens: Tensor, layout: Layout) -> list[ViTOutput]:
         first_patch = 1 + self.config.num_registers

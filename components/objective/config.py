@@ -13,7 +13,7 @@ class GramConfig(Config):
     """Gram anchoring to frozen snapshots of the average. Defaults: DINOv3's `dinov3_vit7b16_gram_anchor.yaml`."""
 
     weight: float = Field(default=2.0, gt=0)
-    teacher_scale: Literal[1, 2] = 1  # 2: the snapshot sees the crops at twice the resolution, without colour changes
+    teacher_scale: Literal[1, 2] = 2  # 2: the snapshot sees the crops at twice the resolution, without colour changes
     after_steps: int = Field(default=0, ge=0)  # of this run; the first snapshot is taken then
     snapshot_every_steps: int = Field(default=10_000, ge=1)
     max_snapshots: int = Field(default=4, ge=1)  # the first, and three that replace it

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from components.core.config import Config
 from components.data.config import MaskingConfig
 from components.model.config import HeadConfig, ViTConfig
+from components.objective.config import GramConfig
 from components.training.config import TrainingConfig, check_crops_fit
 
 
@@ -19,14 +20,41 @@ class InitConfig(Config):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")  # of the file, or of the folder's model.safetensors
 
 
+class PretrainViTConfig(ViTConfig):
+    """Vision transformer that is trained from scratch: ViT-L/14 of Table 16."""
+
+    ffn: Literal["mlp", "swiglu"] = "swiglu"
+    drop_path: float = Field(default=0.4, ge=0, lt=1)  # for L and g
+
+
+class DinoHeadConfig(HeadConfig):
+    """Head for class tokens (vitl14.yaml)."""
+
+    num_prototypes: int = Field(default=131_072, ge=2, le=4194304)
+    bottleneck_dim: int = Field(default=384, ge=1, le=65536)
+
+
+class IbotHeadConfig(HeadConfig):
+    """Head for patch tokens (vitl14.yaml)."""
+
+    num_prototypes: int = Field(default=131_072, ge=2, le=4194304)
+
+
+class PretrainGramConfig(GramConfig):
+    """Gram anchoring of a training from random weights, which a snapshot from its start would hold it to."""
+
+    after_steps: int = Field(ge=0)  # DINOv3: 1,000,000; in its ablation 200,000
+
+
 class PretrainConfig(TrainingConfig):
     """A student taught by its own moving average."""
 
     init: InitConfig | None = None  # None: random weights
 
-    backbone: ViTConfig = ViTConfig(ffn="swiglu", drop_path=0.4)  # Table 16; drop_path 0.4 for L and g
-    dino_head: HeadConfig = HeadConfig(num_prototypes=131_072, bottleneck_dim=384)  # vitl14.yaml
-    ibot_head: HeadConfig = HeadConfig(num_prototypes=131_072, bottleneck_dim=256)
+    backbone: PretrainViTConfig = PretrainViTConfig()
+    gram: PretrainGramConfig | None = None
+    dino_head: DinoHeadConfig = DinoHeadConfig()
+    ibot_head: IbotHeadConfig = IbotHeadConfig()
     masking: MaskingConfig = MaskingConfig()
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from components.training.initial import draw_network, start_backbone_from
 from components.training.loop import Job
 from components.training.networks import self_distillation
 from components.training.parallelize import launch
+from components.training.precision import resolve_precision
 
 
 def run(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
@@ -22,15 +23,17 @@ def run(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
 
 def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
     """What one rank does."""
+    config = resolve_precision(config, "pretrain")
     stream = ImageStream(root / "data" / "curated", config.stream, seed)
-    student = draw_network(config.backbone, {"dino": config.dino_head, "ibot": config.ibot_head}, seed)
+    shape = config.backbone.trained_at(config.crops.global_size)
+    student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed)
     parents = {}
     if config.init is not None:
         path = root / config.init.weights
         path = path / BACKBONE_FILE if path.is_dir() else path
         parents = {"initial_weights": path}
         check_sha256(path, config.init.sha256)
-        start_backbone_from(student, published_tensors(path, config.backbone))
+        start_backbone_from(student, published_tensors(path, shape))
     networks = self_distillation(student, anchored=config.gram is not None)
     job = Job("pretrain", config, networks, stream, config.masking, seed)
     outputs = Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain", parents)

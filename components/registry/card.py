@@ -99,7 +99,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     match value:
-        case {"mean": mean, "low": low, "high": high}:  # of a bootstrap, 95 %
+        case {"mean": mean, "low": low, "high": high}:  # an interval, 95 %
             return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
         case int() | float():
             return f"{value:.4g}"

@@ -194,6 +194,15 @@ class Checkpoints:
             kind = type(first) if isinstance(first, StorageError) else CheckpointError
             raise kind(f"checkpoint not written, those before it stand: {_line(first)}") from None
 
+    def newest(self) -> int | None:
+        """Steps done at the newest checkpoint, None if there is none; every rank must call.
+
+        Raises:
+            StorageError: the store does not answer.
+        """
+        steps = self._on_all(self._store.steps)[0]  # the first rank's answer, for all
+        return steps[-1] if steps else None
+
     def load_newest(self, training: TrainingStep) -> Progress:
         """Set the state of the newest checkpoint, and return how far it had come; nothing done if there is none.
 
@@ -201,12 +210,12 @@ class Checkpoints:
             CheckpointError: the newest checkpoint is damaged or belongs to networks of another shape.
             StorageError: the store does not answer.
         """
-        steps = self._on_all(self._store.steps)[0]  # the first rank's answer, for all
-        if not steps:
+        newest = self.newest()
+        if newest is None:
             return Progress()
-        where = self._store.describe(steps[-1])
+        where = self._store.describe(newest)
         try:
-            found = self._on_all(lambda: (socket.gethostname(), self._store.fetch(steps[-1])))
+            found = self._on_all(lambda: (socket.gethostname(), self._store.fetch(newest)))
             path = next(path for host, path in found if path is not None and host == socket.gethostname())
             state = _tensors(training)
             self._on_all(lambda: _check_networks(state, path))

@@ -6,6 +6,7 @@ arXiv:2304.07193, Table 16.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -101,7 +102,9 @@ class TrainingConfig(Config):
 
     steps: PositiveInt = 625_000
     batch_size: PositiveInt = 3_072  # images a step, over all ranks
-    precision: Literal["float32", "bfloat16"] = "bfloat16"  # released: float16 with a loss scaler; bfloat16 needs none
+    # Released: float16 with a loss scaler, which bfloat16 does not need. auto: bfloat16 where all ranks have it in
+    # hardware, else float32.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     accumulation_steps: PositiveInt = 1  # parts of a step's batch whose gradients are added up; each has own targets
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"  # what is made again rather than kept
     compile: bool = False  # torch.compile of each block; needs a C++ compiler on the CPU
@@ -120,26 +123,38 @@ class TrainingConfig(Config):
     teacher: TeacherConfig = TeacherConfig()
     ema: EmaConfig = EmaConfig()
 
+    @property
+    def half(self) -> bool:
+        """Whether networks compute in bfloat16; not to be asked before `resolve_precision`."""
+        assert self.precision != "auto", "precision is not resolved yet"
+        return self.precision == "bfloat16"
+
+    def phases(self) -> dict[str, int]:
+        """Lengths in steps of what a run begins with, by key; a shorter run has them in proportion."""
+        optimizer = self.optimizer
+        return {
+            "optimizer.warmup_steps": optimizer.warmup_steps,
+            "optimizer.freeze_last_layer_steps": optimizer.freeze_last_layer_steps,
+            "optimizer.freeze_backbone_steps": optimizer.freeze_backbone_steps,
+            "teacher.temp_warmup_steps": self.teacher.temp_warmup_steps,
+        }
+
     def check_ranks(self, name: str, num_ranks: int) -> None:
         """Raise ValueError unless so many ranks, called `name`, can share the batch."""
         if self.accumulation_steps > 1:
             name, num_ranks = f"{name} * accumulation_steps", num_ranks * self.accumulation_steps
-        check_divisible("batch_size", self.batch_size, name, num_ranks)
-        if self.objective.koleo_weight and self.batch_size < 2 * num_ranks:
+        least = 2 * num_ranks if self.objective.koleo_weight else num_ranks
+        check_divisible("batch_size", self.batch_size, name, num_ranks, least)
+        if self.batch_size < least:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbour: "
-                f"use {2 * num_ranks} or more, or set objective.koleo_weight to 0"
+                f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to 0"
             )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self.check_ranks("num_processes", self.num_processes)
-        for name, steps in (
-            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
-            ("optimizer.freeze_last_layer_steps", self.optimizer.freeze_last_layer_steps),
-            ("optimizer.freeze_backbone_steps", self.optimizer.freeze_backbone_steps),
-            ("teacher.temp_warmup_steps", self.teacher.temp_warmup_steps),
-        ):
+        for name, steps in self.phases().items():
             if steps > self.steps:
                 raise ValueError(f"{name} is {steps}, more than the {self.steps} steps of the run")
         if self.optimizer.min_lr > self.optimizer.base_lr:
@@ -147,14 +162,14 @@ class TrainingConfig(Config):
         return self
 
 
-def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raise ValueError unless `divisor` divides `value`, naming both and the nearest value that would do."""
+def check_divisible(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:
+    """Raise ValueError unless `divisor` divides `value`, naming both and the nearest that would, from `least` on."""
     if value % divisor:
-        nearest = max(divisor, round(value / divisor) * divisor)
+        nearest = max(math.ceil(least / divisor), round(value / divisor)) * divisor
         raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}; use for example {nearest}")
 
 
-def check_crops_fit(crops: CropConfig, patch_size: int) -> None:
-    """Raise ValueError unless both crop sizes are multiples of the patch size."""
-    check_divisible("crops.global_size", crops.global_size, "backbone.patch_size", patch_size)
-    check_divisible("crops.local_size", crops.local_size, "backbone.patch_size", patch_size)
+def check_crops_fit(crops: CropConfig, patch_size: int, of: str = "backbone", section: str = "") -> None:
+    """Raise ValueError unless both crop sizes, of `section`, are multiples of the patch size, of the network `of`."""
+    for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
+        check_divisible(f"{section}{key}", size, f"{of}.patch_size", patch_size)

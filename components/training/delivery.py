@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 CROPS, PCA = "crops.jpg", "pca.jpg"
 WEIGHTS, DIGEST = "weights", "sha256.json"
+CHECKPOINTS = Path(".pedigree/checkpoints")  # by run key
 TRAINED = Path(".pedigree/cache/trained")  # by run key: what was trained and is not yet reported
 KEPT_SECONDS = 30 * 86_400.0  # a stage that has not taken it up by then never will
 
@@ -82,6 +83,7 @@ class _Run:
     provenance: dict[str, Any]
     weights: Path
     make: Callable[[], Job]
+    other_key: str  # of the same run in the other precision, which another machine may have taken
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        return self.root / ".pedigree" / "checkpoints" / self.key
+        return self.root / CHECKPOINTS / self.key
 
     @property
     def kept(self) -> Path:
@@ -123,7 +125,9 @@ def train_and_deliver(job: Job, delivery: Delivery, beside: Sequence[Beside] = (
 
     def run(name: str, config: TrainingConfig, weights: Path, make: Callable[[], Job]) -> _Run:
         known = {"stage": name, "config": config.model_dump(mode="json"), **facts}
-        return _Run(delivery.root, {**known, "run_key": run_key(name, config, facts)}, weights, make)
+        other = config.model_copy(update={"precision": "float32" if config.half else "bfloat16"})
+        keys = run_key(name, config, facts), run_key(name, other, facts)
+        return _Run(delivery.root, {**known, "run_key": keys[0]}, weights, make, keys[1])
 
     wanted = run(job.name, job.config, delivery.weights, lambda: job)
     others = [] if wanted.is_kept() else [run(other.name, other.config, other.weights, other.make) for other in beside]
@@ -131,7 +135,7 @@ def train_and_deliver(job: Job, delivery: Delivery, beside: Sequence[Beside] = (
         due = _hold(locks, wanted, others)
         if _take_up(wanted, delivery):
             logger.info("%s: trained by an earlier try or beside another run; taken up", job.name)
-            left = _checkpoints(wanted, job.config)  # by a try that ended before it had deleted them
+            left = _checkpoints(wanted.root, wanted.key, job.config)  # by a try that ended before it had deleted them
             if rank() == 0:
                 left.remove()
             _report(wanted)
@@ -179,7 +183,10 @@ def _train(runs: Sequence[_Run]) -> None:
             logger.info("%s: %s", run.name, json.dumps(begun, sort_keys=True))
             _draw_first_batch(job, run.folder / CROPS)
         probes = _probes(job, labelled, run.folder, images)
-        trainees.append(Trainee(job, _checkpoints(run, config), probes, tracked=run is runs[0]))
+        checkpoints = _checkpoints(root, run.key, config)
+        if checkpoints.newest() is None:
+            _tell_of_other_precision(run, config)
+        trainees.append(Trainee(job, checkpoints, probes, tracked=run is runs[0]))
 
     found = train_together(trainees)
     for run, trainee, colors, rows in zip(runs, trainees, before, found, strict=True):
@@ -194,15 +201,26 @@ def _train(runs: Sequence[_Run]) -> None:
     barrier()
 
 
-def _checkpoints(run: _Run, config: TrainingConfig) -> Checkpoints:
-    return Checkpoints(run.folder, f"{config.checkpoint_uri.rstrip('/')}/{run.key}" if config.checkpoint_uri else None)
+def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
+    uri = f"{config.checkpoint_uri.rstrip('/')}/{key}" if config.checkpoint_uri else None
+    return Checkpoints(root / CHECKPOINTS / key, uri)
+
+
+def _tell_of_other_precision(run: _Run, config: TrainingConfig) -> None:
+    """Warn of a run that was begun in the other precision, on another machine perhaps; every rank must call."""
+    steps = _checkpoints(run.root, run.other_key, config).newest()
+    if steps is not None and rank() == 0:
+        stage, other = run.name.partition("/")[0], "float32" if config.half else "bfloat16"
+        logger.warning(
+            "%s: starts anew in %s, although step %d of %d is done in %s; to go on from there, stop it and set %s",
+            *(run.name, config.precision, steps, config.steps, other, f"{stage}.precision={other}"),
+        )
 
 
 def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     if config.monitor.knn is None:
         return None
-    half = config.precision == "bfloat16"
-    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=half)
+    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=config.half)
 
 
 def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: Tensor) -> Probes:

@@ -6,6 +6,7 @@ So no rank ever holds a whole network that the ranks share, and the values are t
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from components.core.distributed import own_part, part_like
 from components.model.config import HeadConfig, ViTConfig
 from components.model.export import WeightsError, open_backbone, open_heads
 from components.model.head import ProjectionHead
-from components.model.vit import VisionTransformer
+from components.model.vit import VisionTransformer, resample_positions
 from components.training.networks import Network
+
+logger = logging.getLogger(__name__)
 
 
 def draw_network(backbone: ViTConfig, heads: Mapping[str, HeadConfig], seed: int) -> Network:
@@ -46,8 +49,12 @@ def draw_network(backbone: ViTConfig, heads: Mapping[str, HeadConfig], seed: int
     return network
 
 
-def load_network(folder: Path) -> Network:
+def load_network(folder: Path, image_size: int | None = None) -> Network:
     """Backbone and heads of a weights folder, on the meta device; the values will be read from its files.
+
+    Args:
+        folder: as training wrote it.
+        image_size: the position table is resampled to the grid of images of so many pixels; None keeps it.
 
     Raises:
         WeightsError: the folder is missing, damaged, without heads or with heads of another backbone.
@@ -60,6 +67,8 @@ def load_network(folder: Path) -> Network:
             f"{folder}: its heads take features of widths {found}, but its backbone needs {needed}; give a folder as "
             "training wrote it"
         )
+    if image_size not in (None, backbone.config.image_size):
+        backbone, tensors = _resampled(backbone, tensors, image_size)
     network = Network(backbone, heads)
 
     def values() -> Iterator[tuple[str, Tensor]]:
@@ -70,6 +79,18 @@ def load_network(folder: Path) -> Network:
 
     network.initial = values
     return network
+
+
+def _resampled(
+    backbone: VisionTransformer, tensors: dict[str, Tensor], image_size: int
+) -> tuple[VisionTransformer, dict[str, Tensor]]:
+    """The backbone with another position grid, and its tensors: on images of that size it computes the same."""
+    config, side = backbone.config, image_size // backbone.config.patch_size
+    with torch.device("meta"):
+        resampled = VisionTransformer(config.model_copy(update={"image_size": image_size}))
+    logger.info("position table of %s x %s resampled to %s x %s", *[backbone.grid_size] * 2, side, side)
+    table = resample_positions(tensors["pos_embed"], config, side, side)
+    return resampled.eval(), {**tensors, "pos_embed": table}
 
 
 def start_backbone_from(network: Network, tensors: Mapping[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ def place(networks: Networks, config: TrainingConfig, device: torch.device) -> N
     if is_distributed() and config.sharding == "fsdp":
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for network in new:
-            _shard(network, mesh, config.precision == "bfloat16")
+            _shard(network, mesh, config.half)
     empty = [network for network in new if network.initial is not None]
     for network in new:
         if network.initial is None:

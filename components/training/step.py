@@ -65,7 +65,7 @@ class TrainingStep:
         self.accumulation_steps = config.accumulation_steps
         self._clip_norm = config.optimizer.clip_grad_norm
         self._device_type = device.type
-        self._half = config.precision == "bfloat16"
+        self._half = config.half
         self._seed = seed
         self._gram, self._anchored = config.gram, False
         self._step, self._parts, self._centres = 0, list[StepOutput](), list[Tensor]()

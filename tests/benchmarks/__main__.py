@@ -142,7 +142,7 @@ def attention() -> Row:
         torch.manual_seed(0)
         heads = {name: ProjectionHead(shape.dim, head) for name in ("dino", "ibot")}
         networks = self_distillation(Network(VisionTransformer(shape), heads))
-        step = TrainingStep(networks, TrainingConfig(batch_size=size), 0, torch.device("cpu"))
+        step = TrainingStep(networks, TrainingConfig(batch_size=size, precision="bfloat16"), 0, torch.device("cpu"))
         masks = torch.from_numpy(sample_masks(batch, (6, 6), MaskingConfig(), np.random.default_rng(0)))
         images = Batch(torch.randn(batch, 3, 48, 48), torch.randn(6 * size, 3, 24, 24), masks, [])
 
@@ -174,12 +174,13 @@ def students() -> Row:
     from components.training.schedules import StepValues
     from components.training.step import TrainingStep, take_step
 
-    recipe = load_recipe(Path(), "tiny-cpu")
+    recipe = load_recipe(Path(), "tiny-cpu", ["distill.precision=bfloat16"])
     config, shape = recipe.distill, recipe.distill.students["small"].backbone
 
     def network(shape: Any) -> Network:
         heads = {"dino": recipe.pretrain.dino_head, "ibot": recipe.pretrain.ibot_head}
-        return Network(VisionTransformer(shape), {n: ProjectionHead(shape.dim, head) for n, head in heads.items()})
+        backbone = VisionTransformer(shape.trained_at(config.crops.global_size))
+        return Network(backbone, {n: ProjectionHead(shape.dim, head) for n, head in heads.items()})
 
     teacher, size, crops = network(recipe.pretrain.backbone), config.batch_size, config.crops
     both = [TrainingStep(distillation(network(shape), teacher), config, 0, torch.device("cpu")) for _ in range(2)]
@@ -236,10 +237,10 @@ def checkpoint() -> Row:
     from components.training.networks import Network, self_distillation
     from components.training.step import TrainingStep
 
-    shape, head = ViTConfig(dim=384, depth=12, num_heads=6), HeadConfig(num_prototypes=16_384)
+    shape, head = ViTConfig(dim=384, depth=12, num_heads=6, image_size=224), HeadConfig(num_prototypes=16_384)
     heads = {name: ProjectionHead(shape.dim, head) for name in ("dino", "ibot")}
     networks = self_distillation(Network(VisionTransformer(shape), heads))
-    training = TrainingStep(networks, TrainingConfig(), 0, torch.device("cpu"))
+    training = TrainingStep(networks, TrainingConfig(precision="bfloat16"), 0, torch.device("cpu"))
     still, whole = [], []
     with tempfile.TemporaryDirectory() as name:
         checkpoints = Checkpoints(Path(name))

@@ -55,7 +55,8 @@ class Side:
 def networks(side: Side) -> Networks:
     """ViT-S/14 with registers and two heads, seeded."""
     torch.manual_seed(0)
-    backbone = VisionTransformer(ViTConfig(dim=384, depth=12, num_heads=6, drop_path=side.drop_path))
+    shape = ViTConfig(dim=384, depth=12, num_heads=6, image_size=224, drop_path=side.drop_path)
+    backbone = VisionTransformer(shape)
     head = HeadConfig(num_prototypes=side.prototypes)
     return self_distillation(Network(backbone, {name: ProjectionHead(384, head) for name in ("dino", "ibot")}))
 

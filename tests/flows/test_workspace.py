@@ -219,6 +219,7 @@ def test_params_keep_the_checkouts_own_text_where_it_says_the_same(tmp_path, rec
     written = yaml.safe_load(params_text(tmp_path, changed))
     expected = yaml.safe_load(own)
     expected["distill"]["steps"] = 20
+    expected["distill"]["optimizer"]["warmup_steps"] = 1  # in proportion
     assert written == expected
     assert yaml.safe_load(params_text(tmp_path / "none", recipe)) == yaml.safe_load(own)
     # What a stage names is written out, and nothing else that was not given.

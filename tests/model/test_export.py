@@ -187,6 +187,10 @@ HOSTILE = {
         lambda f: _edit_config(f, lambda c: c["backbone"].update(dim=16384, num_heads=256, depth=256)),
         "does not match config.json",
     ),
+    "no grid": (
+        lambda f: _edit_config(f, lambda c: c["backbone"].pop("image_size")),
+        "backbone: image_size: required, but not given",
+    ),
     "other shape": (
         lambda f: _edit_config(f, lambda c: c["backbone"].update(image_size=64)),
         "pos_embed is torch.float32",

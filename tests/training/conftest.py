@@ -51,7 +51,10 @@ def tiny() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def backbone() -> dict[str, Any]:
     """Shape of a tiny vision transformer."""
-    return {"patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "num_registers": 1, "image_size": 32}
+    return {
+        "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "ffn": "mlp", "num_registers": 1, "image_size": 32,
+        "drop_path": 0.0,
+    }  # fmt: skip
 
 
 @pytest.fixture

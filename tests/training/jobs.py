@@ -65,7 +65,8 @@ def _write_tiles(folder: Path, schema: pa.Schema, facts: Callable[[tuple[int, in
 def make_job(values: dict[str, Any], curated: Path) -> Job:
     """The job of pretraining with these values on `curated`, at its start."""
     config = validate(PretrainConfig, values, "test")
-    student = draw_network(config.backbone, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
+    shape = config.backbone.trained_at(config.crops.global_size)
+    student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
     stream = ImageStream(curated, config.stream, seed=0)
     networks = self_distillation(student, anchored=config.gram is not None)
     place(networks, config, torch.device("cpu"))

@@ -13,7 +13,7 @@ from components.training.schedules import Schedules
 from components.training.step import TrainingStep
 from tests.training.jobs import at_call, make_job
 
-GRAM = {"weight": 3.0, "after_steps": 2, "snapshot_every_steps": 2, "max_snapshots": 2}
+GRAM = {"weight": 3.0, "teacher_scale": 1, "after_steps": 2, "snapshot_every_steps": 2, "max_snapshots": 2}
 
 
 def state(job: Job, name: str) -> list[torch.Tensor]:
@@ -61,7 +61,7 @@ def test_snapshots_and_the_term(values, curated):
 
 def test_the_term_at_twice_the_resolution(pretrain_values, curated):
     """The anchor sees larger crops; also in two parts, whose mean the term is."""
-    gram = {"weight": 3.0, "teacher_scale": 2}
+    gram = {"weight": 3.0, "teacher_scale": 2, "after_steps": 0}
     plain = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
     for parts in (1, 2):
         job = make_job(pretrain_values(gram=gram, backbone=plain, accumulation_steps=parts), curated)

@@ -104,12 +104,13 @@ def curated_runs(storage, curated, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     head = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16}
     shape = {"patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "num_registers": 1, "image_size": 32}
+    plain = shape | {"ffn": "mlp", "drop_path": 0.0}
     values: dict[str, Any] = {
         "steps": 4, "batch_size": 8, "precision": "float32", "checkpoint_every_steps": 2, "log_every_steps": 1,
         "stream": {"num_workers": 0, "window_shards": 2},
         "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
         "optimizer": {"base_lr": 0.01, "warmup_steps": 1, "freeze_last_layer_steps": 1, "layer_decay": 0.9},
-        "teacher": {"temp_warmup_steps": 3}, "backbone": shape | {"layer_scale_init": 1.0},
+        "teacher": {"temp_warmup_steps": 3}, "backbone": plain | {"layer_scale_init": 1.0},
         "dino_head": head, "ibot_head": head, "objective": {"koleo_weight": 0.0},  # KoLeo seeks neighbours on a rank
     }  # fmt: skip
     rows = {"one": run(values, curated, root / "one")}

@@ -26,7 +26,8 @@ from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
 from components.model.export import load_backbone, load_heads, to_dinov2
-from components.model.vit import VisionTransformer
+from components.model.vit import VisionTransformer, resample_positions
+from components.objective.config import GramConfig
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
@@ -81,18 +82,19 @@ def test_pretrain_adapt_distill(workspace, curated, pretrain_values, tiny, backb
     adapted = workspace / "models" / "adapted"
     assert json.loads((adapted / "config.json").read_text())["provenance"]["initial_weights_sha256"]
     assert digest(adapted) != digest(folder)
-    assert load_backbone(adapted).config == config.backbone
+    assert load_backbone(adapted).config.model_dump() == config.backbone.model_dump() | {"image_size": 48}
     # A few steps from the pretrained weights, not from new ones.
     start, end = (load_backbone(path).pos_embed.detach() for path in (folder, adapted))
+    start = resample_positions(start, config.backbone, 6, 6)
     assert 0 < float((start - end).abs().max()) < 0.2 * float(start.abs().max())
 
-    students = {"small": {"backbone": backbone | {"dim": 16}}, "other": {"backbone": backbone}}
+    students = {"small": {"backbone": backbone | {"dim": 16, "image_size": None}}, "other": {"backbone": backbone}}
     distilled = validate(DistillConfig, tiny(students=students), "test")
     before = digest(adapted)
     distillation.run(distilled, workspace, seed=0, student="small")
     assert digest(adapted) == before
     small = workspace / "models" / "students" / "small"
-    assert load_backbone(small).config.dim == 16
+    assert (load_backbone(small).config.dim, load_backbone(small).config.image_size) == (16, 32)  # its global crops
     assert {n: h.config for n, h in load_heads(small).items()} == {n: h.config for n, h in load_heads(adapted).items()}
     assert (workspace / "reports" / "distill" / "small" / "loss.csv").exists()
     provenance = json.loads((small / "config.json").read_text())["provenance"]
@@ -237,8 +239,9 @@ def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_f
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
     monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}, "pictures_every_steps": 3}
     values = pretrain_values(
-        steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor, gram={"weight": 1.0}
-    )
+        steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor,
+        gram={"weight": 1.0, "teacher_scale": 1, "after_steps": 0},
+    )  # fmt: skip
     write_labelled(workspace / "data" / "evaluation")
     shown = []
     monkeypatch.setattr(pictures, "log_file", lambda path, folder: shown.append((path.name, Image.open(path).size)))
@@ -273,8 +276,8 @@ def test_a_rank_that_fails_says_why(workspace, pretrain_values):
     ("ranks", "message"),
     [
         (3, "batch_size 8 is not a multiple of number of ranks 3; use for example 9"),
-        (16, "batch_size 8 is not a multiple of number of ranks 16; use for example 16"),
-        (8, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs a neighbour: use 16 or more"),
+        (16, "batch_size 8 is not a multiple of number of ranks 16; use for example 32"),
+        (8, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs a neighbour: use 16 or a larger multiple"),
     ],
 )
 def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_values, monkeypatch, ranks, message):
@@ -294,6 +297,7 @@ def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_val
         ({"teacher": {"temp_start": 0.08, "temp_warmup_steps": 3}}, "temp_start 0.08 is above temp_end 0.07"),
         ({"teacher": {"temp_start": 0.0}}, "teacher.temp_start: Input should be greater than 0"),
         ({"ema": {"momentum_start": 1.5}}, "ema.momentum_start: Input should be less than or equal to 1"),
+        ({"gram": {}}, "gram.after_steps: required, but not given"),
         ({"step": 10}, "step: unknown key; did you mean 'steps'?"),
     ],
 )  # fmt: skip
@@ -312,7 +316,7 @@ def test_refuses(pretrain_values, changes, message):
         ({"s": {"backbone": {"drop_path": 0.1}}}, "backbone.drop_path is 0.1; distillation trains whole depth: use 0"),
         (
             {"s": {"backbone": {"patch_size": 16, "image_size": 224}}},
-            "students.s: crops.local_size 98 is not a multiple",
+            "crops.local_size 98 is not a multiple of students.s.backbone.patch_size 16",
         ),
     ],
 )
@@ -329,4 +333,6 @@ def test_defaults_are_the_papers():
         625_000, 3_072, 24, 131_072,
     )  # fmt: skip
     assert AdaptConfig().crops.global_size == 518
+    anchored = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
+    assert anchored == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
     assert DistillConfig(students={"s": {}}).batch_size == 2_048  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,58 @@
+"""Intervals hold the truth as often as they say, also near 1 and on few images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from components.core.metrics import bootstrap_interval
+from components.evaluation.intervals import accuracy_interval, difference_interval
+
+RUNS = 2_000
+
+
+@pytest.mark.parametrize(("accuracy", "count"), [(0.98, 40), (0.9, 40), (0.5, 40), (0.02, 100), (0.99, 400)])
+def test_coverage_of_an_accuracy(accuracy, count):
+    drawn = np.random.default_rng(0).random((RUNS, count)) < accuracy
+    by_sum = {total: accuracy_interval(np.arange(count) < total) for total in set(drawn.sum(axis=1))}
+    held = [by_sum[row].low <= accuracy <= by_sum[row].high for row in drawn.sum(axis=1)]
+    assert 0.92 <= np.mean(held) <= 0.99  # counts are whole numbers, so it is 0.95 on average
+
+
+def test_coverage_of_a_percentile_bootstrap_near_one_on_few_images():
+    """What this is not done by."""
+    generator = np.random.default_rng(0)
+    drawn = (generator.random((200, 40)) < 0.98).astype(float)
+    intervals = [bootstrap_interval(row, generator, 200) for row in drawn]
+    assert np.mean([interval.low <= 0.98 <= interval.high for interval in intervals]) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "count"), [(0.05, 0.0, 40), (0.02, 0.02, 40), (0.3, 0.1, 40), (0.9, 0.0, 40)]
+)
+def test_coverage_of_a_difference(better, worse, count):
+    generator = np.random.default_rng(1)
+    held = []
+    for row in generator.random((600, count)):
+        ours, theirs = row < better, (row >= better) & (row < better + worse)
+        interval = difference_interval(ours.astype(float), theirs.astype(float), generator, 1)
+        held.append(interval.low <= better - worse <= interval.high)
+    assert np.mean(held) >= 0.93
+
+
+def test_values_by_hand():
+    """With z = 1.96: 10 of 10 miss z^2 / (n + z^2) of 1; 8 equal pairs reach 1.96 x sqrt(0.2 / 10) to each side."""
+    ones, zeros = np.ones(10), np.zeros(10)
+    assert accuracy_interval(ones).low == pytest.approx(10 / (10 + 1.96**2), abs=1e-4)
+    assert accuracy_interval(ones).high == pytest.approx(1.0)
+    assert accuracy_interval(zeros).low == pytest.approx(0.0)
+    assert accuracy_interval(zeros).high == pytest.approx(1.96**2 / 13.8416, abs=1e-4)
+    same = difference_interval(np.ones(8), np.ones(8), np.random.default_rng(0), 1)
+    assert same.mean == 0.0
+    assert (same.low, same.high) == pytest.approx((-1.96 * 0.02**0.5, 1.96 * 0.02**0.5), abs=1e-4)
+
+
+def test_other_measures_are_resampled():
+    precisions = 1 / np.arange(1, 41)
+    interval = difference_interval(precisions, np.full(40, 0.1), np.random.default_rng(0), 400)
+    assert interval == bootstrap_interval(precisions - 0.1, np.random.default_rng(0), 400)
