@@ -168,6 +168,7 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     license_: Annotated[str, typer.Option("--license", help="Licence under which the images may be used.")],
     holdout: Annotated[float | None, typer.Option(help="Share held out for evaluation, such as 0.2.")] = None,
     evaluation: Annotated[bool, typer.Option(help="The whole source is an evaluation set.")] = False,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest image that is decoded; default 50 million.")] = None,
     retrain: Annotated[bool, typer.Option(help="Let new images start a retraining.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
@@ -187,8 +188,9 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
         checkout = _checkout()
         from components.data.ingest_config import IngestRequest
 
+        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
         request = IngestRequest.parse(
-            source=source, name=name, license=license_, holdout=holdout, as_evaluation=evaluation
+            source=source, name=name, license=license_, holdout=holdout, as_evaluation=evaluation, **limit
         )
         if "://" not in source and not Path(source).exists():
             raise ConfigError(f"{source}: no such file or folder; give a folder of images, tar shards or Parquet")
@@ -202,10 +204,12 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
         fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
         snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
         started = [asdict(each) for each in done.retraining]
-        _print_json({**{key: getattr(report, key) for key in fields}, **snapshots, "retraining": started})
+        found = {key: getattr(report, key) for key in fields}
+        _print_json({**found, "notes": report.notes, **snapshots, "retraining": started})
         return
     console = Console()
-    console.print(f"{name}: {report}", markup=False, highlight=False)
+    for line in (f"{name}: {report}", *(f"  {note}" for note in report.notes)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for folder in (report.pool_snapshot, report.evaluation_snapshot):
         if folder is not None:
             console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.dvc` keeps it in your history")

@@ -181,7 +181,7 @@ def test_several_mistakes_are_a_line_each():
         (["evaluate.models.other=models/students/other"], "this recipe makes no models/students/other"),
         (
             ["evaluate.preprocessing.crop_size=64"],
-            "evaluate.preprocessing.crop_size 64 is not a multiple of pretrain.backbone.patch_size 6; use for example 66",
+            "preprocessing.crop_size 64 is not a multiple of pretrain.backbone.patch_size 6; use for example 66",
         ),
         (["pretrain.crops.global_size=50"], "crops.global_size 50 is not a multiple of backbone.patch_size 6"),
         (
@@ -211,7 +211,7 @@ def test_sections_must_agree(overrides, line):
 
 
 def test_what_is_suggested_is_allowed():
-    overrides = ("adapt.crops.local_size=32", "evaluate.crop_size=64", "register.resolution=62", "adapt.batch_size=1")
+    overrides = ("adapt.crops.local_size=32", "evaluate.preprocessing.crop_size=64", "adapt.batch_size=1")
     for override in overrides:
         key, given = override.split("=")
         more = ["adapt.num_processes=2"] if key == "adapt.batch_size" else []

@@ -15,7 +15,7 @@ from components.core.storage import sha256_file
 from components.curation import faces, nsfw
 from components.curation.config import ScoresConfig
 
-VERSION = 1  # raise it whenever a change here, in nsfw.py or in faces.py changes a score
+VERSION = 2  # raise it whenever a change here, in nsfw.py or in faces.py changes a score
 SAMPLE_SIDE = 256  # pixels: larger images are looked at on a grid of at most this side
 GRAY_TOLERANCE = 8  # of 255: how far the channels of a gray pixel may lie apart, as JPEG makes them
 

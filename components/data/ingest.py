@@ -37,11 +37,17 @@ from components.data.manifest import (
     write_manifest,
     write_table,
 )
-from components.data.shards import EXTENSIONS, ImageError, ShardWriter, decode_image
+from components.data.shards import EXTENSIONS, MAX_PIXELS, PIXEL_CEILING, ImageError, ShardWriter, decode_noted
 
 logger = logging.getLogger(__name__)
 
 SMALL_SOURCE_BYTES = 256 * 1024**2  # starting worker processes costs more than reading so little
+DECODED_BYTES = 40  # of memory for a pixel while it is decoded; measured: 36 at most (four channels of 16 bits)
+
+TOO_MANY_PIXELS = (
+    f"; `pedigree ingest --max-pixels` raises that to {PIXEL_CEILING} at most, for {DECODED_BYTES} bytes of memory a "
+    "pixel; or make the image smaller, or cut it into tiles"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Finding:
     path: str = ""  # the local file that holds its bytes
     offset: int = 0
     length: int = 0
+    notes: tuple[str, ...] = ()  # what was changed or left out when it was read
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class IngestReport:
     source_version: str
     pool_snapshot: Path | None  # the new folder; None if nothing was new for it
     evaluation_snapshot: Path | None
+    notes: tuple[str, ...] = ()  # lines that tell what was guessed, changed or left out, with counts and an example
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items()) or "none"
@@ -134,9 +142,19 @@ def ingest(request: IngestRequest) -> IngestReport:
         source_version=account.version,
         pool_snapshot=pool,
         evaluation_snapshot=evaluation,
+        notes=_counted([*listing.notes, *((note, item.uri) for item in findings for note in item.notes)]),
     )
-    logger.info("%s: %s", request.source, report)
+    for line in (report, *report.notes):
+        logger.info("%s: %s", request.source, line)
     return report
+
+
+def _counted(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """One line for each note, with the number of its URIs and the first of them."""
+    uris: dict[str, list[str]] = {}
+    for note, uri in notes:
+        uris.setdefault(note, []).append(uri)
+    return tuple(f"{note}: {len(found):,}, such as {min(found)!r}" for note, found in sorted(uris.items()))
 
 
 @contextmanager
@@ -159,11 +177,23 @@ def _exclusive(collection: Path) -> Iterator[None]:
 
 
 def _examine(listing: sources.Listing, request: IngestRequest) -> list[Finding]:
-    workers = request.workers or (1 if listing.num_bytes < SMALL_SOURCE_BYTES else None)
+    workers = _workers_that_fit(request, 1 if listing.num_bytes < SMALL_SOURCE_BYTES else None)
     look = partial(examine_batch, max_pixels=request.max_pixels)
     batches = map_shards(look, listing.batches, workers=workers, what="examine", unit="batches")
     refused = [Finding(item.uri, reason=item.reason, detail=item.detail) for item in listing.refusals]
     return [*(finding for batch in batches for finding in batch), *refused]
+
+
+def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None:
+    """The processes of a request, and no more than memory has room for, where images above the usual limit may come."""
+    workers = request.workers or workers
+    if request.max_pixels <= MAX_PIXELS:
+        return workers
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (fit := memory // (DECODED_BYTES * request.max_pixels)) == 0:
+        given = f"max_pixels {request.max_pixels}: this machine's memory of {memory / 2**30:.1f} GiB has no room for it"
+        raise IngestError(f"{given} ({DECODED_BYTES} bytes a pixel); give at most {memory // DECODED_BYTES}")
+    return min(workers or len(os.sched_getaffinity(0)), fit)
 
 
 def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
@@ -176,20 +206,22 @@ def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
 def _examine_entry(
     entry: sources.Entry, data: bytes | sources.Refusal, max_pixels: int, spool: BinaryIO | None
 ) -> Finding:
-    finding = Finding(entry.uri, entry.label, entry.split)
+    finding = Finding(entry.uri, entry.label, entry.split, notes=(entry.note,) if entry.note else ())
     if isinstance(data, sources.Refusal):
         return replace(finding, reason=data.reason, detail=data.detail)
     finding = replace(finding, image_id=hashlib.sha256(data).hexdigest(), length=len(data))
     try:
-        image = decode_image(data, max_pixels=max_pixels)
+        loaded = decode_noted(data, max_pixels=max_pixels)
     except ImageError as error:
-        return replace(finding, reason=error.reason, detail=error.detail)
+        remedy = TOO_MANY_PIXELS if error.reason == "too_many_pixels" else ""
+        return replace(finding, reason=error.reason, detail=error.detail + remedy)
     path, offset = entry.path, entry.offset
     if spool is not None:
         path, offset = spool.name, spool.tell()
         spool.write(data)
+    image, notes = loaded.image, (*finding.notes, *loaded.notes)
     size = {"width": image.width, "height": image.height}
-    return replace(finding, format=str(image.format), path=path, offset=offset, **size)
+    return replace(finding, format=str(image.format), path=path, offset=offset, notes=notes, **size)
 
 
 def _settle(findings: list[Finding], request: IngestRequest) -> _Account:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from components.core.config import Config, ConfigError, validate
-from components.data.shards import MAX_PIXELS
+from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
 GIB = 1024**3
 
@@ -40,7 +40,7 @@ class IngestRequest(Config):
     evaluation: Path = Path("data/evaluation")
     holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share held out into the evaluation set, by content
     as_evaluation: bool = False  # the whole source is an evaluation set
-    max_pixels: int = Field(MAX_PIXELS, gt=0, le=MAX_PIXELS)  # no stage decodes more
+    max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image; more need memory, here and in each stage
     source_version: str | None = None  # None: a digest of all bytes that were seen
     ingested_at: Annotated[datetime, AfterValidator(_whole_seconds_utc)] | None = None  # None: now
     shard_bytes: int = Field(GIB, gt=0)

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image
+
+from components.data.pixels import ImageError, Loaded, check_tiff, explain_tiff, first_line, load_rgb
 
 BLOCK = 512  # bytes, the unit of the tar format
 RECORD = 20 * BLOCK  # a tar's length is a multiple of this, as POSIX and GNU tar write it
@@ -22,7 +23,8 @@ OPEN_SHARDS = 64  # descriptors kept by one reader
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif", "PPM": "ppm"}
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # of an image from outside, where no other limit is given
+PIXEL_CEILING = 2**30  # no limit is higher; what ingest has admitted is decoded by all later stages
 MAX_SCANS = 100  # of a progressive JPEG: each is a pass over the whole image, and real ones have about 10
 EXIF_ORIENTATION = 0x0112
 TRANSPOSE = {
@@ -35,7 +37,7 @@ TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 # First bytes of the formats that we read: a file that begins so and cannot be opened is a damaged image.
-ALLOWED_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
+ALLOWED_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*", b"II+\x00")
 # First bytes (and where they stand) of image formats that we do not read.
 OTHER_MAGIC = (
     (4, b"ftyp", "HEIC or AVIF"),
@@ -52,20 +54,10 @@ OTHER_MAGIC = (
 )
 
 # decode_image says what is wrong with an image; Pillow would warn of large sizes and damaged metadata besides.
+# Its own limit is an error at twice this, before plugins reserve memory; `open_image` has the lower one.
+Image.MAX_IMAGE_PIXELS = PIXEL_CEILING // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-class ImageError(ValueError):
-    """Bytes that are not an image we take: `reason` is one word for tables, `detail` says it to a person."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        return ImageError, (self.reason, self.detail)
 
 
 class ShardError(ValueError):
@@ -229,24 +221,33 @@ class ShardReader:
             raise ShardError(f"{self._root / shard}: {error.strerror or error}") from None
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:
     """Decode one image to RGB, upright (EXIF), with transparency laid over white.
 
     Args:
         data: encoded bytes, from anyone: nothing in them is trusted.
-        max_pixels: an image with more is refused before its pixels are decoded.
+        max_pixels: an image with more is refused before its pixels are decoded. Bytes that ingest has not admitted
+            need a limit, such as `MAX_PIXELS`.
 
     Returns:
         An RGB image, whose `format` is the format of `data`.
 
     Raises:
         ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `too_many_scans`,
-            `animated` (more than one frame) or `unsupported_format`.
+            `animated` (more than one frame), `multi_page` (TIFF) or `unsupported_format`.
     """
     return load_image(open_image(data, max_pixels=max_pixels))
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_noted(data: bytes, *, max_pixels: int) -> Loaded:
+    """Decode as `decode_image`, with notes of what was scaled or left out."""
+    opened = open_image(data, max_pixels=max_pixels)
+    notes = check_tiff(opened)
+    loaded = _load(opened)
+    return Loaded(loaded.image, (*notes, *loaded.notes))
+
+
+def open_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:
     """Read what encoded bytes say of themselves; pixels are decoded by `load_image` only.
 
     Raises:
@@ -254,16 +255,20 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise ImageError("not_an_image", "the file is empty")
-    image = _open_image(data)
+    image = _open_image(data, max_pixels)
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels} are decoded")
+        shown = f"{width} x {height} ({width * height}) pixels"
+        raise ImageError("too_many_pixels", f"{shown}; at most {max_pixels} are decoded")
     if image.format in {"JPEG", "MPO"} and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ImageError("too_many_scans", f"{scans} scans of the image; at most {MAX_SCANS} are decoded")
     try:
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        check_tiff(image)
+        animated = image.format not in {"MPO", "TIFF"} and getattr(image, "is_animated", False)
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise many types on hostile bytes
-        raise ImageError("truncated", f"{image.format}: {_first_line(error)}") from None
+        raise ImageError("truncated", f"{image.format}: {first_line(error)}") from None
     if animated:
         raise ImageError("animated", f"{image.format} with more than one frame")
     return image
@@ -279,17 +284,24 @@ def load_image(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     Raises:
         ImageError: as `decode_image`.
     """
+    return _load(image, shrink).image
+
+
+def _load(image: Image.Image, shrink: float = 1.0) -> Loaded:
     name = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with previews or a gain map behind it
     try:
         if name == "JPEG" and shrink >= 2:
             factor = max(f for f in (2, 4, 8) if f <= shrink)
             image.draft(None, (image.width // factor, image.height // factor))
-        image.load()
+        loaded = load_rgb(image)
+    except ImageError:
+        raise
     except Exception as error:
-        raise ImageError("truncated", f"{name}: {_first_line(error)}") from None
-    upright = _to_rgb(_rotate(image))
+        raise ImageError("truncated", f"{name}: {first_line(error)}") from None
+    turn = _orientation(image)  # only now: Pillow turns a TIFF itself, and what stands behind the pixels counts
+    upright = loaded.image if turn is None else loaded.image.transpose(turn)
     upright.format = name
-    return upright
+    return Loaded(upright, loaded.notes)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -302,23 +314,21 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if _orientation(image) in sideways else (width, height)
 
 
-def _open_image(data: bytes) -> Image.Image:
+def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", _first_line(error)) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            "too_many_pixels", f"more than {PIXEL_CEILING} pixels; at most {max_pixels} are decoded"
+        ) from None
     except Exception as error:  # Pillow's parsers raise many types on hostile bytes
         for place, magic, name in OTHER_MAGIC:
             if data[place : place + len(magic)] == magic:
                 raise ImageError("unsupported_format", f"{name}; allowed: {', '.join(ALLOWED_FORMATS)}") from None
         if data.startswith(ALLOWED_MAGIC):
-            raise ImageError("truncated", f"begins like an image: {_first_line(error)}") from None
+            unread = explain_tiff(data)
+            raise unread or ImageError("truncated", f"begins like an image: {first_line(error)}") from None
         raise ImageError("not_an_image", f"begins with {data[:8]!r}") from None
-
-
-def _rotate(image: Image.Image) -> Image.Image:
-    method = _orientation(image)
-    return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -328,28 +338,3 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return None
     return TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_wide_gray(image)
-    try:
-        if image.has_transparency_data:
-            pixels = image.convert("RGBA")
-            white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, pixels).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy all pixels
-    except (ValueError, OSError) as error:
-        raise ImageError("unsupported_format", f"{image.mode} pixels: {_first_line(error)}") from None
-
-
-def _from_wide_gray(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits a pixel by its upper 8 bits; Pillow's own conversion would clip at 255."""
-    pixels = np.asarray(image)  # [H, W]
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ImageError("unsupported_format", f"{image.mode} pixels without a known range; 8 or 16 bits are read")
-    return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +21,17 @@ import pyarrow.parquet as pq
 from components.core.progress import track
 from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
 from components.data.ingest_config import IngestError
+from components.data.parquet_source import (
+    MAX_LABEL_BYTES,
+    NoImageColumnError,
+    find_columns,
+    partition_label,
+    read_rows,
+)
 
 MIB = 1024**2
 MAX_IMAGE_BYTES = 256 * MIB  # of one encoded image
 MAX_ROW_GROUP_BYTES = 4096 * MIB  # of one Parquet row group, uncompressed
-MAX_LABEL_BYTES = 1024
 BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # what one process holds at once
 CONNECTIONS = 8  # to S3, by one process
 
@@ -34,7 +39,6 @@ CONTAINERS = (".tar", ".parquet")
 IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif|p[pgbn]m|hei[cf]|avif|ico|jp2|jxl|psd|svg)$", re.IGNORECASE)
 SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 SPLITS = frozenset({"train", "test"})
-IMAGE_COLUMNS = ("image", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Entry:
     path: str  # a local file, or the key of an S3 object
     offset: int
     length: int
+    note: str = ""  # told with the number of entries that have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class Listing:
     refusals: list[Refusal] = field(default_factory=list)
     num_ignored: int = 0  # hidden files, and members of archives that are not images
     num_bytes: int = 0
+    notes: list[tuple[str, str]] = field(default_factory=list)  # what was guessed or left out, and a URI of it
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ def list_source(source: str, spool: Path, as_evaluation: bool) -> Listing:
     files = sorted(set(files).difference(hidden), key=lambda file: file.relative)
     if not files:
         raise IngestError(f"{source}: holds no files" + (f" but {len(hidden)} hidden ones" if hidden else ""))
+    files = _without_metadata(listing, files, bucket, spool)
     listing.num_bytes = sum(file.size for file in files)
     if _are_containers(source, files):
         _list_containers(listing, files, bucket, spool, as_evaluation)
@@ -199,6 +206,32 @@ def _is_hidden(path: PurePosixPath) -> bool:
     return any(part.startswith(".") or part in SYSTEM_FILES for part in path.parts)
 
 
+def _without_metadata(listing: Listing, files: list[_File], bucket: str | None, spool: Path) -> list[_File]:
+    """The files but for tables without images that lie beside images."""
+    tables = [file for file in files if file.relative.suffix.lower() == ".parquet"]
+    if not any(IMAGE_NAME.search(file.relative.name) for file in files):
+        return files
+    local = tables if bucket is None else [_download(bucket, file, spool, n) for n, file in _numbered(tables)]
+    metadata = {table for table, file in zip(tables, local, strict=True) if _is_metadata(file.path)}
+    _tell_metadata(listing, [table.uri for table in metadata])
+    return [file for file in files if file not in metadata]
+
+
+def _is_metadata(path: str) -> bool:
+    try:
+        find_columns(pq.read_schema(path), path)
+    except NoImageColumnError:
+        return True
+    except (IngestError, pa.ArrowException, OSError):
+        return False
+    return False
+
+
+def _tell_metadata(listing: Listing, uris: list[str]) -> None:
+    listing.num_ignored += len(uris)
+    listing.notes += [("a table without images is not read", uri) for uri in uris]
+
+
 def _are_containers(source: str, files: list[_File]) -> bool:
     containers = sum(file.relative.suffix.lower() in CONTAINERS for file in files)
     images = sum(IMAGE_NAME.search(file.relative.name) is not None for file in files)
@@ -242,16 +275,22 @@ def _list_containers(
     listing.num_ignored += len(files) - len(containers)
     if bucket is not None:
         containers = [_download(bucket, file, spool, number) for number, file in _numbered(containers)]
+    without: list[NoImageColumnError] = []
     for file, _, split in _labelled(containers, as_evaluation):
         add: Callable[[Listing, _File, str | None], None]
         add = _list_tar if file.relative.suffix.lower() == ".tar" else _list_parquet
         try:
             add(listing, file, split)
+        except NoImageColumnError as error:
+            without.append(error)
         except IngestError:
             raise
         except Exception as error:  # readers of archives raise many types on hostile bytes
             reason = (str(error) or type(error).__name__).splitlines()[0]
             listing.refusals.append(Refusal(file.uri, "damaged_archive", reason))
+    if without and not listing.batches:
+        raise without[0]
+    _tell_metadata(listing, [error.uri for error in without])
 
 
 def _numbered(files: list[_File]) -> Iterable[tuple[int, _File]]:
@@ -329,25 +368,19 @@ def _key(uri: str) -> str:
 
 def _list_parquet(listing: Listing, file: _File, split: str | None) -> None:
     with pq.ParquetFile(file.path) as parquet:
-        _image_column(parquet.schema_arrow, file.uri)
+        columns = find_columns(parquet.schema_arrow, file.uri)
+        label, told = (None, []) if columns.label is not None else partition_label(file.relative)
+        listing.notes += [(note, file.uri) for note in (*columns.told, *told)]
+        if parquet.metadata.num_rows == 0:
+            detail = f"column `{columns.image}` is there, but the table has no rows; write it again with its rows"
+            listing.refusals.append(Refusal(file.uri, "no_rows", detail))
         for number in range(parquet.num_row_groups):
             uri, size = f"{file.uri}#row_group={number}", parquet.metadata.row_group(number).total_byte_size
             if size > MAX_ROW_GROUP_BYTES:
                 detail = f"{size} bytes; at most {MAX_ROW_GROUP_BYTES} are read"
                 listing.refusals.append(Refusal(uri, "too_large", detail))
             else:
-                listing.batches.append(Batch([Entry(file.uri, None, split, file.path, 0, size)], row_group=number))
-
-
-def _image_column(schema: pa.Schema, uri: str) -> str:
-    for name in IMAGE_COLUMNS:
-        kind = schema.field(name).type if name in schema.names else None
-        if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            return name
-    found = ", ".join(f"{item.name} ({item.type})" for item in schema)
-    raise IngestError(f"{uri}: no column `image` or `bytes` that holds image bytes; found: {found}")
+                listing.batches.append(Batch([Entry(file.uri, label, split, file.path, 0, size)], row_group=number))
 
 
 def _read_at(path: str, offset: int, length: int) -> bytes:
@@ -384,23 +417,16 @@ def _read_objects(bucket: str, entries: list[Entry]) -> Iterator[tuple[Entry, by
 
 def _read_rows(entry: Entry, row_group: int) -> Iterator[tuple[Entry, bytes | Refusal]]:
     try:
-        with pq.ParquetFile(entry.path) as parquet:
-            first = sum(parquet.metadata.row_group(number).num_rows for number in range(row_group))
-            columns = [_image_column(parquet.schema_arrow, entry.uri)]
-            columns += [name for name in ("label",) if name in parquet.schema_arrow.names]
-            # Row by row, which costs no more time: a few bytes of a dictionary page can be many large images.
-            rows = parquet.iter_batches(1, row_groups=[row_group], columns=columns)
-            for number, (row,) in enumerate((batch.to_pylist() for batch in rows), start=first):
-                yield _read_row(entry, number, row.get("label"), row[columns[0]])
+        columns = find_columns(pq.read_schema(entry.path), entry.uri)
+        for row in read_rows(entry.path, row_group, columns):
+            uri = f"{entry.uri}#row={row.number}"
+            label = entry.label if columns.label is None else row.label
+            found = replace(entry, uri=uri, label=label, note=row.note)
+            if row.data is None:
+                yield found, Refusal(uri, "not_an_image", row.problem)
+            else:
+                large = len(row.data) > MAX_IMAGE_BYTES
+                yield found, Refusal(uri, "too_large", _too_large(len(row.data))) if large else row.data
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         uri = f"{entry.uri}#row_group={row_group}"
         yield replace(entry, uri=uri), Refusal(uri, "damaged_archive", str(error).splitlines()[0])
-
-
-def _read_row(entry: Entry, number: int, label: Any, value: Any) -> tuple[Entry, bytes | Refusal]:
-    uri = f"{entry.uri}#row={number}"
-    data = value.get("bytes") if isinstance(value, dict) else value
-    entry = replace(entry, uri=uri, label=None if label is None else str(label))
-    if data is None:
-        return entry, Refusal(uri, "not_an_image", "the row holds no bytes")
-    return entry, data if len(data) <= MAX_IMAGE_BYTES else Refusal(uri, "too_large", _too_large(len(data)))

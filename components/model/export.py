@@ -1,17 +1,15 @@
 """Weights folders: `model.safetensors`, optional `heads.safetensors`, and a `config.json` that says all about them.
 
-Nothing that a pickle asks for is ever run. Tensors are float32 under the parameter names of the published DINOv2
-weights, so `model.safetensors` also loads into the released DINOv2 code as it is.
+Tensors are float32 under the parameter names of the published DINOv2 weights, so `model.safetensors` also loads into
+the released DINOv2 code as it is. Files of others are read in `published.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import is_zipfile
 
 import torch
 from pydantic import Field, field_validator
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.core.config import Config, ConfigError, validate
-from components.core.storage import atomic_dir, sha256_file, write_json
+from components.core.storage import atomic_dir, write_json
 from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -83,7 +81,7 @@ def save_weights(
         states[HEADS_FILE] = _plain_state(nn.ModuleDict(heads))
     validate(_WeightsDescription, description, str(folder / CONFIG_FILE))
     for name, state in states.items():
-        _check_finite(state, f"{folder / name}: not written", "training has diverged, export an earlier checkpoint")
+        check_finite(state, f"{folder / name}: not written", "training has diverged, export an earlier checkpoint")
     with atomic_dir(folder) as aside:
         for name, state in states.items():
             save_file(state, aside / name)
@@ -140,66 +138,6 @@ def open_heads(folder: Path) -> tuple[dict[str, ProjectionHead], dict[str, Tenso
     return heads, _tensors_of(nn.ModuleDict(heads), folder / HEADS_FILE)
 
 
-def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a published DINOv2 state into the parameter names of `VisionTransformer`.
-
-    Takes hub weights (`blocks.7.norm1.weight`), training checkpoints with chunked blocks (`blocks.1.7.norm1.weight`;
-    the second number is the block's own) and their `backbone.` prefix; heads beside such a backbone are left out.
-
-    Raises:
-        WeightsError: two names become one.
-    """
-    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.startswith(prefix):
-            continue
-        short = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name.removeprefix(prefix))
-        if short in renamed:
-            raise WeightsError(f"two tensors of the given state are named {short} once chunk numbers are dropped")
-        renamed[short] = tensor
-    return renamed
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise WeightsError unless the file is there and has this SHA-256."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a .safetensors or .pth file, or a weights folder")
-    if (found := sha256_file(path)) != expected:
-        raise WeightsError(f"{path}: its SHA-256 is {found}, not {expected} as configured")
-
-
-def published_tensors(path: Path, config: ViTConfig) -> dict[str, Tensor]:
-    """Tensors of a backbone of this shape, mapped from a file in DINOv2's names; in the file's precision.
-
-    A .pth file is read without running anything that is in it; of a training checkpoint the teacher is taken.
-
-    Raises:
-        WeightsError: not readable, or not of this shape.
-    """
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
-    except (SafetensorError, OSError, TypeError) as error:
-        raise WeightsError(f"{path}: not readable as weights: {error}") from None
-    with torch.device("meta"):
-        backbone = VisionTransformer(config)
-    tensors = {name: t if t.is_floating_point() else t.float() for name, t in from_dinov2(state).items()}
-    remedy = "correct `backbone` (`image_size` is 518 for the published weights), or give other weights"
-    _check(backbone, tensors, f"{path}: not the backbone that is configured", remedy, exact=False)
-    return tensors
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # torch < 1.6: no zip
-    except Exception:  # whatever a damaged file leads torch's reader to; of a program it advises to run it
-        raise TypeError("not a .pth file of tensors alone") from None
-    state = found.get("teacher", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict):
-        raise TypeError(f"holds {type(state).__name__}, not tensors by name")
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
 def to_dinov2(backbone: VisionTransformer) -> dict[str, Tensor]:
     """State of a backbone in the published DINOv2 names: float32 copies on CPU that share no memory."""
     return _plain_state(backbone)
@@ -237,12 +175,15 @@ def _tensors_of(module: nn.Module, path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file; {restore}") from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); {restore}") from None
-    _check(module, state, f"{path}: does not match {CONFIG_FILE} beside it", restore)
+    if problems := find_problems(module, state):
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise WeightsError(f"{path}: does not match {CONFIG_FILE} beside it: {shown}; {restore}")
+    check_finite(state, str(path), restore)
     return state
 
 
-def _check(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str, *, exact: bool = True) -> None:
-    """Raise WeightsError unless the tensors are those of the module, float32 if `exact`, and finite.
+def find_problems(module: nn.Module, state: Mapping[str, Tensor], *, exact: bool = True) -> list[str]:
+    """How the tensors differ from those of the module, in names, shapes and (if `exact`) being float32; sorted.
 
     The module is on the meta device, so that a config.json with absurd numbers costs no memory.
     """
@@ -254,13 +195,11 @@ def _check(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: st
         for name in expected.keys() & state.keys()
         if state[name].shape != expected[name].shape or (exact and state[name].dtype != torch.float32)
     ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise WeightsError(f"{what}: {shown}; {remedy}")
-    _check_finite(state, what.partition(": ")[0], remedy)
+    return sorted(problems)
 
 
-def _check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+def check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Raise WeightsError if a tensor has a value that is NaN or infinite."""
     broken = sorted(name for name, tensor in state.items() if not torch.isfinite(tensor).all())
     if broken:
         raise WeightsError(f"{what}: NaN or infinite values in {len(broken)} tensors, first {broken[0]}; {remedy}")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from components.data.stream import ImageStream
-from components.model.export import BACKBONE_FILE, check_sha256, published_tensors
+from components.model.export import BACKBONE_FILE
+from components.model.published import check_sha256, published_tensors
 from components.pretraining.config import PretrainConfig
 from components.training.delivery import Delivery, train_and_deliver
 from components.training.initial import draw_network, start_backbone_from

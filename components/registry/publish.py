@@ -39,6 +39,7 @@ CODE = (
     "components/core/config.py",
     "components/core/storage.py",
     "components/data/__init__.py",
+    "components/data/pixels.py",
     "components/data/shards.py",
     "components/model/__init__.py",
     "components/model/attention.py",

@@ -15,7 +15,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from components.data.shards import ImageError, decode_image
+from components.data.shards import MAX_PIXELS, ImageError, decode_image
 from components.model.config import Preprocessing
 from components.model.export import load_backbone
 from components.model.preprocessing import center_crop, to_input
@@ -64,7 +64,7 @@ class EmbeddingModel(PythonModel):
 def _crop(data: bytes, row: int, preprocessing: Preprocessing) -> np.ndarray:
     """Pixels of one encoded image, [S, S, 3] uint8."""
     try:
-        image = decode_image(data)
+        image = decode_image(data, max_pixels=MAX_PIXELS)
     except ImageError as error:
         raise ValueError(f"row {row}: not a usable image: {error}") from None
     return np.asarray(center_crop(image, preprocessing))

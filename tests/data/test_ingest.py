@@ -21,7 +21,7 @@ from components.data.ingest import IngestReport, ingest
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_table
 from components.data.sample_pool import BOMB_SIDE, _pixel_bomb
-from components.data.shards import MAX_PIXELS, ShardReader, decode_image
+from components.data.shards import PIXEL_CEILING, ShardReader, decode_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -162,6 +162,34 @@ def test_every_bad_file_is_set_aside_with_its_reason(tmp_path: Path, monkeypatch
     details = {Path(row["source_uri"]).name: row["detail"] for row in rows}
     assert details["copy.jpg"] == f"the same bytes as {source}/a.jpg"
     assert "12000 x 12000" in details["bomb.png"]
+
+
+def test_what_is_scaled_or_left_out_is_told_with_counts(tmp_path: Path) -> None:
+    wide = [np.random.default_rng(n).integers(0, 4096, (16, 16), dtype=np.uint16) for n in range(3)]
+    source = tmp_path / "in"
+    source.mkdir()
+    for number, pixels in enumerate(wide):
+        Image.fromarray(pixels).save(source / f"{number}.png")
+    Image.fromarray(wide[0] << 4).save(source / "full.tif")
+    pages = [Image.new("L", (8, 8), shade) for shade in (1, 2)]
+    pages[0].save(source / "pages.tif", save_all=True, append_images=pages[1:])
+    report = take(tmp_path, source)
+    scaled = "samples of 16 bits of which {} are used: scaled from these to 8 bits: {}, such as '{}/{}'"
+    assert report.notes == (scaled.format(12, 3, source, "0.png"), scaled.format(16, 1, source, "full.tif"))
+    assert report.rejected == {"multi_page": 1}
+
+
+def test_a_limit_above_the_usual_one_needs_memory(tmp_path: Path, monkeypatch) -> None:
+    source = write(tmp_path / "in", {"a.jpg": image(0), "bomb.png": _pixel_bomb(BOMB_SIDE)})
+    take(tmp_path, source)
+    rows = read_table(next((tmp_path / "pool").rglob("rejected.parquet")), QUARANTINE_SCHEMA).to_pylist()
+    assert rows[0]["detail"] == (
+        "12000 x 12000 (144000000) pixels; at most 50000000 are decoded; `pedigree ingest --max-pixels` raises "
+        "that to 1073741824 at most, for 40 bytes of memory a pixel; or make the image smaller, or cut it into tiles"
+    )
+    monkeypatch.setattr(ingest_module, "DECODED_BYTES", 2**30)
+    with pytest.raises(IngestError, match=r"max_pixels 150000000: this machine's memory of .* GiB has no room"):
+        take(tmp_path / "more", source, max_pixels=150_000_000)
 
 
 def test_max_pixels_is_obeyed(tmp_path: Path) -> None:
@@ -405,7 +433,7 @@ def test_sources_without_images_are_refused(tmp_path: Path, files, source: str, 
 
 def test_parquet_without_image_bytes_names_what_it_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": ["a.jpg"], "size": [1]}), tmp_path / "in.parquet")
-    with pytest.raises(IngestError, match=r"no column `image` or `bytes` .* found: image \(string\), size \(int64\)"):
+    with pytest.raises(IngestError, match=r"`image` holds text: .*; found: image \(string\), size \(int64\)"):
         take(tmp_path, tmp_path / "in.parquet")
 
 
@@ -419,7 +447,7 @@ def test_parquet_without_image_bytes_names_what_it_found(tmp_path: Path) -> None
         ({"holdout": 1.5}, "ingest: holdout: .*less than 1"),
         ({"holdout": 0.2, "as_evaluation": True}, "holdout is for a pool"),
         ({"max_pixels": 0}, "ingest: max_pixels"),
-        ({"max_pixels": MAX_PIXELS + 1}, "ingest: max_pixels: .*less than or equal to 50000000"),  # embed would stop
+        ({"max_pixels": PIXEL_CEILING + 1}, "ingest: max_pixels: .*less than or equal to 1073741824"),
         ({"colour": "red"}, "ingest: colour: unknown key"),
     ],
 )

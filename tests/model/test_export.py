@@ -11,13 +11,9 @@ from components.core.storage import sha256_dir
 from components.model.config import HeadConfig, ViTConfig
 from components.model.export import (
     WeightsError,
-    check_sha256,
-    from_dinov2,
     load_backbone,
     load_heads,
-    published_tensors,
     save_weights,
-    to_dinov2,
 )
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -58,54 +54,6 @@ def test_round_trip_is_bit_equal(folder, models):
     assert loaded_heads["ibot"].config.num_prototypes == 5
 
 
-def test_published_weights_by_path(tmp_path, models):
-    """As safetensors, and as the teacher of a training checkpoint in half precision with heads beside it."""
-    backbone, _ = models
-    save_file(to_dinov2(backbone), tmp_path / "vit.safetensors")
-    teacher = {f"backbone.{name}": tensor.half() for name, tensor in to_dinov2(backbone).items()}
-    torch.save({"teacher": teacher | {"dino_head.mlp.0.bias": torch.zeros(3)}}, tmp_path / "teacher_checkpoint.pth")
-    for name, tolerance in (("vit.safetensors", 0.0), ("teacher_checkpoint.pth", 1e-3)):
-        loaded = VisionTransformer(VIT)
-        loaded.load_state_dict(published_tensors(tmp_path / name, VIT))
-        for mine, theirs in zip(backbone.parameters(), loaded.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
-    other = ViTConfig(**VIT.model_dump() | {"num_registers": 0, "depth": 1})
-    message = "not the backbone that is configured: blocks.1.attn.proj.bias is unknown; .* and 12 more; correct `backb"
-    with pytest.raises(WeightsError, match=message):
-        published_tensors(tmp_path / "vit.safetensors", other)
-    with pytest.raises(WeightsError, match=r"its SHA-256 is [0-9a-f]{64}, not 00 as configured"):
-        check_sha256(tmp_path / "vit.safetensors", "00")
-
-
-class _Program:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('run from a pickle')",))
-
-
-def test_a_pickle_that_is_a_program_is_not_run(tmp_path):
-    torch.save({"teacher": _Program()}, tmp_path / "weights.pth")
-    message = r"weights\.pth: not readable as weights: not a \.pth file of tensors alone$"
-    with pytest.raises(WeightsError, match=message):
-        published_tensors(tmp_path / "weights.pth", VIT)
-    (tmp_path / "weights.pth").write_text("text")
-    with pytest.raises(WeightsError, match=message):
-        published_tensors(tmp_path / "weights.pth", VIT)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([1], "not readable as weights: holds list, not tensors by name"),
-        ({"teacher": 3}, "not readable as weights: holds int, not tensors by name"),
-        ({1: torch.zeros(3)}, "not the backbone that is configured: blocks.0.attn.proj.bias is missing"),
-    ],
-)
-def test_files_that_hold_something_else(tmp_path, content, message):
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=rf"weights\.pth: {message}"):
-        published_tensors(tmp_path / "weights.pth", VIT)
-
-
 def test_loaded_weights_do_not_depend_on_the_file(folder):
     loaded = load_backbone(folder)
     before = loaded.pos_embed.detach().clone()
@@ -133,23 +81,6 @@ def test_config_json_says_all(folder):
 def test_half_precision_is_saved_as_float32(tmp_path, models):
     save_weights(tmp_path / "half", models[0].bfloat16(), None, {})
     assert load_backbone(tmp_path / "half").pos_embed.dtype == torch.float32
-
-
-def test_dinov2_names_round_trip(models):
-    backbone, _ = models
-    published = to_dinov2(backbone)
-    assert "blocks.1.mlp.fc1.weight" in published
-    assert "register_tokens" in published
-    chunked = {
-        f"backbone.{name.replace('blocks.0.', 'blocks.0.0.').replace('blocks.1.', 'blocks.1.1.')}": tensor
-        for name, tensor in published.items()
-    } | {"dino_head.last_layer.weight_g": torch.ones(3)}
-    for state in (published, chunked):
-        other = VisionTransformer(VIT)
-        other.load_state_dict(from_dinov2(state))
-        assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), other.parameters(), strict=True))
-    with pytest.raises(WeightsError, match=r"blocks\.0\.a once chunk numbers"):
-        from_dinov2({"blocks.0.0.a": torch.ones(1), "blocks.1.0.a": torch.ones(1)})
 
 
 def _edit_config(folder, edit):

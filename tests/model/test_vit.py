@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from components.model import attention
 from components.model.attention import attend, fused_attention, varlen_attention
 from components.model.config import ViTConfig
-from components.model.export import from_dinov2
 from components.model.layers import add_to_subset
+from components.model.published import from_dinov2
 from components.model.vit import VisionTransformer
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "dinov2.safetensors")

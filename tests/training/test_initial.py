@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from components.core.config import validate
 from components.core.distributed import own_part
 from components.model.config import HeadConfig, ViTConfig
-from components.model.export import load_backbone, load_heads, published_tensors, save_weights, to_dinov2
+from components.model.export import load_backbone, load_heads, save_weights, to_dinov2
 from components.model.head import ProjectionHead
+from components.model.published import published_tensors
 from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
 from components.training.initial import draw_network, load_network, start_backbone_from
