@@ -23,6 +23,7 @@ from rich.text import Text
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
 from components.core.mlflow_client import without_login
+from components.core.text import one_line
 from components.recipe import load_recipe
 from flows import (
     curate_command,
@@ -202,6 +203,7 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     report = done.report
     if as_json:
         fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
+        fields += ("ignored", "labels", "unlabelled")
         snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
         started = [asdict(each) for each in done.retraining]
         found = {key: getattr(report, key) for key in fields}
@@ -279,7 +281,11 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
     if images is not None:
         name = re.sub(r"[^a-z0-9]+", "-", images.resolve().name.lower()).strip("-") or "images"
         request = IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2)
-        _finished(flow, request, announce=False)
+        report = _finished(flow, request, announce=False).report
+        if name not in known_sources(checkout):
+            held = report.held_out + report.already_present
+            told = f"no image is left for training, all {held} are held out for evaluation"
+            raise ConfigError(f"IMAGES: {images}: {told}; give more images")
         return [name]
     with pool_held(SAMPLE, logging.getLogger(__name__)):  # while it is made another run must not make it too
         if not known_sources(checkout):
@@ -300,7 +306,13 @@ def _check_folder(images: Path) -> None:
         raise ConfigError(f"IMAGES: {images} does not exist; give a folder of images")
     if not images.is_dir():
         raise ConfigError(f"IMAGES: {images} is a file; give the folder that holds the images")
-    if not any(path.is_file() for path in images.rglob("*")):
+    unreadable: list[OSError] = []
+    if not any(names for _, _, names in os.walk(images, onerror=unreadable.append, followlinks=True)):
+        if unreadable:
+            example = f"{one_line(str(unreadable[0].filename))}: {unreadable[0].strerror}"
+            raise ConfigError(
+                f"IMAGES: {len(unreadable)} folders cannot be read, such as {example}; make them readable"
+            )
         raise ConfigError(f"IMAGES: {images} holds no files; give a folder of images")
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from components.core.text import one_line
 from flows.workspace import WorkspaceError, git
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ CURATED = "data/curated"
 TABLES = ("manifest.parquet", "rejected.parquet")
 MAX_SHOWN = 8
 LABEL = 14  # characters
+MAX_URI = 4096  # characters
 
 
 def curate(
@@ -129,7 +131,7 @@ def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
         group.append(f"and {len(found.group) - MAX_SHOWN} more")
     rows: list[tuple[str, Any]] = [
         ("image", found.image_id),
-        ("source", f"{found.source}: {found.source_uri}"),
+        ("source", f"{found.source}: {one_line(found.source_uri, MAX_URI)}"),
         ("packed as", found.packed_as and f"{found.packed_as} (faces blurred)"),
         ("reason", found.reason + (f": {found.detail}" if found.detail else "")),
         (relation, found.other and _mention(found.other) + similarity),
@@ -137,7 +139,7 @@ def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
         ("cluster", found.cluster_path),
         ("scores", scores),
         ("same picture", "\n".join(group)),
-        ("same bytes", "\n".join(found.listed_again)),
+        ("same bytes", "\n".join(one_line(name, MAX_URI) for name in found.listed_again)),
         ("run", run),
         ("read from", str(tables.manifest.parent)),
     ]
@@ -146,5 +148,5 @@ def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
 
 
 def _mention(other: Mention) -> str:
-    uri = f" {other.source}: {other.source_uri}" if other.source_uri else ""
+    uri = f" {other.source}: {one_line(other.source_uri, MAX_URI)}" if other.source_uri else ""
     return f"{other.image_id[:16]} ({other.where}){uri}"

@@ -60,7 +60,8 @@ def _ingest(request: IngestRequest, announce: bool) -> Ingested:
         track(request)
         retraining = announce_snapshots(source) if announce else []
         forget_snapshots(source)
-    told = "\n\n".join(map(str, (f"**{request.name}**: {report}", *report.notes, *retraining)))
+    notes = "\n".join(("```text", *report.notes, "```"))  # names in it are no markup
+    told = "\n\n".join(map(str, (f"**{request.name}**: {report}", notes, *retraining)))
     create_markdown_artifact(told, key=f"ingest-{request.name}")
     return Ingested(report, tuple(retraining))
 

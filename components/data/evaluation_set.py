@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.core.text import one_line
 from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels
     test = np.flatnonzero((splits == "test") & (targets >= 0))
     known = np.isin(targets[test], targets[train])
     if not known.all():
-        unseen = [str(name) for name in classes[np.unique(targets[test][~known])]]
+        unseen = [one_line(str(name)) for name in classes[np.unique(targets[test][~known])]]
         log.warning("%d test images left out: no train image of %s", (~known).sum(), ", ".join(unseen))
         test = test[known]
     if len(np.unique(targets[train])) < 2 or len(test) == 0:

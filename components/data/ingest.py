@@ -26,7 +26,8 @@ import pyarrow as pa
 from components.core.engine import map_shards
 from components.core.progress import track
 from components.core.storage import atomic_dir, recover_dirs
-from components.data import expectations, sources, summary
+from components.core.text import one_line
+from components.data import expectations, ingest_lines, sources, summary
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import (
     MANIFEST,
@@ -55,6 +56,7 @@ class Finding:
     """What one file (or row, or archive member) turned out to be."""
 
     uri: str
+    folder: str = ""  # as in `Entry`
     label: str | None = None
     split: str | None = None
     image_id: str | None = None
@@ -79,11 +81,13 @@ class IngestReport:
     already_present: int
     rejected: dict[str, int]  # reason -> files
     ignored: int  # hidden files and the like
+    labels: dict[str, int]  # label -> images, those that were present included
+    unlabelled: int  # images without
+    notes: tuple[str, ...]  # lines: which labels were taken, and what was guessed, followed or left out
     bytes_stored: int
     source_version: str
     pool_snapshot: Path | None  # the new folder; None if nothing was new for it
     evaluation_snapshot: Path | None
-    notes: tuple[str, ...] = ()  # lines that tell what was guessed, changed or left out, with counts and an example
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items()) or "none"
@@ -91,16 +95,20 @@ class IngestReport:
         stored = f"{self.stored} new images stored"
         if self.pool_snapshot is None and self.evaluation_snapshot is None:
             stored = "nothing new, no snapshot made"
-        return f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, rejected: {reasons}"
+        told = f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, "
+        return f"{told}rejected: {reasons}, ignored: {self.ignored}"
 
 
 @dataclass(frozen=True)
 class _Account:
     """All findings of a source, each in its place."""
 
-    pool: list[Finding]  # sorted by image_id, as is evaluation
+    images: list[Finding]  # each once, sorted by image_id, as are the next two
+    pool: list[Finding]  # new to it, as are those of the next
     evaluation: list[Finding]
+    all_evaluation: list[Finding]  # those that were present included
     rejected: list[Finding]
+    copies: list[tuple[Finding, Finding]]  # the image that is kept, and its copy
     version: str  # of the source
     when: datetime
     facts: expectations.SnapshotFacts
@@ -123,38 +131,38 @@ def ingest(request: IngestRequest) -> IngestReport:
         for collection in sorted(held):
             stack.enter_context(_exclusive(collection))
         spool = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=home))
-        listing = sources.list_source(request.source, Path(spool), request.as_evaluation)
+        listing = sources.list_source(request.source, Path(spool))
         findings = _examine(listing, request)
         if not any(finding.reason is None for finding in findings):
-            raise IngestError(_no_images(request.source, findings))
+            raise IngestError(_no_images(request.source, findings, listing))
+        findings, placed, origin = ingest_lines.label_findings(findings, listing)
         account = _settle(findings, request)
         # Both are written and validated before the first is renamed into its place, at the end of the block.
         pool = _write_snapshot(request.pool, account.pool, account, request, stack)
         evaluation = _write_snapshot(request.evaluation, account.evaluation, account, request, stack)
+    notes = [
+        *ingest_lines.label_lines(account.images, placed, origin, not request.as_evaluation),
+        *ingest_lines.evaluation_lines(account.images, account.all_evaluation, account.copies),
+        *ingest_lines.source_lines(listing, findings, account.rejected),
+    ]
     report = IngestReport(
         seen=account.facts.seen,
         stored=len(account.evaluation if request.as_evaluation else account.pool),
         held_out=0 if request.as_evaluation else len(account.evaluation),
         already_present=account.facts.already_present,
         rejected=dict(sorted(Counter(str(finding.reason) for finding in account.rejected).items())),
-        ignored=listing.num_ignored,
+        ignored=listing.ignored.counts.total(),
+        labels=dict(sorted(Counter(image.label for image in account.images if image.label is not None).items())),
+        unlabelled=sum(image.label is None for image in account.images),
+        notes=tuple(notes),
         bytes_stored=sum(finding.length for finding in (*account.pool, *account.evaluation)),
         source_version=account.version,
         pool_snapshot=pool,
         evaluation_snapshot=evaluation,
-        notes=_counted([*listing.notes, *((note, item.uri) for item in findings for note in item.notes)]),
     )
-    for line in (report, *report.notes):
-        logger.info("%s: %s", request.source, line)
+    for line in (f"{one_line(request.source)}: {report}", *notes):
+        logger.info(line)
     return report
-
-
-def _counted(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """One line for each note, with the number of its URIs and the first of them."""
-    uris: dict[str, list[str]] = {}
-    for note, uri in notes:
-        uris.setdefault(note, []).append(uri)
-    return tuple(f"{note}: {len(found):,}, such as {min(found)!r}" for note, found in sorted(uris.items()))
 
 
 @contextmanager
@@ -206,7 +214,7 @@ def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
 def _examine_entry(
     entry: sources.Entry, data: bytes | sources.Refusal, max_pixels: int, spool: BinaryIO | None
 ) -> Finding:
-    finding = Finding(entry.uri, entry.label, entry.split, notes=(entry.note,) if entry.note else ())
+    finding = Finding(entry.uri, entry.folder, entry.label, notes=(entry.note,) if entry.note else ())
     if isinstance(data, sources.Refusal):
         return replace(finding, reason=data.reason, detail=data.detail)
     finding = replace(finding, image_id=hashlib.sha256(data).hexdigest(), length=len(data))
@@ -229,26 +237,42 @@ def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     home = request.evaluation if request.as_evaluation else request.pool
     present = _ids_in(home / request.name) | (_ids_in(request.evaluation / request.name) if request.holdout else set())
     first: dict[str, Finding] = {}
-    rejected = []
-    for finding in findings:
+    rejected, copies = [], []
+    # Of equal bytes that which is for testing is kept, then that which has a label, then the first by name.
+    for finding in sorted(findings, key=lambda finding: (finding.split != "test", finding.label is None)):
         if finding.reason is not None:
             rejected.append(finding)
         elif (original := first.setdefault(str(finding.image_id), finding)) is not finding:
+            copies.append((original, finding))
             rejected.append(replace(finding, reason="exact_copy", detail=f"the same bytes as {original.uri}"))
-    pool, evaluation = [], []
-    for image_id in sorted(first.keys() - present):
-        finding, place = first[image_id], _place(image_id)
-        if not request.as_evaluation and (request.holdout is None or place >= request.holdout):
-            pool.append(finding)
-        else:
-            # Another part of the hash decides, so that the splits do not depend on the share held out.
-            split = finding.split or ("train" if int(image_id[32:48], 16) % 2 == 0 else "test")
-            evaluation.append(replace(finding, split=split))
-    stored = len(pool) + len(evaluation)
+    images = [first[image_id] for image_id in sorted(first)]
+    evaluation = _with_splits([image for image in images if _is_held_out(image, request)])
+    held = {image.image_id for image in evaluation}
+    new_pool = [image for image in images if image.image_id not in held | present]
+    new_evaluation = [image for image in evaluation if image.image_id not in present]
+    stored = len(new_pool) + len(new_evaluation)
     facts = expectations.SnapshotFacts(request.name, len(findings), stored, already_present=len(first) - stored)
     version = request.source_version or _digest_of(findings)
     when = request.ingested_at or datetime.now(UTC).replace(microsecond=0)
-    return _Account(pool, evaluation, rejected, version, when, facts)
+    return _Account(images, new_pool, new_evaluation, evaluation, rejected, copies, version, when, facts)
+
+
+def _is_held_out(image: Finding, request: IngestRequest) -> bool:
+    held_out = request.holdout is not None and _place(str(image.image_id)) < request.holdout
+    return request.as_evaluation or held_out
+
+
+def _with_splits(evaluation: list[Finding]) -> list[Finding]:
+    """Images of an evaluation set with the splits of the source, or by content where it has not both of them."""
+    labelled = [image for image in evaluation if image.label is not None]
+    if {"train", "test"} <= {image.split for image in labelled or evaluation}:
+        return [image if image.split else replace(image, split=_split_by_content(image)) for image in evaluation]
+    return [replace(image, split=_split_by_content(image)) for image in evaluation]
+
+
+def _split_by_content(image: Finding) -> str:
+    """Half of the images for each; another part of the hash decides than of who is held out."""
+    return "train" if int(str(image.image_id)[32:48], 16) % 2 == 0 else "test"
 
 
 def _ids_in(source: Path) -> set[str]:
@@ -331,10 +355,12 @@ def _write_rejected(folder: Path, rejected: list[Finding], source: str) -> None:
     write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), QUARANTINE_SCHEMA, folder / REJECTED)
 
 
-def _no_images(source: str, findings: list[Finding]) -> str:
+def _no_images(source: str, findings: list[Finding], listing: sources.Listing) -> str:
+    ignored = f"; {listing.ignored}" if listing.ignored.counts else ""
     if not findings:
-        return f"{source}: its archives hold no images"
+        return f"{source}: its archives hold no images{ignored}"
     reasons = Counter(str(finding.reason) for finding in findings)
     found = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     example = findings[0]
-    return f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
+    told = f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
+    return told + ignored

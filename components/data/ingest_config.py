@@ -9,13 +9,18 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from components.core.config import Config, ConfigError, validate
+from components.core.text import one_line
 from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
 GIB = 1024**3
+MAX_MESSAGE = 2000  # characters of an error
 
 
 class IngestError(ValueError):
-    """A source that cannot be ingested; one line says what was found and what is allowed."""
+    """A source that cannot be ingested; one line says what was found and what is allowed, whatever names are in it."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message, MAX_MESSAGE))
 
 
 def _whole_seconds_utc(when: datetime) -> datetime:

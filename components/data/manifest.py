@@ -28,7 +28,7 @@ POOL_SCHEMA = pa.schema(
         pa.field("license", pa.string(), nullable=False),
         pa.field("ingested_at", pa.timestamp("s", tz="UTC"), nullable=False),
         pa.field("label", pa.string()),
-        pa.field("split", pa.string()),  # train | test, evaluation sets only
+        pa.field("split", pa.string()),  # train | test: of evaluation sets always, of a pool where its source says so
     ]
 )
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from components.data.pixels import ImageError, Loaded, check_tiff, explain_tiff, first_line, load_rgb
+from components.data.signatures import HEAD_BYTES, UNSUPPORTED, begins_like_an_image, signature
 
 BLOCK = 512  # bytes, the unit of the tar format
 RECORD = 20 * BLOCK  # a tar's length is a multiple of this, as POSIX and GNU tar write it
@@ -36,23 +37,6 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# First bytes of the formats that we read: a file that begins so and cannot be opened is a damaged image.
-ALLOWED_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*", b"II+\x00")
-# First bytes (and where they stand) of image formats that we do not read.
-OTHER_MAGIC = (
-    (4, b"ftyp", "HEIC or AVIF"),
-    (0, b"8BPS", "PSD"),
-    (0, b"\x00\x00\x01\x00", "ICO"),
-    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
-    (0, b"v/1\x01", "OpenEXR"),
-    (0, b"DDS ", "DDS"),
-    (0, b"%!PS", "PostScript"),
-    (0, b"%PDF", "PDF"),
-    (0, b"<svg", "SVG"),
-)
-
 # decode_image says what is wrong with an image; Pillow would warn of large sizes and damaged metadata besides.
 # Its own limit is an error at twice this, before plugins reserve memory; `open_image` has the lower one.
 Image.MAX_IMAGE_PIXELS = PIXEL_CEILING // 2
@@ -322,10 +306,10 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
             "too_many_pixels", f"more than {PIXEL_CEILING} pixels; at most {max_pixels} are decoded"
         ) from None
     except Exception as error:  # Pillow's parsers raise many types on hostile bytes
-        for place, magic, name in OTHER_MAGIC:
-            if data[place : place + len(magic)] == magic:
-                raise ImageError("unsupported_format", f"{name}; allowed: {', '.join(ALLOWED_FORMATS)}") from None
-        if data.startswith(ALLOWED_MAGIC):
+        if (found := signature(data[:HEAD_BYTES])) is not None:
+            allowed = f"; allowed: {', '.join(ALLOWED_FORMATS)}" if found.reason == UNSUPPORTED else ""
+            raise ImageError(found.reason, found.detail + allowed) from None
+        if begins_like_an_image(data[:HEAD_BYTES]):
             unread = explain_tiff(data)
             raise unread or ImageError("truncated", f"begins like an image: {first_line(error)}") from None
         raise ImageError("not_an_image", f"begins with {data[:8]!r}") from None

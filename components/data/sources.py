@@ -6,10 +6,6 @@ that a source chose: a member's name is only recorded.
 
 from __future__ import annotations
 
-import os
-import re
-import stat
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,14 +16,13 @@ import pyarrow.parquet as pq
 
 from components.core.progress import track
 from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
+from components.data.ignored import Ignored, ignored_kind
 from components.data.ingest_config import IngestError
-from components.data.parquet_source import (
-    MAX_LABEL_BYTES,
-    NoImageColumnError,
-    find_columns,
-    partition_label,
-    read_rows,
-)
+from components.data.labels import split_of
+from components.data.parquet_source import NoImageColumnError, find_columns, partition_label, read_rows
+from components.data.signatures import ARCHIVE, ARCHIVE_NAME, IMAGE_NAME, UNCOMPRESS, damage
+from components.data.tars import list_tar
+from components.data.walk import as_text, walk
 
 MIB = 1024**2
 MAX_IMAGE_BYTES = 256 * MIB  # of one encoded image
@@ -36,9 +31,6 @@ BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # what one process holds at once
 CONNECTIONS = 8  # to S3, by one process
 
 CONTAINERS = (".tar", ".parquet")
-IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif|p[pgbn]m|hei[cf]|avif|ico|jp2|jxl|psd|svg)$", re.IGNORECASE)
-SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
-SPLITS = frozenset({"train", "test"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +38,8 @@ class Entry:
     """What may be one image, and where its bytes are."""
 
     uri: str
-    label: str | None
-    split: str | None
+    label: str | None  # that its archive gives it
+    folder: str  # relative, with the folders that may name its label and split
     path: str  # a local file, or the key of an S3 object
     offset: int
     length: int
@@ -79,9 +71,10 @@ class Listing:
 
     batches: list[Batch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    num_ignored: int = 0  # hidden files, and members of archives that are not images
+    ignored: Ignored = field(default_factory=Ignored)  # hidden files, and members of archives that are not images
+    links: set[str] = field(default_factory=set)  # folders, relative, that are links
+    notes: list[tuple[str, str]] = field(default_factory=list)  # what was guessed or left out, and a name of it
     num_bytes: int = 0
-    notes: list[tuple[str, str]] = field(default_factory=list)  # what was guessed or left out, and a URI of it
 
 
 @dataclass(frozen=True)
@@ -92,36 +85,33 @@ class _File:
     size: int
 
 
-def list_source(source: str, spool: Path, as_evaluation: bool) -> Listing:
+def list_source(source: str, spool: Path) -> Listing:
     """Find all that may be an image.
 
     Args:
         source: as in `IngestRequest`.
         spool: an empty folder on disk for archives and objects that come from S3.
-        as_evaluation: take top folders named `train` and `test` as splits.
 
     Raises:
         IngestError: nothing there, or nothing that we can read.
         StorageError: S3 does not answer.
     """
     listing = Listing()
-    bucket, files = _list_s3(source) if "://" in source else (None, _list_local(source))
-    hidden = [file for file in files if _is_hidden(file.relative)]
-    listing.num_ignored = len(hidden)
-    files = sorted(set(files).difference(hidden), key=lambda file: file.relative)
+    bucket, files = _list_s3(source, listing) if "://" in source else (None, _list_local(source, listing))
+    files.sort(key=lambda file: (file.relative, file.path))
     if not files:
-        raise IngestError(f"{source}: holds no files" + (f" but {len(hidden)} hidden ones" if hidden else ""))
+        raise IngestError(_no_files(source, listing))
     files = _without_metadata(listing, files, bucket, spool)
     listing.num_bytes = sum(file.size for file in files)
     if _are_containers(source, files):
-        _list_containers(listing, files, bucket, spool, as_evaluation)
+        _list_containers(listing, files, bucket, spool)
     else:
         entries = []
-        for file, label, split in _labelled(files, as_evaluation):
+        for file in files:
             if file.size > MAX_IMAGE_BYTES:
-                listing.refusals.append(Refusal(file.uri, "too_large", _too_large(file.size)))
+                listing.refusals.append(_large_file(file))
             else:
-                entries.append(Entry(file.uri, label, split, file.path, 0, file.size))
+                entries.append(Entry(file.uri, None, _folder(file.relative), file.path, 0, file.size))
         listing.batches = [Batch(part, bucket) for part in _batches(entries)]
     spooled = (batch.bucket is not None or batch.row_group is not None for batch in listing.batches)
     listing.batches = [
@@ -142,68 +132,75 @@ def read_batch(batch: Batch) -> Iterator[tuple[Entry, bytes | Refusal]]:
             yield entry, _read_file(entry)
 
 
-def _list_local(source: str) -> list[_File]:
+def _list_local(source: str, listing: Listing) -> list[_File]:
     root = Path(source)
-    if not root.exists():
-        raise IngestError(f"{source}: no such file or folder")
+    try:
+        status = root.stat()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "no such file or folder" if missing else f"cannot be read: {error.strerror or error}"
+        raise IngestError(f"{source}: {reason}") from None
     if not root.is_dir():
         if root.suffix.lower() not in CONTAINERS:
             allowed = "a folder, s3://BUCKET/PREFIX, a .tar or a .parquet file"
-            raise IngestError(f"{source}: a file of another kind; give {allowed}")
-        return [_File(PurePosixPath(root.name), source, source, root.stat().st_size)]
-    files, visited = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):  # linked class folders are common in data sets
-        folders[:] = sorted(name for name in folders if _is_new(Path(folder, name), visited))
-        for name in names:
-            path = Path(folder, name)
-            try:
-                status = path.stat()
-            except OSError:
-                continue  # a dangling link
-            if stat.S_ISREG(status.st_mode):
-                relative = PurePosixPath(_text(path.relative_to(root)))
-                files.append(_File(relative, _text(path), str(path), status.st_size))
-    return files
+            packed = UNCOMPRESS if ARCHIVE_NAME.search(root.name) else f"a file of another kind; give {allowed}"
+            raise IngestError(f"{source}: {packed}")
+        return [_File(PurePosixPath(as_text(root.name)), as_text(source), source, status.st_size)]
+    try:
+        found = walk(str(root))
+    except OSError as error:
+        raise IngestError(f"{source}: cannot be read: {error.strerror or error}") from None
+    listing.ignored, listing.links = found.ignored, found.links
+    out = f"a link that leads out of the folder, followed (to {found.num_outside} files in all)"
+    listing.notes += [(out, link) for link in found.outside]
+    listing.notes += [("a link to what is taken under another name, left out", link) for link in found.repeated]
+    listing.refusals = [Refusal(*refused) for refused in found.refused]
+    return [_File(PurePosixPath(file.relative), file.uri, file.path, file.size) for file in found.files]
 
 
-def _text(path: Path) -> str:
-    """A path to be written down: file systems take names that are no text, Parquet does not."""
-    return os.fsencode(path).decode(errors="replace")
+def _no_files(source: str, listing: Listing) -> str:
+    message = f"{source}: holds no files"
+    if hidden := listing.ignored.counts.total():
+        message += f" but {hidden} hidden ones"
+    if listing.refusals:
+        first, count = listing.refusals[0], len(listing.refusals)
+        message += f" that can be read; {count} cannot be, for example {first.uri}: {first.reason}: {first.detail}"
+    return message
 
 
-def _is_new(folder: Path, visited: set[tuple[int, int]]) -> bool:
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    new = identity not in visited
-    visited.add(identity)
-    return new
-
-
-def _list_s3(source: str) -> tuple[str, list[_File]]:
+def _list_s3(source: str, listing: Listing) -> tuple[str, list[_File]]:
     try:
         bucket, prefix = split_s3_uri(source)
     except ValueError as error:
         raise IngestError(str(error)) from None
     is_file = prefix.lower().endswith(CONTAINERS)
     root = prefix if is_file or not prefix else prefix.rstrip("/") + "/"
-    files = []
+    found: list[_File] = []
     try:
         with s3_errors(source):
             for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root):
                 for item in page.get("Contents", []):
                     relative = PurePosixPath(item["Key"]).name if is_file else item["Key"][len(root) :]
                     if relative and not relative.endswith("/") and (not is_file or item["Key"] == prefix):
-                        uri = f"s3://{bucket}/{item['Key']}"
-                        files.append(_File(PurePosixPath(relative), uri, item["Key"], item["Size"]))
+                        found.append(
+                            _File(PurePosixPath(relative), f"s3://{bucket}/{item['Key']}", item["Key"], item["Size"])
+                        )
     except MissingInStorageError as error:
         raise IngestError(str(error)) from None
-    if not files:
+    if not found:
         raise IngestError(f"{source}: no objects there; check the prefix")
+    files = []
+    for file in found:
+        if (kind := ignored_kind(file.relative)) is None:
+            files.append(file)
+        else:
+            listing.ignored.add(kind, str(file.relative))
     return bucket, files
 
 
-def _is_hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith(".") or part in SYSTEM_FILES for part in path.parts)
+def _folder(path: PurePosixPath) -> str:
+    folder = str(path.parent)
+    return "" if folder == "." else folder
 
 
 def _without_metadata(listing: Listing, files: list[_File], bucket: str | None, spool: Path) -> list[_File]:
@@ -228,7 +225,8 @@ def _is_metadata(path: str) -> bool:
 
 
 def _tell_metadata(listing: Listing, uris: list[str]) -> None:
-    listing.num_ignored += len(uris)
+    for uri in uris:
+        listing.ignored.add(".parquet", uri)
     listing.notes += [("a table without images is not read", uri) for uri in uris]
 
 
@@ -241,14 +239,10 @@ def _are_containers(source: str, files: list[_File]) -> bool:
     return containers > 0
 
 
-def _labelled(files: list[_File], as_evaluation: bool) -> Iterator[tuple[_File, str | None, str | None]]:
-    """Each file with its label (the top folder, where there are two or more of them) and split."""
-    split_level = as_evaluation and {file.relative.parts[0] for file in files} <= SPLITS
-    paths = [file.relative.parts[1:] if split_level else file.relative.parts for file in files]
-    folders = {parts[0] for parts in paths if len(parts) > 1}
-    for file, parts in zip(files, paths, strict=True):
-        label = parts[0] if len(folders) > 1 and len(parts) > 1 else None
-        yield file, label, file.relative.parts[0] if split_level else None
+def _large_file(file: _File) -> Refusal:
+    if ARCHIVE_NAME.search(file.relative.name):
+        return Refusal(file.uri, ARCHIVE, UNCOMPRESS)
+    return Refusal(file.uri, "too_large", _too_large(file.size))
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -268,26 +262,29 @@ def _too_large(size: int) -> str:
     return f"{size} bytes; at most {MAX_IMAGE_BYTES} are read"
 
 
-def _list_containers(
-    listing: Listing, files: list[_File], bucket: str | None, spool: Path, as_evaluation: bool
-) -> None:
+def _list_containers(listing: Listing, files: list[_File], bucket: str | None, spool: Path) -> None:
     containers = [file for file in files if file.relative.suffix.lower() in CONTAINERS]
-    listing.num_ignored += len(files) - len(containers)
+    for file in sorted(set(files).difference(containers), key=lambda file: file.relative):
+        if ARCHIVE_NAME.search(file.relative.name):
+            listing.refusals.append(Refusal(file.uri, ARCHIVE, UNCOMPRESS))
+        else:
+            listing.ignored.add(file.relative.suffix or "no extension", file.uri)
     if bucket is not None:
         containers = [_download(bucket, file, spool, number) for number, file in _numbered(containers)]
     without: list[NoImageColumnError] = []
-    for file, _, split in _labelled(containers, as_evaluation):
-        add: Callable[[Listing, _File, str | None], None]
+    for file in containers:
+        # Folders of archives are shards, collections or crawls, and no classes; but they may be splits.
+        folder = "/".join(part for part in file.relative.parent.parts if split_of(part))
+        add: Callable[[Listing, _File, str], None]
         add = _list_tar if file.relative.suffix.lower() == ".tar" else _list_parquet
         try:
-            add(listing, file, split)
+            add(listing, file, folder)
         except NoImageColumnError as error:
             without.append(error)
         except IngestError:
             raise
         except Exception as error:  # readers of archives raise many types on hostile bytes
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            listing.refusals.append(Refusal(file.uri, "damaged_archive", reason))
+            listing.refusals.append(Refusal(file.uri, *damage(file.path, error)))
     if without and not listing.batches:
         raise without[0]
     _tell_metadata(listing, [error.uri for error in without])
@@ -304,69 +301,23 @@ def _download(bucket: str, file: _File, spool: Path, number: int) -> _File:
     return replace(file, path=str(path))
 
 
-def _list_tar(listing: Listing, file: _File, split: str | None) -> None:
-    """Images of an uncompressed tar, by their place in the file; `KEY.cls` holds the label of the images `KEY.*`."""
-    entries: list[Entry] = []
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(file.path, "r:", encoding="utf-8", errors="replace") as archive:
-            for member in _members(archive, file.size):
-                uri = f"{file.uri}#{member.name}"
-                refusal = _refuse_member(uri, member, file.size)
-                if refusal is not None:
-                    listing.refusals.append(refusal)
-                elif uri.endswith(".cls") and member.size <= MAX_LABEL_BYTES:
-                    labels[_key(uri)] = (
-                        _read_at(file.path, member.offset_data, member.size).decode(errors="replace").strip()
-                    )
-                elif IMAGE_NAME.search(member.name):
-                    entries.append(Entry(uri, None, split, file.path, member.offset_data, member.size))
-                else:
-                    listing.num_ignored += not member.isdir()
-    finally:  # what stands before the damage is taken
-        entries = [replace(entry, label=labels.get(_key(entry.uri)) or None) for entry in entries]
-        listing.batches += [Batch(part) for part in _batches(entries)]
-
-
-def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    last = -1
-    while (member := archive.next()) is not None:
-        if not last < member.offset < size:  # a hostile size can send the reader back to where it was
-            raise tarfile.ReadError(f"member {member.name!r} does not follow the one before it")
-        last = member.offset
-        archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - tarfile would keep them all in memory
-        yield member
-    # At a damaged header tarfile stops as it does at the end, and all behind it would be lost in silence.
-    if any(_read_at(str(archive.name), archive.offset, tarfile.BLOCKSIZE)):  # pyright: ignore[reportAttributeAccessIssue]
-        raise tarfile.ReadError(f"damaged header at byte {archive.offset}")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _refuse_member(uri: str, member: tarfile.TarInfo, size: int) -> Refusal | None:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or member.size < 0:
-        return Refusal(uri, "unsafe_member", "its name leads out of the archive, or its size is negative")
-    if member.isdir():
-        return None
-    if not member.isreg() or member.issparse():
-        kinds = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link"}
-        return Refusal(
-            uri, "unsafe_member", f"{kinds.get(member.type, 'a device, a pipe or a sparse file')}; not a plain file"
+def _list_tar(listing: Listing, file: _File, folder: str) -> None:
+    found = list_tar(file.path, file.uri, MAX_IMAGE_BYTES)
+    listing.ignored.update(found.ignored)
+    for name, reason, detail in found.refused:
+        listing.refusals.append(Refusal(f"{file.uri}#{name}" if name else file.uri, reason, detail))
+    listing.notes += [("a label of no image", f"{file.uri}#{name}") for name in found.unused_labels]
+    entries = [
+        Entry(
+            f"{file.uri}#{image.name}", image.label, _folder(PurePosixPath(folder, image.name)),
+            file.path, image.offset, image.length,
         )
-    if member.size > MAX_IMAGE_BYTES:
-        return Refusal(uri, "too_large", _too_large(member.size))
-    if member.offset_data + member.size > size:
-        return Refusal(uri, "truncated", f"the archive ends before its {member.size} bytes")
-    return None
+        for image in found.images
+    ]  # fmt: skip
+    listing.batches += [Batch(part) for part in _batches(entries)]
 
 
-def _key(uri: str) -> str:
-    """WebDataset's key: the name up to the first dot after its last slash."""
-    archive, _, member = uri.rpartition("#")
-    folder, _, name = member.rpartition("/")
-    return f"{archive}#{folder}/{name.partition('.')[0]}"
-
-
-def _list_parquet(listing: Listing, file: _File, split: str | None) -> None:
+def _list_parquet(listing: Listing, file: _File, folder: str) -> None:
     with pq.ParquetFile(file.path) as parquet:
         columns = find_columns(parquet.schema_arrow, file.uri)
         label, told = (None, []) if columns.label is not None else partition_label(file.relative)
@@ -380,7 +331,7 @@ def _list_parquet(listing: Listing, file: _File, split: str | None) -> None:
                 detail = f"{size} bytes; at most {MAX_ROW_GROUP_BYTES} are read"
                 listing.refusals.append(Refusal(uri, "too_large", detail))
             else:
-                listing.batches.append(Batch([Entry(file.uri, label, split, file.path, 0, size)], row_group=number))
+                listing.batches.append(Batch([Entry(file.uri, label, folder, file.path, 0, size)], row_group=number))
 
 
 def _read_at(path: str, offset: int, length: int) -> bytes:

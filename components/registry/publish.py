@@ -41,6 +41,7 @@ CODE = (
     "components/data/__init__.py",
     "components/data/pixels.py",
     "components/data/shards.py",
+    "components/data/signatures.py",
     "components/model/__init__.py",
     "components/model/attention.py",
     "components/model/config.py",

@@ -336,7 +336,7 @@ def test_parquet_that_repeats_a_large_value_is_read_image_by_image(tmp_path: Pat
     table = pa.table({"image": pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), once)})
     pq.write_table(table, tmp_path / "in.parquet", store_schema=False, dictionary_pagesize_limit=2**23)
     del table
-    (batch,) = sources.list_source(str(tmp_path / "in.parquet"), tmp_path, False).batches
+    (batch,) = sources.list_source(str(tmp_path / "in.parquet"), tmp_path).batches
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in sources.read_batch(batch)]
     assert len(held) == 64
@@ -398,6 +398,51 @@ def test_evaluation_folders_have_splits_above_labels(tmp_path: Path) -> None:
     assert not list((tmp_path / "pool").rglob("manifest.parquet"))
 
 
+def test_copies_keep_the_test_image_and_a_label(tmp_path: Path) -> None:
+    files = {
+        f"{split}/{name}": data for name, data in CLASSES.items() for split in ("train", "val")[: 1 + ("0" in name)]
+    }
+    files |= {"0.jpg": CLASSES["cat/3.jpg"], "train/dog/cat.jpg": CLASSES["cat/4.jpg"], "train/None/1.jpg": image(99)}
+    report = take(tmp_path, write(tmp_path / "in", files), as_evaluation=True)
+    rows = {
+        row["image_id"]: (row["split"], row["label"]) for row in read_collection(tmp_path / "evaluation").to_pylist()
+    }
+    assert rows[sha(CLASSES["dog/0.jpg"])] == ("test", "dog")
+    assert rows[sha(CLASSES["cat/3.jpg"])] == ("train", "cat")
+    assert rows[sha(image(99))] == ("train", "None")
+    assert (report.labels, report.unlabelled) == ({"None": 1, "cat": 6, "dog": 6}, 0)
+    notes = "\n".join(report.notes)
+    assert "folders taken as splits, not as classes: train as train; val as test" in notes
+    assert "1 of 3 classes cannot be evaluated" in notes
+    assert "None (1 train, 0 test)" in notes
+    kept, copy = f"{tmp_path}/in/train/cat/4.jpg (kept, cat)", f"{tmp_path}/in/train/dog/cat.jpg (dog)"
+    assert f"1 copies have another label than the image that is kept, for example {kept} and {copy}" in notes
+
+
+def test_splits_that_the_held_out_images_do_not_have_are_made(tmp_path: Path) -> None:
+    files = {f"{('train', 'test')[number == 0]}/{name}": data for number, (name, data) in enumerate(CLASSES.items())}
+    report = take(tmp_path, write(tmp_path / "in", files | {"train/cat/n.jpg": image(77)}), holdout=0.6)
+    held = read_collection(tmp_path / "evaluation")
+    assert report.held_out > 3
+    assert set(held["split"].to_pylist()) == {"train", "test"}
+    assert set(read_collection(tmp_path / "pool")["split"].to_pylist()) <= {"train", "test", None}
+    assert any("go into the pool, where models train on them" in note for note in report.notes)
+
+
+def test_names_are_one_line_and_no_markup(tmp_path: Path, caplog) -> None:
+    names = {"line\nerror: break.jpg": image(1), "[red]x.jpg": b"?", "\x1b[31m.jpg": b"?", "\u2028.jpg": b"?"}
+    caplog.set_level("INFO", logger="components")
+    source = write(tmp_path / "in\nside", names)
+    report = take(tmp_path, source)
+    assert report.rejected == {"not_an_image": 3}
+    assert caplog.messages == [f"{tmp_path}/in\\nside: {report}", *report.notes]
+    assert all(line.isprintable() for line in caplog.messages)
+    (source / "line\nerror: break.jpg").unlink()
+    with pytest.raises(IngestError) as caught:
+        take(tmp_path / "none", source)
+    assert str(caught.value).isprintable()
+
+
 def test_one_folder_alone_is_no_label(tmp_path: Path) -> None:
     take(tmp_path, write(tmp_path / "in", {"only/a.jpg": image(1), "b.jpg": image(2)}))
     assert read_collection(tmp_path / "pool")["label"].to_pylist() == [None, None]
@@ -410,7 +455,8 @@ def test_one_folder_alone_is_no_label(tmp_path: Path) -> None:
     ("files", "source", "message"),
     [
         ({}, "nowhere", "no such file or folder"),
-        ({"a.zip": b"PK"}, "a.zip", "a file of another kind; give a folder, s3://"),
+        ({"a.txt": b"text"}, "a.txt", "a file of another kind; give a folder, s3://"),
+        ({"a.zip": b"PK"}, "a.zip", "compressed archives are not read: unpack it"),
         ({"sub/.hidden": b""}, ".", "holds no files but 1 hidden ones"),
         (
             {"a.txt": b"text", "b.csv": b"1,2"},
@@ -521,12 +567,20 @@ def test_a_negative_member_size_does_not_loop_for_ever(tmp_path: Path) -> None:
 def test_s3_prefixes_and_archives_give_what_the_folder_gives(tmp_path: Path) -> None:
     client = s3_client()
     client.create_bucket(Bucket="ingest-test")
-    files = CLASSES | {"dog/bad.jpg": b"?", "dog/copy.jpg": CLASSES["cat/3.jpg"]}
+    files = CLASSES | {"dog/bad.jpg": b"?", "dog/copy.jpg": CLASSES["cat/3.jpg"], "cat/none": image(50)}
+    files |= {
+        "cat/@eaDir/0.jpg": image(51),
+        "dog/._0.jpg": b"\0\5\x16\7",
+        "dog/a.jfif": image(52),
+        "loose.txt": image(53),
+    }
     for name, data in files.items():
         client.put_object(Bucket="ingest-test", Key=f"photos/{name}", Body=data)
     local = take(tmp_path / "local", write(tmp_path / "in", files))
     remote = take(tmp_path / "remote", "s3://ingest-test/photos", workers=2)
     assert remote.rejected == local.rejected == {"exact_copy": 1, "not_an_image": 1}
+    assert (remote.ignored, remote.labels, remote.unlabelled) == (2, {"cat": 7, "dog": 7}, 1)
+    assert (local.ignored, local.labels, local.unlabelled) == (2, {"cat": 7, "dog": 7}, 1)
     assert (remote.pool_snapshot / "00000.tar").read_bytes() == (local.pool_snapshot / "00000.tar").read_bytes()
     rows = read_collection(tmp_path / "remote" / "pool").to_pylist()
     assert {(row["source_uri"], row["label"]) for row in rows} >= {("s3://ingest-test/photos/cat/1.jpg", "cat")}
@@ -534,7 +588,7 @@ def test_s3_prefixes_and_archives_give_what_the_folder_gives(tmp_path: Path) -> 
     shard = local.pool_snapshot / "00000.tar"
     client.upload_file(str(shard), "ingest-test", "shards/00000.tar")
     for source in ("s3://ingest-test/shards", "s3://ingest-test/shards/00000.tar"):
-        assert take(tmp_path / source[-5:], source).stored == 12
+        assert take(tmp_path / source[-5:], source).stored == 15
     with pytest.raises(IngestError, match="s3://no-such-bucket/x: no such bucket"):
         take(tmp_path / "none", "s3://no-such-bucket/x")
     with pytest.raises(IngestError, match="s3://ingest-test/nothing: no objects there"):

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from typer.main import get_command
 
+from components.core.config import ConfigError
 from components.core.storage import StorageError
 from components.recipe import recipe_names
-from flows.cli import _closing, _Plain, app
+from flows.cli import _check_folder, _closing, _Plain, app
 from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
@@ -72,6 +73,25 @@ def test_images_that_are_no_folder_of_images(folder, images, tmp_path):
     assert "holds no files; give a folder of images" in refused(folder, "run", "--images", str(empty))
     assert "does not exist" in refused(folder, "run", "--images", str(tmp_path / "nowhere"))
     assert "is a file; give the folder" in refused(folder, "run", "--images", str(images / "red.png"))
+
+
+def test_images_behind_links_are_images_and_folders_that_cannot_be_read_are_named(images, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "red").symlink_to(images)
+    _check_folder(tmp_path / "links")
+    (tmp_path / "links" / "red").unlink()
+    deep = tmp_path / "links"
+    while len(str(deep)) < 4096:  # longer than a path may be, so that even root cannot list it
+        deep /= "d" * 200
+    made = os.open(tmp_path / "links", os.O_RDONLY)
+    for name in deep.relative_to(tmp_path / "links").parts:
+        os.mkdir(name, dir_fd=made)
+        inner = os.open(name, os.O_RDONLY, dir_fd=made)
+        os.close(made)
+        made = inner
+    os.close(made)
+    with pytest.raises(ConfigError, match=r"IMAGES: 1 folders cannot be read, such as .*: File name too long; make"):
+        _check_folder(tmp_path / "links")
 
 
 def test_an_unknown_recipe_names_the_known_ones(folder):

@@ -1,0 +1,172 @@
+"""Labels and splits that a source's folders and the `.cls` members of its archives give to its images."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from components.core.text import one_line, some_of
+from components.data.ingest_config import IngestError
+
+TRAIN, TEST = "train", "test"
+_SPLIT = re.compile(r"(?P<train>train|training)|val|valid|validation|dev|eval|evaluation|test|testing", re.IGNORECASE)
+_SUFFIX = re.compile(r"[-_ ]?(set|data|split|images?|\d{4})$", re.IGNORECASE)  # test_set, train2017
+SHOWN_CLASSES = 20
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder's name means, `train` or `test` (for all others); None where it means none."""
+    found = _SPLIT.fullmatch(name) or _SPLIT.fullmatch(_SUFFIX.sub("", name))
+    return None if found is None else TRAIN if found["train"] else TEST
+
+
+@dataclass
+class Placement:
+    """What the folders of a source say of the images in them."""
+
+    labels: dict[str, str | None]  # folder -> label
+    splits: dict[str, str | None]  # folder -> train, test
+    wrappers: list[str] = field(default_factory=list)  # folders above all classes
+    split_names: dict[str, set[str]] = field(default_factory=dict)  # split -> folders that were taken as it
+    beside: set[str] = field(default_factory=set)  # folders with images that stand beside the splits
+    links: set[str] = field(default_factory=set)  # labels that are names of links
+
+
+def place(folders: Collection[str], links: Collection[str] = ()) -> Placement:
+    """Read labels and splits off the folders that hold images.
+
+    A folder that holds all the others is no class, and folders named as splits are none where nothing else stands
+    beside them, or both kinds of split do. Of what is left, two or more folders beside each other are classes.
+
+    Args:
+        folders: paths relative to the source, such as `train/cat/cam1`; "" holds loose images.
+        links: those of their paths that are links.
+    """
+    parts = {folder: PurePosixPath(folder).parts for folder in sorted(folders)}
+    rest = dict(parts)
+    placed = Placement(dict.fromkeys(parts), dict.fromkeys(parts))
+    while tops := {names[0] for names in rest.values() if names}:
+        named = {top: split for top in tops if (split := split_of(top)) is not None}
+        if named.keys() == tops or len(set(named.values())) == 2:
+            placed.beside |= tops - named.keys()
+            for folder, names in rest.items():
+                if names and (split := named.get(names[0])) is not None:
+                    placed.splits[folder] = split
+                    placed.split_names.setdefault(split, set()).add(names[0])
+                rest[folder] = names[1:] if names and names[0] in named else ()
+        elif len(tops) == 1:
+            placed.wrappers += tops
+            rest = {folder: names[1:] for folder, names in rest.items()}
+        else:
+            break
+    for folder, names in rest.items():
+        if names:
+            placed.labels[folder] = names[0]
+            if "/".join(parts[folder][: len(parts[folder]) - len(names) + 1]) in links:
+                placed.links.add(names[0])
+    labelled = [folder for folder, label in placed.labels.items() if label is not None] or list(parts)
+    if not {TRAIN, TEST} <= {placed.splits[folder] for folder in labelled}:  # one split alone divides nothing
+        placed.splits = dict.fromkeys(parts)
+    return placed
+
+
+def placement_lines(placed: Placement) -> Iterator[str]:
+    """Lines for the user on the folders that are no classes."""
+    if placed.wrappers:
+        above = "/".join(one_line(name) for name in placed.wrappers)
+        if any(placed.labels.values()):
+            yield f"all other folders lie in {above}: labels are read below it"
+        else:
+            yield f"all images in folders lie in {above}: no label, for a class needs another class beside it"
+    names = {split: some_of(sorted(taken), 6) for split, taken in sorted(placed.split_names.items(), reverse=True)}
+    if names:
+        taken = "; ".join(f"{name} as {split}" for split, name in names.items())
+        yield f"folders taken as splits, not as classes: {taken}"
+        if not any(placed.splits.values()):
+            yield "only one split has images (labelled ones, where there are labels), so it divides nothing"
+    if placed.beside:
+        yield f"images of {some_of(sorted(placed.beside))} have no label: these folders stand beside the splits"
+    if odd := sorted({label for label in placed.labels.values() if label and split_of(label)}):
+        yield f"{some_of(odd)}: the name of a split, taken as a class because of the folders beside it"
+
+
+def label_line(counts: Mapping[str, int], unlabelled: Sequence[str], origin: str) -> str:
+    """The line that says which labels were taken, from where, and how many images have none.
+
+    Args:
+        counts: label -> images.
+        unlabelled: images without one.
+        origin: where labels come from, such as `folder names`.
+    """
+    bare = f"{len(unlabelled)} images without label"
+    if not counts:
+        return f"labels: none; {bare}"
+    if unlabelled:
+        bare += f", for example {one_line(unlabelled[0])}"
+    few_first = sorted(counts, key=lambda label: (counts[label], label))
+    shown = sorted(counts) if len(counts) <= SHOWN_CLASSES else few_first[:SHOWN_CLASSES]
+    listed = ", ".join(f"{one_line(label)} {counts[label]}" for label in shown)
+    if len(counts) > len(shown):
+        listed = f"those with the fewest images: {listed}; up to {max(counts.values())} in one"
+    return f"labels from {origin}, {len(counts)} classes: {listed}; {bare}"
+
+
+def untested_line(labels: Collection[str], members: Sequence[tuple[str | None, str | None]]) -> str | None:
+    """The line on classes that cannot be evaluated, if there are any.
+
+    Args:
+        labels: all classes of the source.
+        members: label and split of each of its images in the evaluation set.
+    """
+    if not members:
+        return "no image is held out, so none of these classes is evaluated (--holdout 0.2 holds a fifth out)"
+    counts = Counter(members)
+    poor = sorted(label for label in labels if not (counts[label, TRAIN] and counts[label, TEST]))
+    if not poor:
+        return None
+    told = some_of([f"{label} ({counts[label, TRAIN]} train, {counts[label, TEST]} test)" for label in poor], 10)
+    return (
+        f"{len(poor)} of {len(labels)} classes cannot be evaluated, for each needs a train and a test image in the "
+        f"evaluation set: {told}"
+    )
+
+
+class MemberLabels:
+    """The labels of one archive in WebDataset's form: `KEY.cls` holds that of the images `KEY.*`."""
+
+    def __init__(self, archive: str) -> None:
+        self._archive = archive
+        self._labels: dict[str, str] = {}
+        self._used: set[str] = set()
+
+    def add(self, member: str, text: str) -> None:
+        """Take the text of a `.cls` member.
+
+        Raises:
+            IngestError: its key has another label already.
+        """
+        key = member.rpartition(".")[0]
+        if self._labels.setdefault(key, text) != text:
+            labels = f"{self._labels[key][:80]!r} and {text[:80]!r}"
+            raise IngestError(f"{self._archive}: two labels for the key {key}: {labels}; correct its `.cls` members")
+
+    def of(self, member: str) -> str | None:
+        """Return the label of an image: that of its name without the extension, else of WebDataset's key.
+
+        WebDataset ends a key at the first dot after the last slash. Archives are made by hand whose keys hold dots
+        (`shot.00.jpg` beside `shot.00.cls`): there the longest name with a label is the key.
+        """
+        folder, slash, name = member.rpartition("/")
+        parts = name.split(".")
+        for end in range(max(1, len(parts) - 1), 0, -1):
+            if (key := folder + slash + ".".join(parts[:end])) in self._labels:
+                self._used.add(key)
+                return self._labels[key] or None
+        return None
+
+    def unused(self) -> list[str]:
+        """Members with labels of no image."""
+        return [f"{key}.cls" for key in sorted(self._labels.keys() - self._used)]
