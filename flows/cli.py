@@ -38,6 +38,7 @@ from flows import (
 from flows.commands import doctor, plan
 from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
+from flows.verdict import Verdict, verdicts
 from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
 from infra.local.site import StackError
@@ -349,7 +350,7 @@ def _closing(result: RunResult, name: str, as_json: bool) -> None:
     """Say what was made, how good it is, where to look and what to type next."""
     from flows.published import main_columns, metric_rows
 
-    rows = metric_rows(result.folder / "reports")
+    rows, found = metric_rows(result.folder / "reports"), verdicts(result.folder / "reports")
     if as_json:
         _print_json(
             {"run": result.run_id, "branch": result.branch, "commit": result.commit, "outcomes": result.outcomes,
@@ -367,30 +368,31 @@ def _closing(result: RunResult, name: str, as_json: bool) -> None:
     lines = [
         ("Run", f"{result.run_id}, recorded as git branch {result.branch}"),
         ("Computed", ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"),
-        ("Measured", _beside_random(rows)),
+        *(("" if number else "Measured", verdict.text) for number, verdict in enumerate(found)),
         ("Registered", _registered(result.folder)),
         ("Pictures", f"{result.folder}/reports"),
         ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
-        ("Next", "what the two pages ask for:   pedigree status --credentials"),
-        ("", f"where the weights came from:  pedigree trace {name}-candidates@latest"),
-        ("", f'make it the champion:         pedigree promote {name}@latest --reason "..."'),
-        ("", "stop the local services:      pedigree down"),
+        *_next_steps(found, name),
     ]
     console.rule("Pedigree", style="green")
     for label, text in lines:  # no box and no line breaks of ours: addresses and commands are there to be copied
         console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)
 
 
-def _beside_random(rows: list[dict[str, str]]) -> str:
-    """The main measure of each model beside that of random weights of its shape."""
-    told = []
-    for key, label in (("knn_top1", "kNN"), ("instance_map", "retrieval mAP")):
-        values = {(row["evaluation"], row["model"]): row[key] for row in rows if key in row}
-        models = dict.fromkeys(evaluation for evaluation, _ in values)
-        told += [f"{label} of {m} {values[m, m]}, of random weights {values[m, 'random']}" for m in models]
-    return "; ".join(told)
+def _next_steps(found: list[Verdict], name: str) -> list[tuple[str, str]]:
+    """What to type next; to promote the teacher only where nothing speaks against it."""
+    objections = next((verdict.objections for verdict in found if verdict.model == "teacher"), ())
+    promote = f'make it the champion:         pedigree promote {name}@latest --reason "..."'
+    if objections:
+        promote = f"not proposed as the champion: it is {' and '.join(objections)}"
+    return [
+        ("Next", "what the two pages ask for:   pedigree status --credentials"),
+        ("", f"where the weights came from:  pedigree trace {name}-candidates@latest"),
+        ("", promote),
+        ("", "stop the local services:      pedigree down"),
+    ]
 
 
 def _registered(folder: Path) -> str:
