@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT, FAILED = 2, 1
 NOT_STATED = "not-stated"
+PREFECTS_OWN = ("Finished in state", "Beginning flow run", "Running hook", "Hook 'end'")
 CLEAR = (ValueError, RuntimeError, OSError)  # errors that a person, the data or a service can cause; ours among them
 
 app = typer.Typer(
@@ -417,8 +418,9 @@ def main() -> None:
     """Entry point of the `pedigree` command."""
     console = logging.StreamHandler()
     console.setFormatter(_Plain())
-    # Prefect's last word on each task and flow: what failed is told by the stage and by us, the rest only waited.
-    console.addFilter(lambda record: not record.getMessage().startswith("Finished in state"))
+    # Prefect's last word on each task and flow: what failed is told by the stage and by us, the rest only waited. And
+    # its names for runs, which become ours, and its hooks.
+    console.addFilter(lambda record: not record.getMessage().startswith(PREFECTS_OWN))
     logging.basicConfig(level=logging.WARNING, handlers=[console])
     for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(ours).setLevel(logging.INFO)

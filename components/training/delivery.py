@@ -45,7 +45,7 @@ from components.training.pictures import (
 
 logger = logging.getLogger(__name__)
 
-CROPS, PCA = "crops.jpg", "pca.jpg"
+CONFIG, CROPS, PCA = "config.json", "crops.jpg", "pca.jpg"
 WEIGHTS, DIGEST = "weights", "sha256.json"
 CHECKPOINTS = Path(".pedigree/checkpoints")  # by run key
 TRAINED = Path(".pedigree/cache/trained")  # by run key: what was trained and is not yet reported
@@ -114,7 +114,7 @@ def train_and_deliver(job: Job, delivery: Delivery, beside: Sequence[Beside] = (
     """Train the job and write its outputs; return its figures.
 
     Those of the jobs `beside` it whose outputs are missing are trained with it, and kept until their own stage takes
-    them up. Before the first step the resolved configuration is logged and kept beside the checkpoints, which are
+    them up. Before the first step the resolved configuration is kept beside the checkpoints, which are
     deleted once what they led to is kept.
     """
     facts = {
@@ -179,8 +179,9 @@ def _train(runs: Sequence[_Run]) -> None:
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
             begun = {**run.provenance, "git_commit": _git_commit(root)}
-            write_json(run.folder / "config.json", begun)
-            logger.info("%s: %s", run.name, json.dumps(begun, sort_keys=True))
+            write_json(run.folder / CONFIG, begun)
+            told = (run.name, job.config.steps, job.config.batch_size, run.folder / CONFIG)
+            logger.info("%s: %d steps of %d images; all settings are in %s", *told)
             _draw_first_batch(job, run.folder / CROPS)
         probes = _probes(job, labelled, run.folder, images)
         checkpoints = _checkpoints(root, run.key, config)
