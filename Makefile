@@ -13,7 +13,7 @@ run: $(READY)  ## the whole main job: make run [IMAGES=/path/to/folder] [RECIPE=
 	$(BIN)/pedigree run $${IMAGES:+--images "$$IMAGES"} $${RECIPE:+--recipe "$$RECIPE"}
 
 test: $(READY)
-	$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses=2 --dist=loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,13 +20,9 @@ SERVICES, MAIN_JOB = "services", "test_main_job.py"
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests: all that need services to one, but the main job; the others file by file.
-
-    Those two take longest and come first.
-    """
+    """Where processes share the tests: all that need services to one, but the main job; the others file by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: _group(item) not in (SERVICES, MAIN_JOB))
 
 
 def _group(item: pytest.Item) -> str:

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -214,8 +216,10 @@ def truncate_manifest(root):
 
 def bomb() -> bytes:
     buffer = io.BytesIO()
-    Image.new("1", (12_000, 12_000)).save(buffer, "PNG")  # 144 million pixels in 18 kB
-    return buffer.getvalue()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]  # 1.6 billion pixels, it says
 
 
 HOSTILE = {
@@ -227,7 +231,7 @@ HOSTILE = {
     "over another": (lambda root: lie(root, "offset", lambda v: v[-1] - 9), EmbeddingsError, "are not this image"),
     "escape": (lambda root: lie(root, "shard", lambda _: "../../../../x.tar"), ShardError, "does not lie inside"),
     "missing shard": (lambda root: lie(root, "shard", lambda _: "00099.tar"), ShardError, "No such file"),
-    "bomb": (lambda root: swap_bytes(root, bomb()), EmbeddingsError, r"too_many_pixels: 12000 x 12000 pixels"),
+    "bomb": (lambda root: swap_bytes(root, bomb()), EmbeddingsError, r"too_many_pixels: more than \d+ pixels"),
     "no image": (lambda root: swap_bytes(root, b"\0" * 64), EmbeddingsError, "not_an_image"),
 }
 

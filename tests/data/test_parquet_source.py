@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.data.ingest import _counted
 from components.data.ingest_config import IngestError
+from components.data.ingest_lines import counted
 from components.data.parquet_source import MAX_LABEL_BYTES, find_columns
 from components.data.sources import Refusal, list_source, read_batch
 
@@ -47,13 +47,13 @@ def take(root: Path, **tables: pa.Table) -> Taken:
         path = root / "in" / f"{name.replace('__', '/')}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)
-    listing = list_source(str(root / "in"), root, False)
+    listing = list_source(str(root / "in"), root)
     rows = [row for batch in listing.batches for row in read_batch(batch)]
     notes = [*listing.notes, *((entry.note, entry.uri) for entry, _ in rows if entry.note)]
     assert all(uri.startswith(str(root)) for _, uri in notes)
-    told = [note.rpartition(", such as ")[0] for note in _counted(notes)]
+    told = [note.rpartition(", such as ")[0] for note in counted(notes)]
     images = [*listing.refusals, *(data for _, data in rows)]
-    return Taken([entry.label for entry, _ in rows], images, told, listing.num_ignored)
+    return Taken([entry.label for entry, _ in rows], images, told, listing.ignored.counts.total())
 
 
 BYTES = pa.array(IMAGES, pa.binary())
@@ -187,7 +187,7 @@ def test_a_dictionary_is_held_once_and_not_for_each_row(tmp_path: Path) -> None:
     texts = pa.array(["x" * 2**20], pa.string()).take(pa.array([0] * 64))
     pq.write_table(pa.table({"image": large, "label": texts}), tmp_path / "in.parquet", dictionary_pagesize_limit=2**23)
     del large, texts
-    (batch,) = list_source(str(tmp_path / "in.parquet"), tmp_path, False).batches
+    (batch,) = list_source(str(tmp_path / "in.parquet"), tmp_path).batches
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in read_batch(batch)]
     assert len(held) == 64

@@ -175,7 +175,7 @@ def test_killed_with_one_ahead_and_taken_up_by_a_stage_that_waited(place, values
     with caplog.at_level(logging.INFO, "components"):
         run(checked(both), workspace, 0, "wide")
     said = [record.getMessage() for record in caplog.records]
-    assert sum(line.endswith("is training this run (`pedigree train-status`); waiting for it") for line in said) == 1
+    assert any(line.endswith("is training this run (`pedigree train-status`); waiting for it") for line in said)
     assert said[-1] == "distill/wide: trained by an earlier try or beside another run; taken up"
     log = first.communicate()[1]
     assert first.returncode == 0, log

@@ -21,7 +21,7 @@ from flows.registered import exact
 from flows.workspace import WorkspaceError, params_text
 from tests.flows.repository import PROJECT
 
-EMBEDDER = "{kind: model, weights: models:/curator@champion, image_size: 28}"
+EMBEDDER = "{kind: model, weights: models:/curator@champion, preprocessing: {resize_size: 32, crop_size: 28}}"
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,26 @@ from flows.workspace import Workspace
 from tests.flows.repository import git_lines
 
 PARAMS = "seed: 7\n"
+
+
+class _Lines(logging.Handler):
+    """What is logged, by a handler of our own: libraries of other tests take pytest's off the root logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What our flows log."""
+    handler = _Lines()
+    logging.getLogger("flows").addHandler(handler)
+    yield handler.lines
+    logging.getLogger("flows").removeHandler(handler)
 
 
 @pytest.fixture
@@ -46,7 +68,7 @@ def taken(root: Path) -> set[str]:
     return set(git_lines(root, "-c", "core.quotePath=false", "ls-tree", "-r", "--name-only", commit))
 
 
-def test_only_code_and_configuration_go_in_and_the_rest_is_named(root, caplog):
+def test_only_code_and_configuration_go_in_and_the_rest_is_named(root, told):
     put(
         root, "components/new/step.py", "flows/ü b.py", "prefect.yaml", "data/pool/photos/ab.dvc", "tests/__pycache__/x"
     )
@@ -55,15 +77,14 @@ def test_only_code_and_configuration_go_in_and_the_rest_is_named(root, caplog):
     committed = {"flows/code.py", "dvc.yaml", "params.yaml", ".gitignore"}
     new = {"components/new/step.py", "flows/ü b.py", "prefect.yaml", "data/pool/photos/ab.dvc"}
     assert taken(root) == committed | new
-    told = [record.message.partition(": ")[2] for record in caplog.records]
-    assert told == [
+    assert [line.partition(": ")[2] for line in told] == [
         "2 file(s), such as IMG_1.jpg",
         "data/pool/photos/stray.txt",
         "1,234 file(s), 3 MiB, such as photos/0.jpg",
     ]
 
 
-def test_tracked_files_go_in_as_they_are(root, caplog):
+def test_tracked_files_go_in_as_they_are(root, told):
     put(root, "photo.jpg", "moved.txt")
     git(root, "add", "photo.jpg", "moved.txt")  # a person's own choice, wherever it lies
     put(root, "photo.jpg", text="edited after it was added\n")
@@ -73,10 +94,10 @@ def test_tracked_files_go_in_as_they_are(root, caplog):
     assert taken(root) == {"flows/code.py", "params.yaml", ".gitignore", "photo.jpg"}
     commit = snapshot(root, PARAMS, [], "Run")
     assert git(root, "show", f"{commit}:photo.jpg") == "edited after it was added"
-    assert next(record.message for record in caplog.records).endswith(": moved.txt/stray")
+    assert told[0].endswith(": moved.txt/stray")
 
 
-def test_secrets_stay_out_of_a_run(root, caplog):
+def test_secrets_stay_out_of_a_run(root, told):
     put(root, "flows/.env", "flows/server.PEM", "infra/id_rsa", "infra/credentials.json", "flows/credentials.py")
     put(root, "infra/kept.key")
     git(root, "add", "infra/kept.key")
@@ -89,10 +110,10 @@ def test_secrets_stay_out_of_a_run(root, caplog):
         "infra/kept.key",
     }
     assert git(root, "show", f"{snapshot(root, PARAMS, [], 'Run')}:infra/kept.key") == "as it is"
-    told = "\n".join(record.message for record in caplog.records)
-    assert "by names like those of secrets: 4 file(s), such as flows/.env" in told
+    text = "\n".join(told)
+    assert "by names like those of secrets: 4 file(s), such as flows/.env" in text
     for name in ("kept", "staged"):
-        assert f"infra/{name}.key looks like a secret: the run has its committed version, if any" in told
+        assert f"infra/{name}.key looks like a secret: the run has its committed version, if any" in text
     objects = git_lines(root, "cat-file", "--batch-all-objects", "--batch-check=%(objectname)")
     assert "edited" not in [git(root, "cat-file", "-p", name) for name in objects]
 
@@ -110,14 +131,14 @@ def test_names_of_secrets(name, secret):
     assert looks_secret(name) is secret
 
 
-def test_a_repository_within_is_left_out(root, caplog):
+def test_a_repository_within_is_left_out(root, told):
     for name in ("flows/inner", "other"):
         git_lines(root, "init", "-q", name)
         put(root, f"{name}/x.py")
     git_lines(root / "other", "add", "x.py")
     git_lines(root / "other", "-c", "user.name=a", "-c", "user.email=b@c", "commit", "-q", "-m", "x")
     assert taken(root) == {"flows/code.py", "dvc.yaml", "params.yaml", ".gitignore"}
-    assert {record.message for record in caplog.records} == {
+    assert set(told) == {
         "left out of the run: flows/inner/ is a git repository of its own",
         "left out of the run: other/ is a git repository of its own",
     }
@@ -143,7 +164,7 @@ class NoStages(Ledger):
         return []
 
 
-def test_a_stage_leaves_its_record_and_its_outputs_and_no_strays(root, caplog):
+def test_a_stage_leaves_its_record_and_its_outputs_and_no_strays(root, told):
     put(root, "dvc.lock", text="stages: {a: {cmd: x, outs: [{path: reports/a.json}, {path: reports/b}]}}\n")
     put(root, "reports/a.json", "reports/b/c/d.json", "reports/.gitignore", "reports/other.json", "core.123")
     put(root, "reports/page.html", "flows/code.py", text="changed by a stage\n")
@@ -155,7 +176,7 @@ def test_a_stage_leaves_its_record_and_its_outputs_and_no_strays(root, caplog):
     (root / "reports/a.json").unlink()
     assert work.commit("a: ran again") != commit
     assert work.commit("nothing new") == git(root, "rev-parse", "HEAD")
-    assert [record.message for record in caplog.records] == [
+    assert told == [
         f"not committed to runs/1, no stage's output: {name}"
         for name in ("core.123", "flows/code.py", "reports/other.json")
     ]

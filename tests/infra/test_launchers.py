@@ -58,7 +58,7 @@ def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, p
     recipe["pretrain"] = pretrain_values(steps=5_000, checkpoint_every_steps=5, sharding="fsdp")
     recipe["adapt"]["crops"] |= {"global_size": 48, "local_size": 24}  # multiples of its patch size, 8
     recipe["distill"]["students"]["small"]["backbone"]["patch_size"] = 8
-    recipe["evaluate"]["crop_size"] = recipe["register"]["resolution"] = 48
+    recipe["evaluate"]["preprocessing"]["crop_size"] = 48
     (workspace / "params.yaml").write_text(yaml.safe_dump(recipe))
     env = slurm_environment(tmp_path_factory.mktemp("bin"))
     with subprocess.Popen(

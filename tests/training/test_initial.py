@@ -55,7 +55,12 @@ def distilled(folder: Path) -> Networks:
 def on_each_rank(folder: Path) -> dict[str, list[int]]:
     """Make networks as the stages do, write what ranks put together; return [peak, allowed] bytes of rank 0."""
     torch.set_num_threads(1)
-    values = {"sharding": "fsdp", "backbone": SHAPE.model_dump(), "crops": {"global_size": 16, "local_size": 8}}
+    values = {
+        "sharding": "fsdp",
+        "precision": "float32",
+        "backbone": SHAPE.model_dump(),
+        "crops": {"global_size": 16, "local_size": 8},
+    }
     config, found = validate(PretrainConfig, values, "test"), {}
     mapped = {path.stat().st_size for path in folder.rglob("*")}
     for make in (drawn, loaded, given, distilled):

@@ -35,7 +35,13 @@ def test_figures_of_time_and_cost(tmp_path, monkeypatch):
     """Two rows of two steps of 8 images, the first while two runs train together; then the second again, resumed."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(monitors, "time", clock)
-    settings = {"steps": 4, "batch_size": 8, "log_every_steps": 2, "teacher": {"temp_warmup_steps": 0}}
+    settings = {
+        "steps": 4,
+        "batch_size": 8,
+        "log_every_steps": 2,
+        "precision": "bfloat16",
+        "teacher": {"temp_warmup_steps": 0},
+    }
     settings["optimizer"] = {"warmup_steps": 0, "freeze_last_layer_steps": 0}
     config, path = TrainingConfig.model_validate(settings), tmp_path / "loss.csv"
     watch = Watch(Alerts(tmp_path, 0), config.monitor.alerts, after_steps=4, max_entropy=2.0)

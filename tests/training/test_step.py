@@ -190,7 +190,7 @@ def test_accumulated_parts_are_batches_of_their_own():
 def test_accumulation_needs_whole_parts_with_neighbours():
     with pytest.raises(ValueError, match=r"batch_size 4 is not a multiple of num_processes \* accumulation_steps 3"):
         config(accumulation_steps=3)
-    with pytest.raises(ValueError, match="KoLeo needs a neighbour: use 8 or more"):
+    with pytest.raises(ValueError, match="KoLeo needs a neighbour: use 8 or a larger multiple of 4"):
         config(accumulation_steps=4)
 
 
