@@ -45,6 +45,7 @@ from infra.local.site import StackError
 
 if TYPE_CHECKING:
     from flows.accept import Acceptance
+    from flows.ingest import Ingested
     from flows.retrain import RunResult
 
 BAD_INPUT, FAILED = 2, 1
@@ -211,7 +212,11 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
         found = {key: getattr(report, key) for key in fields}
         _print_json({**found, "notes": report.notes, **snapshots, "retraining": started})
         return
-    console = Console()
+    _print_ingested(done, name, retrain)
+
+
+def _print_ingested(done: Ingested, name: str, retrain: bool) -> None:
+    console, report = Console(), done.report
     for line in (f"{name}: {report}", *(f"  {note}" for note in report.notes)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for folder in (report.pool_snapshot, report.evaluation_snapshot):

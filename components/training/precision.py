@@ -39,7 +39,7 @@ def resolve_precision(config: ConfigT, stage: str) -> ConfigT:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself; emulated it is up to ten times slower than float32."""
+    """Whether the device computes in bfloat16 itself; emulated it is several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()

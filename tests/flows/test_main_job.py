@@ -40,7 +40,7 @@ SMALL = (
     "pretrain.checkpoint_every_steps=2", "adapt.steps=2",
     "adapt.batch_size=8", "adapt.optimizer.warmup_steps=1", "distill.steps=3", "distill.batch_size=8",
     "distill.optimizer.warmup_steps=1", "evaluate.linear.c_grid=[1.0]", "evaluate.bootstrap_resamples=50",
-    # Ten times as fast as bfloat16 on a processor that cannot compute in it.
+    # The same on every machine, whatever `auto` would take there.
     "pretrain.precision=float32", "adapt.precision=float32", "distill.precision=float32",
 )  # fmt: skip
 STAGES = ["embed", "curate", "pretrain", "adapt", "distill@small", "evaluate@small", "evaluate@teacher", "register"]

@@ -21,7 +21,7 @@ PARAMS = "seed: 7\n"
 
 
 class _Lines(logging.Handler):
-    """What is logged, by a handler of our own: libraries of other tests take pytest's off the root logger."""
+    """What is logged, by a handler of our own: in one run beside other tests pytest's saw nothing, cause unknown."""
 
     def __init__(self) -> None:
         super().__init__()
