@@ -34,4 +34,4 @@ def test_parameters_load_no_torch(module):
 
 
 def test_every_stage_has_parameters():
-    assert {f"components.{name}.config" for name in ("curation", "training", "evaluation", "registry")} <= set(CONFIGS)
+    assert {f"components.{name}.config" for name in ("curation", "training", "evaluation")} <= set(CONFIGS)
