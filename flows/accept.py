@@ -15,7 +15,7 @@ from components.lineage.record import Record, file_md5
 from components.lineage.trace import ACCEPTED, outputs_of
 from components.recipe import Recipe
 from flows.preview import Preview, Step, open_preview
-from flows.workspace import chosen_sources
+from flows.sources import choose
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Acceptance:
             AuditError: the audit log is broken or does not take the event.
             LedgerError: the outputs of the last run are gone.
         """
-        with open_preview(checkout, recipe, chosen_sources(checkout, sources)) as preview:
+        with open_preview(checkout, recipe, choose(checkout, sources)) as preview:
             steps = _asked(preview.steps, self.stages)
             if refused := [line for step in steps if (line := _refusal(step, steps, preview.last_run))]:
                 raise ConfigError("\n".join(refused))

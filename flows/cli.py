@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +37,10 @@ from flows import (
 from flows.commands import doctor, plan
 from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
+from flows.commands import sources as sources_command
+from flows.git import head_commit
+from flows.sources import POOL, SAMPLE, choose, name_for, snapshots
 from flows.verdict import Verdict, verdicts
-from flows.workspace import chosen_sources, head_commit
 from infra.local import supervisor
 from infra.local.site import StackError
 
@@ -112,6 +113,10 @@ app.command("plan")(_in_the_checkout(plan.plan))
 app.command("train-status")(train_status.train_status)
 app.command("gc")(_at_the_services(gc_command.gc))
 app.command("runs")(_in_the_checkout(runs_command.runs))
+sources_app = typer.Typer(no_args_is_help=True, help="List or remove what is in the pool.")
+sources_app.command("list")(_in_the_checkout(sources_command.list_sources))
+sources_app.command("remove")(_in_the_checkout(sources_command.remove))
+app.add_typer(sources_app, name="sources")
 
 
 @app.command()
@@ -120,6 +125,9 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         Path | None, typer.Option(help="A folder of your own images, instead of the sample pool.")
     ] = None,
     license_: Annotated[str, typer.Option("--license", help="Licence of those images.")] = NOT_STATED,
+    name: Annotated[
+        str | None, typer.Option(help="Name of those images as a source; default: the folder's name.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
     engine: EngineOption = None,
@@ -133,7 +141,8 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
 ) -> None:
     """Run the whole main job: ingest, curate, pretrain, adapt, distill, evaluate, register.
 
-    Only what changed since an earlier run is computed.
+    Only what changed since an earlier run is computed. With --images exactly what the folder holds now is used, by this
+    run alone; `pedigree ingest` takes images in to stay.
 
     Examples:
       pedigree run
@@ -153,10 +162,12 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         params = load_recipe(checkout, recipe, set_ or [])  # a wrong parameter is told before anything starts
         if images is not None:
             _check_folder(images)
+        elif name is not None:
+            raise ConfigError(f"--name {name} names the source of --images: give the folder too")
         head_commit(checkout)
         _connect(checkout)
-        sources = _fill_pool(checkout, images, license_)
-        preflight.check(checkout, params, chosen_sources(checkout, sources))
+        sources = _fill_pool(checkout, images, name, license_)
+        preflight.check(checkout, params, choose(checkout, sources))
         if accepted:
             accepted.record(checkout, plan.exact_recipe(checkout, params)[0], sources)
         from flows.retrain import retrain
@@ -221,7 +232,7 @@ def _print_ingested(done: Ingested, name: str, retrain: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for folder in (report.pool_snapshot, report.evaluation_snapshot):
         if folder is not None:
-            console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.dvc` keeps it in your history")
+            console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.*` keeps it in your history")
     for line in done.retraining if retrain else ["no retraining starts, now or by a later ingest (--no-retrain)"]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -278,24 +289,23 @@ def _prefect_is_away(error: Exception) -> str:
     return f"Prefect at {address} does not answer ({reason}); {advice}"
 
 
-def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
-    """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
+def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: str) -> list[str] | None:
+    """Ingest the user's folder, or the sample where the pool is empty; returns what the run shall use, None: all."""
     from components.data.ingest_config import IngestRequest
     from flows.ingest import ingest as flow
     from flows.pool_lock import pool_held
-    from flows.workspace import SAMPLE, known_sources
 
     if images is not None:
-        name = re.sub(r"[^a-z0-9]+", "-", images.resolve().name.lower()).strip("-") or "images"
-        request = IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2)
+        name = name or name_for(checkout, images)
+        request = IngestRequest.parse(source=str(images), name=name, license=license_, holdout=0.2, one_run=True)
         report = _finished(flow, request, announce=False).report
-        if name not in known_sources(checkout):
+        if not any(folder.is_relative_to(request.pool) for folder in report.holds):
             held = report.held_out + report.already_present
             told = f"no image is left for training, all {held} are held out for evaluation"
             raise ConfigError(f"IMAGES: {images}: {told}; give more images")
-        return [name]
+        return [f"{folder.parent.name}/{folder.name}" for folder in report.holds]
     with pool_held(SAMPLE, logging.getLogger(__name__)):  # while it is made another run must not make it too
-        if not known_sources(checkout):
+        if not any(one.collection == POOL and not one.one_run for one in snapshots(checkout)):
             from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
 
             folder = checkout / ".pedigree" / SAMPLE

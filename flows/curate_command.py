@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from components.core.text import one_line
-from flows.workspace import WorkspaceError, git
+from flows.git import WorkspaceError, git
 
 if TYPE_CHECKING:
     from components.curation.explain import CuratedTables, Explanation, Mention

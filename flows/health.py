@@ -152,7 +152,7 @@ def databases(_: Path) -> Iterator[Finding]:
 
 def commit(checkout: Path) -> Iterator[Finding]:
     """A run is a commit, so the checkout needs one."""
-    from flows.workspace import head_commit
+    from flows.git import head_commit
 
     yield Finding("git", GREEN, f"commit {head_commit(checkout)[:10]}")
 

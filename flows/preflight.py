@@ -8,15 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from components.core.config import ConfigError
-from flows.snapshot import CODE_FOLDERS, COLLECTIONS, known_sources
+from flows.snapshot import CODE_FOLDERS
+from flows.sources import EVALUATION, POOL, Snapshot, num_images, snapshots, source_names
 from infra.local.site import HOST
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-POOL, EVALUATION = COLLECTIONS
 FILES = ("weights", "path", "teacher_weights", "previous")  # last parts of the keys whose values name files
 VERSIONED = ("embed.embedder.weights", "embed.semantic.weights", "distill.teacher_weights")  # may be models:/...
 LEAST_BYTES = 100 * 2**20  # for the run's folder, logs and databases, even where every stage is unchanged
@@ -35,24 +33,22 @@ CHECKPOINTS = 3  # two are kept while the next is written
 EMBEDDING_BYTES = 4096  # of an image: 1,024 float32 numbers
 
 
-def check(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> None:
+def check(checkout: Path, recipe: Recipe, entries: Sequence[str]) -> None:
     """Refuse a run that cannot succeed, and warn of one that may fill a disk.
 
     Args:
         checkout: Pedigree's folder.
         recipe: all parameters of the run.
-        sources: names of the sources of the pool that the run uses.
+        entries: the snapshots that the run takes, as SOURCE/SNAPSHOT.
 
     Raises:
         ConfigError: one line for each fault, with the key to change and a value that fits.
     """
-    told = [
-        *_missing_files(checkout, recipe),
-        *_unknown_seeds(recipe, sources),
-        *_few_images(checkout, recipe, sources),
-    ]
-    told += [*_no_evaluation(checkout, sources), *_no_shared_memory(recipe)]
-    told += [*_no_room(checkout, _needs(checkout, recipe, sources))]
+    taken = snapshots(checkout, entries)
+    pool = [one for one in taken if one.collection == POOL]
+    told = [*_missing_files(checkout, recipe), *_unknown_seeds(recipe, pool), *_few_images(recipe, pool)]
+    told += [*_no_evaluation(taken), *_no_shared_memory(recipe)]
+    told += [*_no_room(checkout, _needs(checkout, recipe, pool))]
     if told:
         raise ConfigError("\n".join(told))
 
@@ -92,20 +88,22 @@ def _in_the_run(checkout: Path, path: str) -> bool:
     return bool(git(checkout, "--literal-pathspecs", "ls-files", "--", path))
 
 
-def _unknown_seeds(recipe: Recipe, sources: Sequence[str]) -> Iterator[str]:
+def _unknown_seeds(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
+    sources = source_names(one.entry for one in pool)
     for name in sorted(set(recipe.curate.seed_sets) - set(sources)):
         yield f"curate.seed_sets.{name}: the run has no such source; its sources: {', '.join(sources)}"
 
 
-def _few_images(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[str]:
+def _few_images(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
     """Batches that are larger than the curated set can be, however few images curation leaves out."""
-    counts = {name: _num_images(checkout, POOL, name) for name in sources}
-    known = {name: count for name, count in counts.items() if count is not None}
-    if len(known) < len(counts):
-        logger.info("batch sizes not checked: %s not in this checkout", ", ".join(sorted(counts.keys() - known.keys())))
-        return
-    most, target = sum(known.values()), recipe.curate.target_images
-    where = ", ".join(f"{name} {count:,}" for name, count in known.items())
+    counts: Counter[str] = Counter()
+    for one in pool:
+        if (count := num_images(one)) is None:
+            logger.info("batch sizes not checked: %s is not in this checkout", one.entry)
+            return
+        counts[one.source] += count
+    most, target = counts.total(), recipe.curate.target_images
+    where = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     said = f"the sources hold {most:,} images ({where})"
     if target is not None and not recipe.curate.seed_sets and target < most:
         most, said = target, f"curate.target_images is {target:,}"
@@ -134,39 +132,23 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
             yield str(error)
 
 
-def _no_evaluation(checkout: Path, sources: Sequence[str]) -> Iterator[str]:
+def _no_evaluation(taken: Sequence[Snapshot]) -> Iterator[str]:
     """The stage evaluate needs images; a run has those of its sources, and of sources that only evaluate."""
-    unused = set(known_sources(checkout)) - set(sources)
-    sets = {path.parent.name for path in (checkout / EVALUATION).glob("*/*.dvc")} - unused
-    counts = [_num_images(checkout, EVALUATION, name) for name in sets]
+    counts = [num_images(one) for one in taken if one.collection == EVALUATION]
     if None not in counts and not sum(filter(None, counts)):
+        names = ", ".join(source_names(one.entry for one in taken))
         yield (
-            f"{EVALUATION}: no evaluation images of {', '.join(sources)}, and the stage evaluate needs some: "
+            f"{EVALUATION}: no evaluation images of {names}, and the stage evaluate needs some: "
             "pedigree ingest FOLDER --name NAME --license LICENSE --evaluation"
         )
 
 
-def _num_images(checkout: Path, collection: str, source: str) -> int | None:
-    """Images of a source by its manifests, doubles included; None where one is not in the checkout."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from components.data.manifest import MANIFEST
-
-    snapshots = [path.with_suffix("") for path in (checkout / collection / source).glob("*.dvc")]
-    try:
-        return sum(pq.read_metadata(folder / MANIFEST).num_rows for folder in snapshots)
-    except (OSError, pa.ArrowInvalid):  # the stages say what is wrong with it, once it is fetched
-        return None
-
-
-def _needs(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> dict[Path, dict[str, int]]:
+def _needs(checkout: Path, recipe: Recipe, pool: Sequence[Snapshot]) -> dict[Path, dict[str, int]]:
     """Bytes that a run writes at most, by folder and kind; a stage that is unchanged writes nothing."""
     images, count = 0, 0
-    for path in (file for name in sources for file in (checkout / POOL / name).glob("*.dvc")):
-        for out in (yaml.safe_load(path.read_text()) or {}).get("outs", ()):
-            images += out.get("size", 0)
-        count += _num_images(checkout, POOL, path.parent.name) or 0
+    for one in pool:
+        images += one.num_bytes
+        count += num_images(one) or 0
     target = recipe.curate.target_images
     kept = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
     heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)

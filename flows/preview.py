@@ -18,7 +18,10 @@ from components.lineage.ledger import Foreseen, Ledger, Outcome
 from components.lineage.record import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.workspace import COLLECTIONS, ENDS, git, params_text, snapshot
+from flows.git import git
+from flows.snapshot import snapshot
+from flows.sources import COLLECTIONS
+from flows.workspace import ENDS, params_text
 
 BRANCHES = "refs/heads/runs/"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from components.recipe import Recipe
 from components.registry.promote import with_alias
 from components.registry.publish import one_line_errors, registry_client
-from flows.workspace import WorkspaceError
+from flows.git import WorkspaceError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

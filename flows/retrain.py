@@ -26,10 +26,12 @@ from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
+from flows.git import WorkspaceError
 from flows.registered import exact, open_registry
 from flows.run_log import log_file
+from flows.sources import choose, source_names
 from flows.stages import StageFailedError, run_stage
-from flows.workspace import Workspace, WorkspaceError, chosen_sources, close_branch, open_workspace
+from flows.workspace import Workspace, close_branch, open_workspace
 
 STAGES_SIDE_BY_SIDE = 2
 MOST_TRIES = 5  # of one flow run, which is started again after a crash or a stop of its worker
@@ -70,7 +72,8 @@ def retrain(
 
     Args:
         params: all parameters of the run; None takes `recipe` and `overrides`.
-        sources: names of the sources in the pool to use; None takes all (the sample only if there is no other).
+        sources: names of sources in the pool, or SOURCE/SNAPSHOT; None takes every source that was ingested to stay
+            (the sample only if there is no other), none that was given to one run.
         recipe: a named recipe; None takes `params.yaml` of the checkout.
         overrides: KEY=VALUE, such as distill.steps=50.
     """
@@ -94,7 +97,7 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
     name = read_recipe().name
     with _one_run_a_model(checkout, name):
         registry = open_registry()
-        recipe, used = read_recipe(), chosen_sources(checkout, sources)
+        recipe, used = read_recipe(), choose(checkout, sources)
         if recipe.name != name:
             changed = f"the model's name changed from {name} to {recipe.name} while this run waited"
             raise WorkspaceError(f"{changed}; run again")
@@ -103,7 +106,8 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
             live.note(checkout, run=workspace.run_id, model=recipe.name)
             with log_file(checkout, workspace.run_id):
                 _name_flow_run(workspace.run_id)
-                logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, ", ".join(used))
+                names = ", ".join(source_names(used))
+                logger.info("run %s on branch %s, sources: %s", workspace.run_id, workspace.branch, names)
                 return _run(workspace, recipe)
 
 

@@ -1,7 +1,8 @@
 """What of a checkout goes into a run: code and configuration, as they are now, as one commit.
 
-Tracked files go in with their edits. Of what git does not track, only code, Pedigree's own top-level files and the
-`.dvc` files of the pool and the evaluation sets go in; all else is left out, and named in the log.
+Tracked files go in with their edits. Of what git does not track, only code, Pedigree's own top-level files and what
+stands beside the snapshots of the pool and the evaluation sets (`.dvc` file, provenance) go in; all else is left out,
+and named in the log.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from components.data.provenance import SUFFIX
 from components.recipe import PARAMS_FILE
 from flows.git import WorkspaceError, git, head
+from flows.sources import COLLECTIONS
 
 logger = logging.getLogger(__name__)
 
-COLLECTIONS = ("data/pool", "data/evaluation")
 _COLLECTED = tuple(f"{collection}/" for collection in COLLECTIONS)
+_OF_SNAPSHOTS = (".dvc", SUFFIX)
 CODE_FOLDERS = ("flows", "components", "infra", "tests")
 TOP_FILES = (
     PARAMS_FILE, "dvc.yaml", "dvc.lock", "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE",
@@ -37,21 +40,19 @@ _SECRET = re.compile(
 _NO_SECRET = (".py", ".pyi", ".md", ".pub", ".example", ".sample", ".template")  # code, and what is made to be shown
 
 
-def known_sources(checkout: Path) -> list[str]:
-    """Names of the sources in the pool, by their `.dvc` files."""
-    return sorted({path.parent.name for path in (checkout / "data" / "pool").glob("*/*.dvc")})
-
-
 def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
     """Commit the checkout's code and configuration as they are, without touching it or its index; returns the commit.
 
-    Of the pool's sources only `sources` are in it; a source that is an evaluation set and nothing else always is.
+    Args:
+        checkout: Pedigree's folder.
+        params: text of the run's `params.yaml`.
+        sources: the snapshots that are in it, as SOURCE/SNAPSHOT; no other is.
+        message: of the commit.
 
     Raises:
         WorkspaceError: git refuses, or an untracked file is too large for a run.
     """
     at = head(checkout)
-    unused = set(known_sources(checkout)) - set(sources)
     with tempfile.TemporaryDirectory(prefix="pedigree-", dir=at.index.parent) as scratch:
         index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
         if at.index.exists():  # with its times, by which git knows what has not changed
@@ -64,7 +65,7 @@ def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) 
         if taken := _taken(checkout, untracked):
             git(checkout, "update-index", "--add", "--remove", "-z", "--stdin", extra=index, given=_z(taken))
         blob = git(checkout, "hash-object", "-w", "--no-filters", "--stdin", given=params)
-        entries = [f"0 {'0' * len(blob)}\t{path}" for path in [*tracked, *taken] if _of_source(path, unused)]
+        entries = [f"0 {'0' * len(blob)}\t{path}" for path in [*tracked, *taken] if _is_unused(path, sources)]
         entries.append(f"100644 {blob}\t{PARAMS_FILE}")
         git(checkout, "update-index", "-z", "--index-info", extra=index, given=_z(entries))
         tree = git(checkout, "write-tree", extra=index)
@@ -131,7 +132,7 @@ def _belongs(path: str) -> bool:
     if path.endswith("/"):
         return False
     if path.startswith(_COLLECTED):
-        return path.endswith((".dvc", "/.gitignore"))
+        return path.endswith((*_OF_SNAPSHOTS, "/.gitignore"))
     return path in TOP_FILES or ("/" in path and path.partition("/")[0] in CODE_FOLDERS)
 
 
@@ -153,8 +154,12 @@ def _check_sizes(checkout: Path, paths: list[str]) -> None:
         )
 
 
-def _of_source(path: str, sources: set[str]) -> bool:
-    return path.endswith(".dvc") and path.startswith(_COLLECTED) and Path(path).parent.name in sources
+def _is_unused(path: str, sources: Sequence[str]) -> bool:
+    """Whether a file is of a snapshot that the run does not take."""
+    ending = next((each for each in _OF_SNAPSHOTS if path.endswith(each)), None)
+    if ending is None or not path.startswith(_COLLECTED):
+        return False
+    return "/".join(path.removesuffix(ending).split("/")[2:]) not in sources
 
 
 def _z(entries: Iterable[str]) -> str:

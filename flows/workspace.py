@@ -21,15 +21,15 @@ import yaml
 
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.git import WorkspaceError, git, head_commit
-from flows.snapshot import COLLECTIONS, by_top_level, describe, known_sources, snapshot
+from flows.git import git, head_commit
+from flows.snapshot import by_top_level, describe, snapshot
+from flows.sources import COLLECTIONS
 
 if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
     from components.lineage.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = "sample"  # the source that `make run` builds when there is no other
 ENDS = ("Run finished", "Run failed", "Run interrupted")  # how the subject of a branch's last commit begins
 KEPT_FOLDERS = 3  # of the newest finished runs, to look into; all branches are kept
 
@@ -89,7 +89,7 @@ def close_branch(root: Path, message: str) -> str:
 
 @contextmanager
 def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[Workspace]:
-    """Make a run's worktree with only the named sources' data in it; the folder stays when the block ends.
+    """Make a run's worktree with only the named snapshots (SOURCE/SNAPSHOT); the folder stays when the block ends.
 
     Raises:
         WorkspaceError: not a git repository, or one without a commit.
@@ -130,21 +130,6 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
     if own.exists() and yaml.safe_load(own.read_text()) == values:
         return own.read_text()
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def chosen_sources(checkout: Path, asked: Sequence[str] | None) -> list[str]:
-    """The sources a run uses: those asked for, else all; the sample only where there is nothing else.
-
-    Raises:
-        WorkspaceError: an unknown source, or an empty pool.
-    """
-    known = known_sources(checkout)
-    unknown = sorted(set(asked or ()) - set(known))
-    if unknown:
-        raise WorkspaceError(f"no source {unknown[0]!r} in the pool; known: {', '.join(known) or 'none'}")
-    if not known:
-        raise WorkspaceError("the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it")
-    return list(asked or [name for name in known if name != SAMPLE] or known)
 
 
 def _recorded_outputs(root: Path) -> set[str]:

@@ -31,6 +31,8 @@ RUN_ELSEWHERE = (
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
+    ("pedigree sources list", "tests/flows/test_sources.py", r'"sources", "list"'),
+    ("pedigree sources remove", "tests/flows/test_sources.py", r'"sources", "remove"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
     ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
     ("pedigree doctor", "tests/flows/test_doctor.py", r'"doctor"'),

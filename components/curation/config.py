@@ -119,8 +119,8 @@ class FilterConfig(Config):
     min_side: PositiveInt = 16  # pixels, of the shorter side
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 8.0  # longer side / shorter side; None: any
     formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1)] | None = None  # None: any
-    blocked_domains: tuple[Domain, ...] = ()  # of source_uri; sub-domains too
-    blocked_paths: tuple[str, ...] = ()  # globs over the whole source_uri; * also stands for /
+    blocked_domains: tuple[Domain, ...] = ()  # first folder of a source, as a mirror of sites has; sub-domains too
+    blocked_paths: tuple[str, ...] = ()  # globs over the place in the source; * also stands for /
     blocked_licenses: tuple[str, ...] = ()  # as the manifest names them, in any case
     allowed_licenses: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: any
     max_gray_share: Share | None = None  # of the pixels; 0.99 takes gray photographs

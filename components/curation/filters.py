@@ -79,8 +79,8 @@ def other_format(formats: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table
 
 
 def blocked_domain(uris: pa.ChunkedArray, domains: tuple[str, ...]) -> pa.Table:
-    """Images whose URI has one of the `domains` or a sub-domain of it as host: `blocked_source`."""
-    before, after = r"(?i)^[a-z][a-z0-9+.-]*://(?:[^/?#]*@)?(?:[^/?#@]*\.)?", r"\.?(?::\d*)?(?:[/?#]|$)"
+    """Images whose URI has one of the `domains` or a sub-domain of it as host or first folder: `blocked_source`."""
+    before, after = r"(?i)^(?:[a-z][a-z0-9+.-]*://)?(?:[^/?#]*@)?(?:[^/?#@]*\.)?", r"\.?(?::\d*)?(?:[/?#]|$)"
     return _blocked(uris, {f"domain {name}": f"{before}{re.escape(name)}{after}" for name in domains})
 
 

@@ -25,6 +25,18 @@ MEANING = {
     "not_sampled": "a good image of a cluster that has more than its share",
     "not_retrieved": "a good image that no seed set brings in, where there is no balanced part",
 }
+# The setting of section `curate` that decides, where one does.
+SETTING = {
+    "too_small": "filters.min_side",
+    "aspect_ratio": "filters.max_aspect_ratio",
+    "format": "filters.formats",
+    "grayscale": "filters.max_gray_share",
+    "blank": "filters.min_entropy",
+    "nsfw": "filters.max_nsfw",
+    "evaluation_copy": "decontamination_similarity",
+    "near_duplicate": "dedup_similarity",
+    "not_sampled": "target_images",
+}
 # `row` is a row of the pool; the other columns are those of REJECTED_SCHEMA.
 SCHEMA = pa.schema(
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from components.curation.inputs import (
     read_collections,
     read_inputs,
 )
+from components.curation.left_out import left_out_lines
 from components.curation.pack import Pool, pack
 from components.curation.previous import find_previous, remember
 from components.curation.rejections import remaining, value_counts
@@ -41,6 +43,8 @@ from components.curation.unique import Unique, check_copies, drop_copies
 from components.data import curation_gates as gates
 from components.data.expectations import DataDocs
 from components.data.manifest import FINDINGS
+
+log = logging.getLogger(__name__)
 
 CURATED = Path("data/curated")
 CACHE = Path(".pedigree/cache/embeddings")
@@ -118,6 +122,8 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     funnel = [*first, *unique.funnel, ("curated", len(kept))]
     result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
     write_report(result, root, root / REPORTS)
+    for line in left_out_lines(config, inputs, rejected):
+        log.info(line)
     return _figures(result)
 
 

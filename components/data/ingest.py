@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from components.core.engine import map_shards
 from components.core.progress import track
 from components.core.storage import atomic_dir, recover_dirs
 from components.core.text import one_line
+from components.core.tracking import user_name
 from components.data import expectations, ingest_lines, sources, summary
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import (
@@ -38,6 +40,7 @@ from components.data.manifest import (
     write_manifest,
     write_table,
 )
+from components.data.provenance import Provenance, read_provenance
 from components.data.shards import EXTENSIONS, MAX_PIXELS, PIXEL_CEILING, ImageError, ShardWriter, decode_noted
 
 logger = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ TOO_MANY_PIXELS = (
 class Finding:
     """What one file (or row, or archive member) turned out to be."""
 
-    uri: str
+    uri: str  # relative to the source's root
     folder: str = ""  # as in `Entry`
     label: str | None = None
     split: str | None = None
@@ -88,6 +91,7 @@ class IngestReport:
     source_version: str
     pool_snapshot: Path | None  # the new folder; None if nothing was new for it
     evaluation_snapshot: Path | None
+    holds: tuple[Path, ...] = ()  # of an ingest for one run: the snapshots that together hold what the source holds now
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items()) or "none"
@@ -109,8 +113,8 @@ class _Account:
     all_evaluation: list[Finding]  # those that were present included
     rejected: list[Finding]
     copies: list[tuple[Finding, Finding]]  # the image that is kept, and its copy
-    version: str  # of the source
-    when: datetime
+    relabelled: list[tuple[Finding, str | None]]  # present, and the other label that it has there
+    used: list[Path]  # of an ingest for one run: the snapshots that hold what is present
     facts: expectations.SnapshotFacts
 
 
@@ -140,9 +144,15 @@ def ingest(request: IngestRequest) -> IngestReport:
         # Both are written and validated before the first is renamed into its place, at the end of the block.
         pool = _write_snapshot(request.pool, account.pool, account, request, stack)
         evaluation = _write_snapshot(request.evaluation, account.evaluation, account, request, stack)
+        provenance = _provenance(findings, request)
+        made = [folder for folder in (pool, evaluation) if folder is not None]
+        for folder in made:
+            provenance.write(folder)
     notes = [
+        *ingest_lines.one_run_lines(account.images, request),
         *ingest_lines.label_lines(account.images, placed, origin, not request.as_evaluation),
         *ingest_lines.evaluation_lines(account.images, account.all_evaluation, account.copies),
+        *ingest_lines.relabelled_lines(account.relabelled),
         *ingest_lines.source_lines(listing, findings, account.rejected),
     ]
     report = IngestReport(
@@ -156,9 +166,10 @@ def ingest(request: IngestRequest) -> IngestReport:
         unlabelled=sum(image.label is None for image in account.images),
         notes=tuple(notes),
         bytes_stored=sum(finding.length for finding in (*account.pool, *account.evaluation)),
-        source_version=account.version,
+        source_version=provenance.source_version,
         pool_snapshot=pool,
         evaluation_snapshot=evaluation,
+        holds=(*account.used, *made) if request.one_run else (),
     )
     for line in (f"{one_line(request.source)}: {report}", *notes):
         logger.info(line)
@@ -189,7 +200,8 @@ def _examine(listing: sources.Listing, request: IngestRequest) -> list[Finding]:
     look = partial(examine_batch, max_pixels=request.max_pixels)
     batches = map_shards(look, listing.batches, workers=workers, what="examine", unit="batches")
     refused = [Finding(item.uri, reason=item.reason, detail=item.detail) for item in listing.refusals]
-    return [*(finding for batch in batches for finding in batch), *refused]
+    found = [*(finding for batch in batches for finding in batch), *refused]
+    return [replace(finding, uri=finding.uri.removeprefix(listing.root)) for finding in found]
 
 
 def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None:
@@ -234,8 +246,6 @@ def _examine_entry(
 
 def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     """Decide for each finding: rejected, a copy, already there, for the pool, or for the evaluation set."""
-    home = request.evaluation if request.as_evaluation else request.pool
-    present = _ids_in(home / request.name) | (_ids_in(request.evaluation / request.name) if request.holdout else set())
     first: dict[str, Finding] = {}
     rejected, copies = [], []
     # Of equal bytes that which is for testing is kept, then that which has a label, then the first by name.
@@ -248,13 +258,15 @@ def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     images = [first[image_id] for image_id in sorted(first)]
     evaluation = _with_splits([image for image in images if _is_held_out(image, request)])
     held = {image.image_id for image in evaluation}
-    new_pool = [image for image in images if image.image_id not in held | present]
+    training = [image for image in images if image.image_id not in held]
+    present, used = _cover(training, evaluation, request) if request.one_run else (_present(request), [])
+    new_pool = [image for image in training if image.image_id not in present]
     new_evaluation = [image for image in evaluation if image.image_id not in present]
     stored = len(new_pool) + len(new_evaluation)
     facts = expectations.SnapshotFacts(request.name, len(findings), stored, already_present=len(first) - stored)
-    version = request.source_version or _digest_of(findings)
-    when = request.ingested_at or datetime.now(UTC).replace(microsecond=0)
-    return _Account(images, new_pool, new_evaluation, evaluation, rejected, copies, version, when, facts)
+    seen = ((image, present.get(str(image.image_id), image.label)) for image in images)
+    relabelled = [(image, label) for image, label in seen if label != image.label]
+    return _Account(images, new_pool, new_evaluation, evaluation, rejected, copies, relabelled, used, facts)
 
 
 def _is_held_out(image: Finding, request: IngestRequest) -> bool:
@@ -275,10 +287,53 @@ def _split_by_content(image: Finding) -> str:
     return "train" if int(str(image.image_id)[32:48], 16) % 2 == 0 else "test"
 
 
-def _ids_in(source: Path) -> set[str]:
-    """Ids in a source's snapshots. What two sources bring is in both: each has its licence, and can be used alone."""
-    tables = [read_manifest(path) for path in source.glob("[!.]*/manifest.parquet")]
-    return {image_id for table in tables for image_id in table["image_id"].to_pylist()}
+def _present(request: IngestRequest) -> dict[str, str | None]:
+    """Ids of what the source brought before to stay, with labels: it need not be stored again.
+
+    What two sources bring is in both: each has its licence, and can be used alone.
+    """
+    home = request.evaluation if request.as_evaluation else request.pool
+    present: dict[str, str | None] = {}
+    for collection in {home, request.evaluation} if request.holdout else {home}:
+        for folder in _snapshots(collection / request.name):
+            if not ((provenance := read_provenance(folder)) and provenance.one_run):
+                present |= {row[0]: row[1] for row in _rows(folder)}
+    return present
+
+
+def _cover(
+    training: list[Finding], evaluation: list[Finding], request: IngestRequest
+) -> tuple[dict[str, str | None], list[Path]]:
+    """Snapshots that hold, together, nothing but what the source holds now, and each image once.
+
+    Returns:
+        The ids of the images in them, with labels; and the snapshots.
+    """
+    present: dict[str, str | None] = {}
+    used: list[Path] = []
+    for collection, images in ((request.pool, training), (request.evaluation, evaluation)):
+        wanted = {_as_stored(image, request.license) for image in images}
+        held = {folder: _rows(folder) for folder in _snapshots(collection / request.name)}
+        for folder, rows in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
+            if rows <= wanted and not any(row[0] in present for row in rows):
+                used.append(folder)
+                present |= {row[0]: row[1] for row in rows}
+    return present, used
+
+
+def _snapshots(source: Path) -> list[Path]:
+    return [path.parent for path in source.glob(f"[!.]*/{MANIFEST}")]
+
+
+def _as_stored(image: Finding, license_: str) -> tuple[str, str | None, str | None, str, str]:
+    """What a manifest says of an image beside what its bytes say."""
+    return str(image.image_id), image.label, image.split, image.uri, license_
+
+
+def _rows(snapshot: Path) -> set[tuple[str, str | None, str | None, str, str]]:
+    columns = ("image_id", "label", "split", "source_uri", "license")
+    table = read_manifest(snapshot / MANIFEST)
+    return set(zip(*(table[name].to_pylist() for name in columns), strict=True))
 
 
 def _place(image_id: str) -> float:
@@ -286,14 +341,22 @@ def _place(image_id: str) -> float:
     return int(image_id[48:], 16) / 16**16
 
 
-def _snapshot_name(taken: list[Finding]) -> str:
-    return hashlib.sha256("\n".join(str(finding.image_id) for finding in taken).encode()).hexdigest()[:12]
+def _snapshot_name(taken: list[Finding], license_: str) -> str:
+    rows = json.dumps([_as_stored(finding, license_) for finding in taken])
+    return hashlib.sha256(rows.encode()).hexdigest()[:12]
 
 
-def _digest_of(findings: Iterable[Finding]) -> str:
-    """The version of a source that names none: a digest of all its names and bytes."""
+def _provenance(findings: Iterable[Finding], request: IngestRequest) -> Provenance:
+    """Whence the source comes; its version, where it names none, is a digest of all its names and bytes."""
     lines = sorted(f"{finding.uri} {finding.image_id or finding.reason}\n" for finding in findings)
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    digest = "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    return Provenance(
+        source=request.source if "://" in request.source else os.path.realpath(request.source),
+        source_version=request.source_version or digest,
+        ingested_at=request.ingested_at or datetime.now(UTC).replace(microsecond=0),
+        ingested_by=user_name(),
+        one_run=request.one_run,
+    )
 
 
 def _write_snapshot(
@@ -302,7 +365,7 @@ def _write_snapshot(
     """Write and validate one snapshot aside; it gets its name when `stack` ends well."""
     if not taken:
         return None
-    folder = collection / request.name / _snapshot_name(taken)
+    folder = collection / request.name / _snapshot_name(taken, request.license)
     aside = stack.enter_context(atomic_dir(folder))
     with ShardWriter(aside, request.shard_bytes) as shards:
         places = [
@@ -317,9 +380,7 @@ def _write_snapshot(
         "length": length,
         "source": [request.name] * len(taken),
         "source_uri": [finding.uri for finding in taken],
-        "source_version": [account.version] * len(taken),
         "license": [request.license] * len(taken),
-        "ingested_at": [account.when] * len(taken),
     }
     write_manifest(pa.table(columns, schema=POOL_SCHEMA), aside / MANIFEST)
     _write_rejected(aside, account.rejected, request.name)

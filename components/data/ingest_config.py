@@ -45,6 +45,7 @@ class IngestRequest(Config):
     evaluation: Path = Path("data/evaluation")
     holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share held out into the evaluation set, by content
     as_evaluation: bool = False  # the whole source is an evaluation set
+    one_run: bool = False  # for one run, which takes exactly what the source holds now; no later run takes it unasked
     max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image; more need memory, here and in each stage
     source_version: str | None = None  # None: a digest of all bytes that were seen
     ingested_at: Annotated[datetime, AfterValidator(_whole_seconds_utc)] | None = None  # None: now

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from components.core.text import one_line
+from components.data.ingest_config import IngestRequest
 from components.data.labels import Placement, label_line, place, placement_lines, untested_line
 from components.data.sources import Listing
 
@@ -43,6 +44,15 @@ def label_findings(findings: Sequence[Finding], listing: Listing) -> tuple[list[
         for finding in findings
     ]
     return labelled, placed, origin
+
+
+def one_run_lines(images: Sequence[Finding], request: IngestRequest) -> Iterator[str]:
+    """A line on images that were given to one run."""
+    if request.one_run:
+        yield (
+            f"source {request.name}: this run takes exactly these {len(images):,} images, and no other run takes them; "
+            "`pedigree ingest` takes images in to stay"
+        )
 
 
 def label_lines(images: Sequence[Finding], placed: Placement, origin: str, in_the_pool: bool) -> Iterator[str]:
@@ -81,6 +91,17 @@ def evaluation_lines(
         yield (
             f"{len(other)} copies have another label than the image that is kept, "
             f"for example {kept[0]} (kept, {kept[1]}) and {copy[0]} ({copy[1]})"
+        )
+
+
+def relabelled_lines(relabelled: Sequence[tuple[Finding, str | None]]) -> Iterator[str]:
+    """A line on images that the pool holds under another label than the source gives them now."""
+    if relabelled:
+        image, label = relabelled[0]
+        there, here = (one_line(str(name)) for name in (label, image.label))
+        yield (
+            f"{len(relabelled)} images were there already under another label, which they keep, such as "
+            f"{one_line(image.uri)} ({there}, here {here}); to take the new labels, ingest under another --name"
         )
 
 

@@ -1,4 +1,8 @@
-"""The one definition of the manifests: what is known of each image, and how it is read and written as Parquet."""
+"""The one definition of the manifests: what is known of each image, and how it is read and written as Parquet.
+
+Stages depend on them, so they hold content only: the same images of a source give the same bytes, whoever brings them,
+when and from where. That stands beside the snapshot (`provenance.py`).
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,8 @@ POOL_SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF rotation
         pa.field("height", pa.int32(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("source_version", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),  # relative to the source's root
         pa.field("license", pa.string(), nullable=False),
-        pa.field("ingested_at", pa.timestamp("s", tz="UTC"), nullable=False),
         pa.field("label", pa.string()),
         pa.field("split", pa.string()),  # train | test: of evaluation sets always, of a pool where its source says so
     ]
@@ -78,6 +80,10 @@ REJECTED_SCHEMA = pa.schema(
         *FINDINGS,
     ]
 )
+
+
+# Of manifests of earlier versions; provenance has them now.
+RETIRED = ("source_version", "ingested_at")
 
 
 class ManifestError(ValueError):
@@ -153,7 +159,8 @@ def manifest_schema(columns: list[str], path: Path) -> pa.Schema:
 
 def _read(path: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path).read()
+        return table.drop_columns([name for name in RETIRED if name in table.column_names])
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -6,6 +6,7 @@ that a source chose: a member's name is only recorded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,7 @@ class Batch:
 class Listing:
     """A source, before any image of it was decoded."""
 
+    root: str = ""  # with which the URIs begin; what follows is relative to the source
     batches: list[Batch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)  # hidden files, and members of archives that are not images
@@ -96,7 +98,7 @@ def list_source(source: str, spool: Path) -> Listing:
         IngestError: nothing there, or nothing that we can read.
         StorageError: S3 does not answer.
     """
-    listing = Listing()
+    listing = Listing(root=_root_of(source))
     bucket, files = _list_s3(source, listing) if "://" in source else (None, _list_local(source, listing))
     files.sort(key=lambda file: (file.relative, file.path))
     if not files:
@@ -119,6 +121,14 @@ def list_source(source: str, spool: Path) -> Listing:
         for number, (batch, needed) in enumerate(zip(listing.batches, spooled, strict=True))
     ]
     return listing
+
+
+def _root_of(source: str) -> str:
+    """What the URIs of a source's files begin with: its folder, or the folder of its one file."""
+    if "://" in source:
+        return source.rpartition("/")[0] + "/" if source.lower().endswith(CONTAINERS) else source.rstrip("/") + "/"
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    return os.path.join(as_text(str(Path(folder))), "") if folder else ""
 
 
 def read_batch(batch: Batch) -> Iterator[tuple[Entry, bytes | Refusal]]:
@@ -145,7 +155,7 @@ def _list_local(source: str, listing: Listing) -> list[_File]:
             allowed = "a folder, s3://BUCKET/PREFIX, a .tar or a .parquet file"
             packed = UNCOMPRESS if ARCHIVE_NAME.search(root.name) else f"a file of another kind; give {allowed}"
             raise IngestError(f"{source}: {packed}")
-        return [_File(PurePosixPath(as_text(root.name)), as_text(source), source, status.st_size)]
+        return [_File(PurePosixPath(as_text(root.name)), as_text(str(root)), source, status.st_size)]
     try:
         found = walk(str(root))
     except OSError as error:

@@ -27,9 +27,7 @@ def write_summary(folder: Path, title: str, facts: SnapshotFacts, validation: Va
     first = table.slice(0, 1).to_pylist()[0]
     about = [
         ("source", facts.source),
-        ("source version", first["source_version"]),
         ("license", first["license"]),
-        ("ingested at", f"{first['ingested_at']:%Y-%m-%d %H:%M:%S} UTC"),
         ("images here", table.num_rows),
         ("bytes of images", sum(table["length"].to_pylist())),
         ("shards", len(table["shard"].unique())),

@@ -121,12 +121,12 @@ class _Walker:
             status = os.stat(path)
         except OSError as error:
             reason = {errno.ELOOP: "looping_link"} | dict.fromkeys(GONE, "dangling_link")
-            detail = f"a link to {one_line(as_text(os.readlink(path)))}: {error.strerror or error}"
+            detail = f"a link to {one_line(self._shown(os.readlink(path)))}: {error.strerror or error}"
             self._refuse(relative, reason.get(error.errno or 0, "unreadable"), detail)
             return
         target = os.path.realpath(path)
         if stat.S_ISDIR(status.st_mode) and _is_in(os.path.realpath(os.path.dirname(path)), target):
-            self._refuse(relative, "looping_link", f"leads back to {one_line(as_text(target))}, in which it lies")
+            self._refuse(relative, "looping_link", f"leads back to {one_line(self._shown(target))}, in which it lies")
         elif self._is_taken(status, target):
             self.found.repeated.append(as_text(relative))
         else:
@@ -156,6 +156,13 @@ class _Walker:
 
     def _path(self, relative: str) -> str:
         return os.path.join(self._root, relative) if relative else self._root
+
+    def _shown(self, target: str) -> str:
+        """A path for a detail: relative where it lies in the folder, as the details are shared."""
+        if os.path.isabs(target) and _is_in(os.path.normpath(target), self._home):
+            relative = os.path.relpath(target, self._home)
+            target = "the folder itself" if relative == "." else relative
+        return as_text(target)
 
     def _refuse(self, relative: str, reason: str, detail: str) -> None:
         self.found.refused.append((as_text(self._path(relative)), reason, detail))

@@ -204,6 +204,11 @@ class Ledger:
                 repo.push(targets=[stage.addressing])
             return str(stage.outs[0].hash_info.value)
 
+    def untrack(self, tracked_by: Path) -> None:
+        """Forget a tracked data folder: its `.dvc` file, the folder and git's rule for it; its objects stay."""
+        with self._repo() as repo:
+            repo.remove(os.fspath(tracked_by.relative_to(self.root)), outs=True)
+
     def bring_data(self) -> int:
         """Put every tracked data folder (`*.dvc`) in place, fetching what the cache lacks; returns how many."""
         with self._repo() as repo:

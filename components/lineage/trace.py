@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from components.core.config import ConfigError
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
+from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
 from components.lineage.record import Record, find_record, git, upstream
@@ -317,7 +319,7 @@ class _LockTrace:
         curated = self.record.output(CURATED)
         found = self.record.tracked(POOL)
         nodes = [Node("curated", CURATED, {"dvc": curated})]
-        nodes += [Node("pool", path, {"dvc": dvc_id}) for path, dvc_id in found.items()]
+        nodes += [self._snapshot(path, dvc_id) for path, dvc_id in found.items()]
         nodes += [
             Node("pool", path, {"dvc": version.dvc}, missing=["the version names it, but its commit does not track it"])
             for path, version in stated.items()
@@ -332,6 +334,18 @@ class _LockTrace:
             if node.facts.get("dvc"):
                 self._contents(node, version.manifest_sha256 if version else None)
         return nodes
+
+    def _snapshot(self, path: str, dvc_id: str) -> Node:
+        """A snapshot of the pool, with who brought it, when and from where, as far as that was written down."""
+        node = Node("pool", path, {"dvc": dvc_id})
+        text = self.record.read(path + SUFFIX)
+        try:
+            brought = {} if text is None else Provenance.model_validate_json(text).model_dump(mode="json")
+        except ValidationError:
+            brought = {}
+            node.missing.append(f"its {path}{SUFFIX} is not what ingest writes")
+        node.facts |= brought
+        return node
 
     def _contents(self, node: Node, stated_sha256: str | None) -> None:
         """What is in a data folder, from the DVC remote: its objects, its manifest, the sources of its images."""
@@ -360,14 +374,11 @@ def _sources(manifest: bytes) -> list[Node]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(pa.BufferReader(manifest), columns=["source", "source_version", "license"])
-    keys = ["source", "source_version", "license"]
+    keys = ["source", "license"]
+    table = pq.read_table(pa.BufferReader(manifest), columns=keys)
     rows = table.group_by(keys).aggregate([([], "count_all")]).to_pylist()
     rows.sort(key=lambda row: tuple(str(row[key]) for key in keys))
-    return [
-        Node("source", r["source"], {"version": r["source_version"], "license": r["license"], "images": r["count_all"]})
-        for r in rows
-    ]
+    return [Node("source", r["source"], {"license": r["license"], "images": r["count_all"]}) for r in rows]
 
 
 def _stage(name: str, stage: dict[str, Any]) -> Node:

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from components.recipe import PARAMS_FILE, Recipe, load_recipe
-from flows.workspace import SAMPLE, chosen_sources, head_commit, known_sources
+from flows.git import head_commit
+from flows.sources import POOL, SAMPLE, choose, snapshots
 
 if TYPE_CHECKING:
     from flows.preview import Preview, Step
@@ -58,10 +59,10 @@ def plan(
     params = load_recipe(checkout, recipe, set_ or [])
     head_commit(checkout)
     exact, notes = exact_recipe(checkout, params)
-    known = known_sources(checkout)
+    known = any(one.collection == POOL and not one.one_run for one in snapshots(checkout))
     if not known:
         notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
-    with open_preview(checkout, exact, chosen_sources(checkout, None) if known else []) as preview:
+    with open_preview(checkout, exact, choose(checkout, None) if known else []) as preview:
         pass
     _print_json(preview, notes) if as_json else _print(preview, notes)
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +85,8 @@ def _write_pool(folder: Path, files: list[bytes]) -> pa.Table:
     """The files one by one below `files`, and as one shard below `pool`; returns its manifest."""
     (folder / "files").mkdir()
     by_id = sorted((hashlib.sha256(file).hexdigest(), file) for file in files)
-    fixed = {"format": "JPEG", "source": "photos", "source_version": "1", "license": "CC0-1.0"}
-    fixed |= {"ingested_at": datetime(2026, 1, 1, tzinfo=UTC), "label": None, "split": None}
+    fixed = {"format": "JPEG", "source": "photos", "license": "CC0-1.0"}
+    fixed |= {"label": None, "split": None}
     rows = []
     with ShardWriter(folder / "pool", 2**30) as writer:
         for image_id, file in by_id:

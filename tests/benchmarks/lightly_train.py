@@ -17,7 +17,6 @@ what is saved at the end count for neither side.
 from __future__ import annotations
 
 import csv
-import datetime
 import hashlib
 import io
 import json
@@ -107,8 +106,7 @@ def write_images(folder: Path) -> None:
 
     known = {
         "format": "JPEG", "width": PIXELS, "height": PIXELS, "source": "skimage", "source_uri": "skimage",
-        "source_version": "1", "license": "public domain", "origin": "balanced", "group_id": "",
-        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "license": "public domain", "origin": "balanced", "group_id": "",
     }  # fmt: skip
     (folder / "images").mkdir()
     (folder / "curated").mkdir()

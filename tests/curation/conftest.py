@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +146,7 @@ def _row(image_id: str, shard: str, offset: int, length: int, size: tuple[int, i
         "height": size[1],
         "source": source,
         "source_uri": image_id,
-        "source_version": "1",
         "license": "CC0-1.0",
-        "ingested_at": datetime(2026, 1, 1, tzinfo=UTC),
         "label": None,
         "split": None,
     }

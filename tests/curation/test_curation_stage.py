@@ -75,13 +75,28 @@ def test_both_tables_say_what_was_found_of_each_image(curated):
     assert {path.count("/") for path in kept["cluster_path"].to_pylist()} == {1}
 
 
-def test_same_bytes_for_another_number_of_workers(curated, sample_workspace, tmp_path):
+def test_same_bytes_for_another_number_of_workers_and_what_was_left_out_is_said(
+    curated, sample_workspace, tmp_path, caplog
+):
     root = tmp_path / "workspace"
     shutil.copytree(sample_workspace, root)
     embed(EmbedConfig(workers=1), root, 0)
+    caplog.set_level("INFO")
     curate(CURATE, root, 0)
     for folder in ("data/embeddings", "data/curated"):
         assert sha256_dir(root / folder) == sha256_dir(curated[0] / folder)
+    total, small, leaks, copies = [line for line in caplog.messages if line.startswith("left out")]
+    assert re.fullmatch(r"left out: 145 of [\d,]+ images, \d\.\d %", total)
+    assert small.startswith("left out, too_small 15, ")
+    assert small.endswith("; curate.filters.min_side decides, now 16")
+    assert leaks.startswith("left out, evaluation_copy 30, ")
+    assert leaks.endswith("; curate.decontamination_similarity decides, now 0.45")
+    uri = r"[\w./-]+\.\w+"
+    example = rf"{uri} \(\d\.\d\d like {uri}, group of \d\)"
+    assert re.fullmatch(
+        rf"left out, near_duplicate 100, .* stays: {example}; {example}; curate.dedup_similarity decides, now 0.6",
+        copies,
+    )
 
 
 def test_report(curated):

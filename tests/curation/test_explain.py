@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +25,8 @@ def image_id(name: str) -> str:
 def placed(name: str, **values) -> dict:
     row = dict.fromkeys(CURATED_SCHEMA.names) | {
         "image_id": image_id(name), "shard": "00000.tar", "offset": 512, "length": 1, "format": "PNG", "width": 9,
-        "height": 9, "source": "photos", "source_uri": f"/in/{name}.png", "source_version": "1", "license": "CC0-1.0",
-        "ingested_at": datetime(2026, 1, 1, tzinfo=UTC), "origin": "balanced", "group_id": image_id(name),
+        "height": 9, "source": "photos", "source_uri": f"/in/{name}.png", "license": "CC0-1.0",
+        "origin": "balanced", "group_id": image_id(name),
     }  # fmt: skip
     return row | values
 

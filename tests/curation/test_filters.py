@@ -68,7 +68,8 @@ def test_formats(pool_with):
         ("https://other.org/example.com/a.jpg", False),
         ("https://other.org?https://example.com/", False),
         ("https://example.com@other.org/a.jpg", False),
-        ("example.com/a.jpg", False),  # a file, no host
+        ("example.com/a.jpg", True),  # a mirror of the site
+        ("photos/example.com/a.jpg", False),
     ],
 )
 def test_a_blocked_domain_takes_its_sub_domains_and_nothing_else(pool_with, uri, blocked):

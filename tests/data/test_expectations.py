@@ -1,5 +1,4 @@
 import hashlib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,9 +37,7 @@ def snapshot(folder: Path, change=lambda rows: None) -> Path:
             "height": 3,
             "source": "photos",
             "source_uri": f"photos/{number}.png",
-            "source_version": "v1",
             "license": "CC0-1.0",
-            "ingested_at": datetime(2026, 1, 1, tzinfo=UTC),
             "label": None,
             "split": None,
         }

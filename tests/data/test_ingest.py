@@ -14,14 +14,17 @@ from PIL import Image
 
 from components.core.config import ConfigError
 from components.core.storage import StorageError, s3_client, sha256_dir
+from components.core.tracking import user_name
 from components.data import ingest as ingest_module
 from components.data import sources
 from components.data.expectations import ExpectationsFailed
 from components.data.ingest import IngestReport, ingest
 from components.data.ingest_config import IngestError, IngestRequest
-from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_table
+from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_manifest, read_table
+from components.data.provenance import Provenance, read_provenance
 from components.data.sample_pool import BOMB_SIDE, _pixel_bomb
 from components.data.shards import PIXEL_CEILING, ShardReader, decode_image
+from components.lineage.record import folder_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -78,8 +81,11 @@ def test_a_folder_becomes_a_snapshot(tmp_path: Path) -> None:
     assert report.bytes_stored == sum(len(data) for data in CLASSES.values())
     assert report.evaluation_snapshot is None
     ids = sorted(sha(data) for data in CLASSES.values())
-    snapshot = tmp_path / "pool" / "photos" / sha("\n".join(ids).encode())[:12]
-    assert report.pool_snapshot == snapshot
+    snapshot = report.pool_snapshot
+    assert read_provenance(snapshot) == Provenance(
+        source=str(source), source_version=report.source_version, ingested_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        ingested_by=user_name(),
+    )  # fmt: skip
     assert sorted(p.name for p in snapshot.iterdir()) == [
         "00000.tar",
         "manifest.parquet",
@@ -95,11 +101,9 @@ def test_a_folder_becomes_a_snapshot(tmp_path: Path) -> None:
         name, data = by_id[row["image_id"]]
         assert reader.read(row["shard"], row["offset"], row["length"]) == data
         assert (row["width"], row["height"]) == decode_image(data).size
-        assert row["source_uri"] == f"{source}/{name}"
+        assert row["source_uri"] == name
         assert (row["label"], row["split"], row["format"]) == (name.split("/")[0], None, "JPEG")
         assert (row["source"], row["license"]) == ("photos", "CC0-1.0")
-        assert row["ingested_at"] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-        assert row["source_version"] == report.source_version
     page = (snapshot / "summary.html").read_text()
     assert "ids_unique" in page
     assert "<svg" in page
@@ -122,6 +126,73 @@ def test_a_second_ingest_stores_nothing_and_a_grown_source_only_what_is_new(tmp_
     assert table["image_id"].to_pylist() == [sha(image(100))]
     assert sha256_dir(first.pool_snapshot) == sha256_dir(tmp_path / "pool" / "photos" / first.pool_snapshot.name)
     assert read_collection(tmp_path / "pool").num_rows == 13
+
+
+def test_the_same_images_are_the_same_data_another_day_in_another_folder(tmp_path: Path) -> None:
+    files = CLASSES | {"dog/copy.jpg": CLASSES["cat/3.jpg"], "bad.jpg": b"?", "half.jpg": image(60)[:300]}
+    for where, when in (("a", "2026-01-02T03:04:05Z"), ("b/there", "2027-01-02T03:04:05Z")):
+        source = write(tmp_path / where / "in", files)
+        (source / "gone.jpg").symlink_to(source / "cat/none.jpg")
+        take(tmp_path / where, source, ingested_at=when)
+    (tmp_path / "c/in").mkdir(parents=True)
+    with tarfile.open(tmp_path / "c/in/all.tar", "w") as tar:
+        tar.add(tmp_path / "a/in", "all")
+    take(tmp_path / "c/1", tmp_path / "c/in/all.tar")
+    take(tmp_path / "c/2", tmp_path / "c/in")
+    first, there, *tars = (tmp_path / name / "pool/photos" for name in ("a", "b/there", "c/1", "c/2"))
+    for one, other in ((first, there), tars):
+        (snapshot,), (again,) = ([path for path in folder.iterdir() if path.is_dir()] for folder in (one, other))
+        assert snapshot.name == again.name
+        assert folder_id(snapshot) == folder_id(again)  # the DVC hash
+        for path in snapshot.iterdir():
+            assert str(tmp_path).encode() not in path.read_bytes()
+            assert b" at 0x" not in path.read_bytes()
+    rows = read_table(first / snapshot_of(first) / "rejected.parquet", QUARANTINE_SCHEMA).to_pylist()
+    details = {row["source_uri"]: row["detail"] for row in rows}
+    assert details["dog/copy.jpg"] == "the same bytes as cat/3.jpg"
+    assert details["gone.jpg"] == "a link to cat/none.jpg: No such file or directory"
+
+
+def snapshot_of(source: Path) -> str:
+    (folder,) = (path for path in source.iterdir() if path.is_dir())
+    return folder.name
+
+
+def test_an_ingest_for_one_run_holds_exactly_what_the_source_holds_now(tmp_path: Path) -> None:
+    """Snapshots are used again where all that they hold is in the source, else what is needed is stored again."""
+
+    def held(report: IngestReport) -> list[tuple[str, str | None]]:
+        tables = [read_manifest(folder / "manifest.parquet") for folder in report.holds]
+        return sorted((row["image_id"], row["label"]) for table in tables for row in table.to_pylist())
+
+    def now() -> list[tuple[str, str | None]]:
+        return sorted((sha(p.read_bytes()), p.parent.name) for p in source.rglob("*.jpg"))
+
+    source = write(tmp_path / "in", CLASSES)
+    first = take(tmp_path, source, one_run=True, holdout=0.3)
+    assert held(first) == now()
+    assert {path.parents[1].name for path in first.holds} == {"pool", "evaluation"}
+    assert all(read_provenance(path).one_run for path in first.holds)
+    write(source, {"bird/0.jpg": image(100)})
+    grown = take(tmp_path, source, one_run=True, holdout=0.3)
+    assert (held(grown), grown.stored + grown.held_out) == (now(), 1)  # what was there is used
+    (source / "cat/0.jpg").unlink()
+    (source / "dog/0.jpg").rename(source / "cat/00.jpg")  # another label
+    changed = take(tmp_path, source, one_run=True, holdout=0.3)
+    assert held(changed) == now()
+    again = take(tmp_path, source, one_run=True, holdout=0.3)
+    assert (again.stored, again.held_out, set(again.holds)) == (0, 0, set(changed.holds))
+    assert again.notes[0].startswith("source photos: this run takes exactly these 12 images, and no other run takes")
+
+    stay = take(tmp_path, source, license="CC-BY-4.0")  # what was for one run does not count as present
+    assert (stay.stored, stay.already_present, stay.holds) == (12, 0, ())
+    assert not read_provenance(stay.pool_snapshot).one_run
+    (source / "cat/00.jpg").rename(source / "dog/0.jpg")
+    relabelled = take(tmp_path, source, license="CC-BY-4.0")
+    assert relabelled.stored == 0
+    assert "1 images were there already under another label, which they keep, such as dog/0.jpg (cat, here dog)" in str(
+        relabelled.notes
+    )
 
 
 def test_the_same_source_gives_the_same_bytes_with_one_worker_or_two(tmp_path: Path, monkeypatch) -> None:
@@ -155,12 +226,12 @@ def test_every_bad_file_is_set_aside_with_its_reason(tmp_path: Path, monkeypatch
     report = take(tmp_path, source)
     assert report.stored == 2
     found = rejections(tmp_path)
-    assert {uri: reason for uri, (reason, _) in found.items()} == {f"{source}/{k}": v[1] for k, v in bad.items()}
-    assert found[f"{source}/copy.jpg"][1] == sha(image(1))
-    assert found[f"{source}/huge.jpg"][1] is None  # never read
+    assert {uri: reason for uri, (reason, _) in found.items()} == {k: v[1] for k, v in bad.items()}
+    assert found["copy.jpg"][1] == sha(image(1))
+    assert found["huge.jpg"][1] is None  # never read
     rows = read_table(report.pool_snapshot / "rejected.parquet", QUARANTINE_SCHEMA).to_pylist()
     details = {Path(row["source_uri"]).name: row["detail"] for row in rows}
-    assert details["copy.jpg"] == f"the same bytes as {source}/a.jpg"
+    assert details["copy.jpg"] == "the same bytes as a.jpg"
     assert "12000 x 12000" in details["bomb.png"]
 
 
@@ -174,8 +245,8 @@ def test_what_is_scaled_or_left_out_is_told_with_counts(tmp_path: Path) -> None:
     pages = [Image.new("L", (8, 8), shade) for shade in (1, 2)]
     pages[0].save(source / "pages.tif", save_all=True, append_images=pages[1:])
     report = take(tmp_path, source)
-    scaled = "samples of 16 bits of which {} are used: scaled from these to 8 bits: {}, such as {}/{}"
-    assert {scaled.format(12, 3, source, "0.png"), scaled.format(16, 1, source, "full.tif")} <= set(report.notes)
+    scaled = "samples of 16 bits of which {} are used: scaled from these to 8 bits: {}, such as {}"
+    assert {scaled.format(12, 3, "0.png"), scaled.format(16, 1, "full.tif")} <= set(report.notes)
     assert report.rejected == {"multi_page": 1}
 
 
@@ -223,7 +294,7 @@ def test_webdataset_shards_bring_their_labels(tmp_path: Path) -> None:
     labels = {row["image_id"]: row["label"] for row in read_collection(tmp_path / "pool").to_pylist()}
     assert labels == {sha(image(10 * shard + number)): str(number) for shard in range(2) for number in range(3)}
     uris = read_collection(tmp_path / "pool")["source_uri"].to_pylist()
-    assert f"{tmp_path}/in/0001.tar#012.jpg" in uris
+    assert "0001.tar#012.jpg" in uris
 
 
 def test_our_own_shards_can_be_ingested_again(tmp_path: Path) -> None:
@@ -293,8 +364,8 @@ def test_names_that_are_no_text_are_written_down_as_far_as_they_are(tmp_path: Pa
         add(archive, "\xfc.jpg", image(5))
     assert take(tmp_path, tmp_path / "in.tar").stored == 1
     rows = {row["source_uri"]: row["label"] for row in read_collection(tmp_path / "pool").to_pylist()}
-    folders = {f"{tmp_path}/in/caf\ufffd/\ufffd.jpg": "caf\ufffd", f"{tmp_path}/in/bar/\ufffd.jpg": "bar"}
-    assert rows == {**folders, f"{tmp_path}/in.tar#\ufffd.jpg": None}
+    folders = {"caf\ufffd/\ufffd.jpg": "caf\ufffd", "bar/\ufffd.jpg": "bar"}
+    assert rows == {**folders, "in.tar#\ufffd.jpg": None}
 
 
 def test_parquet_columns_of_bytes_and_of_hugging_face_structs(tmp_path: Path) -> None:
@@ -313,7 +384,7 @@ def test_parquet_columns_of_bytes_and_of_hugging_face_structs(tmp_path: Path) ->
     rows = {row["image_id"]: row for row in read_collection(tmp_path / "pool").to_pylist()}
     expected = ["cat", "dog", None, "cat", "dog", "0", "1", "2", "3", "4"]
     assert [rows[sha(data)]["label"] for data in images] == expected
-    assert rows[sha(images[3])]["source_uri"] == f"{tmp_path}/in/plain.parquet#row=3"
+    assert rows[sha(images[3])]["source_uri"] == "plain.parquet#row=3"
     assert take(tmp_path / "single", tmp_path / "in" / "plain.parquet").stored == 5
     assert list((tmp_path / "pool").glob(".*")) == []  # no spool left
 
@@ -353,7 +424,7 @@ def test_a_row_group_that_is_too_large_is_refused_by_name(tmp_path: Path, monkey
     monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", last)
     report = take(tmp_path, tmp_path / "in.parquet")
     assert (report.stored, report.rejected) == (1, {"too_large": 1})
-    assert list(rejections(tmp_path)) == [f"{tmp_path}/in.parquet#row_group=0"]
+    assert list(rejections(tmp_path)) == ["in.parquet#row_group=0"]
 
 
 # Evaluation sets
@@ -415,7 +486,7 @@ def test_copies_keep_the_test_image_and_a_label(tmp_path: Path) -> None:
     assert "folders taken as splits, not as classes: train as train; val as test" in notes
     assert "1 of 3 classes cannot be evaluated" in notes
     assert "None (1 train, 0 test)" in notes
-    kept, copy = f"{tmp_path}/in/train/cat/4.jpg (kept, cat)", f"{tmp_path}/in/train/dog/cat.jpg (dog)"
+    kept, copy = "train/cat/4.jpg (kept, cat)", "train/dog/cat.jpg (dog)"
     assert f"1 copies have another label than the image that is kept, for example {kept} and {copy}" in notes
 
 
@@ -583,7 +654,7 @@ def test_s3_prefixes_and_archives_give_what_the_folder_gives(tmp_path: Path) -> 
     assert (local.ignored, local.labels, local.unlabelled) == (2, {"cat": 7, "dog": 7}, 1)
     assert (remote.pool_snapshot / "00000.tar").read_bytes() == (local.pool_snapshot / "00000.tar").read_bytes()
     rows = read_collection(tmp_path / "remote" / "pool").to_pylist()
-    assert {(row["source_uri"], row["label"]) for row in rows} >= {("s3://ingest-test/photos/cat/1.jpg", "cat")}
+    assert {(row["source_uri"], row["label"]) for row in rows} >= {("cat/1.jpg", "cat")}
     assert take(tmp_path / "remote", "s3://ingest-test/photos/").pool_snapshot is None
     shard = local.pool_snapshot / "00000.tar"
     client.upload_file(str(shard), "ingest-test", "shards/00000.tar")

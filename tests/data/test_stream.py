@@ -1,4 +1,3 @@
-import datetime
 import hashlib
 import io
 import json
@@ -40,9 +39,8 @@ def write_set(folder: Path, *, num_images: int = NUM_IMAGES, broken: int = 0) ->
         encoded.append(file.getvalue()[:-200] if number < broken else file.getvalue())
     images = {hashlib.sha256(image).hexdigest(): image for image in encoded}
     known: dict[str, Any] = {
-        "format": "JPEG", "width": 32, "height": 32, "source": "a", "source_uri": "b", "source_version": "1",
+        "format": "JPEG", "width": 32, "height": 32, "source": "a", "source_uri": "b",
         "license": "c", "group_id": "",
-        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     }  # fmt: skip
     rows = []
     with ShardWriter(folder, 20_480) as writer:

@@ -1,5 +1,4 @@
 import csv
-import datetime as dt
 import hashlib
 import io
 import json
@@ -56,7 +55,6 @@ def write_set(root, items, source="sample"):
         image.save(file, "PNG")
         encoded.append((hashlib.sha256(file.getvalue()).hexdigest(), file.getvalue(), label, split))
     facts = {"format": "PNG", "width": 64, "height": 48, "source": source, "source_uri": "test", "license": "CC0"}
-    facts |= {"source_version": "1", "ingested_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     rows = []
     with ShardWriter(folder, 10**8) as writer:
         for image_id, content, label, split in sorted(encoded, key=lambda item: item[0]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,8 +22,8 @@ ID = hashlib.sha256(b"image").hexdigest()
 def write_set(folder: Path, cluster: str) -> Path:
     row = dict.fromkeys(CURATED_SCHEMA.names) | {
         "image_id": ID, "shard": "00000.tar", "offset": 512, "length": 1, "format": "PNG", "width": 9, "height": 9,
-        "source": "photos", "source_uri": "/in/a.png", "source_version": "1", "license": "CC0-1.0",
-        "ingested_at": datetime(2026, 1, 1, tzinfo=UTC), "origin": "balanced", "group_id": ID, "cluster_path": cluster,
+        "source": "photos", "source_uri": "/in/a.png", "license": "CC0-1.0",
+        "origin": "balanced", "group_id": ID, "cluster_path": cluster,
     }  # fmt: skip
     out = {"image_id": "ab" * 32, "source": "photos", "source_uri": "/in/b.png", "reason": "near_duplicate",
            "duplicate_of": ID, "similarity": 0.75, "detail": "group of 2", "group_id": ID}  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import live
+from flows.git import WorkspaceError
 from flows.retrain import MOST_TRIES, _check_tries
-from flows.workspace import WorkspaceError
 from tests.flows.repository import git_lines, make_repository
 
 pytestmark = pytest.mark.stack
@@ -27,13 +27,14 @@ from prefect.runtime import flow_run
 from components.core import tracking
 from components.recipe import load_recipe
 from flows import live
+from flows.sources import choose
 from flows.workspace import open_workspace
 
 @flow(name="lost", on_completion=[live.end])
 def lost(how):
     here = Path.cwd()
     live.begin(here)
-    with open_workspace(here, load_recipe(here, "tiny-cpu"), ["photos"]) as workspace:
+    with open_workspace(here, load_recipe(here, "tiny-cpu"), choose(here, None)) as workspace:
         tracking.open_parent(workspace.run_id, "live", {})
         live.note(here, run=workspace.run_id, model="live")
         print(flow_run.id, workspace.run_id, flush=True)

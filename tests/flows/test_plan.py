@@ -22,8 +22,9 @@ from components.lineage.record import file_md5
 from components.recipe import load_recipe
 from flows.accept import Acceptance
 from flows.cli import app
+from flows.sources import choose
 from flows.stages import stream
-from flows.workspace import chosen_sources, open_workspace
+from flows.workspace import open_workspace
 from tests.flows.repository import DVC, copy_of_project, git_lines
 
 STAGES = """
@@ -93,7 +94,7 @@ def run(root: Path) -> dict[str, Outcome]:
     """A run's worktree, record and branch; what became of each stage but `code`."""
     outcomes = {}
     recipe = load_recipe(root, None)
-    with open_workspace(root, recipe, chosen_sources(root, None)) as work:
+    with open_workspace(root, recipe, choose(root, None)) as work:
         work.ledger.bring_data()
         for stage in work.ledger.stages():
             outcomes[stage.name] = work.ledger.take_up(stage.name)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.recipe import Recipe, load_recipe, recipe_names
 from components.training.initial import draw_network
 from flows.preflight import check, named_files, num_parameters
+from flows.sources import choose
 from tests.flows.repository import PROJECT, git_lines
 
 DISK = namedtuple("DISK", "total used free")
@@ -35,7 +35,7 @@ def checkout(tmp_path) -> Path:
 
 def add(folder: Path, count: int) -> None:
     row = dict.fromkeys(POOL_SCHEMA.names, "x") | dict.fromkeys(("offset", "length", "width", "height"), 1)
-    rows = [row | {"image_id": str(k), "ingested_at": datetime(2026, 1, 1, tzinfo=UTC)} for k in range(count)]
+    rows = [row | {"image_id": str(k)} for k in range(count)]
     write_manifest(pa.Table.from_pylist(rows, POOL_SCHEMA), folder / "manifest.parquet")
     folder.with_suffix(".dvc").write_text(f"outs: [{{md5: a.dir, size: {2**30}, path: {folder.name}}}]\n")
 
@@ -46,13 +46,13 @@ def recipe(*settings: str) -> Recipe:
 
 def faults(checkout: Path, given: Recipe, *sources: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check(checkout, given, sources or ("cats", "dogs"))
+        check(checkout, given, choose(checkout, sources or None))
     return str(caught.value).splitlines()
 
 
 def test_a_run_that_can_go_on_is_let_on(checkout):
-    check(checkout, recipe(), ["cats", "dogs"])
-    check(checkout, recipe("distill.teacher_weights=models:/cat@champion"), ["cats", "dogs"])
+    check(checkout, recipe(), choose(checkout, None))
+    check(checkout, recipe("distill.teacher_weights=models:/cat@champion"), choose(checkout, None))
 
 
 def test_batches_larger_than_the_images(checkout):
@@ -71,15 +71,19 @@ def test_batches_larger_than_the_images(checkout):
 def test_images_that_are_not_here_are_not_counted(checkout, caplog):
     shutil.rmtree(checkout / "data/pool/dogs/cd")
     caplog.set_level("INFO")
-    check(checkout, recipe("pretrain.batch_size=1000"), ["cats", "dogs"])
-    assert "batch sizes not checked: dogs not in this checkout" in caplog.text
+    check(checkout, recipe("pretrain.batch_size=1000"), choose(checkout, None))
+    assert "batch sizes not checked: dogs/cd is not in this checkout" in caplog.text
 
 
 def test_an_evaluation_set_is_needed(checkout):
     (told,) = faults(checkout, recipe("pretrain.batch_size=8", "adapt.batch_size=8", "distill.batch_size=8"), "dogs")
     assert told.startswith("data/evaluation: no evaluation images of dogs, and the stage evaluate needs some: pedigree")
     add(checkout / "data/evaluation/benchmark/aa", 3)  # of no source of the pool
-    check(checkout, recipe("pretrain.batch_size=8", "adapt.batch_size=8", "distill.batch_size=8"), ["dogs"])
+    check(
+        checkout,
+        recipe("pretrain.batch_size=8", "adapt.batch_size=8", "distill.batch_size=8"),
+        choose(checkout, ["dogs"]),
+    )
 
 
 def test_files_that_the_run_would_not_find(checkout):
@@ -119,14 +123,14 @@ def test_every_recipe_is_walked_through():
 def test_disks_without_room(checkout, monkeypatch, caplog):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DISK(0, 0, 2**30))
-    check(checkout, recipe(), ["cats", "dogs"])
+    check(checkout, recipe(), choose(checkout, None))
     told = caplog.text
     assert "1.00 GiB are free, a run that computes all stages needs about 4.07 (" in told
     assert "curated images 2.00, " in told
     assert "curated images in S3 2.00, " in told
     assert "checkpoints 0.05" in told
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
-    check(checkout, recipe(), ["cats", "dogs"])
+    check(checkout, recipe(), choose(checkout, None))
     assert "needs about 2.06 (" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DISK(0, 0, 2**20))
     assert faults(checkout, recipe())[-1].endswith("/.pedigree: 1 MiB are free, and a run needs 100 MiB at least")

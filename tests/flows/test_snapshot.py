@@ -63,7 +63,7 @@ def put(root: Path, *names: str, text: str = "as it is\n") -> None:
 def taken(root: Path) -> set[str]:
     """The files of a run that starts now; the checkout's index and files stay as they are."""
     before = git_lines(root, "status", "--porcelain"), git_lines(root, "ls-files", "--stage")
-    commit = snapshot(root, PARAMS, ["photos"], "Run")
+    commit = snapshot(root, PARAMS, ["photos/ab"], "Run")
     assert (git_lines(root, "status", "--porcelain"), git_lines(root, "ls-files", "--stage")) == before
     return set(git_lines(root, "-c", "core.quotePath=false", "ls-tree", "-r", "--name-only", commit))
 

@@ -15,11 +15,9 @@ import yaml
 
 from components.recipe import Recipe, load_recipe
 from flows import workspace
+from flows.git import WorkspaceError
 from flows.workspace import (
-    WorkspaceError,
-    chosen_sources,
     git,
-    known_sources,
     open_workspace,
     params_text,
     snapshot,
@@ -72,7 +70,7 @@ def test_snapshot_has_edits_and_new_files_never_ignored_ones(tmp_path):
     (root / ".pedigree/credentials").write_text("secret")
     before = checkout_state(root)
 
-    commit = snapshot(root, PARAMS, ["photos"], "Run 1")
+    commit = snapshot(root, PARAMS, ["photos/ab12"], "Run 1")
 
     assert checkout_state(root) == before
     assert git(root, "show", f"{commit}:dvc.yaml").endswith("# edited")
@@ -89,41 +87,20 @@ def test_only_the_chosen_sources_are_in_the_commit(tmp_path):
     other, evaluation = add_source(root, "other"), root / "data/evaluation/other/ff.dvc"
     evaluation.parent.mkdir(parents=True)
     evaluation.write_text("outs: []\n")
-    commit = snapshot(root, PARAMS, ["photos"], "Run")
+    commit = snapshot(root, PARAMS, ["photos/ab12"], "Run")
     files = git_lines(root, "ls-tree", "-r", "--name-only", commit, "data")
     assert files == ["data/pool/photos/ab12.dvc"]
-    files = git_lines(root, "ls-tree", "-r", "--name-only", snapshot(root, PARAMS, ["other"], "Run"), "data")
+    files = git_lines(
+        root, "ls-tree", "-r", "--name-only", snapshot(root, PARAMS, ["other/ff", "other/0123456789ab"], "Run"), "data"
+    )
     assert files == ["data/evaluation/other/ff.dvc", other]
-
-    benchmark = root / "data/evaluation/benchmark/ee.dvc"  # of no source of the pool: every run must know it
-    benchmark.parent.mkdir()
-    benchmark.write_text("outs: []\n")
-    files = git_lines(root, "ls-tree", "-r", "--name-only", snapshot(root, PARAMS, ["photos"], "Run"), "data")
-    assert files == ["data/evaluation/benchmark/ee.dvc", "data/pool/photos/ab12.dvc"]
-
-
-def test_sources_of_a_run(tmp_path):
-    root = make_repository(tmp_path)
-    assert known_sources(root) == chosen_sources(root, None) == ["photos"]
-    add_source(root, "sample")
-    assert known_sources(root) == ["photos", "sample"]
-    assert chosen_sources(root, None) == ["photos"]  # the sample only where there is nothing else
-    assert chosen_sources(root, ["sample"]) == ["sample"]
-    (root / "data/pool/photos/ab12.dvc").unlink()
-    assert chosen_sources(root, None) == ["sample"]
-    with pytest.raises(WorkspaceError, match="no source 'cats' in the pool; known: sample"):
-        chosen_sources(root, ["cats"])
-    with pytest.raises(WorkspaceError, match="no source 'cats' in the pool; known: none"):
-        chosen_sources(tmp_path, ["cats"])
-    with pytest.raises(WorkspaceError, match="the pool is empty"):
-        chosen_sources(tmp_path, None)
 
 
 def test_the_folder_of_a_run(tmp_path, recipe):
     root = make_repository(tmp_path)
     (root / "dvc.yaml").write_text("stages: {}\n")  # its own needs parameters that no recipe has
     before = checkout_state(root)
-    with open_workspace(root, recipe, ["photos"]) as work:
+    with open_workspace(root, recipe, ["photos/ab12"]) as work:
         assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", work.run_id)
         assert work.root == root / ".pedigree/runs" / work.run_id
         assert git(work.root, "branch", "--show-current") == work.branch == f"runs/{work.run_id}"
@@ -147,9 +124,9 @@ def test_old_folders_go_and_their_branches_and_a_running_one_stay(tmp_path, reci
     numbers = iter(range(100))
     monkeypatch.setattr(workspace.secrets, "token_hex", lambda _: f"{next(numbers):04x}")
     made = []
-    with open_workspace(root, recipe, ["photos"]) as running:
+    with open_workspace(root, recipe, ["photos/ab12"]) as running:
         for _ in range(workspace.KEPT_FOLDERS + 2):
-            with open_workspace(root, recipe, ["photos"]) as work:
+            with open_workspace(root, recipe, ["photos/ab12"]) as work:
                 made.append(work)
         assert running.root.exists()
         with (root / f".pedigree/runs/{running.run_id}.lock").open() as lock, pytest.raises(BlockingIOError):
@@ -162,10 +139,10 @@ def test_old_folders_go_and_their_branches_and_a_running_one_stay(tmp_path, reci
 
 def test_a_folder_that_was_deleted_by_hand_is_forgotten(tmp_path, recipe):
     root = make_repository(tmp_path)
-    with open_workspace(root, recipe, ["photos"]) as work:
+    with open_workspace(root, recipe, ["photos/ab12"]) as work:
         pass
     subprocess.run(["rm", "-rf", str(work.root)], check=True)
-    with open_workspace(root, recipe, ["photos"]) as other:
+    with open_workspace(root, recipe, ["photos/ab12"]) as other:
         pass
     listed = "\n".join(git_lines(root, "worktree", "list"))
     assert str(other.root) in listed
@@ -201,13 +178,13 @@ def test_no_git_identity_works(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     for name in ("EMAIL", "GIT_AUTHOR_EMAIL", "GIT_AUTHOR_NAME", "GIT_COMMITTER_EMAIL", "GIT_COMMITTER_NAME"):
         monkeypatch.delenv(name, raising=False)
-    with open_workspace(root, recipe, ["photos"]) as work:
+    with open_workspace(root, recipe, ["photos/ab12"]) as work:
         assert git(work.root, "show", "-s", "--format=%an <%ae>", "HEAD") == "Pedigree <pedigree@localhost>"
 
 
 def test_the_users_identity_is_kept(tmp_path, recipe):
     root = make_repository(tmp_path)
-    with open_workspace(root, recipe, ["photos"]) as work:
+    with open_workspace(root, recipe, ["photos/ab12"]) as work:
         assert git(work.root, "show", "-s", "--format=%an <%ae>", "HEAD") == "Test <test@localhost>"
 
 

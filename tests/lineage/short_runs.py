@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import subprocess
@@ -166,8 +165,7 @@ def sh(root: Path, *command: str) -> str:
 
 
 def _write_manifest(path: Path) -> None:
-    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     row = {"image_id": "0" * 64, "shard": "00000.tar", "offset": 0, "length": 1, "format": "PNG", "width": 1}
-    row |= {"height": 1, "source": "photos", "source_uri": "file://0", "source_version": "v1", "license": "CC0-1.0"}
-    rows = [row | {"ingested_at": when, "label": None, "split": None}]
+    row |= {"height": 1, "source": "photos", "source_uri": "file://0", "license": "CC0-1.0"}
+    rows = [row | {"label": None, "split": None}]
     write_manifest(pa.Table.from_pylist(rows, schema=POOL_SCHEMA), path)

@@ -22,6 +22,7 @@ from components.core.config import ConfigError
 from components.core.mlflow_client import TrackingError
 from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
+from components.data.provenance import Provenance
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.origin import Tag, collect_origin
 from components.lineage.record import Record, RecordError, folder_id, upstream
@@ -69,12 +70,11 @@ def dvc(root: Path, *arguments: str) -> str:
 
 
 def manifest(path: Path, licenses: dict[str, str]) -> None:
-    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     rows = []
     for number, source in enumerate(["photos", "photos", "museum"]):
         row = {"image_id": f"{number:064d}", "shard": "00000.tar", "offset": 0, "length": 1, "format": "PNG"}
-        row |= {"width": 1, "height": 1, "source": source, "source_uri": f"file://{number}", "source_version": "v1"}
-        rows.append(row | {"license": licenses[source], "ingested_at": when, "label": None, "split": None})
+        row |= {"width": 1, "height": 1, "source": source, "source_uri": f"file://{number}"}
+        rows.append(row | {"license": licenses[source], "label": None, "split": None})
     write_manifest(pa.Table.from_pylist(rows, schema=POOL_SCHEMA), path)
 
 
@@ -82,6 +82,8 @@ def files(root: Path) -> None:
     snapshot = root / "data/pool/photos/ab12"
     manifest(snapshot / "manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
     (snapshot / "00000.tar").write_bytes(b"not really a tar")
+    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    Provenance(source="/in/photos", source_version="v1", ingested_at=when, ingested_by="ina").write(snapshot)
     manifest(root / "prepared/manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
     (root / "prepared/model.safetensors").write_bytes(b"weights")
     for code in ("curation", "training"):
@@ -193,9 +195,11 @@ def test_data_down_to_s3_objects_and_licences(case: Case):
     assert address.startswith(f"s3://{bucket}/{case.prefix}/files/md5/")
     body = boto3.client("s3").get_object(Bucket=bucket, Key=address.removeprefix(f"s3://{bucket}/"))["Body"].read()
     assert body == (snapshot / "00000.tar").read_bytes()
+    assert (pool.facts["source"], pool.facts["source_version"]) == ("/in/photos", "v1")
+    assert (pool.facts["ingested_at"], pool.facts["ingested_by"]) == ("2026-01-02T00:00:00Z", "ina")
     sources = {node.name: node.facts for node in pool.children}
-    assert sources["photos"] == {"version": "v1", "license": "CC0-1.0", "images": 2}
-    assert sources["museum"] == {"version": "v1", "license": "CC-BY-4.0", "images": 1}
+    assert sources["photos"] == {"license": "CC0-1.0", "images": 2}
+    assert sources["museum"] == {"license": "CC-BY-4.0", "images": 1}
     assert [n.facts["images"] for n in kinds(found, "curated")[0].children] == [1, 2]
 
 

@@ -74,7 +74,7 @@ def write_data(folder: Path, curated: bool) -> None:
             shard, offset, length = writer.add(image_id, "png", data)
             row = {"image_id": image_id, "shard": shard, "offset": offset, "length": length, "format": "PNG"}
             row |= {"width": 50, "height": 50, "source": "photos", "source_uri": f"file://{image_id}"}
-            row |= {"source_version": "1", "license": "CC0-1.0", "ingested_at": NOW, "label": None, "split": None}
+            row |= {"license": "CC0-1.0", "label": None, "split": None}
             if curated:
                 row |= {"origin": "balanced", "query_id": None, "similarity": None, "group_id": image_id}
                 row |= {"cluster_path": "0"}

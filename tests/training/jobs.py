@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import io
 from collections.abc import Callable
@@ -55,8 +54,7 @@ def _write_tiles(folder: Path, schema: pa.Schema, facts: Callable[[tuple[int, in
             rows.append({"image_id": image_id, "shard": shard, "offset": offset, "length": length, **facts(box)})
     known: dict[str, Any] = {
         "format": "JPEG", "width": TILE, "height": TILE, "source": "astronaut", "source_uri": "skimage",
-        "source_version": "1", "license": "public domain",
-        "ingested_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "license": "public domain",
     }  # fmt: skip
     empty = dict.fromkeys(schema.names)
     write_manifest(pa.Table.from_pylist([{**empty, **known, **row} for row in rows], schema), folder / MANIFEST)

@@ -1,0 +1,140 @@
+"""The sources of a checkout: the snapshots that each has, and those that a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from slugify import slugify
+
+from components.core.config import ConfigError
+from components.data.provenance import Provenance, read_provenance
+
+COLLECTIONS = POOL, EVALUATION = ("data/pool", "data/evaluation")
+SAMPLE = "sample"  # the source that `pedigree run` builds when there is no other
+MAX_NAME = 63
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot that DVC tracks."""
+
+    collection: str
+    source: str
+    folder: Path  # in the checkout; not there where its data was not fetched
+    provenance: Provenance | None
+
+    @property
+    def entry(self) -> str:
+        """How a run names it: SOURCE/SNAPSHOT."""
+        return f"{self.source}/{self.folder.name}"
+
+    @property
+    def tracked_by(self) -> Path:
+        """Its `.dvc` file."""
+        return self.folder.with_name(f"{self.folder.name}.dvc")
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size as DVC has recorded it."""
+        outs = (yaml.safe_load(self.tracked_by.read_text()) or {}).get("outs", ())
+        return sum(out.get("size", 0) for out in outs)
+
+    @property
+    def one_run(self) -> bool:
+        """Whether it was brought for one run, so that no other run takes it unasked."""
+        return self.provenance is not None and self.provenance.one_run
+
+
+def snapshots(checkout: Path, entries: Sequence[str] | None = None) -> list[Snapshot]:
+    """All snapshots, or those of `entries`, in order."""
+    files = [(name, path) for name in COLLECTIONS for path in sorted((checkout / name).glob("*/*.dvc"))]
+    found = [(name, path.parent.name, path.with_suffix("")) for name, path in files]
+    return [
+        Snapshot(collection, source, folder, read_provenance(folder))
+        for collection, source, folder in found
+        if entries is None or f"{source}/{folder.name}" in entries
+    ]
+
+
+def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
+    """The snapshots that a run takes, as SOURCE/SNAPSHOT.
+
+    Args:
+        checkout: Pedigree's folder.
+        asked: names of sources, or SOURCE/SNAPSHOT. None takes every source that was ingested to stay; the sample only
+            where there is no other.
+
+    Returns:
+        Them, and every evaluation set of no source of the pool: a run must know what it is scored on.
+
+    Raises:
+        ConfigError: an unknown source or snapshot, or there is nothing to take.
+    """
+    found = snapshots(checkout)
+    pool = {one.source for one in found if one.collection == POOL}
+    stay = [one for one in found if not one.one_run]
+    names = {one.source for one in stay if one.collection == POOL}
+    if asked is None:
+        if not names:
+            raise ConfigError(_empty(pool))
+        asked = sorted(names - {SAMPLE} or names)
+    chosen = {one.entry for one in stay if one.source not in pool}
+    for name in asked:
+        taken = [one.entry for one in (found if "/" in name else stay) if name in {one.source, one.entry}]
+        if not taken or (name not in names and "/" not in name):
+            raise ConfigError(_unknown(name, pool, names))
+        chosen.update(taken)
+    return sorted(chosen)
+
+
+def num_images(one: Snapshot) -> int | None:
+    """Images of a snapshot by its manifest; None where it is not in the checkout, or broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from components.data.manifest import MANIFEST
+
+    try:
+        return pq.read_metadata(one.folder / MANIFEST).num_rows
+    except (OSError, pa.ArrowInvalid):  # the stages say what is wrong with it, once it is fetched
+        return None
+
+
+def source_names(entries: Iterable[str]) -> list[str]:
+    """Names of the sources of snapshots, each once."""
+    return sorted({entry.partition("/")[0] for entry in entries})
+
+
+def name_for(checkout: Path, folder: Path) -> str:
+    """A legal name for a user's folder that no source from elsewhere has: its own, in small Latin letters."""
+    folder = folder.resolve()
+    name = slugify(folder.name, max_length=MAX_NAME) or "images"
+    taken = {SAMPLE, *(one.source for one in snapshots(checkout) if not _is_from(one, folder))}
+    number, free = 2, name
+    while free in taken:
+        free = f"{name[: MAX_NAME - 1 - len(str(number))]}-{number}"
+        number += 1
+    return free
+
+
+def _is_from(one: Snapshot, folder: Path) -> bool:
+    return one.provenance is not None and one.provenance.source == str(folder)
+
+
+def _empty(pool: set[str]) -> str:
+    if pool:
+        given = f"all sources ({', '.join(sorted(pool))}) were given to one run each (`pedigree run --images`)"
+        return f"{given}; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in to stay"
+    return "the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it"
+
+
+def _unknown(name: str, pool: set[str], names: set[str]) -> str:
+    if name in pool:
+        return (
+            f"source {name!r} was given to one run (`pedigree run --images FOLDER`): give the folder again, or take "
+            f"it in to stay: `pedigree ingest FOLDER --name {name} --license LICENSE`"
+        )
+    return f"no source {name!r} in the pool; known: {', '.join(sorted(names)) or 'none'}"
