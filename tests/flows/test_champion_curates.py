@@ -17,8 +17,9 @@ from components.model.config import ViTConfig
 from components.model.export import save_weights
 from components.model.vit import VisionTransformer
 from components.recipe import Recipe, load_recipe
+from flows.git import WorkspaceError
 from flows.registered import exact
-from flows.workspace import WorkspaceError, params_text
+from flows.workspace import params_text
 from tests.flows.repository import PROJECT
 
 EMBEDDER = "{kind: model, weights: models:/curator@champion, preprocessing: {resize_size: 32, crop_size: 28}}"

@@ -28,7 +28,7 @@ from components.lineage.trace import trace
 from flows import workspace
 from flows.cli import app
 from flows.gc_lock import RunningError, no_gc_beside, no_run_beside
-from flows.workspace import git
+from flows.git import git
 from infra.local.compaction import compact_storage
 from tests.flows.repository import DVC, git_lines
 from tests.lineage.short_runs import STAGES, ShortRuns, do_stage, make_short_runs, open_mlflow_run, sh

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from components.lineage.runs import find_runs, registered
 from flows import workspace
 from flows.cli import app
-from flows.workspace import git
+from flows.git import git
 from tests.lineage.short_runs import ShortRuns, make_short_runs, write_result
 
 pytestmark = pytest.mark.stack

@@ -18,7 +18,8 @@ from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.ledger import Ledger, Outcome
 from components.lineage.origin import Tag, collect_origin
 from components.recipe import Recipe, load_recipe
-from flows.workspace import Workspace, git, open_workspace
+from flows.git import git
+from flows.workspace import Workspace, open_workspace
 from tests.flows.repository import PROJECT
 
 SEED = "$(grep ^seed params.yaml | cut -c 7-)"

@@ -18,7 +18,7 @@ from components.lineage.needs import Needs
 from components.lineage.record import RecordError
 from components.lineage.removal import disk_bytes, own_bytes
 from components.lineage.runs import find_runs
-from flows.workspace import git
+from flows.git import git
 
 LISTING = json.dumps([{"md5": "c" * 32, "relpath": "x"}, {"md5": "d" * 32, "relpath": "y"}]).encode()
 OLD, NOW = 1_000_000_000, 2_000_000_000
