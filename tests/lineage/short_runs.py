@@ -58,7 +58,7 @@ class ShortRuns:
     def going(self, seed: int) -> Iterator[Workspace]:
         """A run that has begun and brought its data."""
         recipe = self.recipe.model_copy(update={"seed": seed, "name": self.name})
-        with open_workspace(self.root, recipe, ["photos"]) as work:
+        with open_workspace(self.root, recipe, ["photos/ab12"]) as work:
             work.ledger.bring_data()
             work.ledger.fetch_run_cache()
             yield work
