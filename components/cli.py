@@ -18,13 +18,20 @@ import typer
 
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
-from components.core.mlflow_client import TrackingError
-from components.core.storage import MissingInStorageError, StorageError, recover_dirs, write_json
-from components.core.tracking import stage_run
+from components.core.errors import (
+    OutOfMemoryError,
+    defect,
+    known,
+    print_traceback,
+    sentence,
+    show_tracebacks,
+    tracebacks_shown,
+)
+from components.core.storage import recover_dirs, write_json
+from components.core.tracking import stage_run, where_logged
 from components.recipe import Recipe, load_recipe
-from components.stages import FORGET, PREPARE_STREAM, STAGES, load
+from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advice
 
-BAD_INPUT, FAILED, TRY_AGAIN = 2, 1, os.EX_TEMPFAIL  # exit codes; 75: a service or the storage did not answer
 ITEM_STAGES = ("distill", "evaluate")
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
 REPLACED_IN = ("data", "models", "models/students", "reports/evaluate")  # where stages replace whole folders
@@ -70,12 +77,14 @@ def run(
     item: str | None = typer.Argument(None, help="which student or model, of a foreach stage"),
     engine: EngineOption = None,
     address: AddressOption = None,
+    traceback: bool = typer.Option(default=False, help="Show the traceback of every error, not of defects only."),
 ) -> None:
     """Run one stage in the current folder.
 
     Examples: `python -m components pretrain`, `python -m components distill small`,
     `python -m components curate --engine ray --address 10.0.0.7:6379`.
     """
+    show_tracebacks(traceback)
     choose_engine(engine, address)
     root = Path.cwd()
     recipe = load_recipe(root, None)
@@ -102,29 +111,30 @@ def run(
 
 
 def main() -> None:
-    """Run, and turn every error a user can cause into one clear line and an exit code."""
+    """Run, and turn every error into one clear line and an exit code; a defect shows its traceback before."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
-    except ConfigError as error:
-        _end(error, BAD_INPUT)
-    except MissingInStorageError as error:  # trying again does not help
-        _end(error, FAILED)
-    except (StorageError, TrackingError) as error:
-        _end(error, TRY_AGAIN)
-    except (ValueError, RuntimeError, OSError) as error:
-        log.debug("traceback", exc_info=True)
-        _end(error, FAILED)
+    except Exception as error:
+        sys.exit(_tell(error))
 
 
-def _end(error: BaseException, code: int) -> None:
-    if not _said_by_another_rank(str(error)):
-        for line in str(error).splitlines() or [type(error).__name__]:
+def _tell(error: Exception) -> int:
+    """Say what went wrong, and return the exit code."""
+    found = known(error)
+    told = found or defect(error, where_logged(error))
+    said = sentence(told)
+    if isinstance(found, OutOfMemoryError):
+        said = f"{said}; {memory_advice(sys.argv)}"
+    if not _said_by_another_rank(said):
+        if found is None or tracebacks_shown():
+            print_traceback(error)
+        for line in said.splitlines():
             log.error("error: %s", line)
-    sys.exit(code)
+    return told.exit_code
 
 
 def _said_by_another_rank(text: str) -> bool:

@@ -5,7 +5,7 @@ Names and no imports, so that each stage loads only its own code, and `lineage.c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,20 @@ STAGES = {  # the first is the stage's function
     "evaluate": ("components.evaluation.stage:run",),
     "register": ("components.registry.stage:run",),
 }
+
+SAVES_MEMORY = {  # by stage; trainings have it all alike
+    "embed": "lower embed.workers, or batch_size of its embedders",
+    "curate": "lower curate.workers",
+    "evaluate": "lower evaluate.batch_size or evaluate.num_workers",
+}
+
+
+def memory_advice(command: Iterable[str]) -> str:
+    """What to do where a stage's memory ran out, by the command line that names the stage."""
+    stage = next((word for word in command if word in STAGES), "")
+    if PREPARE_STREAM in STAGES.get(stage, ()):
+        return f"lower {stage}.batch_size or {stage}.stream.num_workers, or set {stage}.activation_checkpointing=full"
+    return SAVES_MEMORY.get(stage, "free some memory, then run again")
 
 
 def load(name: str) -> Callable[..., Any]:

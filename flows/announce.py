@@ -24,6 +24,7 @@ from prefect.events.filters import EventFilter, EventIDFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.urls import url_for
 
+from components.core.errors import PedigreeError
 from components.core.storage import write_bytes
 from components.data.manifest import MANIFEST
 from flows.health import online_workers, start_worker
@@ -39,7 +40,7 @@ UNANNOUNCED, ANNOUNCED = Path(".pedigree/unannounced"), Path(".pedigree/announce
 WAIT_SECONDS = 30.0  # for the run that an enabled trigger makes: 1 to 2 s on a machine that is not busy
 
 
-class AnnounceError(RuntimeError):
+class AnnounceError(PedigreeError):
     """Prefect did not take the event; the images are stored, and another ingest of the source sends it."""
 
 

@@ -21,6 +21,15 @@ from rich.text import Text
 
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
+from components.core.errors import (
+    TRY_AGAIN,
+    PedigreeError,
+    defect,
+    known,
+    print_traceback,
+    show_tracebacks,
+    tracebacks_shown,
+)
 from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
@@ -38,21 +47,19 @@ from flows.commands import doctor, plan
 from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
 from flows.commands import sources as sources_command
+from flows.failure import prefect_is_away
 from flows.git import head_commit
 from flows.sources import POOL, SAMPLE, choose, name_for, snapshots
 from flows.verdict import Verdict, verdicts
 from infra.local import supervisor
-from infra.local.site import StackError
 
 if TYPE_CHECKING:
     from flows.accept import Acceptance
     from flows.ingest import Ingested
     from flows.retrain import RunResult
 
-BAD_INPUT, FAILED = 2, 1
 NOT_STATED = "not-stated"
 PREFECTS_OWN = ("Finished in state", "Beginning flow run", "Running hook", "Hook 'end'")
-CLEAR = (ValueError, RuntimeError, OSError)  # errors that a person, the data or a service can cause; ours among them
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,8 +80,22 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of every error, not of defects only.")
+    ] = False,
 ) -> None:
-    pass
+    show_tracebacks(traceback)
+
+
+def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of any folder, whose errors are one line each."""
+
+    @functools.wraps(command)
+    def clear(*args: Any, **options: Any) -> None:
+        with _clear_errors():
+            command(*args, **options)
+
+    return clear
 
 
 def _in_the_checkout(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,11 +103,10 @@ def _in_the_checkout(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def checked(*args: Any, **options: Any) -> None:
-        with _clear_errors():
-            _checkout()
-            command(*args, **options)
+        _checkout()
+        command(*args, **options)
 
-    return checked
+    return _with_clear_errors(checked)
 
 
 def _at_the_services(command: Callable[..., None]) -> Callable[..., None]:
@@ -108,9 +128,9 @@ app.command("doctor")(_in_the_checkout(doctor.doctor))
 app.command("promote")(_at_the_services(promote.promote))
 app.command("trace")(_at_the_services(trace_commands.trace))
 app.command("seen")(_at_the_services(seen_command.seen))
-app.command("curate")(curate_command.curate)
+app.command("curate")(_with_clear_errors(curate_command.curate))
 app.command("plan")(_in_the_checkout(plan.plan))
-app.command("train-status")(train_status.train_status)
+app.command("train-status")(_with_clear_errors(train_status.train_status))
 app.command("gc")(_at_the_services(gc_command.gc))
 app.command("runs")(_in_the_checkout(runs_command.runs))
 sources_app = typer.Typer(no_args_is_help=True, help="List or remove what is in the pool.")
@@ -264,7 +284,7 @@ def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     """Run a flow and return its result.
 
     Raises:
-        RuntimeError: it failed; its message is the reason.
+        PedigreeError: it failed; the message is the reason.
     """
     from httpx import HTTPError
     from prefect.exceptions import TerminationSignal
@@ -274,19 +294,13 @@ def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     except TerminationSignal:  # SIGTERM before our handlers were set, or after
         raise KeyboardInterrupt from None
     except HTTPError as error:
-        raise StackError(_prefect_is_away(error)) from error
+        raise prefect_is_away(error) from error
     if state.is_cancelled():
         raise KeyboardInterrupt
     if not state.is_completed():
-        raise RuntimeError(state.message)
+        error = state.result(raise_on_failure=False)
+        raise error if isinstance(error, PedigreeError) else PedigreeError(state.message)
     return state.result()
-
-
-def _prefect_is_away(error: Exception) -> str:
-    address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
-    reason = str(error) or type(error).__name__
-    advice = "`pedigree up` starts it. What was finished is kept: run again"
-    return f"Prefect at {address} does not answer ({reason}); {advice}"
 
 
 def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: str) -> list[str] | None:
@@ -343,23 +357,31 @@ def _checkout() -> Path:
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Turn what a user, the data or a service can cause into one clear line and an exit code."""
+    """Turn every error into one clear line and an exit code; a defect shows its traceback before."""
     try:
         with interrupt.handled():
             yield
-    except (typer.Exit, BrokenPipeError):  # a RuntimeError, and the OSError of a reader such as `head`
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: of a reader such as `head`
         raise
-    except CLEAR as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
-        console = Console(stderr=True, soft_wrap=True)
-        for line in str(error).splitlines() or [type(error).__name__]:
-            console.print(f"error: {line}", style="red", markup=False, highlight=False)
-        raise typer.Exit(BAD_INPUT if isinstance(error, ConfigError) else FAILED) from error
+    except Exception as error:
+        raise typer.Exit(_tell(error)) from error
     except KeyboardInterrupt:
         stopped = interrupt.current
         text = f"{stopped.reason}; what was finished is kept, run again to go on"
         Console(stderr=True).print(text, style="yellow")
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _tell(error: Exception) -> int:
+    """Say what went wrong, and return the exit code; it is 1 for a service too: only stages end with 75."""
+    found = known(error)
+    if found is None or tracebacks_shown():
+        print_traceback(error)
+    told = found or defect(error, "above")
+    console = Console(stderr=True, soft_wrap=True)
+    for line in str(told).splitlines() or [type(told).__name__]:
+        console.print(f"error: {line}", style="red", markup=False, highlight=False)
+    return PedigreeError.exit_code if told.exit_code == TRY_AGAIN else told.exit_code
 
 
 def _closing(result: RunResult, name: str, as_json: bool) -> None:
@@ -426,7 +448,7 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         error = record.exc_info[1] if record.exc_info else None
-        return record.getMessage() if isinstance(error, CLEAR) else super().format(record)
+        return record.getMessage() if known(error) and not tracebacks_shown() else super().format(record)
 
 
 def main() -> None:

@@ -43,14 +43,10 @@ def curate(
 
       pedigree curate --explain 3f9a21c0 --json | jq .other
     """
-    from components.curation.explain import ExplainError, explain
+    from components.curation.explain import explain
 
-    try:
-        name, tables = find_tables(Path.cwd(), run)
-        found = explain(tables, image)
-    except (ExplainError, WorkspaceError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+    name, tables = find_tables(Path.cwd(), run)
+    found = explain(tables, image)
     if as_json:
         told = {"run": name, "manifest": str(tables.manifest), **found.as_dict()}
         sys.stdout.write(json.dumps(told, indent=2) + "\n")

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from components.core.errors import PedigreeError
 from components.lineage.runs import ask_git, find_runs
 
 log = logging.getLogger(__name__)
 
 
-class RunningError(RuntimeError):
+class RunningError(PedigreeError):
     """A run goes on; the message names it."""
 
 

@@ -7,11 +7,13 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.core.errors import PedigreeError
+
 # A run's commits are made by a program: hooks and signing keys are for a person's own commits.
 PLAIN = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
 
 
-class WorkspaceError(RuntimeError):
+class WorkspaceError(PedigreeError):
     """The checkout cannot give a run its folder; the message says why and what to do."""
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.core.storage import s3_client, s3_errors
+from components.core.errors import PedigreeError, ServiceError, sentence
+from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
         try:
             for check in checks:
                 yield from check(checkout)
-        except (ValueError, RuntimeError, OSError) as error:
-            yield Finding(name, RED, (str(error) or type(error).__name__).splitlines()[0], advice)
+        except (PedigreeError, OSError) as error:
+            yield Finding(name, RED, sentence(error).splitlines()[0], advice)
 
 
 def python(checkout: Path) -> Iterator[Finding]:
@@ -177,7 +178,7 @@ def buckets(_: Path) -> Iterator[Finding]:
         try:
             with s3_errors(f"s3://{bucket}"):
                 yield _audit_bucket(client, bucket) if role == "audit" else _versioned_bucket(client, bucket, role)
-        except RuntimeError as error:
+        except PedigreeError as error:
             advice = f"README, 'A team's services', makes it; {variable} names it"
             yield Finding(f"{role} bucket", RED, str(error), advice)
 
@@ -215,7 +216,7 @@ def _put_read_remove(client: Any, bucket: str) -> None:
     finally:
         client.delete_object(**exact)
     if read != b"pedigree":
-        raise RuntimeError(f"s3://{bucket}: an object came back changed")
+        raise StorageError(f"s3://{bucket}: an object came back changed")
 
 
 def dvc_remote(checkout: Path) -> Iterator[Finding]:
@@ -260,7 +261,7 @@ def prefect(checkout: Path) -> Iterator[Finding]:
             yield _late_runs(client)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
-        raise RuntimeError(f"{os.environ.get('PREFECT_API_URL')}: {reason}") from error
+        raise ServiceError(f"{os.environ.get('PREFECT_API_URL')}: {reason}") from error
 
 
 def _work_pool(client: SyncPrefectClient) -> Finding:
@@ -407,5 +408,5 @@ def _version(name: str) -> str | None:
 
 def _named(variable: str) -> str:
     if not (value := os.environ.get(variable)):
-        raise RuntimeError(f"{variable} is not set: name the bucket, or unset all for the local stack")
+        raise StorageError(f"{variable} is not set: name the bucket, or unset all for the local stack")
     return value

@@ -9,7 +9,6 @@ from typing import Any
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Failed
 
 from components.data.ingest import IngestReport
 from components.data.ingest import ingest as ingest_source
@@ -17,6 +16,7 @@ from components.data.ingest_config import IngestRequest
 from components.lineage.ledger import Ledger
 from flows import interrupt, live
 from flows.announce import Retraining, announce_snapshots, forget_snapshots, remember_untracked
+from flows.failure import failed
 from flows.pool_lock import pool_held
 from flows.stages import RETRIES
 
@@ -48,8 +48,8 @@ def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[An
             return _ingest(request, announce)
         except KeyboardInterrupt:
             return interrupt.end(interrupted)
-        except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
-            return Failed(message=str(error) or type(error).__name__)
+        except Exception as error:
+            return failed(error)
 
 
 def _ingest(request: IngestRequest, announce: bool) -> Ingested:

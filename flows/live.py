@@ -20,6 +20,7 @@ from uuid import UUID
 import psutil
 
 from components.core import tracking
+from components.core.errors import PedigreeError, ServiceError
 from flows.workspace import close_branch
 
 FOLDER = Path(".pedigree") / "flow-runs"
@@ -132,7 +133,7 @@ def close_lost(checkout: Path) -> list[str]:
                 closed.append(_close(checkout, UUID(path.stem), _read(path)))
             except BlockingIOError:  # somebody else closes it
                 continue
-            except (OSError, RuntimeError) as error:
+            except (OSError, PedigreeError) as error:
                 logger.warning("flow run %s of a dead process is not closed yet: %s", path.stem, error)
                 continue
             path.unlink(missing_ok=True)
@@ -169,7 +170,7 @@ def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
     except ObjectNotFound:
         return
     except HTTPError as error:
-        raise RuntimeError(f"Prefect: {error}") from error
+        raise ServiceError(f"Prefect: {error}") from error
 
 
 def _is_free(path: Path) -> bool:

@@ -118,7 +118,8 @@ def _few_images(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
 
 def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
     """Loaders whose batches do not fit into /dev/shm; all ranks of a training are on this machine."""
-    from components.data.shared_memory import SharedMemoryError, check_shared_memory, crop_bytes
+    from components.core.errors import EngineError
+    from components.data.shared_memory import check_shared_memory, crop_bytes
 
     evaluate = recipe.evaluate
     loaders = [("evaluate.num_workers", evaluate.num_workers, evaluate.batch_bytes)]
@@ -128,7 +129,7 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
     for loader in loaders:
         try:
             check_shared_memory(*loader)
-        except SharedMemoryError as error:
+        except EngineError as error:
             yield str(error)
 
 

@@ -28,17 +28,9 @@ def promote(
 
       pedigree promote pedigree-small/3 --reason "half the latency, same kNN" --json
     """
-    from components.core.mlflow_client import TrackingError
-    from components.core.storage import StorageError
-    from components.lineage.audit_log import AuditError
     from components.registry import promote as promotion
-    from components.registry.publish import RegistryError
 
-    try:
-        done = promotion.promote(reference, reason)
-    except (RegistryError, AuditError, StorageError, TrackingError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+    done = promotion.promote(reference, reason)
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
         return

@@ -18,14 +18,15 @@ from prefect import State, flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
-from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.core import tracking
+from components.core.errors import defect, known
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
+from flows.failure import failed
 from flows.git import WorkspaceError
 from flows.registered import exact, open_registry
 from flows.run_log import log_file
@@ -82,10 +83,10 @@ def retrain(
             return _retrain(Path.cwd(), lambda: params or load_recipe(Path.cwd(), recipe, overrides or []), sources)
         except KeyboardInterrupt:
             return interrupt.end(interrupted)
-        except (ValueError, RuntimeError, OSError) as error:  # a person, the data or a service caused it: no traceback
-            if interrupt.asked():
+        except Exception as error:
+            if interrupt.asked() and known(error):
                 return interrupt.end(interrupted)
-            return Failed(message=str(error) or type(error).__name__)
+            return failed(error)
 
 
 def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[str] | None) -> RunResult:
@@ -140,7 +141,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         outcomes = _run_stages(workspace)
         status, how = "FINISHED", "Run finished"
     except Exception as error:
-        how = f"Run failed: {error}"
+        how = f"Run failed: {known(error) or defect(error, 'in its log')}"
         raise
     finally:
         if interrupt.asked():

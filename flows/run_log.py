@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.core.errors import known
+
 LOGGERS = ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs")
 
 
@@ -21,6 +23,11 @@ def log_file(checkout: Path, run_id: str) -> Iterator[Path]:
         logging.getLogger(name).addHandler(handler)
     try:
         yield path
+    except Exception as error:
+        if known(error) is None:  # the flow's own log shows it, but only after this block
+            raised = (type(error), error, error.__traceback__)
+            handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, "the run failed", None, raised))
+        raise
     finally:
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(handler)

@@ -23,13 +23,10 @@ COLOURS = {"healthy": "green", "unhealthy": "yellow", "dead": "red", "stopped": 
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Show a `StackError` as one line and end with 1; Ctrl-C ends with 130."""
+def _interruptible() -> Iterator[None]:
+    """End with 130 at Ctrl-C."""
     try:
         yield
-    except StackError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         Console(stderr=True).print("interrupted: what had been started is stopped again", style="yellow")
         raise typer.Exit(130) from error
@@ -39,7 +36,7 @@ def _one_line_errors() -> Iterator[None]:
 def up() -> None:
     """Start the local stack, or what is missing of it."""
     console = Console(stderr=True, soft_wrap=True)
-    with _one_line_errors(), console.status("starting the local stack (about 10 seconds the first time)"):
+    with _interruptible(), console.status("starting the local stack (about 10 seconds the first time)"):
         supervisor.up(Path.cwd(), report=lambda line: console.print(line, markup=False, highlight=False))
     status()
 
@@ -50,7 +47,7 @@ def status(
     credentials: Annotated[bool, typer.Option("--credentials", help="Show what the web pages ask for.")] = False,
 ) -> None:
     """Show each service: state, address, process and log. Ends with 1 unless all are healthy."""
-    with _one_line_errors():
+    with _interruptible():
         found = supervisor.status(Path.cwd())
         if as_json:
             sys.stdout.write(json.dumps([service.as_dict() for service in found], indent=2) + "\n")
@@ -66,7 +63,7 @@ def status(
 def down() -> None:
     """Stop every process of the local stack; its data stays in .pedigree."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with _one_line_errors():
+    with _interruptible():
         for line in live.stop_running(Path.cwd()):
             console.print(line, markup=False)
         stopped = supervisor.down(Path.cwd())
@@ -76,7 +73,7 @@ def down() -> None:
 @app.command()
 def env() -> None:
     """Print `export` lines, secrets included: eval "$(pedigree env)"."""
-    with _one_line_errors():
+    with _interruptible():
         variables = supervisor.environment(Path.cwd())
     sys.stdout.write("".join(f"export {name}={_quoted(value)}\n" for name, value in variables.items()))
 

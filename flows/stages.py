@@ -17,8 +17,10 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from components.core.errors import DEFECT, PedigreeError, ServiceError
 from components.core.progress import PROGRESS_LINE
 from components.lineage.ledger import LedgerUnreachableError, Outcome, Stage
+from components.stages import memory_advice
 from flows import interrupt
 from flows.progress import progress_artifact
 from flows.workspace import Workspace
@@ -28,11 +30,11 @@ _PR_SET_PDEATHSIG = 1
 WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
 
-class StageFailedError(RuntimeError):
-    """A stage's command ended badly; the message is its last error line."""
+class StageFailedError(PedigreeError):
+    """A stage's command ended badly; the message is its last error line, the exit code 70 where that is a defect."""
 
 
-class StageUnreachableError(StageFailedError):
+class StageUnreachableError(StageFailedError, ServiceError):
     """A stage could not reach the storage or a service, or was told to go: worth another try."""
 
 
@@ -101,7 +103,11 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"
         kind = StageUnreachableError if code in WORTH_A_RETRY else StageFailedError
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-        raise kind(f"`{command}` failed ({ended}): {reason}")
+        if code == -signal.SIGKILL:
+            reason += f"; the system kills so where memory runs out: {memory_advice(command.split())}"
+        error = kind(f"`{command}` failed ({ended}): {reason}")
+        error.exit_code = DEFECT if code == DEFECT else kind.exit_code
+        raise error
 
 
 def _die_with_parent() -> None:

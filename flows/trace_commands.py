@@ -40,11 +40,7 @@ def trace(
     from components.lineage import trace as tracing
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        found = tracing.trace(reference, Path.cwd())
-    except tracing.TraceError as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+    found = tracing.trace(reference, Path.cwd())
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
     else:

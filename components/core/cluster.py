@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from components.core.config import ConfigError
+from components.core.errors import EngineError
 
 ADDRESS = "RAY_ADDRESS"  # Ray's own variable, so that child processes work where their parent does
 CONNECT_SECONDS = 5.0
@@ -32,10 +33,6 @@ EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where sha
 AddressOption = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray cluster.")]
 
 
-class ClusterError(RuntimeError):
-    """A Ray cluster that cannot be used: Ray is not installed, or nothing answers."""
-
-
 def choose_engine(engine: Engine | None, address: str | None) -> None:
     """Set where this process, and those that it starts, work on shards.
 
@@ -45,7 +42,7 @@ def choose_engine(engine: Engine | None, address: str | None) -> None:
 
     Raises:
         ConfigError: options that do not fit together, or Ray is not installed.
-        ClusterError: no cluster answers at the address.
+        EngineError: no cluster answers at the address.
     """
     if address and engine is not Engine.RAY:
         raise ConfigError(f"--address {address} is for --engine ray, but the engine is {engine or 'not given'}")
@@ -66,7 +63,7 @@ def connected(address: str) -> Iterator[int]:
     """Connect to a running cluster and make it joblib's backend `ray`; yields the cluster's CPUs.
 
     Raises:
-        ClusterError: Ray is not installed, or no cluster answers at the address.
+        EngineError: Ray is not installed, or no cluster answers at the address.
     """
     host = _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -77,12 +74,12 @@ def connected(address: str) -> Iterator[int]:
         import ray
         from ray.util.joblib import register_ray
     except ImportError:
-        raise ClusterError(_MISSING) from None
+        raise EngineError(_MISSING) from None
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ClusterError(f"the Ray cluster at {address} cannot be used: {reason}") from None
+        raise EngineError(f"the Ray cluster at {address} cannot be used: {reason}") from None
     try:
         register_ray()
         yield int(ray.cluster_resources().get("CPU", 0))
@@ -94,9 +91,9 @@ def _reach(address: str) -> str:
     """The host of an address at which something listens; Ray itself would try for most of a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"{ADDRESS} is {address!r}; expected HOST:PORT of a Ray cluster, as `ray start` prints it")
+        raise EngineError(f"{ADDRESS} is {address!r}; expected HOST:PORT of a Ray cluster, as `ray start` prints it")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address} ({error}); start one, or use --engine loky") from None
+        raise EngineError(f"no Ray cluster answers at {address} ({error}); start one, or use --engine loky") from None
     return host

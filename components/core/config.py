@@ -10,6 +10,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from components.core.errors import InputError
+
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
@@ -23,7 +25,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A parameter file or override that cannot be used; the message says which key and what is allowed."""
 
 

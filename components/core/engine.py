@@ -12,14 +12,11 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from components.core.cluster import ADDRESS, connected
+from components.core.errors import EngineError
 from components.core.progress import progress, track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class EngineError(RuntimeError):
-    """A worker process that died without an error of its own, such as one the system killed for its memory."""
 
 
 def map_shards(
@@ -43,8 +40,8 @@ def map_shards(
         unit: what one item is.
 
     Raises:
-        EngineError: a worker died. Errors raised by `function` come through as they are.
-        ClusterError: `RAY_ADDRESS` names no cluster that can be used.
+        EngineError: a worker died, or `RAY_ADDRESS` names no cluster that can be used. Errors raised by `function` come
+            through as they are.
     """
     if not items:
         return []

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from components.core.errors import ServiceError
+
 _CLIENTS: dict[str, Any] = {}
 _HEALTH_TIMEOUT_SECONDS = 5.0
 # MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
@@ -28,7 +30,7 @@ _CLIENT_SETTINGS = {
 }
 
 
-class TrackingError(RuntimeError):
+class TrackingError(ServiceError):
     """MLflow cannot be reached or refuses; the message names its address and what to do."""
 
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import DISK_FULL, PedigreeError, ServiceError
+
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 ATTEMPTS = 4  # of one request, with growing pauses between
@@ -24,15 +26,16 @@ EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 # What `atomic_dir` keeps in the directory `.NAME.RANDOM` beside NAME while it writes.
 SCRATCH = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
 LOCK, OLD = "lock", "old"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class StorageError(RuntimeError):
+class StorageError(ServiceError):
     """The object store did not do what was asked: it does not answer, or does not allow it."""
 
 
 class MissingInStorageError(StorageError):
     """A bucket or object that is not there; trying again does not help."""
+
+    exit_code = PedigreeError.exit_code
 
 
 @contextmanager

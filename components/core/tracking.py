@@ -14,12 +14,14 @@ import math
 import os
 import re
 import subprocess
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import known
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
 from components.core.weights_cache import FetchError, keep_weights
@@ -30,6 +32,7 @@ PARENT_STAGE = "flow"  # value of the tag pedigree.stage on a pipeline run
 WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of its model.safetensors
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _MAX_KEY, _MAX_VALUE, _MAX_DIGEST = 250, 6000, 36  # characters; MLflow refuses longer ones
+_TRACEBACK_FILE = "traceback.txt"
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
 
 
@@ -67,7 +70,7 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
 
     `params` (the model's `name`, which is the experiment, and what the stage works with) is logged at the start; the
     numbers of `log_result` and the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run
-    FAILED (an interrupt KILLED) and passes on.
+    FAILED (an interrupt KILLED) and passes on; the traceback of a defect is kept as `traceback.txt`.
 
     Raises:
         TrackingError: MLflow does not answer at the start or the end.
@@ -88,6 +91,8 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
                 run.client.log_artifacts(run.run_id, str(reports))
             run.client.set_terminated(run.run_id, "FINISHED")
     except BaseException as error:
+        if isinstance(error, Exception) and known(error) is None:
+            _log_traceback(run, error)
         _close_failed(run, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     finally:
@@ -319,6 +324,21 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
         created = client.create_run(experiment, run_name=run_name, tags=tags).info.run_id
         _log_params(client, created, params)
     return StageRun(created, client)
+
+
+def _log_traceback(run: StageRun, error: Exception) -> None:
+    try:
+        with reported():
+            run.client.log_text(run.run_id, "".join(traceback.format_exception(error)), _TRACEBACK_FILE)
+        error.add_note(f"{_TRACEBACK_FILE} of MLflow's run {run_url(run.run_id) or run.run_id}")
+    except TrackingError as refused:  # the defect matters more
+        log.warning("traceback not logged to MLflow: %s", refused)
+
+
+def where_logged(error: Exception) -> str:
+    """Where the traceback of a defect is to be found, in words: the log, and MLflow if `stage_run` sent it there."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_TRACEBACK_FILE)]
+    return " and ".join(["in the log", *notes])
 
 
 def _close_failed(run: StageRun, status: str) -> None:

@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from components.core.errors import PedigreeError
 from components.core.storage import atomic_dir, sha256_file, write_json
 
 FILES = ("model.safetensors", "config.json")
 HEADS = "heads.safetensors"  # only teachers are registered with them
 
 
-class FetchError(RuntimeError):
+class FetchError(PedigreeError):
     """What was fetched is not one set of weights, or not the bytes that were promised."""
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from components.core.engine import map_shards
+from components.core.errors import PedigreeError
 from components.core.storage import sha256_file, write_bytes
 from components.curation.embedders import Embedder, EmbedderError, load
 from components.curation.scores import SCORES_SCHEMA, Scorer
@@ -32,7 +33,7 @@ Part = Embedder | Scorer  # one thing that is computed of each image
 Made = TypeVar("Made")
 
 
-class EmbeddingsError(ValueError):
+class EmbeddingsError(PedigreeError):
     """Embeddings that are missing, or do not belong to the images they are read for."""
 
 

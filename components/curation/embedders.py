@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
 from components.core.weights_cache import FILES as WEIGHTS_FILES
 from components.curation import descriptor
@@ -27,7 +28,7 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
-class EmbedderError(ValueError):
+class EmbedderError(PedigreeError):
     """An embedder whose file is missing or cannot be used; the message names it and what is needed."""
 
 
@@ -128,6 +129,9 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     from components.model.preprocessing import center_crop, to_input
 
     backbone = load_backbone(folder)
+    patch, size = backbone.config.patch_size, config.preprocessing.crop_size
+    if size % patch:
+        raise EmbedderError(f"preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {folder}")
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         crops = np.stack([np.asarray(center_crop(image, config.preprocessing)) for image in images])  # [B, S, S, 3]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as ds
 
+from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
 from components.curation.rejections import MEANING
 from components.data.manifest import CURATED_SCHEMA, FINDINGS, REJECTED_SCHEMA, snapshot_manifests
@@ -26,7 +27,7 @@ ORIGIN = {
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
 
-class ExplainError(ValueError):
+class ExplainError(PedigreeError):
     """No image, or more than one, is meant by what was asked; the message lists what there is."""
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.core.errors import PedigreeError
+
 # Every reason there is, in the order in which they are looked for.
 MEANING = {
     "exact_duplicate": "the same bytes are listed before",
@@ -49,7 +51,7 @@ SCHEMA = pa.schema(
 )
 
 
-class CurationError(ValueError):
+class CurationError(PedigreeError):
     """Images or parameters that curation cannot go on with; the message says which step and what to change."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import PedigreeError
 
-class ScoreError(ValueError):
+
+class ScoreError(PedigreeError):
     """A score's model that is missing or cannot be used; the message names the key or the file, and what is needed."""
 
 

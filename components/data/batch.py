@@ -89,7 +89,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
             return error
 
     def check_shared_memory(self, num_workers: int) -> None:
-        """Raise SharedMemoryError unless batches of the ranks on this machine fit into what is free of /dev/shm."""
+        """Raise EngineError unless batches of the ranks on this machine fit into what is free of /dev/shm."""
         plan = self._plan
         on_this_machine = plan.batch_size // plan.num_ranks * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         size = crop_bytes(plan.crops, on_this_machine, plan.anchor_scale)
@@ -134,7 +134,7 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     Raises:
         StreamError, ShardError: the curated set is unusable, or more than `max_bad_images` of it.
         StorageError: it is streamed, and S3 does not answer or refuses.
-        SharedMemoryError: /dev/shm is too small for what the processes prepare.
+        EngineError: /dev/shm is too small for what the processes prepare.
     """
     options: dict[str, Any] = {}
     if config.num_workers:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.core.errors import PedigreeError
 from components.core.text import one_line
 from components.data.manifest import read_collection
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 TEST_SHARE = 5  # without given splits, one labelled image in five is a test image
 
 
-class EvaluationError(ValueError):
+class EvaluationError(PedigreeError):
     """An evaluation that cannot be made; the message says of what and what to do."""
 
 

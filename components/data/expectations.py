@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from components.core.errors import PedigreeError
 from components.data.manifest import (
     MANIFEST,
     POOL_SCHEMA,
@@ -74,7 +75,7 @@ class ValidationReport:
     docs: Path  # index page of the Data Docs
 
 
-class ExpectationsFailed(ValueError):  # noqa: N818 - it reads as what happened
+class ExpectationsFailed(PedigreeError):  # noqa: N818 - it reads as what happened
     """A dataset that may not pass; the message names each failed expectation and its first rows."""
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from components.core.config import Config, ConfigError, validate
+from components.core.errors import PedigreeError
 from components.core.text import one_line
 from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
@@ -16,7 +17,7 @@ GIB = 1024**3
 MAX_MESSAGE = 2000  # characters of an error
 
 
-class IngestError(ValueError):
+class IngestError(PedigreeError):
     """A source that cannot be ingested; one line says what was found and what is allowed, whatever names are in it."""
 
     def __init__(self, message: str):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.core.errors import PedigreeError
 from components.core.storage import disk_errors
 
 MANIFEST = "manifest.parquet"
@@ -86,7 +87,7 @@ REJECTED_SCHEMA = pa.schema(
 RETIRED = ("source_version", "ingested_at")
 
 
-class ManifestError(ValueError):
+class ManifestError(PedigreeError):
     """A manifest that is missing, or does not have the columns, types or values that its schema demands."""
 
 

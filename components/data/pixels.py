@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from components.core.errors import PedigreeError
+
 SAMPLE_BITS = (8, 10, 12, 14, 16)  # that instruments use of 16
 BRIGHT_SHARE = 1000  # one pixel in so many may be brighter than the range, such as dead pixels of a sensor
 MAX_PAGES = 32  # of a TIFF; each costs a walk through its tags
@@ -26,7 +28,7 @@ UNREAD = {"unknown pixel mode", "unknown data organization", "string index out o
 KINDS = {2: "signed ", 3: "floating-point ", 5: "complex ", 6: "complex "}
 
 
-class ImageError(ValueError):
+class ImageError(PedigreeError):
     """Bytes that are not an image we take: `reason` is one word for tables, `detail` says it to a person."""
 
     def __init__(self, reason: str, detail: str):

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from components.core.errors import PedigreeError
 from components.data.pixels import ImageError, Loaded, check_tiff, explain_tiff, first_line, load_rgb
 from components.data.signatures import HEAD_BYTES, UNSUPPORTED, begins_like_an_image, signature
 
@@ -44,7 +45,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-class ShardError(ValueError):
+class ShardError(PedigreeError):
     """A shard that is missing or too short, or a place in it that cannot be right."""
 
 

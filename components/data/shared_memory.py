@@ -5,15 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from components.core.errors import EngineError
 from components.data.config import NUM_GLOBAL, CropConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each process prepares ahead
 MIB = 2**20
-
-
-class SharedMemoryError(ValueError):
-    """The batches of a loader do not fit into /dev/shm; the message says what does."""
 
 
 def crop_bytes(crops: CropConfig, num_images: int, anchor_scale: int = 1) -> int:
@@ -31,14 +28,14 @@ def check_shared_memory(key: str, num_workers: int, batch_bytes: int) -> None:
         batch_bytes: of one batch of every rank on this machine.
 
     Raises:
-        SharedMemoryError: they do not.
+        EngineError: they do not; the message says what does.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return
     free, held = shutil.disk_usage(SHARED_MEMORY).free, PREFETCH * num_workers + 1  # and the one in use
     if held * batch_bytes > free:
         fits = max(0, (free // batch_bytes - 1) // PREFETCH)
-        raise SharedMemoryError(
+        raise EngineError(
             f"{SHARED_MEMORY} has {free / MIB:,.0f} MiB free, and {key}={num_workers} keeps up to {held} batches of "
             f"{batch_bytes / MIB:,.1f} MiB there: set {key}={fits}, or enlarge it (docker run --shm-size=2g; "
             f"mount -o remount,size=2g {SHARED_MEMORY})"

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
 from components.data.config import ORIGINS, StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
@@ -32,7 +33,7 @@ WHOLE = "all"  # the one part of a set that is not mixed
 T = TypeVar("T")
 
 
-class StreamError(RuntimeError):
+class StreamError(PedigreeError):
     """The curated set cannot be trained on; the message says why and what to do."""
 
 

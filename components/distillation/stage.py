@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.core.config import ConfigError
 from components.core.tracking import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
@@ -26,7 +27,7 @@ from components.training.precision import resolve_precision
 def run(config: DistillConfig, root: Path, seed: int, student: str) -> dict[str, Any]:
     """Distil the teacher on data/curated; write models/students/S and reports/distill/S; return the run's figures."""
     if student not in config.students:
-        raise ValueError(f"no student {student!r} in distill.students; there are: {', '.join(config.students)}")
+        raise ConfigError(f"no student {student!r} in distill.students; there are: {', '.join(config.students)}")
     teacher = find_teacher(config.teacher_weights, root)
     return launch(distill, config.num_processes, config, root, seed, student, teacher)
 
@@ -35,13 +36,13 @@ def find_teacher(weights: str, root: Path) -> Path:
     """The teacher's weights folder, fetched if it is a registered version.
 
     Raises:
-        ValueError: an alias, or weights that were registered without heads.
+        ConfigError: an alias, or weights that were registered without heads.
         TrackingError: the registry does not answer, or has no such version.
     """
     if not weights.startswith("models:/"):
         return root / weights
     if "@" in weights:
-        raise ValueError(
+        raise ConfigError(
             f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
             "it has today, or give models:/NAME/VERSION"
         )
@@ -50,7 +51,7 @@ def find_teacher(weights: str, root: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = download_weights(weights, root)
     if not (folder / HEADS_FILE).is_file():
-        raise ValueError(
+        raise ConfigError(
             f"distill.teacher_weights {weights}: registered without heads, which students learn from; teachers have "
             "them (NAME or NAME-candidates), students do not (NAME-STUDENT)"
         )
@@ -84,11 +85,11 @@ def student_job(name: str, config: DistillConfig, teacher: Network, stream: Imag
 
 
 def check_patch_sizes(config: DistillConfig, teacher: Network) -> None:
-    """Raise ValueError unless all students cut images into patches as the teacher does."""
+    """Raise ConfigError unless all students cut images into patches as the teacher does."""
     theirs = teacher.backbone.config.patch_size
     for name, student in config.students.items():
         if student.backbone.patch_size != theirs:
-            raise ValueError(
+            raise ConfigError(
                 f"distill.students.{name}.backbone.patch_size is {student.backbone.patch_size}, the teacher's is "
                 f"{theirs}: patches are compared one to one, so they must be equal"
             )

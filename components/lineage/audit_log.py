@@ -20,6 +20,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from components.core.errors import PedigreeError
 from components.core.storage import s3_client, s3_errors
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
@@ -30,7 +31,7 @@ NO_LOCK = "ObjectLockConfigurationNotFoundError"
 RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
 
 
-class AuditError(RuntimeError):
+class AuditError(PedigreeError):
     """The audit log is not what it was, or cannot keep what is written to it; the message names the entry or bucket."""
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from components.core.errors import PedigreeError
 from components.core.storage import write_bytes
 from components.stages import STAGES
 
@@ -28,7 +29,7 @@ NOT_FOLLOWED = ("components/recipe.py", "components/stages.py")
 BY_NAME = ("import_module", "__import__")  # functions that import what a string names
 
 
-class CodeError(RuntimeError):
+class CodeError(PedigreeError):
     """The code cannot be fingerprinted; the message says which file and line, and what to do."""
 
 

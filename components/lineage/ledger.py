@@ -30,7 +30,7 @@ from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 
-from components.core.storage import DISK_FULL
+from components.core.errors import DISK_FULL, PedigreeError, ServiceError
 from components.lineage.record import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
@@ -38,11 +38,11 @@ logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class LedgerError(RuntimeError):
+class LedgerError(PedigreeError):
     """The ledger cannot do what was asked; the message says which file or stage and what to do."""
 
 
-class LedgerUnreachableError(LedgerError):
+class LedgerUnreachableError(LedgerError, ServiceError):
     """The remote storage or the repository's lock did not answer: worth another try."""
 
 

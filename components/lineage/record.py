@@ -17,11 +17,13 @@ from typing import Any
 
 import yaml
 
+from components.core.errors import PedigreeError
+
 LOCK = "dvc.lock"
 REGISTER_STAGE = "register"
 
 
-class RecordError(RuntimeError):
+class RecordError(PedigreeError):
     """The record lacks something, or contradicts what is on disk; the message says which file and what to do."""
 
 

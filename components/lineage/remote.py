@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from components.core.errors import PedigreeError
 from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
 from components.lineage.record import file_md5
 
 BUCKET_VARIABLE = "PEDIGREE_DATA_BUCKET"
 
 
-class RemoteError(RuntimeError):
+class RemoteError(PedigreeError):
     """The repository names no remote that can be read."""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import PedigreeError
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.origin import CURATED, Tag
@@ -27,7 +28,7 @@ PRETRAINED = "models/pretrained"
 ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
 
 
-class SeenError(RuntimeError):
+class SeenError(PedigreeError):
     """It cannot be said what a model had seen; the message says what is missing or contradicts what."""
 
 

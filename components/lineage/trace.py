@@ -19,13 +19,14 @@ import yaml
 from pydantic import ValidationError
 
 from components.core.config import ConfigError
+from components.core.errors import PedigreeError
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditError, AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
 from components.lineage.record import Record, find_record, git, upstream
-from components.lineage.remote import Remote, RemoteError
+from components.lineage.remote import Remote
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 CHAMPION = "champion"
@@ -33,7 +34,7 @@ ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs st
 DATA_FOLDERS = ("data/", "models/", "reports/")
 
 
-class TraceError(RuntimeError):
+class TraceError(PedigreeError):
     """There is nothing to trace: no server, or no such version."""
 
 
@@ -361,7 +362,7 @@ class _LockTrace:
                 return
             md5 = files["manifest.parquet"]
             manifest = remote.file(self.record.root / node.name, "manifest.parquet", md5)
-        except (RemoteError, StorageError, ValueError, KeyError) as error:
+        except (PedigreeError, ValueError, KeyError) as error:
             node.missing.append(str(error))
             return
         node.facts["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.core.config import Config, ConfigError, validate
+from components.core.errors import PedigreeError
 from components.core.storage import atomic_dir, write_json
 from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
@@ -29,7 +30,7 @@ HEADS_FILE = "heads.safetensors"
 CONFIG_FILE = "config.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(PedigreeError):
     """A weights folder that cannot be used; one line says what is wrong and what to do."""
 
 

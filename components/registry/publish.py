@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
@@ -58,7 +59,7 @@ SILENT = re.compile("Max retries exceeded|API request to .* failed")
 META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
 
 
-class RegistryError(RuntimeError):
+class RegistryError(PedigreeError):
     """The registry cannot do what was asked; the message says what was given and what to do."""
 
 

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
+from components.core.errors import PedigreeError
 from components.core.storage import StorageError, write_bytes
 from components.training.alerts import FILE as ALERTS
 from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
@@ -65,7 +66,7 @@ SPEED_ONLY = {
 }
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PedigreeError):
     """A checkpoint that cannot be read; the message names the folder to remove."""
 
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from components.core.distributed import rank
+from components.core.errors import PedigreeError
 from components.core.storage import s3_client, s3_errors, sha256_file, split_s3_uri, write_json
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ INDEX = "index.json"  # written last: what it names is all there
 _STEP = re.compile(r"step_(\d+)")
 
 
-class DamagedError(ValueError):
+class DamagedError(PedigreeError):
     """A checkpoint's files are not those that were written; the message says which."""
 
 

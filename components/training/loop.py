@@ -15,6 +15,7 @@ from typing import NoReturn, cast
 
 import torch
 
+from components.core.config import ConfigError
 from components.core.distributed import all_reduce_sum, rank, world_size
 from components.core.progress import progress
 from components.core.tracking import untracked
@@ -49,7 +50,10 @@ class Job:
 
     def __post_init__(self) -> None:
         # Under torchrun the number of ranks is nowhere in the configuration.
-        self.config.check_ranks("number of ranks", world_size())
+        try:
+            self.config.check_ranks("number of ranks", world_size())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def batch_plan(self) -> BatchPlan:
         """What determines this rank's batches."""

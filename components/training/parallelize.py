@@ -8,6 +8,7 @@ import signal
 import uuid
 import warnings
 from collections.abc import Callable
+from multiprocessing.pool import RemoteTraceback
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from components.core.distributed import is_distributed, rank, whole
+from components.core.errors import EngineError, OutOfMemoryError, known
 from components.core.storage import StorageError
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -26,11 +28,9 @@ from components.training.initial import fill
 from components.training.networks import Network, Networks
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
+# What a rank hands over as it is; of other errors of ours it hands over an EngineError that names them.
+RANK_ERRORS = {kind.__name__: kind for kind in (EngineError, OutOfMemoryError, StorageError)}
 SAVE_SECONDS = 300  # after SIGTERM ranks may take so long to finish their step and to write a checkpoint
-
-
-class RankError(RuntimeError):
-    """A rank failed; the message is the rank's own."""
 
 
 def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any) -> dict[str, Any]:
@@ -45,8 +45,9 @@ def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any)
         args: arguments that can be pickled.
 
     Raises:
-        RankError: a started rank failed.
+        EngineError: a started rank failed by what a user, the data or the machine caused.
         StorageError: it failed because the object store did, which is worth another try.
+        RuntimeError: it failed by a defect; the cause is the rank's traceback.
         SystemExit: with EXIT_INTERRUPTED, where the ranks were asked to stop and have saved a checkpoint.
     """
     if "RANK" in os.environ:
@@ -148,28 +149,50 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         number, failure = error.get_first_failure()
         if failure.exitcode == EXIT_INTERRUPTED:
             raise SystemExit(EXIT_INTERRUPTED) from None
-        # torch hands over what the rank raised as a mapping, and what killed it as text.
-        message: Any = failure.message
-        reason = str(message["message"] if isinstance(message, dict) else message).strip().splitlines()[0]
-        kind = StorageError if reason.startswith(f"{StorageError.__name__}:") else RankError
-        raise kind(f"rank {number} of {num_processes}: {reason}") from None
+        raise _rank_error(f"rank {number} of {num_processes}", failure.message) from None
     except SignalException as error:
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
+
+
+def _rank_error(who: str, message: Any) -> Exception:
+    """What a rank raised, which torch hands over as a mapping, or what killed it, as text."""
+    raised = isinstance(message, dict)
+    reason = str(message["message"] if raised else message).strip().splitlines()[0]
+    kind = reason.partition(":")[0] if raised else EngineError.__name__
+    if kind not in RANK_ERRORS:
+        error = RuntimeError(f"{who}: {reason}")
+        error.__cause__ = RemoteTraceback(message["extraInfo"]["py_callstack"])
+        return error
+    killed = not raised and "SIGKILL" in reason
+    text = f"{who}: {reason.removeprefix(f'{EngineError.__name__}: ')}"
+    return OutOfMemoryError(f"{text}, as where memory runs out") if killed else RANK_ERRORS[kind](text)
 
 
 def _started_rank(level: int, threads: int, stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     first = os.environ["RANK"] == "0"
     logging.basicConfig(level=level if first else logging.WARNING, format="%(message)s")
     torch.set_num_threads(threads)
-    return _as_rank(stage, *args)
+    try:
+        return _as_rank(stage, *args)
+    except Exception as error:
+        found = known(error)
+        if found is None:
+            raise
+        kind = type(found).__name__
+        raise (found if kind in RANK_ERRORS else EngineError(f"{kind}: {found}")) from error
 
 
 def _as_rank(stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     device = training_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return stage(*args)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            return stage(*args)
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:  # Gloo's errors have no type of their own
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise EngineError(str(error).splitlines()[0]) from error  # another rank has ended, or the network fails
+        raise

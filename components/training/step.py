@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from components.core.distributed import all_reduce_sum, rank, world_size
+from components.core.errors import PedigreeError
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.objective.gram import GramLoss, to_grid
@@ -24,7 +25,7 @@ from components.training.parallelize import parallelize
 from components.training.schedules import StepValues
 
 
-class DivergedError(RuntimeError):
+class DivergedError(PedigreeError):
     """A loss or gradient is not finite; the weights are those of the step before.
 
     Attributes:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from components.core.errors import PedigreeError
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, PORTS, REGION, Site, StackError
 
 WORK_POOL = "pedigree"
@@ -41,7 +42,7 @@ BACKGROUND_ERROR = re.compile(
 )
 
 
-class UnhealthyError(Exception):
+class UnhealthyError(PedigreeError):
     """A service does not answer as it should, or not yet."""
 
 

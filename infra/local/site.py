@@ -13,6 +13,7 @@ from typing import Any
 
 from configobj import ConfigObj, ConfigObjError
 
+from components.core.errors import PedigreeError
 from components.core.storage import write_bytes, write_json
 
 DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET = "pedigree-data", "pedigree-models", "pedigree-audit"
@@ -34,7 +35,7 @@ QUIET = {
 }
 
 
-class StackError(RuntimeError):
+class StackError(PedigreeError):
     """Something about the stack that a user can mend; the message is one line that says how."""
 
 

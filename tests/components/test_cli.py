@@ -21,6 +21,7 @@ import yaml
 
 from components import cli
 from components.core.config import ConfigError
+from components.core.errors import EngineError, PedigreeError, sentence
 from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError
 from components.distillation.config import DistillConfig
@@ -54,7 +55,7 @@ def test_under_our_torchrun_the_code_is_the_ranks_and_what_all_of_them_say_is_sa
     done = subprocess.run(
         [sys.executable, *ranks, "train"], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == cli.BAD_INPUT
+    assert done.returncode == 2
     assert done.stderr.count("error: unknown stage 'train'") == 1
 
 
@@ -132,12 +133,10 @@ def test_threads_that_wait_leave_their_core_to_other_stages(folder):
         (StorageError("one\ntwo"), 75),
         (MissingInStorageError("one\ntwo"), 1),
         (TrackingError("one\ntwo"), 75),
-        (ValueError("one\ntwo"), 1),
-        (RuntimeError("one\ntwo"), 1),
-        (FileNotFoundError("one\ntwo"), 1),
+        (EngineError("one\ntwo"), 1),
     ],
 )
-def test_exit_codes(folder, monkeypatch, caplog, error, code):
+def test_exit_codes(folder, monkeypatch, caplog, capsys, error, code):
     def function(*_arguments: Any) -> dict[str, Any]:
         raise error
 
@@ -146,6 +145,76 @@ def test_exit_codes(folder, monkeypatch, caplog, error, code):
         "error: one", "error: two",
     ]  # fmt: skip
     assert not (folder / "reports").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (np.exceptions.AxisError("axis 3"), 70, "a defect of Pedigree: AxisError: axis 3; traceback: in the log"),
+        (FileNotFoundError(2, "No such file", "a"), 70, "a defect of Pedigree: FileNotFoundError: [Errno 2] No such "),
+        (RuntimeError(), 70, "a defect of Pedigree: RuntimeError; traceback: in the log"),
+        (OSError(28, "No space left on device", "a"), 1, "[Errno 28] No space left on device: 'a'"),
+        (PermissionError(13, "Permission denied", "a"), 1, "[Errno 13] Permission denied: 'a'"),
+        (PermissionError(1, "Operation not permitted"), 70, "a defect of Pedigree: PermissionError: [Errno 1] "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            1,
+            "CUDA out of memory. Tried; lower pretrain",
+        ),
+        (MemoryError(), 1, "out of memory: MemoryError; lower pretrain.batch_size or pretrain.stream.num_workers, or "),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "out of memory: DataLoader worker (pid 7) is killed by signal: Killed.; lower pretrain.batch_size",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_defects_show_where_they_arose_and_what_the_machine_does_is_a_line(
+    monkeypatch, caplog, capsys, error, code, told
+):
+    def function(*_arguments: Any) -> dict[str, Any]:
+        raise error
+
+    assert main(monkeypatch, function, "pretrain") == code
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith(f"error: {told}")
+    assert ("Traceback" in capsys.readouterr().err) == (code == 70)
+
+
+def test_memory_that_torch_cannot_allocate_says_what_to_lower(folder, monkeypatch, caplog):
+    assert main(monkeypatch, lambda *_, **__: torch.empty(10**16), "evaluate", "teacher") == 1
+    said = caplog.records[-1].getMessage()
+    assert "DefaultCPUAllocator: can't allocate memory" in said
+    assert said.endswith("; lower evaluate.batch_size or evaluate.num_workers")
+
+
+def test_the_traceback_of_a_known_error_is_shown_when_asked_for(folder, monkeypatch, caplog, capsys):
+    def function(*_arguments: Any) -> dict[str, Any]:
+        raise PedigreeError("wrong") from KeyError("cause")
+
+    monkeypatch.setenv("PEDIGREE_TRACEBACK", "")  # so that it is put back
+    monkeypatch.delenv("PEDIGREE_TRACEBACK")
+    assert main(monkeypatch, function, "pretrain", "--traceback") == 1
+    said = capsys.readouterr().err
+    assert "KeyError: 'cause'" in said
+    assert "PedigreeError: wrong" in said
+    assert caplog.records[-1].getMessage() == "error: wrong"
+
+
+def test_of_a_loaders_worker_only_its_own_words_are_said():
+    def broken(_: int) -> None:
+        raise PedigreeError("shard 3 is damaged")
+
+    loader = torch.utils.data.DataLoader(
+        range(1),  # type: ignore[arg-type]
+        num_workers=1, collate_fn=broken, multiprocessing_context="fork",
+    )  # fmt: skip
+    with pytest.raises(PedigreeError) as caught:
+        next(iter(loader))
+    assert "Traceback" in str(caught.value)
+    assert sentence(caught.value) == "shard 3 is damaged"
 
 
 def test_a_stage_finds_what_a_killed_one_had_moved_away(folder, monkeypatch):
@@ -158,18 +227,10 @@ def test_a_stage_finds_what_a_killed_one_had_moved_away(folder, monkeypatch):
 
     def function(_section: Any, root: Path, _seed: int) -> dict[str, Any]:
         found.extend(path.name for path in (root / "models").iterdir())
-        raise RuntimeError
+        raise PedigreeError
 
     assert main(monkeypatch, function, "adapt") == 1
     assert found == ["pretrained"]
-
-
-def test_an_error_without_words_is_named(folder, monkeypatch, caplog):
-    def function(*_arguments: Any) -> dict[str, Any]:
-        raise RuntimeError
-
-    assert main(monkeypatch, function, "pretrain") == 1
-    assert caplog.records[-1].getMessage() == "error: RuntimeError"
 
 
 @pytest.mark.parametrize("stage", STAGES)

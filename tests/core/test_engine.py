@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from components.core.engine import EngineError, map_shards
+from components.core.engine import map_shards
+from components.core.errors import EngineError
 
 
 def slow_square(number: int) -> int:

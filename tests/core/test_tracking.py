@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 from components.core import tracking
 from components.core.metric_queue import MetricQueue
 from components.core.mlflow_client import TrackingError
-from components.core.storage import sha256_file
+from components.core.storage import StorageError, sha256_file
 
 PARAMS = {
     "name": "tiny",
@@ -103,6 +104,27 @@ def test_a_run_taken_up_again_has_one_parent(client, request):
     tracking.close_parent(first, "FAILED")
     assert tracking.open_parent(request.node.name, "tiny", PARAMS) == first
     assert client.get_run(first).info.status == "RUNNING"
+
+
+def test_the_traceback_of_a_defect_is_kept_and_found(client, workspace, tmp_path, monkeypatch):
+    def fail(error: Exception) -> str | None:
+        with tracking.stage_run("embed", None, PARAMS, workspace) as run:
+            ids.append(run.run_id)
+            raise error
+
+    ids: list[str | None] = []
+    defect, known = KeyError("planted"), StorageError("S3 does not answer")
+    for error in (defect, known):
+        with pytest.raises(type(error)):
+            fail(error)
+    kept, none = ids
+    assert "KeyError: 'planted'" in Path(client.download_artifacts(kept, "traceback.txt", str(tmp_path))).read_text()
+    assert tracking.where_logged(defect) == f"in the log and traceback.txt of MLflow's run {kept}"
+    assert client.list_artifacts(none) == []
+    assert tracking.where_logged(known) == "in the log"
+    monkeypatch.setattr(type(client), "log_text", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
+    with pytest.raises(KeyError, match="lost"):
+        fail(KeyError("lost"))
 
 
 def test_a_failed_stage_is_failed_and_a_lost_one_is_killed(client, workspace, request):

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from components.core.cluster import ADDRESS, ClusterError, Engine, choose_engine
-from components.core.engine import EngineError, map_shards
+from components.core.cluster import ADDRESS, Engine, choose_engine
+from components.core.engine import map_shards
+from components.core.errors import EngineError
 from components.core.storage import sha256_dir
 from components.curation.config import EmbedConfig, ModelConfig
 from components.curation.stage import embed
@@ -128,13 +129,13 @@ def test_the_cluster_stops_the_work_of_a_killed_driver_and_listens_to_this_machi
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setenv(ADDRESS, "127.0.0.1:9")
     with pytest.raises(
-        ClusterError, match=r"^no Ray cluster answers at 127\.0\.0\.1:9 \(.*refused\); start one, or use"
+        EngineError, match=r"^no Ray cluster answers at 127\.0\.0\.1:9 \(.*refused\); start one, or use"
     ):
         map_shards(abs, range(2), workers=2, what="x")
     monkeypatch.setenv(ADDRESS, "ray")
-    with pytest.raises(ClusterError, match="expected HOST:PORT of a Ray cluster"):
+    with pytest.raises(EngineError, match="expected HOST:PORT of a Ray cluster"):
         map_shards(abs, range(2), workers=2, what="x")
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr("components.core.cluster._reach", lambda _: "host")
-    with pytest.raises(ClusterError, match=r"not installed: pip install 'pedigree\[cluster\]'"):
+    with pytest.raises(EngineError, match=r"not installed: pip install 'pedigree\[cluster\]'"):
         map_shards(abs, range(2), workers=2, what="x")

@@ -20,7 +20,7 @@ from components.evaluation.features import Augmentation, EvaluationImages
 from components.evaluation.pictures import pca_colours
 from components.evaluation.stage import run
 from components.model.config import Preprocessing, ViTConfig
-from components.model.export import save_weights
+from components.model.export import WeightsError, save_weights
 from components.model.preprocessing import center_crop
 from components.model.vit import VisionTransformer
 
@@ -155,7 +155,7 @@ def test_crop_that_does_not_fit(workspace):
 
 def test_missing_model(workspace):
     write_set(workspace, tiles())
-    with pytest.raises(ValueError, match="models/adapted"):
+    with pytest.raises(WeightsError, match="models/adapted"):
         run(CONFIG, workspace, 0, "teacher")
 
 

@@ -84,6 +84,11 @@ def test_the_error_lines_are_the_message(tmp_path):
     assert str(failure("exit 1", tmp_path)) == "`sh script.sh` failed (exit 1): no output"
 
 
+def test_70_is_a_defect(tmp_path):
+    assert failure("echo 'error: a defect of Pedigree: KeyError'; exit 70", tmp_path).exit_code == 70
+    assert failure("exit 1", tmp_path).exit_code == failure("exit 2", tmp_path).exit_code == 1
+
+
 def test_75_is_a_service_that_did_not_answer(tmp_path):
     error = failure("echo 'error: S3 does not answer'; exit 75", tmp_path)
     assert isinstance(error, StageUnreachableError)
@@ -92,7 +97,8 @@ def test_75_is_a_service_that_did_not_answer(tmp_path):
 
 def test_a_killed_command_is_named(tmp_path):
     error = failure("echo working; kill -9 $$", tmp_path)
-    assert str(error) == "`sh script.sh` failed (killed by SIGKILL): working"
+    killed = "`sh script.sh` failed (killed by SIGKILL): working"
+    assert str(error) == f"{killed}; the system kills so where memory runs out: free some memory, then run again"
     assert not isinstance(error, StageUnreachableError)
     told_to_go = failure("echo working; kill -TERM $$", tmp_path)
     assert str(told_to_go) == "`sh script.sh` failed (killed by SIGTERM): working"

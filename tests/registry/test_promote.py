@@ -22,6 +22,7 @@ from components.registry import promote as promotion
 from components.registry.promote import promote
 from components.registry.publish import RegistryError
 from components.registry.release import Released
+from flows.cli import _with_clear_errors
 from flows.promote import promote as command
 
 pytestmark = pytest.mark.stack
@@ -178,7 +179,7 @@ def test_bad_requests_have_one_clear_line(name: str, monkeypatch):
 
 def test_command(name: str):
     app = typer.Typer()
-    app.command()(command)
+    app.command()(_with_clear_errors(command))
     done = CliRunner().invoke(app, [f"{name}/1", "--reason", "good", "--json"])
     assert json.loads(done.stdout)["version"] == "1"
     again = CliRunner().invoke(app, [f"{name}/1", "--reason", "good"])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from components.adaptation import stage as adaptation
 from components.adaptation.config import AdaptConfig
 from components.core.config import ConfigError, validate
+from components.core.errors import EngineError
 from components.core.storage import sha256_file
 from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.distillation import stage as distillation
@@ -32,7 +33,7 @@ from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
 from components.training.loss_table import read_rows
-from components.training.parallelize import EXIT_INTERRUPTED, RankError
+from components.training.parallelize import EXIT_INTERRUPTED
 from tests.training.jobs import write_labelled
 
 ONE_STEP = {
@@ -101,10 +102,10 @@ def test_pretrain_adapt_distill(workspace, curated, pretrain_values, tiny, backb
     assert set(provenance["config"]["students"]) == {"small"}
     assert provenance["teacher_sha256"]
 
-    with pytest.raises(ValueError, match=r"no student 'tall' in distill\.students; there are: small, other"):
+    with pytest.raises(ConfigError, match=r"no student 'tall' in distill\.students; there are: small, other"):
         distillation.run(distilled, workspace, seed=0, student="tall")
     patch16 = tiny(students={"big": {"backbone": backbone | {"patch_size": 16}}})
-    with pytest.raises(ValueError, match="patch_size is 16, the teacher's is 8"):
+    with pytest.raises(ConfigError, match="patch_size is 16, the teacher's is 8"):
         distillation.run(validate(DistillConfig, patch16, "test"), workspace, seed=0, student="big")
 
 
@@ -148,9 +149,9 @@ def test_a_registered_version_teaches_if_it_has_heads(workspace, pretrain_values
     distil("models:/big/1")
     provenance = json.loads((workspace / "models" / "students" / "s" / "config.json").read_text())["provenance"]
     assert provenance["config"]["teacher_weights"] == "models:/big/1"
-    with pytest.raises(ValueError, match=r"models:/big/2: registered without heads, which students learn from"):
+    with pytest.raises(ConfigError, match=r"models:/big/2: registered without heads, which students learn from"):
         distil("models:/big/2")
-    with pytest.raises(ValueError, match=r"models:/big@champion: an alias moves, so it is no input"):
+    with pytest.raises(ConfigError, match=r"models:/big@champion: an alias moves, so it is no input"):
         distil("models:/big@champion")
 
 
@@ -268,7 +269,7 @@ def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_f
 
 def test_a_rank_that_fails_says_why(workspace, pretrain_values):
     values = pretrain_values(batch_size=96, num_processes=2)
-    with pytest.raises(RankError, match=r"rank . of 2: .*the curated set has 48 images, fewer than one batch of 96"):
+    with pytest.raises(EngineError, match=r"rank . of 2: .*the curated set has 48 images, fewer than one batch of 96"):
         pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
 
 
@@ -282,7 +283,7 @@ def test_a_rank_that_fails_says_why(workspace, pretrain_values):
 )
 def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_values, monkeypatch, ranks, message):
     monkeypatch.setattr("components.training.loop.world_size", lambda: ranks)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         pretraining.run(validate(PretrainConfig, pretrain_values(), "test"), workspace, seed=0)
 
 

@@ -1,0 +1,32 @@
+"""How a flow run ends where an error ended it: one line as its state's message, and a defect's traceback in its log."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from components.core.errors import ServiceError, defect, known, tracebacks_shown
+
+if TYPE_CHECKING:  # the command line does not wait for Prefect
+    from prefect import State
+
+
+def failed(error: Exception) -> State[Any]:
+    """The state of a flow run that `error` ended; its data is the error to be shown, with its exit code."""
+    from httpx import HTTPError
+    from prefect import get_run_logger
+    from prefect.states import Failed
+
+    found = prefect_is_away(error) if isinstance(error, HTTPError) else known(error)
+    if found is None or tracebacks_shown():
+        get_run_logger().error("%s ended the run", type(error).__name__, exc_info=error)
+    told = found or defect(error, "in the log")
+    return Failed(message=str(told) or type(told).__name__, data=told)
+
+
+def prefect_is_away(error: Exception) -> ServiceError:
+    """The error to be shown where Prefect's client has raised `error`."""
+    address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    reason = str(error) or type(error).__name__
+    advice = "`pedigree up` starts it. What was finished is kept: run again"
+    return ServiceError(f"Prefect at {address} does not answer ({reason}); {advice}")
