@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import CallWebhook
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from components.core.errors import PedigreeError
 from infra.local.site import StackError
 
 if TYPE_CHECKING:
@@ -104,4 +106,7 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    apply(Path("prefect.yaml"))
+    try:
+        apply(Path("prefect.yaml"))
+    except PedigreeError as wrong:
+        sys.exit(f"error: {wrong}")

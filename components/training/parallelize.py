@@ -149,7 +149,8 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         number, failure = error.get_first_failure()
         if failure.exitcode == EXIT_INTERRUPTED:
             raise SystemExit(EXIT_INTERRUPTED) from None
-        raise _rank_error(f"rank {number} of {num_processes}", failure.message) from None
+        told = _rank_error(f"rank {number} of {num_processes}", failure.message)
+        raise told from told.__cause__
     except SignalException as error:
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
 

@@ -93,3 +93,8 @@ def break_call(job: Job, number: int) -> None:
     job.networks.student.dino_head.register_forward_hook(hook)
     at_call(job, number, lambda: broken.append(None))
     at_call(job, number + 1, broken.clear)
+
+
+def broken() -> dict[str, Any]:
+    """A stage with a defect."""
+    return {"loss": torch.ones(3) + torch.ones(4)}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from components.adaptation import stage as adaptation
 from components.adaptation.config import AdaptConfig
 from components.core.config import ConfigError, validate
-from components.core.errors import EngineError
+from components.core.errors import EngineError, known
 from components.core.storage import sha256_file
 from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.distillation import stage as distillation
@@ -33,8 +34,8 @@ from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
 from components.training.loss_table import read_rows
-from components.training.parallelize import EXIT_INTERRUPTED
-from tests.training.jobs import write_labelled
+from components.training.parallelize import EXIT_INTERRUPTED, launch
+from tests.training.jobs import broken, write_labelled
 
 ONE_STEP = {
     "optimizer": {"warmup_steps": 0, "freeze_last_layer_steps": 0},
@@ -337,3 +338,10 @@ def test_defaults_are_the_papers():
     anchored = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
     assert anchored == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
     assert DistillConfig(students={"s": {}}).batch_size == 2_048  # pyright: ignore[reportArgumentType]
+
+
+def test_a_defect_of_a_rank_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match=r"rank . of 2: RuntimeError: The size of tensor a") as caught:
+        launch(broken, 2)
+    assert known(caught.value) is None
+    assert "torch.ones(3) + torch.ones(4)" in "".join(traceback.format_exception(caught.value))
