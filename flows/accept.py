@@ -50,7 +50,7 @@ class Acceptance:
 
         Raises:
             ConfigError: no such stage, or more than the code of one has changed; nothing is written then.
-            AuditError: the audit log is broken or does not take the event.
+            RecordError: the audit log is broken or does not take the event.
             LedgerError: the outputs of the last run are gone.
         """
         with open_preview(checkout, recipe, choose(checkout, sources)) as preview:

@@ -24,7 +24,7 @@ from prefect.events.filters import EventFilter, EventIDFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.urls import url_for
 
-from components.core.errors import PedigreeError
+from components.core.errors import ServiceError
 from components.core.storage import write_bytes
 from components.data.manifest import MANIFEST
 from flows.health import online_workers, start_worker
@@ -38,10 +38,6 @@ POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
 LISTENER = "retrain/on-new-images"  # the deployment that waits for it
 UNANNOUNCED, ANNOUNCED = Path(".pedigree/unannounced"), Path(".pedigree/announced")
 WAIT_SECONDS = 30.0  # for the run that an enabled trigger makes: 1 to 2 s on a machine that is not busy
-
-
-class AnnounceError(PedigreeError):
-    """Prefect did not take the event; the images are stored, and another ingest of the source sends it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def announce_snapshots(source: Path) -> list[Retraining]:
     """Send the events that the source's snapshots still need, and say what each has started.
 
     Raises:
-        AnnounceError: Prefect does not answer or refuses.
+        ServiceError: Prefect does not answer or refuses.
     """
     return [_announce_one(source / note.name, note) for note in _notes(source)]
 
@@ -123,7 +119,7 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
         if not note.exists():
             return replace(told, note=f"Prefect took the event but does not say what it started ({reason})")
-        raise AnnounceError(
+        raise ServiceError(
             f"the images are stored, but Prefect did not take the event that starts a retraining ({reason}); "
             "ingest the source again to send it"
         ) from error

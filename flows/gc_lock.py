@@ -12,14 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from components.core.errors import PedigreeError
 from components.lineage.runs import ask_git, find_runs
+from flows.git import WorkspaceError
 
 log = logging.getLogger(__name__)
-
-
-class RunningError(PedigreeError):
-    """A run goes on; the message names it."""
 
 
 @contextmanager
@@ -39,7 +35,7 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
     """Hold off runs until `pedigree gc` has ended.
 
     Raises:
-        RunningError: a run goes on, or another gc.
+        WorkspaceError: a run goes on, or another gc.
     """
     with _lock_file(checkout) as file:
         try:
@@ -50,7 +46,7 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
         running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
         if running or not free:
             who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
-            raise RunningError(f"{who} goes on; nothing was removed: `pedigree gc` again when it has ended")
+            raise WorkspaceError(f"{who} goes on; nothing was removed: `pedigree gc` again when it has ended")
         yield
 
 

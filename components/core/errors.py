@@ -43,6 +43,10 @@ class ServiceError(PedigreeError):
     exit_code = TRY_AGAIN
 
 
+class DatasetError(PedigreeError):
+    """A dataset cannot be used: its manifest, a shard, its splits, too many of its images, or a gate's expectation."""
+
+
 class EngineError(PedigreeError):
     """What the work runs on failed: a worker process, a rank, a Ray cluster, memory."""
 

@@ -24,7 +24,7 @@ from typing import Any
 from components.core.errors import known
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
-from components.core.weights_cache import FetchError, keep_weights
+from components.core.weights_cache import keep_weights
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
 
         try:
             keep_weights(folder, fetch, found.tags.get(WEIGHTS_SHA256_TAG))
-        except FetchError as error:
+        except TrackingError as error:
             raise TrackingError(f"{model}: {error}") from None
     return folder
 

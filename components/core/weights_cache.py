@@ -9,15 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from components.core.errors import PedigreeError
+from components.core.mlflow_client import TrackingError
 from components.core.storage import atomic_dir, sha256_file, write_json
 
 FILES = ("model.safetensors", "config.json")
 HEADS = "heads.safetensors"  # only teachers are registered with them
-
-
-class FetchError(PedigreeError):
-    """What was fetched is not one set of weights, or not the bytes that were promised."""
 
 
 def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: str | None) -> None:
@@ -30,7 +26,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
         expected_sha256: of model.safetensors, where it is known.
 
     Raises:
-        FetchError: no such pair, more than one, or another SHA-256 than expected.
+        TrackingError: no such pair, more than one, or another SHA-256 than expected.
     """
     digest = _kept_sha256(folder)
     if digest is None:
@@ -38,7 +34,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
             fetched = fetch(Path(temporary))
             found = [path.parent for path in fetched.rglob(FILES[0]) if (path.parent / FILES[1]).is_file()]
             if len(found) != 1:
-                raise FetchError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
+                raise TrackingError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
             digest = sha256_file(found[0] / FILES[0])
             _check(digest, expected_sha256)
             with atomic_dir(folder) as aside:
@@ -51,7 +47,7 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
 
 def _check(digest: str, expected: str | None) -> None:
     if expected and digest != expected:
-        raise FetchError(f"its weights have SHA-256 {digest}, but {expected} was registered; do not use them")
+        raise TrackingError(f"its weights have SHA-256 {digest}, but {expected} was registered; do not use them")
 
 
 def _kept_sha256(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
+from components.core.errors import PedigreeError
 from components.model.config import Preprocessing
 
 Similarity = Annotated[float, Field(gt=0, lt=1)]  # cosine of two embeddings
@@ -14,6 +15,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Channels = tuple[float, float, float]
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"]
 Domain = Annotated[str, Field(pattern=r"^[^\s/:*@]+$")]  # such as example.com
+
+
+class CurationError(PedigreeError):
+    """Images, embeddings or models that cannot be curated with; the message says which, and what to change."""
 
 
 class DescriptorConfig(Config):

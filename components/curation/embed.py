@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from components.core.engine import map_shards
-from components.core.errors import PedigreeError
 from components.core.storage import sha256_file, write_bytes
-from components.curation.embedders import Embedder, EmbedderError, load
+from components.curation.config import CurationError
+from components.curation.embedders import Embedder, load
 from components.curation.scores import SCORES_SCHEMA, Scorer
 from components.data.manifest import read_table
 from components.data.shards import ImageError, ShardReader, decode_image
@@ -31,10 +31,6 @@ PENDING_PIXELS = 50_000_000  # decoded images that wait for a full batch hold at
 
 Part = Embedder | Scorer  # one thing that is computed of each image
 Made = TypeVar("Made")
-
-
-class EmbeddingsError(PedigreeError):
-    """Embeddings that are missing, or do not belong to the images they are read for."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +117,18 @@ def read_embeddings(path: Path, images: pa.Table) -> NDArray[np.float32]:
         [N, D] float32 of unit norm; [0, 0] for an empty manifest.
 
     Raises:
-        EmbeddingsError: no such file, a damaged one, or another number of embeddings than of images.
+        CurationError: no such file, a damaged one, or another number of embeddings than of images.
     """
     if not len(images):
         return np.zeros((0, 0), np.float32)
     if not path.is_file():
-        raise EmbeddingsError(f"{path}: no such file; run the stage embed again")
+        raise CurationError(f"{path}: no such file; run the stage embed again")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise EmbeddingsError(f"{path}: damaged ({str(error).splitlines()[0]}); run the stage embed again") from None
+        raise CurationError(f"{path}: damaged ({str(error).splitlines()[0]}); run the stage embed again") from None
     if vectors.ndim != 2 or len(vectors) != len(images):
-        raise EmbeddingsError(f"{path}: holds {vectors.shape} for {len(images)} images; run the stage embed again")
+        raise CurationError(f"{path}: holds {vectors.shape} for {len(images)} images; run the stage embed again")
     return vectors
 
 
@@ -140,12 +136,12 @@ def read_scores(path: Path, images: pa.Table) -> pa.Table:
     """Scores of all images of a manifest, in its order: [N] rows of `SCORES_SCHEMA`.
 
     Raises:
-        ManifestError: no such file, or a damaged one.
-        EmbeddingsError: scores of other images.
+        DatasetError: no such file, or a damaged one.
+        CurationError: scores of other images.
     """
     scores = read_table(path, SCORES_SCHEMA)
     if not scores["image_id"].equals(images["image_id"]):
-        raise EmbeddingsError(f"{path}: these are the scores of other images; run the stage embed again")
+        raise CurationError(f"{path}: these are the scores of other images; run the stage embed again")
     return scores
 
 
@@ -161,13 +157,13 @@ def split_by_shard(images: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     """The rows of each shard, in manifest order.
 
     Raises:
-        EmbeddingsError: the rows of a shard do not stand together.
+        CurationError: the rows of a shard do not stand together.
     """
     shards = images["shard"].combine_chunks().dictionary_encode()
     codes = np.asarray(shards.indices)
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     if len(starts) > len(shards.dictionary):
-        raise EmbeddingsError("the manifest is not in the order of its shards; it was not written by ingest")
+        raise CurationError("the manifest is not in the order of its shards; it was not written by ingest")
     for start, end in zip(starts, [*starts[1:], len(codes)][: len(starts)], strict=True):
         yield shards.dictionary[int(codes[start])].as_py(), images.slice(start, end - start)
 
@@ -233,7 +229,7 @@ def _vectors_file(made: list[NDArray[np.float32]], image_ids: pa.ChunkedArray) -
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
     if len(bad):
-        raise EmbedderError(
+        raise CurationError(
             f"the embedder gave zero or non-finite values for {len(bad)} images, first {image_ids[int(bad[0])]}"
         )
     buffer = io.BytesIO()
@@ -254,11 +250,11 @@ def _decode(reader: ShardReader, task: ShardTask, row: Mapping[str, Any]) -> Ima
     where = f"{task.collection / task.shard}: image {row['image_id']}"
     if hashlib.sha256(data).hexdigest() != row["image_id"]:
         place = f"bytes {row['offset']} to {row['offset'] + row['length']}"
-        raise EmbeddingsError(f"{where}: {place} are not this image; the shard or its manifest is damaged")
+        raise CurationError(f"{where}: {place} are not this image; the shard or its manifest is damaged")
     try:
         return decode_image(data)
     except ImageError as error:
-        raise EmbeddingsError(f"{where}: {error}; the shard is not what ingest wrote") from None
+        raise CurationError(f"{where}: {error}; the shard is not what ingest wrote") from None
 
 
 def _num_rows(path: Path) -> int | None:
@@ -274,7 +270,7 @@ def _write_vectors(paths: Sequence[Path], target: Path) -> tuple[int, ...]:
     shapes = [np.load(path, mmap_mode="r", allow_pickle=False).shape for path in paths]
     other = next((i for i, shape in enumerate(shapes) if shape[1] != shapes[0][1]), None)
     if other is not None:
-        raise EmbedderError(f"{paths[other]}: {shapes[other][1]} values an image, but others have {shapes[0][1]}")
+        raise CurationError(f"{paths[other]}: {shapes[other][1]} values an image, but others have {shapes[0][1]}")
     whole = (sum(shape[0] for shape in shapes), shapes[0][1])
     with target.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": whole})

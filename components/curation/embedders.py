@@ -15,21 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
 from components.core.weights_cache import FILES as WEIGHTS_FILES
 from components.curation import descriptor
-from components.curation.config import DescriptorConfig, EmbedderConfig, ModelConfig, OnnxConfig, TorchScriptConfig
+from components.curation.config import (
+    CurationError,
+    DescriptorConfig,
+    EmbedderConfig,
+    ModelConfig,
+    OnnxConfig,
+    TorchScriptConfig,
+)
 
 VERSION = 2  # raise it whenever a change here changes an embedding
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
-
-
-class EmbedderError(PedigreeError):
-    """An embedder whose file is missing or cannot be used; the message names it and what is needed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> 
         key: of `config` among the parameters, for messages.
 
     Raises:
-        EmbedderError: no such file or folder.
+        CurationError: no such file or folder.
     """
     location = _locate(config, root, key)
     definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # bytes count, not where they lie
@@ -105,7 +107,7 @@ def _locate(config: EmbedderConfig, root: Path, key: str) -> Path | None:
         return _locate_weights(config.weights, root, key)
     path = root / config.path
     if not path.is_file():
-        raise EmbedderError(f"{key}.path: {path}: no such file; a {config.kind} embedder needs one")
+        raise CurationError(f"{key}.path: {path}: no such file; a {config.kind} embedder needs one")
     return path
 
 
@@ -118,7 +120,7 @@ def _locate_weights(weights: str, root: Path, key: str) -> Path:
     for name in WEIGHTS_FILES:
         if not (folder / name).is_file():
             advice = "give a weights folder or models:/NAME@alias"
-            raise EmbedderError(f"{key}.weights: {folder}: no {name} in there; {advice}")
+            raise CurationError(f"{key}.weights: {folder}: no {name} in there; {advice}")
     return folder
 
 
@@ -131,7 +133,7 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     backbone = load_backbone(folder)
     patch, size = backbone.config.patch_size, config.preprocessing.crop_size
     if size % patch:
-        raise EmbedderError(f"preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {folder}")
+        raise CurationError(f"preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {folder}")
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         crops = np.stack([np.asarray(center_crop(image, config.preprocessing)) for image in images])  # [B, S, S, 3]
@@ -147,7 +149,7 @@ def _load_torchscript(config: TorchScriptConfig, path: Path) -> Embed:
     try:
         module = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
-        raise EmbedderError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
+        raise CurationError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
@@ -165,13 +167,13 @@ def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
     try:
         import onnxruntime
     except ImportError:
-        raise EmbedderError("an onnx embedder needs onnxruntime: pip install 'pedigree[onnx]'") from None
+        raise CurationError("an onnx embedder needs onnxruntime: pip install 'pedigree[onnx]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a type of its own for each way a file can be wrong
-        raise EmbedderError(f"{path}: not a usable ONNX file: {str(error).splitlines()[0]}") from None
+        raise CurationError(f"{path}: not a usable ONNX file: {str(error).splitlines()[0]}") from None
     name = session.get_inputs()[0].name
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
@@ -190,13 +192,13 @@ def _checked(vectors: Any, num_images: int, path: Path) -> NDArray[np.float32]:
     shape = list(getattr(vectors, "shape", ()))
     if len(shape) != 2 or shape[0] != num_images:
         given = f"shape {shape}" if shape else type(vectors).__name__
-        raise EmbedderError(f"{path}: gave {given} for {num_images} images; expected [{num_images}, D]")
+        raise CurationError(f"{path}: gave {given} for {num_images} images; expected [{num_images}, D]")
     return np.asarray(vectors, np.float32)
 
 
-def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> EmbedderError:
+def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> CurationError:
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return EmbedderError(f"{path}: cannot take images of shape {list(batch.shape)}: {last}; see `size`")
+    return CurationError(f"{path}: cannot take images of shape {list(batch.shape)}: {last}; see `size`")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as ds
 
-from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
+from components.curation.config import CurationError
 from components.curation.rejections import MEANING
 from components.data.manifest import CURATED_SCHEMA, FINDINGS, REJECTED_SCHEMA, snapshot_manifests
 
@@ -25,10 +25,6 @@ ORIGIN = {
     "balanced": "it was drawn in the balanced sample of its cluster",
 }
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
-
-
-class ExplainError(PedigreeError):
-    """No image, or more than one, is meant by what was asked; the message lists what there is."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +79,22 @@ def explain(tables: CuratedTables, asked: str) -> Explanation:
         asked: an image id or the beginning of one, a source URI or its last part, or a file with the image's bytes.
 
     Raises:
-        ExplainError: nothing matches, or several images do.
+        CurationError: nothing matches, or several images do.
     """
     for path, schema in ((tables.manifest, CURATED_SCHEMA), (tables.rejected, REJECTED_SCHEMA)):
         if missing := sorted(set(schema.names) - set(_open(path).schema.names)):
-            raise ExplainError(f"{path}: an older version of Pedigree wrote it, without {missing}; run it again")
+            raise CurationError(f"{path}: an older version of Pedigree wrote it, without {missing}; run it again")
     kept = [_pool_row(row) for row in _matching(tables.manifest, asked, ("image_id", "derived_from"))]
     rejected = _matching(tables.rejected, asked, ("image_id",))
     again = [row for row in rejected if row["reason"] == EXACT]
     once = [row for row in rejected if row["reason"] != EXACT]
     found = {row["image_id"]: row for row in [*again, *once, *kept]}  # the last says what became of the image
     if not found:
-        raise ExplainError(f"{asked!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
+        raise CurationError(f"{asked!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
     if len(found) > 1:
         listed = ", ".join(f"{i[:16]} ({row['source_uri']})" for i, row in list(found.items())[:SHOWN_MATCHES])
         more = ", ..." if len(found) > SHOWN_MATCHES else ""
-        raise ExplainError(f"{asked!r}: {len(found)} images match: {listed}{more}; give more of the id")
+        raise CurationError(f"{asked!r}: {len(found)} images match: {listed}{more}; give more of the id")
     (row,) = found.values()
     return _explanation(tables, row, [other for other in again if other is not row])
 
@@ -152,8 +148,8 @@ def _open(path: Path) -> ds.Dataset:
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> ExplainError:
-    return ExplainError(f"{path}: not a readable table: {str(error).splitlines()[0]}")
+def _unreadable(path: Path, error: Exception) -> CurationError:
+    return CurationError(f"{path}: not a readable table: {str(error).splitlines()[0]}")
 
 
 def _pool_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from components.curation.config import CascadeConfig, FaceOnnxConfig, FacesConfig
-from components.curation.score_models import ScoreError, find_file, open_onnx, run_onnx
+from components.curation.config import CascadeConfig, CurationError, FaceOnnxConfig, FacesConfig
+from components.curation.score_models import find_file, open_onnx, run_onnx
 
 CASCADE_WINDOW = 24  # pixels, the cascade's smallest face
 SCALE_FACTOR = 1.1  # from one size of window to the next
@@ -29,7 +29,7 @@ def locate(config: FacesConfig, root: Path) -> Path:
     """The detector's file.
 
     Raises:
-        ScoreError: there is no file at the path.
+        CurationError: there is no file at the path.
     """
     if isinstance(config, FaceOnnxConfig):
         return find_file(config.path, root, "embed.scores.faces.path")
@@ -118,7 +118,7 @@ def _load_onnx(config: FaceOnnxConfig, path: Path) -> FindFaces:
         pixels = np.asarray(canvas, np.float32).transpose(2, 0, 1)[None] / 255  # [1, 3, S, S]
         found = run_onnx(session, path, np.ascontiguousarray(pixels))
         if found.ndim != 2 or found.shape[1] != 5:
-            raise ScoreError(f"{path}: gave shape {list(found.shape)}; expected [M, 5]: x1, y1, x2, y2, score")
+            raise CurationError(f"{path}: gave shape {list(found.shape)}; expected [M, 5]: x1, y1, x2, y2, score")
         return _boxes(found[found[:, 4] >= config.min_score, :4].astype(np.float64) / scale, image.size)
 
     return find

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from components.curation.config import FilterConfig
-from components.curation.rejections import CurationError, rejections
+from components.curation.config import CurationError, FilterConfig
+from components.curation.rejections import rejections
 
 
 def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table) -> pa.Table:

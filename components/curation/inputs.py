@@ -11,17 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.curation.config import CurationError
 from components.curation.decontaminate import References
-from components.curation.embed import (
-    COPIES,
-    SCORES,
-    SEMANTIC,
-    EmbeddingsError,
-    images_digest,
-    read_embeddings,
-    read_scores,
-)
-from components.curation.rejections import CurationError
+from components.curation.embed import COPIES, SCORES, SEMANTIC, images_digest, read_embeddings, read_scores
 from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
@@ -64,16 +56,16 @@ def read_inputs(root: Path) -> Inputs:
 
     Raises:
         CurationError: there is no pool, or no image in it.
-        EmbeddingsError: there are no embeddings, or they belong to other images.
+        CurationError: there are no embeddings, or they belong to other images.
     """
     pool, evaluation = read_collections(root)
     path = root / EMBEDDINGS / EMBEDDER
     if not path.is_file():
-        raise EmbeddingsError(f"{path}: no embeddings yet; run the stage embed first")
+        raise CurationError(f"{path}: no embeddings yet; run the stage embed first")
     made_for = json.loads(path.read_text())
     for folder, images in ((POOL, pool), (EVALUATION, evaluation)):
         if made_for.get(folder.name) != images_digest(images):
-            raise EmbeddingsError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
+            raise CurationError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
     folder = root / EMBEDDINGS
     copies = read_embeddings(folder / COPIES / f"{POOL.name}.npy", pool)
     references = References(evaluation, read_embeddings(folder / COPIES / f"{EVALUATION.name}.npy", evaluation))

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from components.core.progress import progress
-from components.curation.config import IndexConfig
-from components.curation.rejections import CurationError
+from components.curation.config import CurationError, IndexConfig
 
 log = logging.getLogger(__name__)
 

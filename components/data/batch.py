@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from components.core.errors import DatasetError
 from components.core.storage import StorageError
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import NUM_GLOBAL, sample_crops
 from components.data.masking import sample_masks
-from components.data.shards import ShardError
 from components.data.shared_memory import PREFETCH, check_shared_memory, crop_bytes
-from components.data.stream import BadImage, ImageStream, StreamError, too_many_bad
+from components.data.stream import BadImage, ImageStream, too_many_bad
 from components.model.preprocessing import to_input
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
 
     def __init__(self, stream: ImageStream, plan: BatchPlan) -> None:
         if len(stream) < plan.batch_size:
-            raise StreamError(
+            raise DatasetError(
                 f"the curated set has {len(stream)} images, fewer than one batch of {plan.batch_size}: "
                 "lower batch_size, or ingest more images"
             )
@@ -85,7 +85,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
         """The batch of `step`; what makes it impossible is returned, because a worker would wrap what it raises."""
         try:
             return self._batch(step)
-        except (StreamError, ShardError, StorageError) as error:
+        except (DatasetError, StorageError) as error:
             return error
 
     def check_shared_memory(self, num_workers: int) -> None:
@@ -132,7 +132,7 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     """Yield the batches of `steps` in order, prepared ahead by `config.num_workers` processes.
 
     Raises:
-        StreamError, ShardError: the curated set is unusable, or more than `max_bad_images` of it.
+        DatasetError: the curated set is unusable, or more than `max_bad_images` of it.
         StorageError: it is streamed, and S3 does not answer or refuses.
         EngineError: /dev/shm is too small for what the processes prepare.
     """

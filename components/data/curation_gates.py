@@ -83,7 +83,7 @@ def after_filter(docs: DataDocs, images: pa.Table, min_side: int, licenses: Sequ
     """Each image once, large enough, and under a licence that is allowed (None: any that is stated).
 
     Raises:
-        ExpectationsFailed: with the failing rows; so do all gates.
+        DatasetError: with the failing rows; so do all gates.
     """
     examination = Examination(images)
     _, inverse, counts = np.unique(images["image_id"].to_numpy().astype("S64"), return_inverse=True, return_counts=True)

@@ -10,17 +10,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from components.core.errors import PedigreeError
+from components.core.errors import DatasetError
 from components.core.text import one_line
 from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
 
 TEST_SHARE = 5  # without given splits, one labelled image in five is a test image
-
-
-class EvaluationError(PedigreeError):
-    """An evaluation that cannot be made; the message says of what and what to do."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,11 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
     """Read all of `root` (data/evaluation).
 
     Raises:
-        EvaluationError: no images, or labels with a train split and no test image.
+        DatasetError: no images, or labels with a train split and no test image.
     """
     table = read_collection(root)
     if table.num_rows == 0:
-        raise EvaluationError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
+        raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
     _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)
     table = table.take(pa.array(first))
     names = np.array([name or "" for name in table["label"].to_pylist()])
@@ -107,7 +103,7 @@ def _splits(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> NDArray
         return np.where(np.array(digits) % TEST_SHARE == 0, "test", "train")
     missing = {"train", "test"} - present
     if missing:
-        raise EvaluationError(
+        raise DatasetError(
             f"{root}: labelled images with split {sorted(present)}, none with {sorted(missing)}; "
             "ingest both splits, or leave the split empty to have one made"
         )

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from components.core.errors import PedigreeError
+from components.core.errors import DatasetError
 from components.data.manifest import (
     MANIFEST,
     POOL_SCHEMA,
@@ -29,7 +29,7 @@ from components.data.manifest import (
     read_table,
     write_table,
 )
-from components.data.shards import ALLOWED_FORMATS, ShardError, ShardReader
+from components.data.shards import ALLOWED_FORMATS, ShardReader
 
 SAMPLE_ROWS = 100_000  # go through the column expectations
 SAMPLE_IMAGES = 256  # have their bytes hashed again
@@ -75,10 +75,6 @@ class ValidationReport:
     docs: Path  # index page of the Data Docs
 
 
-class ExpectationsFailed(PedigreeError):  # noqa: N818 - it reads as what happened
-    """A dataset that may not pass; the message names each failed expectation and its first rows."""
-
-
 @dataclass
 class Examination:
     """The rows of a dataset, and the checks made of them."""
@@ -111,7 +107,7 @@ def validate_snapshot(folder: Path, facts: SnapshotFacts, docs_folder: Path) -> 
         docs_folder: replaced by Data Docs of this validation.
 
     Raises:
-        ExpectationsFailed: with the failing rows in `docs_folder/failing-rows.parquet`.
+        DatasetError: with the failing rows in `docs_folder/failing-rows.parquet`.
     """
     table = read_manifest(folder / MANIFEST)
     rejected = read_table(folder / REJECTED, QUARANTINE_SCHEMA)
@@ -174,7 +170,7 @@ def _wrong_bytes(table: pa.Table, folder: Path) -> Mask:
     for index, row in zip(rows, table.take(pa.array(rows)).to_pylist(), strict=True):
         try:
             data = reader.read(row["shard"], row["offset"], row["length"])
-        except ShardError:
+        except DatasetError:
             wrong[index] = True
         else:
             wrong[index] = hashlib.sha256(data).hexdigest() != row["image_id"]
@@ -213,7 +209,7 @@ class DataDocs:
         """Let an examination pass or stop it; with a schema, a sample of the rows goes through its expectations too.
 
         Raises:
-            ExpectationsFailed: with the failing rows in `folder/failing-rows.parquet`.
+            DatasetError: with the failing rows in `folder/failing-rows.parquet`.
         """
         checks = examination.checks
         facts = pa.table({check.name: [check.failing] for check in checks})
@@ -223,9 +219,9 @@ class DataDocs:
             passed = self._run(f"{what} rows sample", rows, _row_expectations(self._gx, schema)) and passed
         failed = [check for check in checks if not check.passed]
         if failed:
-            raise ExpectationsFailed(_describe(examination, failed, self.folder, what))
+            raise DatasetError(_describe(examination, failed, self.folder, what))
         if not passed:
-            raise ExpectationsFailed(f"{what}: a column expectation failed; see {self.folder / 'index.html'}")
+            raise DatasetError(f"{what}: a column expectation failed; see {self.folder / 'index.html'}")
         self.passed += [(what, check) for check in checks]
         return ValidationReport(examination.table.num_rows, checks, self.folder / "index.html")
 

@@ -126,7 +126,7 @@ def ingest(request: IngestRequest) -> IngestReport:
 
     Raises:
         IngestError: a source that is not there, has no image in it, or changes while it is read.
-        ExpectationsFailed: what was read does not add up; nothing is stored.
+        DatasetError: what was read does not add up; nothing is stored.
         StorageError: S3 does not answer.
     """
     home = request.evaluation if request.as_evaluation else request.pool

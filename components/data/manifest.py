@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.core.errors import PedigreeError
+from components.core.errors import DatasetError
 from components.core.storage import disk_errors
 
 MANIFEST = "manifest.parquet"
@@ -87,10 +87,6 @@ REJECTED_SCHEMA = pa.schema(
 RETIRED = ("source_version", "ingested_at")
 
 
-class ManifestError(PedigreeError):
-    """A manifest that is missing, or does not have the columns, types or values that its schema demands."""
-
-
 def write_manifest(table: pa.Table, path: Path) -> None:
     """Write a pool or curated manifest; equal rows give equal bytes."""
     write_table(table, manifest_schema(table.column_names, path), path)
@@ -155,7 +151,7 @@ def manifest_schema(columns: list[str], path: Path) -> pa.Schema:
     nearest = POOL_SCHEMA if "origin" not in columns else CURATED_SCHEMA
     missing = sorted(set(nearest.names) - set(columns))
     unknown = sorted(set(columns) - set(nearest.names))
-    raise ManifestError(f"{path}: not a manifest: missing columns {missing}, unknown columns {unknown}")
+    raise DatasetError(f"{path}: not a manifest: missing columns {missing}, unknown columns {unknown}")
 
 
 def _read(path: Path) -> pa.Table:
@@ -163,9 +159,9 @@ def _read(path: Path) -> pa.Table:
         table = pq.ParquetFile(path).read()
         return table.drop_columns([name for name in RETIRED if name in table.column_names])
     except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
+        raise DatasetError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise DatasetError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _conform(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
@@ -173,15 +169,15 @@ def _conform(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
     if set(table.column_names) != set(schema.names):
         missing = sorted(set(schema.names) - set(table.column_names))
         unknown = sorted(set(table.column_names) - set(schema.names))
-        raise ManifestError(f"{path}: missing columns {missing}, unknown columns {unknown}")
+        raise DatasetError(f"{path}: missing columns {missing}, unknown columns {unknown}")
     columns = []
     for field in schema:
         column = table[field.name]
         if not field.nullable and column.null_count:
-            raise ManifestError(f"{path}: column {field.name!r} has {column.null_count} empty values; none are allowed")
+            raise DatasetError(f"{path}: column {field.name!r} has {column.null_count} empty values; none are allowed")
         try:
             columns.append(column.cast(field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             message = f"{path}: column {field.name!r} holds {column.type}, expected {field.type}: {error}"
-            raise ManifestError(message) from None
+            raise DatasetError(message) from None
     return pa.Table.from_arrays(columns, schema=schema)

@@ -20,8 +20,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
+from components.core.errors import DatasetError
 from components.core.storage import ATTEMPTS, StorageError, s3_client, s3_errors, split_s3_uri
-from components.data.shards import ShardError
 
 BLOCK = 8 * 2**20  # bytes fetched at once
 FETCHERS = 4  # threads of each process that fetch ahead
@@ -43,7 +43,7 @@ class RemoteShards:
 
     def __init__(self, objects: Mapping[str, str], cache: Path, limit: int) -> None:
         if limit < BLOCK:
-            raise ShardError(f"a cache of {limit} bytes cannot hold one block of {BLOCK}; raise stream.cache_gib")
+            raise DatasetError(f"a cache of {limit} bytes cannot hold one block of {BLOCK}; raise stream.cache_gib")
         self._objects, self._cache, self._limit = dict(objects), cache, limit
         self._start()
 
@@ -57,11 +57,11 @@ class RemoteShards:
         """The `length` bytes at `offset` of a shard.
 
         Raises:
-            ShardError: no address is known for the shard, it is shorter than that, or the cache cannot be used.
+            DatasetError: no address is known for the shard, it is shorter than that, or the cache cannot be used.
             StorageError: S3 does not answer or refuses.
         """
         if offset < 0 or length < 0:
-            raise ShardError(f"{shard}: bytes {offset} to {offset + length} cannot be read")
+            raise DatasetError(f"{shard}: bytes {offset} to {offset + length} cannot be read")
         parts = []
         for block in _blocks(offset, length):
             start = block * BLOCK
@@ -72,10 +72,10 @@ class RemoteShards:
                     part = self._fetch_once(shard, block, end)[begin:end]
             except OSError as error:
                 advice = "it must be writable and have space; lower stream.cache_gib if it has too little"
-                raise ShardError(f"{self._cache}: {error.strerror or error}; {advice}") from None
+                raise DatasetError(f"{self._cache}: {error.strerror or error}; {advice}") from None
             if len(part) < end - begin:
                 place = f"bytes {offset} to {offset + length}"
-                raise ShardError(f"{self._address(shard)}: {place} are not all inside this object")
+                raise DatasetError(f"{self._address(shard)}: {place} are not all inside this object")
             parts.append(part)
         return b"".join(parts)
 
@@ -113,7 +113,7 @@ class RemoteShards:
                 self._fetch_once(*self._wanted.get(), 1, wait=False)
             except BlockingIOError:
                 continue  # another process is fetching this block
-            except (ShardError, StorageError, OSError) as error:
+            except (DatasetError, StorageError, OSError) as error:
                 logger.debug("fetching ahead: %s", error)  # whoever reads the block meets it again
 
     def _fetch_once(self, shard: str, block: int, end: int, *, wait: bool = True) -> bytes:
@@ -180,7 +180,7 @@ class RemoteShards:
         try:
             return self._objects[shard]
         except KeyError:
-            raise ShardError(f"{shard}: no address on S3 is known for this shard") from None
+            raise DatasetError(f"{shard}: no address on S3 is known for this shard") from None
 
     def _path(self, shard: str, block: int) -> Path:
         return self._cache / f"{hashlib.sha256(self._address(shard).encode()).hexdigest()[:32]}-{block}"

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from components.core.errors import PedigreeError
+from components.core.errors import DatasetError
 from components.data.pixels import ImageError, Loaded, check_tiff, explain_tiff, first_line, load_rgb
 from components.data.signatures import HEAD_BYTES, UNSUPPORTED, begins_like_an_image, signature
 
@@ -45,10 +45,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-class ShardError(PedigreeError):
-    """A shard that is missing or too short, or a place in it that cannot be right."""
-
-
 class ShardWriter:
     """Writes `00000.tar`, `00001.tar`, ... with members `<image_id>.<extension>` in sorted order.
 
@@ -59,7 +55,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_bytes: int, first: int = 0):
         if max_bytes < 1:
-            raise ShardError(f"a shard of at most {max_bytes} bytes can hold no image; give a positive size")
+            raise DatasetError(f"a shard of at most {max_bytes} bytes can hold no image; give a positive size")
         self._folder = folder
         self._max_bytes = max_bytes
         self._file: BinaryIO | None = None
@@ -80,10 +76,10 @@ class ShardWriter:
         """Append one image; returns its shard's file name, and the offset and length of its bytes in there.
 
         Raises:
-            ShardError: images that do not come in strictly ascending order of their id.
+            DatasetError: images that do not come in strictly ascending order of their id.
         """
         if image_id <= self._last_id:
-            raise ShardError(f"images must be added in ascending order of id: {image_id} came after {self._last_id}")
+            raise DatasetError(f"images must be added in ascending order of id: {image_id} came after {self._last_id}")
         self._last_id = image_id
         member = tarfile.TarInfo(f"{image_id}.{extension}")
         member.size = len(data)
@@ -162,17 +158,17 @@ class ShardReader:
         """The `length` bytes at `offset` of a shard named relative to the root.
 
         Raises:
-            ShardError: the shard is missing, lies outside the root, or is shorter than offset + length.
+            DatasetError: the shard is missing, lies outside the root, or is shorter than offset + length.
         """
         file = self._descriptor(shard)
         if offset < 0 or length < 0 or offset + length > file.size:
             place = f"bytes {offset} to {offset + length}"
-            raise ShardError(f"{self._root / shard}: {place} are not inside its {file.size} bytes")
+            raise DatasetError(f"{self._root / shard}: {place} are not inside its {file.size} bytes")
         parts = []
         while length > 0:  # one call may return less than asked, and never more than 2 GiB
             part = os.pread(file.number, length, offset)
             if not part:
-                raise ShardError(f"{self._root / shard}: became shorter while it was read")
+                raise DatasetError(f"{self._root / shard}: became shorter while it was read")
             parts.append(part)
             offset, length = offset + len(part), length - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -199,11 +195,11 @@ class ShardReader:
         # Names are checked, links are not followed by hand: DVC may link a tracked file to its cache.
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise ShardError(f"shard {shard!r} does not lie inside {self._root}")
+            raise DatasetError(f"shard {shard!r} does not lie inside {self._root}")
         try:
             return _Descriptor(self._root / path)
         except OSError as error:
-            raise ShardError(f"{self._root / shard}: {error.strerror or error}") from None
+            raise DatasetError(f"{self._root / shard}: {error.strerror or error}") from None
 
 
 def decode_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from components.core.errors import PedigreeError
+from components.core.errors import DatasetError
 from components.core.storage import sha256_file
 from components.data.config import ORIGINS, StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
@@ -31,10 +31,6 @@ CACHE = Path(".pedigree/cache/shards")
 WHOLE = "all"  # the one part of a set that is not mixed
 
 T = TypeVar("T")
-
-
-class StreamError(PedigreeError):
-    """The curated set cannot be trained on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class ImageStream:
         root = root if (root / MANIFEST).is_file() or not streamed.is_dir() else streamed
         table = read_manifest(root / MANIFEST)
         if table.num_rows == 0:
-            raise StreamError(f"{root}: no images to train on; loosen the curation or ingest more images")
+            raise DatasetError(f"{root}: no images to train on; loosen the curation or ingest more images")
         self.digest = sha256_file(root / MANIFEST)  # the manifest holds every image's own SHA-256
         self._root, self._config = root, config
         self._ids = table["image_id"]  # in chunks: together, 34 million would be too many bytes for one array
@@ -143,8 +139,8 @@ class ImageStream:
             decode: makes what is wanted of the image's bytes; raises ImageError if they are bad.
 
         Raises:
-            StreamError: more than `max_bad_images` different ones in a row cannot be decoded.
-            ShardError: a shard is missing or too short.
+            DatasetError: more than `max_bad_images` different ones in a row cannot be decoded, or a shard is missing or
+                too short.
         """
         skipped: dict[str, BadImage] = {}
         for candidate in range(position, position + self._reach() + 1):
@@ -187,7 +183,9 @@ class ImageStream:
         data = self._remote.read(*self._place(row))
         if _sha256(data) != image_id:
             shard = self._place(row)[0]
-            raise StreamError(f"{image_id}: its bytes in shard {shard} on S3 have another SHA-256; restore that object")
+            raise DatasetError(
+                f"{image_id}: its bytes in shard {shard} on S3 have another SHA-256; restore that object"
+            )
         return data
 
     def _place(self, row: int) -> tuple[str, int, int]:
@@ -206,7 +204,7 @@ class ImageStream:
         counts = {item["values"]: item["counts"] for item in origins.value_counts().to_pylist()}
         if missing := [name for name in self._config.mix if name not in counts]:
             held = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
-            raise StreamError(
+            raise DatasetError(
                 f"stream.mix asks for the part {missing[0]!r}, but {self._root} has only: {held}. "
                 f"Leave {missing[0]} out of stream.mix, or curate with that part"
             )
@@ -223,7 +221,7 @@ class ImageStream:
         held = 2 * self._config.window_shards * len(self._parts)  # a window and the next one, of each part
         needed, limit = int(np.sort(ends)[-held:].sum()), int(self._config.cache_gib * 2**30)
         if needed > limit:
-            raise StreamError(
+            raise DatasetError(
                 f"streaming needs {needed / 2**30:.3g} GiB of cache for windows of {self._config.window_shards} shards "
                 f"(a window and the next one), but stream.cache_gib is {self._config.cache_gib:g}: "
                 "raise it, or lower stream.window_shards"
@@ -235,10 +233,10 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def too_many_bad(bad: list[BadImage], config: StreamConfig) -> StreamError:
+def too_many_bad(bad: list[BadImage], config: StreamConfig) -> DatasetError:
     """The error that ends a run over too many bad images, naming the last ones."""
     named = "; ".join(f"{item.image_id[:12]} ({item.reason})" for item in bad[-3:])
-    return StreamError(
+    return DatasetError(
         f"{len(bad)} images cannot be decoded, at most {config.max_bad_images} are allowed (stream.max_bad_images). "
         f"The last: {named}. Verify the curated set: its bytes are not what was ingested"
     )

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from components.core.errors import DatasetError
 from components.core.storage import atomic_dir
 from components.core.tracking import download_weights
-from components.data.evaluation_set import EvaluationError, EvaluationSet, read_evaluation_set
+from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
 from components.evaluation.pictures import choose_queries, draw_neighbours, draw_pca, neighbour_rows
@@ -41,7 +42,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         intervals under `minus_<name>`; and counts.
 
     Raises:
-        EvaluationError: no evaluation images, no test images, or a crop that does not fit a model.
+        DatasetError: no evaluation images, no test images, or a crop that does not fit a model.
     """
     images = read_evaluation_set(root / "data" / "evaluation")
     backbones = _backbones(config, root, seed, model)
@@ -84,7 +85,7 @@ def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dic
     for name, backbone in found.items():
         patch = backbone.config.patch_size
         if size % patch:
-            raise EvaluationError(
+            raise DatasetError(
                 f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {name}"
             )
         backbone.eval().to(device)

@@ -20,8 +20,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from components.core.errors import PedigreeError
 from components.core.storage import s3_client, s3_errors
+from components.lineage.record import RecordError
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
 GENESIS = "0" * 64
@@ -29,10 +29,6 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ATTEMPTS = 20
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
 RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
-
-
-class AuditError(PedigreeError):
-    """The audit log is not what it was, or cannot keep what is written to it; the message names the entry or bucket."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +75,18 @@ class AuditLog:
         """The log in the bucket that PEDIGREE_AUDIT_BUCKET names.
 
         Raises:
-            AuditError: the variable is not set.
+            RecordError: the variable is not set.
         """
         bucket = os.environ.get(BUCKET_VARIABLE)
         if not bucket:
-            raise AuditError(f"{BUCKET_VARIABLE} is not set: name the object-locked bucket, or run `pedigree up`")
+            raise RecordError(f"{BUCKET_VARIABLE} is not set: name the object-locked bucket, or run `pedigree up`")
         return cls(bucket)
 
     def append(self, event: Event) -> Entry:
         """Write `event` at the end of its model's chain, after the chain before it has been verified.
 
         Raises:
-            AuditError: the chain is broken, or the bucket keeps nothing locked.
+            RecordError: the chain is broken, or the bucket keeps nothing locked.
             StorageError: S3 refuses or does not answer; the same for `read`.
         """
         lock = self._lock()
@@ -99,13 +95,13 @@ class AuditLog:
             entry = _next_entry(event, entries[-1] if entries else None)
             if self._put(entry, lock):
                 return entry
-        raise AuditError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
+        raise RecordError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
 
     def read(self, name: str) -> list[Entry]:
         """All events of the model `name`, oldest first, verified; empty when there are none.
 
         Raises:
-            AuditError: an entry was changed, replaced, deleted or is out of its place; the message names it.
+            RecordError: an entry was changed, replaced, deleted or is out of its place; the message names it.
         """
         objects = self._objects(f"events/{_checked(name)}/")
         entries: list[Entry] = []
@@ -136,8 +132,8 @@ class AuditLog:
             raise self._broken(key, f"says that it is entry {entry.sequence} of {entry.name}")
         return entry
 
-    def _broken(self, key: str, what: str) -> AuditError:
-        return AuditError(f"audit log broken at s3://{self.bucket}/{key}: {what}")
+    def _broken(self, key: str, what: str) -> RecordError:
+        return RecordError(f"audit log broken at s3://{self.bucket}/{key}: {what}")
 
     def _objects(self, prefix: str) -> list[tuple[str, str]]:
         """(key, version id) of every object, in order; a second version or a delete marker is tampering."""
@@ -193,7 +189,7 @@ class AuditLog:
             except ClientError as error:
                 if error.response["Error"]["Code"] != NO_LOCK:
                     raise
-        raise AuditError(
+        raise RecordError(
             f"s3://{self.bucket} has no object lock, so an event could be deleted; make the audit bucket with one"
         )
 
@@ -222,7 +218,7 @@ def _canonical(values: Mapping[str, Any]) -> bytes:
 
 def _checked(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
-        raise AuditError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
+        raise RecordError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
     return name
 
 

@@ -71,7 +71,7 @@ def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
     """What audit events name, by themselves or by their MLflow run; and a line for each such run that is gone.
 
     Raises:
-        AuditError: a chain is broken: nothing is removed until that is explained.
+        RecordError: a chain is broken: nothing is removed until that is explained.
         StorageError: S3 does not answer.
     """
     claims, notes = [], []

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components.core.errors import PedigreeError
+from components.core.errors import InputError
 from components.core.storage import write_bytes
 from components.stages import STAGES
 
@@ -27,10 +27,6 @@ COMMAND_LINE = "components.__main__"
 # They name every stage. What a stage needs of `recipe` are its own config models, which the stage imports itself.
 NOT_FOLLOWED = ("components/recipe.py", "components/stages.py")
 BY_NAME = ("import_module", "__import__")  # functions that import what a string names
-
-
-class CodeError(PedigreeError):
-    """The code cannot be fingerprinted; the message says which file and line, and what to do."""
 
 
 class Code:
@@ -54,7 +50,7 @@ class Code:
         """SHA-256 of each file that the named modules can load, themselves included, by path.
 
         Raises:
-            CodeError: a file is no Python, or imports what only a running program knows.
+            InputError: a file is no Python, or imports what only a running program knows.
         """
         waiting, found = [path for name in modules for path in self._of_module(name)], {}
         while waiting:
@@ -96,7 +92,7 @@ class Module:
         source: its bytes.
 
     Raises:
-        CodeError: it is no Python.
+        InputError: it is no Python.
     """
 
     def __init__(self, path: str, source: bytes) -> None:
@@ -105,7 +101,7 @@ class Module:
             self.tree = ast.parse(source)
         except (SyntaxError, ValueError) as error:
             line = getattr(error, "lineno", None) or 1
-            raise CodeError(f"{path}, line {line}: no valid Python: {getattr(error, 'msg', error)}") from None
+            raise InputError(f"{path}, line {line}: no valid Python: {getattr(error, 'msg', error)}") from None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,7 +113,7 @@ class Module:
         """Dotted names of all that is imported; `from a import b` gives `a` and `a.b`.
 
         Raises:
-            CodeError: a module is imported by a name that is no literal.
+            InputError: a module is imported by a name that is no literal.
         """
         return frozenset(name for node in self._nodes for name in self._imported_by(node))
 
@@ -140,7 +136,7 @@ class Module:
             base = ".".join((*above, *([node.module] if node.module else [])))
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Call) and _name(node.func) in BY_NAME and not _is_literal(node.args):
-            raise CodeError(
+            raise InputError(
                 f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that only a running program knows, "
                 "so a change of that module would go unseen; write the whole name as a literal"
             )
@@ -150,7 +146,7 @@ def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> N
     """Write `reports/code/STAGE.txt` of every stage.
 
     Raises:
-        CodeError: as for `Code.fingerprints`.
+        InputError: as for `Code.fingerprints`.
     """
     code = Code(root)
     lists = {stage: code.fingerprints([COMMAND_LINE, *_modules(names)]) for stage, names in stages.items()}
@@ -205,5 +201,5 @@ def _is_docstring(statement: Any) -> bool:
 if __name__ == "__main__":
     try:
         write_lists(Path.cwd())
-    except CodeError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")

@@ -8,15 +8,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from components.core.errors import PedigreeError
 from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
-from components.lineage.record import file_md5
+from components.lineage.record import RecordError, file_md5
 
 BUCKET_VARIABLE = "PEDIGREE_DATA_BUCKET"
-
-
-class RemoteError(PedigreeError):
-    """The repository names no remote that can be read."""
 
 
 class Remote:
@@ -26,7 +21,7 @@ class Remote:
         url: `s3://bucket/prefix`; None takes the bucket that PEDIGREE_DATA_BUCKET names.
 
     Raises:
-        RemoteError: no address, or one that is not on S3.
+        RecordError: no address, or one that is not on S3.
     """
 
     def __init__(self, url: str | None) -> None:
@@ -36,7 +31,7 @@ class Remote:
             self._bucket, self._prefix = split_s3_uri(self.url)
         except ValueError:
             where = f"set it in .dvc/config or {BUCKET_VARIABLE}"
-            raise RemoteError(f"DVC remote {self.url or '(none)'}: not on S3; {where}") from None
+            raise RecordError(f"DVC remote {self.url or '(none)'}: not on S3; {where}") from None
         self._client = s3_client()
 
     def address(self, dvc_id: str) -> str:

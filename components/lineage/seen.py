@@ -15,21 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.core.errors import PedigreeError
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.origin import CURATED, Tag
-from components.lineage.record import Record, find_record, upstream
+from components.lineage.record import Record, RecordError, find_record, upstream
 from components.lineage.remote import Remote
 from components.lineage.streaming import stream_from
 from components.lineage.trace import find_version
 
 PRETRAINED = "models/pretrained"
 ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
-
-
-class SeenError(PedigreeError):
-    """It cannot be said what a model had seen; the message says what is missing or contradicts what."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Training:
         """The stream that it read, from the DVC remote.
 
         Raises:
-            SeenError: the record's curated set is not the one that the weights state.
+            RecordError: the record's curated set is not the one that the weights state.
             StorageError: S3 does not answer, or that version is not there any more.
         """
         config = StreamConfig(**self.provenance["config"]["stream"]).model_copy(update={"cache_gib": ANY_CACHE_GIB})
@@ -72,7 +67,7 @@ class Training:
             stream_from(Remote(self.record.remote_url()), str(self.record.output(CURATED)), Path(folder))
             stream = ImageStream(Path(folder) / CURATED, config, self.provenance["seed"])
             if stream.digest != self.provenance["dataset_sha256"]:
-                raise SeenError(
+                raise RecordError(
                     f"{self.weights} of {self.version}: trained on a manifest of SHA-256 "
                     f"{self.provenance['dataset_sha256']}, but {CURATED} of its dvc.lock has {stream.digest}"
                 )
@@ -99,9 +94,9 @@ def read_history(reference: str, root: Path) -> History:
         root: a clone of the repository whose commits made the model.
 
     Raises:
-        TraceError: no server, or no such version.
-        SeenError: its record is not in the repository, or contradicts what was registered.
-        RemoteError, StorageError: the DVC remote is not on S3, does not answer, or lacks the weights' config.json.
+        RecordError: no server, no such version, its record is not in the repository or contradicts what was registered,
+            or the DVC remote is not on S3.
+        StorageError: the remote does not answer, or lacks the weights' config.json.
     """
     version = find_version(reference, root)
     name, path, relation = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
@@ -150,9 +145,11 @@ def _record(name: str, tags: dict[str, str], root: Path) -> Record:
     record = find_record(root, tags.get(Tag.COMMIT, ""), tags.get(Tag.LOCK_SHA256))
     if record is None:
         branch = tags.get(Tag.BRANCH, "of its run")
-        raise SeenError(f"{name}: no commit in {root} has the dvc.lock of its registration; fetch the branch {branch}")
+        raise RecordError(
+            f"{name}: no commit in {root} has the dvc.lock of its registration; fetch the branch {branch}"
+        )
     if record.output(tags.get(Tag.WEIGHTS_PATH, "")) != tags.get(Tag.WEIGHTS_DVC):
-        raise SeenError(f"{name}: its dvc.lock records other weights than the registered ones")
+        raise RecordError(f"{name}: its dvc.lock records other weights than the registered ones")
     return record
 
 
@@ -162,12 +159,12 @@ def _provenance(record: Record, name: str, path: str) -> dict[str, Any]:
         found = json.loads(remote.read(remote.listing(str(record.output(path)))["config.json"]))["provenance"]
         return {key: found[key] for key in ("stage", "config", "seed", "dataset_sha256", "steps")}
     except (KeyError, ValueError):
-        raise SeenError(f"{name}: {path}/config.json does not say what it was trained on") from None
+        raise RecordError(f"{name}: {path}/config.json does not say what it was trained on") from None
 
 
 def _check_read(record: Record, path: str, parent: str) -> None:
-    """Raise SeenError unless the stage that made `path` read the `parent` that the record holds."""
+    """Raise RecordError unless the stage that made `path` read the `parent` that the record holds."""
     stages = record.stages()
     deps = stages[upstream(stages, path)[0]].get("deps", [])
     if {"path": parent, "md5": record.output(parent)} not in [{k: dep.get(k) for k in ("path", "md5")} for dep in deps]:
-        raise SeenError(f"{path} was not made from the {parent} that its dvc.lock holds")
+        raise RecordError(f"{path} was not made from the {parent} that its dvc.lock holds")

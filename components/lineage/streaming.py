@@ -28,7 +28,7 @@ def prepare_stream(root: Path) -> bool:
 
     Raises:
         RecordError: `dvc.lock` knows no curated set, or one without a manifest.
-        RemoteError: the repository's DVC remote is not on S3.
+        RecordError: the repository's DVC remote is not on S3.
         StorageError: S3 does not answer or refuses.
     """
     if (root / CURATED / MANIFEST).is_file() or not (root / LOCK).is_file():

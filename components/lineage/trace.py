@@ -23,19 +23,15 @@ from components.core.errors import PedigreeError
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
-from components.lineage.audit_log import AuditError, AuditLog, Entry
+from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
-from components.lineage.record import Record, find_record, git, upstream
+from components.lineage.record import Record, RecordError, find_record, git, upstream
 from components.lineage.remote import Remote
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 CHAMPION = "champion"
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
 DATA_FOLDERS = ("data/", "models/", "reports/")
-
-
-class TraceError(PedigreeError):
-    """There is nothing to trace: no server, or no such version."""
 
 
 @dataclass
@@ -98,7 +94,7 @@ def trace(reference: str, root: Path) -> Trace:
 
     Raises:
         ConfigError: what is no reference.
-        TraceError: MLFLOW_TRACKING_URI is not set, or there is no such version.
+        RecordError: MLFLOW_TRACKING_URI is not set, or there is no such version.
         TrackingError: MLflow does not answer.
     """
     return Trace(reference, _Tracer(root).version_node(find_version(reference, root)))
@@ -108,7 +104,7 @@ def find_version(reference: str, root: Path) -> Any:
     """The MLflow version of `NAME@alias` or `NAME/number`.
 
     Raises:
-        TraceError: as for `trace`.
+        RecordError: as for `trace`.
     """
     match = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
     if match is None:
@@ -117,14 +113,14 @@ def find_version(reference: str, root: Path) -> Any:
     version = tracer.version(match["name"], match["alias"], match["version"])
     if isinstance(version, str):
         reason = version.partition(": ")[2].rstrip(".") or version
-        raise TraceError(f"{reference}: {reason}; the registry has {_found(lambda: tracer.known(match['name']))}")
+        raise RecordError(f"{reference}: {reason}; the registry has {_found(lambda: tracer.known(match['name']))}")
     return version
 
 
 class _Tracer:
     def __init__(self, root: Path) -> None:
         if server_uri() is None:
-            raise TraceError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
+            raise RecordError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
         self.client = checked_client()
         self.root = root
 
@@ -175,7 +171,7 @@ class _Tracer:
         name = node.name.rsplit("/", 1)[0]
         try:
             entries = AuditLog.from_environment().read(name)
-        except (AuditError, StorageError) as error:
+        except (RecordError, StorageError) as error:
             node.missing.append(str(error))
             return []
         about = [e for e in entries if e.subject == node.name]
@@ -263,7 +259,7 @@ class _Tracer:
         name = (yaml.safe_load(record.read("params.yaml") or b"") or {}).get("name")
         try:
             events = [e for e in AuditLog.from_environment().read(name) if e.action == ACCEPTED] if name else []
-        except (AuditError, StorageError) as error:
+        except (RecordError, StorageError) as error:
             node.missing.append(str(error))
             return
         for stage in (child for child in node.children if child.kind == "stage" and events):
@@ -417,10 +413,10 @@ def _found(ask: Any) -> Any:
     except MlflowException as error:
         line = str(error).splitlines()[0]
         if "Max retries exceeded" in line or "API request to" in line:
-            raise TraceError(f"{shown_server()} does not answer") from error
+            raise RecordError(f"{shown_server()} does not answer") from error
         return line
     except requests.exceptions.RequestException as error:
-        raise TraceError(f"{shown_server()} does not answer") from error
+        raise RecordError(f"{shown_server()} does not answer") from error
 
 
 def _utc(milliseconds: int) -> str:

@@ -73,7 +73,7 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
 
     Raises:
         TrackingError, StorageError: the registry, the audit log or the remote does not answer.
-        AuditError: the audit log is broken.
+        RecordError: the audit log is broken.
         RecordError: what something needs cannot be known.
     """
     found = versions(client)

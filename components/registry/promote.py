@@ -77,7 +77,7 @@ def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
     Raises:
         ConfigError: no reason, or what is no reference.
         RegistryError: no such candidate, bytes that are not those that were registered, or a service that refuses.
-        AuditError: the audit log is broken or does not take the event; the alias has not moved then.
+        RecordError: the audit log is broken or does not take the event; the alias has not moved then.
     """
     if not reason.strip():
         raise ConfigError("a promotion needs a reason, which goes into the audit log: --reason TEXT")

@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from components.core import tracking
+from components.core.errors import DatasetError
 from components.core.storage import sha256_file
-from components.data.manifest import ManifestError, read_manifest
+from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
 from components.lineage.origin import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.lineage.record import Record
@@ -66,7 +67,7 @@ class _Register:
         self.client, self.preprocessing, self.root, self.seed, self.run_id = client, preprocessing, root, seed, run_id
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
-        except ManifestError as error:
+        except DatasetError as error:
             raise RegistryError(f"the training set cannot be named: {error}") from None
         self.inputs_logged = False
 

@@ -35,10 +35,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
-from components.core.errors import PedigreeError
 from components.core.storage import StorageError, write_bytes
 from components.training.alerts import FILE as ALERTS
-from components.training.checkpoint_store import DamagedError, LocalStore, S3Store, Store, WholeWriter, read_index
+from components.training.checkpoint_store import CheckpointError, LocalStore, S3Store, Store, WholeWriter, read_index
 from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
@@ -64,10 +63,6 @@ SPEED_ONLY = {
     "share_teacher": True,
     "stream": {"num_workers", "max_bad_images", "cache_gib"},
 }
-
-
-class CheckpointError(PedigreeError):
-    """A checkpoint that cannot be read; the message names the folder to remove."""
 
 
 def run_key(stage: str, config: TrainingConfig, facts: Mapping[str, Any]) -> str:
@@ -224,7 +219,7 @@ class Checkpoints:
             progress = Progress(**read_index(path)[0])
         except CheckpointException as error:
             raise _unreadable(where, _first(error)) from None
-        except (DamagedError, SafetensorError, TypeError) as error:
+        except (CheckpointError, SafetensorError, TypeError) as error:
             raise _unreadable(where, error) from None
         if rank() == 0:  # what is here already may be of before the run went on elsewhere
             _copy_reports(path, self.folder)
@@ -243,7 +238,7 @@ class Checkpoints:
         mine: tuple[_T | None, Exception | None]
         try:
             mine = act(), None
-        except (DamagedError, SafetensorError, StorageError, OSError) as error:
+        except (CheckpointError, SafetensorError, StorageError, OSError) as error:
             mine = None, error
         answers = [mine] * world_size()
         if self._group is not None:
@@ -285,7 +280,7 @@ def _check_networks(state: Mapping[str, Tensor], path: Path) -> None:
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             shapes = [list(found[name]) if name in found else "missing" for found in (there, here)]
-            raise DamagedError(f"of another model: {name} is {shapes[0]} there, {shapes[1]} in this run")
+            raise CheckpointError(f"of another model: {name} is {shapes[0]} there, {shapes[1]} in this run")
 
 
 def _unreadable(where: str, error: BaseException) -> CheckpointError:

@@ -31,8 +31,8 @@ INDEX = "index.json"  # written last: what it names is all there
 _STEP = re.compile(r"step_(\d+)")
 
 
-class DamagedError(PedigreeError):
-    """A checkpoint's files are not those that were written; the message says which."""
+class CheckpointError(PedigreeError):
+    """A checkpoint that cannot be written or read; the message names the folder to remove."""
 
 
 @dataclass(frozen=True)
@@ -247,16 +247,16 @@ def read_index(path: Path) -> tuple[dict[str, int], list[FileFacts]]:
     """Progress and files of the checkpoint in `path`.
 
     Raises:
-        DamagedError: the index is missing or not one of ours.
+        CheckpointError: the index is missing or not one of ours.
     """
     try:
         index = json.loads((path / INDEX).read_text())
         files = [FileFacts(name, str(f["sha256"]), int(f["size"])) for name, f in index["files"].items()]
         progress = {str(name): int(count) for name, count in index["progress"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{INDEX}: {str(error) or type(error).__name__}") from None
+        raise CheckpointError(f"{INDEX}: {str(error) or type(error).__name__}") from None
     if bad := [file.name for file in files if Path(file.name).name != file.name]:
-        raise DamagedError(f"{INDEX} names {bad[0]!r}, which is no file of a checkpoint")
+        raise CheckpointError(f"{INDEX} names {bad[0]!r}, which is no file of a checkpoint")
     return progress, files
 
 
@@ -264,9 +264,9 @@ def check_files(path: Path) -> None:
     """Compare all files of the checkpoint in `path` with its index.
 
     Raises:
-        DamagedError: a file is missing or other than it was written.
+        CheckpointError: a file is missing or other than it was written.
     """
     for file in read_index(path)[1]:
         found = path / file.name
         if not found.is_file() or found.stat().st_size != file.size or sha256_file(found) != file.sha256:
-            raise DamagedError(f"{file.name} is not what was written")
+            raise CheckpointError(f"{file.name} is not what was written")

@@ -10,18 +10,18 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
 from components.curation import grids
-from components.curation.config import CurateConfig, EmbedConfig, LevelConfig
+from components.curation.config import CurateConfig, CurationError, EmbedConfig, LevelConfig
 from components.curation.explain import CuratedTables, explain
 from components.curation.inputs import POOL, read_inputs
 from components.curation.pack import Pool
-from components.curation.rejections import CurationError, rejections
+from components.curation.rejections import rejections
 from components.curation.report import Curation, write_report
 from components.curation.select import select
 from components.curation.stage import curate, embed
 from components.curation.unique import drop_copies
-from components.data.expectations import ExpectationsFailed
 from components.data.manifest import CURATED_SCHEMA, FINDINGS, REJECTED_SCHEMA, read_manifest, read_table
 
 SCHEMAS = {"manifest.parquet": CURATED_SCHEMA, "rejected.parquet": REJECTED_SCHEMA}
@@ -155,7 +155,7 @@ def test_without_a_balanced_part_seed_sets_alone_decide(mixed, tmp_path_factory,
 def test_a_gate_that_fails_leaves_nothing_behind(small_workspace):
     embed(EmbedConfig(workers=1), small_workspace, 0)
     values = {"levels": LEVELS, "target_images": 8, "gates": {"max_cluster_share": 0.1}}
-    with pytest.raises(ExpectationsFailed, match=r"after sampling: .*clusters_balanced .*no cluster has more than 10"):
+    with pytest.raises(DatasetError, match=r"after sampling: .*clusters_balanced .*no cluster has more than 10"):
         curate(CurateConfig.model_validate(values), small_workspace, 0)
     assert sorted(path.name for path in (small_workspace / "data").iterdir()) == ["embeddings", "evaluation", "pool"]
     assert not (small_workspace / "reports").exists()
@@ -175,7 +175,7 @@ def test_a_set_far_from_the_last_one_is_stopped_and_the_last_one_stays(
     more = [(f"more{i}.png", encode(photo.rotate(90))) for i, photo in enumerate(photos[:6])]
     write_collection(small_workspace / "data/pool", more)
     embed(EmbedConfig(workers=1), small_workspace, 0)
-    with pytest.raises(ExpectationsFailed, match=r"size_as_before \(.*the set before had 11, .*size_ratio\): off by"):
+    with pytest.raises(DatasetError, match=r"size_as_before \(.*the set before had 11, .*size_ratio\): off by"):
         curate(config, small_workspace, 0)
     assert sha256_dir(small_workspace / "data/curated") == before
     assert json.loads(remembered.read_text()) == {"photos": 11}

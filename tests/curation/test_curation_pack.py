@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from components.core.storage import sha256_dir
+from components.curation.config import CurationError
 from components.curation.faces import blur
 from components.curation.pack import CHOSEN_SCHEMA, Pool, check_accounting, pack
-from components.curation.rejections import CurationError, rejections
+from components.curation.rejections import rejections
 from components.curation.scores import BOX
 from components.data.manifest import FINDINGS, REJECTED_SCHEMA, read_collection, read_table
 from components.data.shards import ShardReader, decode_image

@@ -9,9 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from components.core.storage import sha256_dir
-from components.curation.config import CurateConfig, EmbedConfig, LevelConfig
-from components.curation.embed import EmbeddingsError
-from components.curation.rejections import CurationError
+from components.curation.config import CurateConfig, CurationError, EmbedConfig, LevelConfig
 from components.curation.stage import curate, embed
 from components.data.manifest import REJECTED_SCHEMA, read_collection, read_manifest, read_table
 from components.data.shards import ShardReader, decode_image
@@ -136,13 +134,11 @@ def test_no_pool_and_no_images(tmp_path):
 
 
 def test_embeddings_of_other_images_are_refused(small_workspace, photos, encode, write_collection):
-    with pytest.raises(EmbeddingsError, match="no embeddings yet; run the stage embed first"):
+    with pytest.raises(CurationError, match="no embeddings yet; run the stage embed first"):
         curate(CURATE, small_workspace, 0)
     embed(EmbedConfig(workers=1), small_workspace, 0)
     write_collection(small_workspace / "data/evaluation", [("new.png", encode(photos[3]))], "later")
-    with pytest.raises(
-        EmbeddingsError, match="data/evaluation changed after it was embedded; run the stage embed again"
-    ):
+    with pytest.raises(CurationError, match="data/evaluation changed after it was embedded; run the stage embed again"):
         curate(CURATE, small_workspace, 0)
 
 

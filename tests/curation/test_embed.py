@@ -20,14 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
+from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
 from components.curation import embed as embed_module
-from components.curation.config import EmbedConfig, ModelConfig
+from components.curation.config import CurationError, EmbedConfig, ModelConfig
 from components.curation.descriptor import describe
-from components.curation.embed import EmbeddingsError, read_embeddings, read_scores
+from components.curation.embed import read_embeddings, read_scores
 from components.curation.stage import CACHE, embed
-from components.data.manifest import MANIFEST, ManifestError, read_collection, read_manifest, write_manifest
-from components.data.shards import BLOCK, ShardError, ShardReader, decode_image
+from components.data.manifest import MANIFEST, read_collection, read_manifest, write_manifest
+from components.data.shards import BLOCK, ShardReader, decode_image
 from components.model.config import Preprocessing
 
 ONE = EmbedConfig(workers=1)
@@ -155,12 +156,12 @@ def test_a_damaged_cache_entry_is_made_again(small_workspace):
 def test_damaged_or_foreign_files_of_the_stage_are_refused(small_workspace):
     embed(ONE, small_workspace, 0)
     table, path = read_collection(small_workspace / "data/pool"), embeddings(small_workspace, "copies", "pool.npy")
-    with pytest.raises(EmbeddingsError, match=r"holds \(12, 558\) for 11 images; run the stage embed again"):
+    with pytest.raises(CurationError, match=r"holds \(12, 558\) for 11 images; run the stage embed again"):
         read_embeddings(path, table.slice(1))
-    with pytest.raises(EmbeddingsError, match="the scores of other images"):
+    with pytest.raises(CurationError, match="the scores of other images"):
         read_scores(embeddings(small_workspace, "scores", "pool.parquet"), table.take(pa.array(range(11, -1, -1))))
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(EmbeddingsError, match=r"pool\.npy: damaged \(.*\); run the stage embed again"):
+    with pytest.raises(CurationError, match=r"pool\.npy: damaged \(.*\); run the stage embed again"):
         read_embeddings(path, table)
     assert read_embeddings(path, table.slice(0, 0)).shape == (0, 0)
 
@@ -223,16 +224,16 @@ def bomb() -> bytes:
 
 
 HOSTILE = {
-    "damaged shard": (damage, EmbeddingsError, r"image \w{64}: bytes \d+ to \d+ are not this image"),
-    "shard cut short": (cut_short, ShardError, r"bytes \d+ to \d+ are not inside its 1536 bytes"),
-    "truncated manifest": (truncate_manifest, ManifestError, r"manifest\.parquet: not a readable Parquet file"),
-    "past the end": (lambda root: lie(root, "length", lambda _: 10**12), ShardError, "are not inside its"),
-    "negative offset": (lambda root: lie(root, "offset", lambda _: -1), ShardError, "are not inside its"),
-    "over another": (lambda root: lie(root, "offset", lambda v: v[-1] - 9), EmbeddingsError, "are not this image"),
-    "escape": (lambda root: lie(root, "shard", lambda _: "../../../../x.tar"), ShardError, "does not lie inside"),
-    "missing shard": (lambda root: lie(root, "shard", lambda _: "00099.tar"), ShardError, "No such file"),
-    "bomb": (lambda root: swap_bytes(root, bomb()), EmbeddingsError, r"too_many_pixels: more than \d+ pixels"),
-    "no image": (lambda root: swap_bytes(root, b"\0" * 64), EmbeddingsError, "not_an_image"),
+    "damaged shard": (damage, CurationError, r"image \w{64}: bytes \d+ to \d+ are not this image"),
+    "shard cut short": (cut_short, DatasetError, r"bytes \d+ to \d+ are not inside its 1536 bytes"),
+    "truncated manifest": (truncate_manifest, DatasetError, r"manifest\.parquet: not a readable Parquet file"),
+    "past the end": (lambda root: lie(root, "length", lambda _: 10**12), DatasetError, "are not inside its"),
+    "negative offset": (lambda root: lie(root, "offset", lambda _: -1), DatasetError, "are not inside its"),
+    "over another": (lambda root: lie(root, "offset", lambda v: v[-1] - 9), CurationError, "are not this image"),
+    "escape": (lambda root: lie(root, "shard", lambda _: "../../../../x.tar"), DatasetError, "does not lie inside"),
+    "missing shard": (lambda root: lie(root, "shard", lambda _: "00099.tar"), DatasetError, "No such file"),
+    "bomb": (lambda root: swap_bytes(root, bomb()), CurationError, r"too_many_pixels: more than \d+ pixels"),
+    "no image": (lambda root: swap_bytes(root, b"\0" * 64), CurationError, "not_an_image"),
 }
 
 
@@ -247,7 +248,7 @@ def test_hostile_input_stops_the_stage_in_one_line_and_costs_no_other_shard(smal
         embed(ONE, small_workspace, 0)
     assert len(str(raised.value).splitlines()) == 1
     assert not (small_workspace / "data/embeddings").exists()
-    if error is not ManifestError:  # what came before the bad shard is kept
+    if name != "truncated manifest":  # what came before the bad shard is kept
         assert len(cached(small_workspace)) >= 2 * 2
     shutil.rmtree(small_workspace / "data")
     shutil.copytree(safe / "data", small_workspace / "data")

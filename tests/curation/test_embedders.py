@@ -6,8 +6,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from components.curation.config import DescriptorConfig, ModelConfig, OnnxConfig, TorchScriptConfig
-from components.curation.embedders import EmbedderError, load, normalised_pixels, resolve
+from components.curation.config import CurationError, DescriptorConfig, ModelConfig, OnnxConfig, TorchScriptConfig
+from components.curation.embedders import load, normalised_pixels, resolve
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -91,26 +91,26 @@ def test_the_digest_names_bytes_and_parameters_and_not_places(tmp_path):
 
 @pytest.mark.parametrize("config", [TorchScriptConfig(path="x"), OnnxConfig(path="x"), ModelConfig(weights="x")])
 def test_a_missing_file_is_named(tmp_path, config):
-    with pytest.raises(EmbedderError, match=r"embed\.embedder\.(path|weights): .*x: no"):
+    with pytest.raises(CurationError, match=r"embed\.embedder\.(path|weights): .*x: no"):
         resolve(config, tmp_path)
 
 
 @pytest.mark.parametrize("config", [TorchScriptConfig(path="x"), OnnxConfig(path="x")])
 def test_a_file_of_another_kind_is_refused(tmp_path, config):
     (tmp_path / "x").write_bytes(b"not a model")
-    with pytest.raises(EmbedderError, match="x: not a"):
+    with pytest.raises(CurationError, match="x: not a"):
         load(resolve(config, tmp_path))
 
 
 def test_outputs_that_are_no_embeddings_are_refused(tmp_path, photos):
     script(PerPixel(), tmp_path / "m.pt")
     embed = load(resolve(TorchScriptConfig(path="m.pt", size=32), tmp_path))
-    with pytest.raises(EmbedderError, match=r"gave shape \[2, 3, 32, 32\] for 2 images; expected \[2, D\]"):
+    with pytest.raises(CurationError, match=r"gave shape \[2, 3, 32, 32\] for 2 images; expected \[2, D\]"):
         embed(photos[:2])
 
 
 def test_a_size_that_the_file_does_not_take_is_named(tmp_path, photos):
     mean_colour_onnx(tmp_path / "m.onnx", height=64)
     embed = load(resolve(OnnxConfig(path="m.onnx", size=32), tmp_path))
-    with pytest.raises(EmbedderError, match=r"cannot take images of shape \[1, 3, 32, 32\].*see `size`"):
+    with pytest.raises(CurationError, match=r"cannot take images of shape \[1, 3, 32, 32\].*see `size`"):
         embed(photos[:1])

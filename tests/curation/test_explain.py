@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.curation.explain import CuratedTables, ExplainError, Mention, explain
+from components.curation.config import CurationError
+from components.curation.explain import CuratedTables, Mention, explain
 from components.data.manifest import (
     CURATED_SCHEMA,
     MANIFEST,
@@ -110,18 +111,18 @@ def test_an_image_file_is_found_by_its_bytes(tables, tmp_path):
 
 
 def test_no_image_several_images_and_no_tables(tables, tmp_path):
-    with pytest.raises(ExplainError, match=r"'nothing\.png': no such image in .*; give an id or a source URI"):
+    with pytest.raises(CurationError, match=r"'nothing\.png': no such image in .*; give an id or a source URI"):
         explain(tables, "nothing.png")
-    with pytest.raises(ExplainError, match=r"2 images match: .*; give more of the id"):
+    with pytest.raises(CurationError, match=r"2 images match: .*; give more of the id"):
         explain(_with_twins(tables, tmp_path), "ab12")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ExplainError, match=r"broken\.parquet: not a readable table"):
+    with pytest.raises(CurationError, match=r"broken\.parquet: not a readable table"):
         explain(CuratedTables(tmp_path / "broken.parquet", tables.rejected), "large.png")
 
     old = pa.Table.from_pylist([placed("large")], CURATED_SCHEMA).drop_columns(["derived_from"])
     pq.write_table(old, tmp_path / "old.parquet")
     with pytest.raises(
-        ExplainError, match=r"old\.parquet: an older version .* without \['derived_from'\]; run it again"
+        CurationError, match=r"old\.parquet: an older version .* without \['derived_from'\]; run it again"
     ):
         explain(CuratedTables(tmp_path / "old.parquet", tables.rejected), "large.png")
 

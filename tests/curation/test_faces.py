@@ -8,8 +8,7 @@ from PIL import Image
 from skimage import data
 
 from components.curation import faces
-from components.curation.config import CascadeConfig, FaceOnnxConfig
-from components.curation.score_models import ScoreError
+from components.curation.config import CascadeConfig, CurationError, FaceOnnxConfig
 
 ASTRONAUT_EYES_TO_MOUTH = (190, 90, 250, 150)  # pixels, seen by eye: left, top, right, bottom
 
@@ -125,10 +124,10 @@ def test_a_detector_by_path(tmp_path):
 
 def test_files_that_are_no_detector_are_refused(tmp_path, astronaut):
     config = FaceOnnxConfig(path="f.onnx", size=64)
-    with pytest.raises(ScoreError, match=r"embed\.scores\.faces\.path: .*f\.onnx: no such file"):
+    with pytest.raises(CurationError, match=r"embed\.scores\.faces\.path: .*f\.onnx: no such file"):
         faces.locate(config, tmp_path)
     constant_detector(tmp_path / "f.onnx", [[1, 2, 3, 4]])
-    with pytest.raises(ScoreError, match=r"gave shape \[1, 4\]; expected \[M, 5\]: x1, y1, x2, y2, score"):
+    with pytest.raises(CurationError, match=r"gave shape \[1, 4\]; expected \[M, 5\]: x1, y1, x2, y2, score"):
         faces.load(config, tmp_path / "f.onnx")(astronaut)
-    with pytest.raises(ScoreError, match=r"f\.onnx: cannot take an input of shape \[1, 3, 32, 32\]"):
+    with pytest.raises(CurationError, match=r"f\.onnx: cannot take an input of shape \[1, 3, 32, 32\]"):
         faces.load(FaceOnnxConfig(path="f.onnx", size=32), tmp_path / "f.onnx")(astronaut)

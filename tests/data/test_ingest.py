@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from components.core.config import ConfigError
+from components.core.errors import DatasetError
 from components.core.storage import StorageError, s3_client, sha256_dir
 from components.core.tracking import user_name
 from components.data import ingest as ingest_module
 from components.data import sources
-from components.data.expectations import ExpectationsFailed
 from components.data.ingest import IngestReport, ingest
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_manifest, read_table
@@ -581,7 +581,7 @@ def test_a_missing_license_is_named() -> None:
 
 def test_a_failed_expectation_leaves_no_snapshot(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ingest_module, "_read_again", lambda finding: b"?" * finding.length)
-    with pytest.raises(ExpectationsFailed, match=r"bytes_match_id .* 12 of 12 rows"):
+    with pytest.raises(DatasetError, match=r"bytes_match_id .* 12 of 12 rows"):
         take(tmp_path, write(tmp_path / "in", CLASSES))
     assert [path.name for path in (tmp_path / "pool").rglob("*")] == ["photos"]
     (failing,) = (tmp_path / "docs").rglob("failing-rows.parquet")

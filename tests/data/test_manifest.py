@@ -4,11 +4,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.core.errors import DatasetError
 from components.data.manifest import (
     CURATED_SCHEMA,
     POOL_SCHEMA,
     QUARANTINE_SCHEMA,
-    ManifestError,
     read_collection,
     read_manifest,
     read_table,
@@ -81,15 +81,15 @@ def test_a_table_that_is_not_a_manifest_is_refused(tmp_path: Path, change, messa
     pq.write_table(
         change(pool("a").cast(pa.schema([f.with_nullable(True) for f in POOL_SCHEMA]))), tmp_path / "m.parquet"
     )
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(DatasetError, match=message):
         read_manifest(tmp_path / "m.parquet")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"m\.parquet: no such file"):
+    with pytest.raises(DatasetError, match=r"m\.parquet: no such file"):
         read_manifest(tmp_path / "m.parquet")
     (tmp_path / "m.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(ManifestError, match="not a readable Parquet file"):
+    with pytest.raises(DatasetError, match="not a readable Parquet file"):
         read_manifest(tmp_path / "m.parquet")
 
 
@@ -112,5 +112,5 @@ def test_other_tables_are_checked_against_the_schema_asked_for(tmp_path: Path) -
     values = {"source_uri": ["u"], "source": ["s"], "reason": ["truncated"], "detail": ["d"], "image_id": [None]}
     write_table(pa.table(values), QUARANTINE_SCHEMA, tmp_path / "r.parquet")
     assert read_table(tmp_path / "r.parquet", QUARANTINE_SCHEMA).to_pylist()[0]["reason"] == "truncated"
-    with pytest.raises(ManifestError, match="missing columns"):
+    with pytest.raises(DatasetError, match="missing columns"):
         read_table(tmp_path / "r.parquet", POOL_SCHEMA)

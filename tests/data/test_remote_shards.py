@@ -16,14 +16,15 @@ import pytest
 import torch
 from botocore.exceptions import IncompleteReadError, ReadTimeoutError
 
+from components.core.errors import DatasetError
 from components.core.storage import MissingInStorageError, StorageError
 from components.data import remote_shards
 from components.data.batch import TrainingBatches, iterate_batches
 from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
 from components.data.remote_shards import RemoteShards
-from components.data.shards import ShardError, ShardReader
-from components.data.stream import CACHE, STREAMED, ImageStream, StreamError
+from components.data.shards import ShardReader
+from components.data.stream import CACHE, STREAMED, ImageStream
 from tests.data.test_stream import batch, plan, write_set
 
 BLOCK = 4096
@@ -171,11 +172,11 @@ def test_nothing_is_dropped_from_the_cache_while_room_is_made_there(remote, tmp_
 
 def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ShardError, match=f"^{tmp_path}/file: Not a directory; it must be writable and have space"):
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/file: Not a directory; it must be writable and have space"):
         RemoteShards(remote.addresses, tmp_path / "file", 10**6).read("00000.tar", 0, 10)
     reader = RemoteShards(remote.addresses, tmp_path / "cache", 10**6)
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(ShardError, match=f"^{tmp_path}/cache: No space left; it must"):
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/cache: No space left; it must"):
         reader.read("00000.tar", 0, 10)
 
 
@@ -184,13 +185,13 @@ def test_wrong_places_and_objects_are_named(remote, tmp_path):
     size = (remote.local / "00000.tar").stat().st_size
     address = remote.addresses["00000.tar"]
     for offset, length in ((size - 5, 10), (size + 10 * BLOCK, 1)):
-        with pytest.raises(ShardError, match=f"{address}: bytes {offset} to {offset + length} are not all inside"):
+        with pytest.raises(DatasetError, match=f"{address}: bytes {offset} to {offset + length} are not all inside"):
             reader.read("00000.tar", offset, length)
-    with pytest.raises(ShardError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="cannot be read"):
         reader.read("00000.tar", -1, 10)
     with pytest.raises(MissingInStorageError, match="s3://pedigree-data/gone: no such object"):
         reader.read("gone.tar", 0, 10)
-    with pytest.raises(ShardError, match=r"other\.tar: no address on S3 is known"):
+    with pytest.raises(DatasetError, match=r"other\.tar: no address on S3 is known"):
         reader.read("other.tar", 0, 10)
 
 
@@ -205,7 +206,7 @@ def test_a_damaged_cache_heals_and_a_damaged_object_stops(remote, tmp_path):
     boto3.client("s3").put_object(Bucket="pedigree-data", Key=key, Body=bytes(50_000))
     everywhere = dict.fromkeys(remote.addresses, f"s3://pedigree-data/{key}")
     damaged = ImageStream(remote.workspace(tmp_path / "other", everywhere), StreamConfig(window_shards=2), seed=0)
-    with pytest.raises(StreamError, match=f"{stream.image_ids(0, 1)[0]}: its bytes in shard .* another SHA-256"):
+    with pytest.raises(DatasetError, match=f"{stream.image_ids(0, 1)[0]}: its bytes in shard .* another SHA-256"):
         damaged.image(0)
 
 
@@ -217,7 +218,9 @@ def test_wrong_credentials_and_a_small_cache_are_one_line(remote, tmp_path, monk
     with pytest.raises(StorageError, match=message):
         list(iterate_batches(batches, config, range(1)))
     small = StreamConfig(window_shards=2, cache_gib=2e-5)
-    with pytest.raises(StreamError, match=r"needs 3.\d+e-05 GiB of cache for windows of 2 shards .*cache_gib is 2e-05"):
+    with pytest.raises(
+        DatasetError, match=r"needs 3.\d+e-05 GiB of cache for windows of 2 shards .*cache_gib is 2e-05"
+    ):
         ImageStream(curated, small, seed=0)
     shutil.copytree(remote.local, curated)
     assert batch(TrainingBatches(ImageStream(curated, small, seed=0), plan()), 0) is not None  # from disk

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from components.core.errors import DatasetError
 from components.data import shards
 from components.data.shards import (
     ImageError,
-    ShardError,
     ShardReader,
     ShardWriter,
     decode_image,
@@ -91,9 +91,9 @@ def test_an_image_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None
 def test_images_out_of_order_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 10_000) as writer:
         writer.add("b", "jpg", b"1")
-        with pytest.raises(ShardError, match="ascending order"):
+        with pytest.raises(DatasetError, match="ascending order"):
             writer.add("b", "jpg", b"1")
-        with pytest.raises(ShardError, match="ascending order"):
+        with pytest.raises(DatasetError, match="ascending order"):
             writer.add("a", "jpg", b"1")
 
 
@@ -101,19 +101,19 @@ def test_images_out_of_order_are_refused(tmp_path: Path) -> None:
 def test_the_reader_does_not_leave_its_root(tmp_path: Path, shard: str) -> None:
     (tmp_path / "outside.tar").write_bytes(bytes(1000))
     (tmp_path / "root").mkdir()
-    with pytest.raises(ShardError, match="does not lie inside"):
+    with pytest.raises(DatasetError, match="does not lie inside"):
         ShardReader(tmp_path / "root").read(shard, 0, 10)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, -1), (995, 6), (2**62, 2**62), (1001, 0)])
 def test_the_reader_checks_bounds(tmp_path: Path, offset: int, length: int) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(1000))
-    with pytest.raises(ShardError, match="not inside its 1000 bytes"):
+    with pytest.raises(DatasetError, match="not inside its 1000 bytes"):
         ShardReader(tmp_path).read("a.tar", offset, length)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"gone\.tar: No such file"):
+    with pytest.raises(DatasetError, match=r"gone\.tar: No such file"):
         ShardReader(tmp_path).read("gone.tar", 0, 1)
 
 

@@ -14,12 +14,13 @@ from PIL import Image
 from skimage import data
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from components.core.errors import DatasetError
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import CropConfig, MaskingConfig, StreamConfig
 from components.data.crops import sample_crops
 from components.data.manifest import CURATED_SCHEMA, MANIFEST, read_manifest, write_manifest
 from components.data.shards import ImageError, ShardWriter
-from components.data.stream import ImageStream, StreamError
+from components.data.stream import ImageStream
 
 NUM_IMAGES = 40
 BROKEN = 3  # of them, where asked for
@@ -151,7 +152,7 @@ def test_bad_images_are_replaced_named_and_counted(tmp_path, caplog):
     assert [message.rpartition(" (")[2] for message in caplog.messages] == [f"{n} of at most 3)" for n in (1, 2, 3)]
     for workers in (0, 1):
         strict = StreamConfig(num_workers=workers, max_bad_images=BROKEN - 1)
-        with pytest.raises(StreamError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
+        with pytest.raises(DatasetError, match=r"3 images cannot be decoded, at most 2 are allowed \(stream.max_bad"):
             list(iterate_batches(batches, strict, range(5)))
 
 
@@ -166,7 +167,7 @@ def test_so_many_bad_images_may_follow_each_other(curated):
     found = stream.find(5, decode)
     assert (found.image_id, len(found.skipped)) == (stream.image_ids(7, 1)[0], 2)
     tries = ["one", "two", "three"]
-    with pytest.raises(StreamError, match="3 images cannot be decoded, at most 2 are allowed"):
+    with pytest.raises(DatasetError, match="3 images cannot be decoded, at most 2 are allowed"):
         stream.find(5, decode)
 
 
@@ -255,14 +256,14 @@ def test_batches_are_copied_to_a_gpu_from_pinned_memory(curated, monkeypatch):
 def test_a_part_that_is_not_there_is_named(curated):
     config = StreamConfig(mix={"seed": 0.5, "retrieved": 0.5})
     message = r"asks for the part 'retrieved', but .*curated has only: balanced \(32\), seed \(8\). Leave retrieved out"
-    with pytest.raises(StreamError, match=message):
+    with pytest.raises(DatasetError, match=message):
         ImageStream(curated, config, seed=0)
 
 
 def test_refuses_too_few_images(tmp_path):
     stream = ImageStream(write_set(tmp_path / "few", num_images=5), CONFIG, seed=0)
-    with pytest.raises(StreamError, match="has 5 images, fewer than one batch of 8: lower batch_size, or ingest more"):
+    with pytest.raises(DatasetError, match="has 5 images, fewer than one batch of 8: lower batch_size, or ingest more"):
         TrainingBatches(stream, plan())
     write_manifest(CURATED_SCHEMA.empty_table(), tmp_path / "none" / MANIFEST)
-    with pytest.raises(StreamError, match="no images to train on"):
+    with pytest.raises(DatasetError, match="no images to train on"):
         ImageStream(tmp_path / "none", CONFIG, seed=0)

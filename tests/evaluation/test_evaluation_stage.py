@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
+from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
-from components.data.evaluation_set import EvaluationError, read_evaluation_set
+from components.data.evaluation_set import read_evaluation_set
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConfig, LinearConfig
@@ -135,14 +136,14 @@ def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
 
 
 def test_no_set(workspace):
-    with pytest.raises(EvaluationError, match="no evaluation images"):
+    with pytest.raises(DatasetError, match="no evaluation images"):
         run(CONFIG, workspace, 0, "small")
 
 
 def test_crop_that_does_not_fit(workspace):
     write_set(workspace, tiles())
     with pytest.raises(
-        EvaluationError, match=r"preprocessing\.crop_size 30 is not a multiple of 8, the patch size of small"
+        DatasetError, match=r"preprocessing\.crop_size 30 is not a multiple of 8, the patch size of small"
     ):
         run(
             CONFIG.model_copy(update={"preprocessing": Preprocessing(resize_size=36, crop_size=30)}),
@@ -161,7 +162,7 @@ def test_missing_model(workspace):
 
 def test_empty_test_split(workspace):
     write_set(workspace, ((label, "train", image) for label, _, image in tiles()))
-    with pytest.raises(EvaluationError, match=r"none with \['test'\]"):
+    with pytest.raises(DatasetError, match=r"none with \['test'\]"):
         read_evaluation_set(workspace / "data" / "evaluation")
 
 

@@ -27,8 +27,8 @@ from components.lineage.stored import DiskStore, S3Store, entries, objects
 from components.lineage.trace import trace
 from flows import workspace
 from flows.cli import app
-from flows.gc_lock import RunningError, no_gc_beside, no_run_beside
-from flows.git import git
+from flows.gc_lock import no_gc_beside, no_run_beside
+from flows.git import WorkspaceError, git
 from infra.local.compaction import compact_storage
 from tests.flows.repository import DVC, git_lines
 from tests.lineage.short_runs import STAGES, ShortRuns, do_stage, make_short_runs, open_mlflow_run, sh
@@ -270,7 +270,7 @@ def test_a_run_waits_for_gc_and_gc_does_not_wait_for_a_run(tmp_path: Path, caplo
     with (
         no_gc_beside(tmp_path),
         no_gc_beside(tmp_path),  # runs go on side by side
-        pytest.raises(RunningError, match=message),
+        pytest.raises(WorkspaceError, match=message),
         no_run_beside(tmp_path),
     ):
         pass

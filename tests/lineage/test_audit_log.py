@@ -15,7 +15,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from components.core.storage import StorageError
-from components.lineage.audit_log import GENESIS, AuditError, AuditLog, Event
+from components.lineage.audit_log import GENESIS, AuditLog, Event
+from components.lineage.record import RecordError
 
 pytestmark = pytest.mark.stack
 
@@ -83,16 +84,16 @@ def test_race_gives_each_writer_its_own_number(log: AuditLog, name: str):
 def test_overwritten_entry_is_named(three, log: AuditLog, name: str):
     changed = dataclasses.asdict(three[1]) | {"actor": "mallory"}
     boto3.client("s3").put_object(Bucket=log.bucket, Key=key(name, 2), Body=json.dumps(changed))
-    with pytest.raises(AuditError, match=rf"{key(name, 2)}: overwritten") as error:
+    with pytest.raises(RecordError, match=rf"{key(name, 2)}: overwritten") as error:
         log.read(name)
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(AuditError, match="overwritten"):
+    with pytest.raises(RecordError, match="overwritten"):
         log.append(Event(name, "promote", f"{name}/4", "rita"))
 
 
 def test_deleted_entry_is_named(three, log: AuditLog, name: str):
     boto3.client("s3").delete_object(Bucket=log.bucket, Key=key(name, 3))
-    with pytest.raises(AuditError, match=rf"{key(name, 3)}: deleted on 20"):
+    with pytest.raises(RecordError, match=rf"{key(name, 3)}: deleted on 20"):
         log.read(name)
 
 
@@ -120,20 +121,20 @@ def forge(log: AuditLog, model: str, changes: dict) -> None:
 )
 def test_forged_entry_is_named(three, log: AuditLog, name: str, changes: dict, message: str):
     forge(log, name, {"previous": three[-1].hash} | changes)
-    with pytest.raises(AuditError, match=message):
+    with pytest.raises(RecordError, match=message):
         log.read(name)
 
 
 def test_one_line_for_each_refusal(log: AuditLog, name: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(AuditError, match="has no object lock"):
+    with pytest.raises(RecordError, match="has no object lock"):
         AuditLog(os.environ["PEDIGREE_DATA_BUCKET"]).append(Event(name, "promote", "x/1", "rita"))
     with pytest.raises(StorageError, match="audit log s3://no-such-bucket: no such bucket"):
         AuditLog("no-such-bucket").read(name)
-    with pytest.raises(AuditError, match="is not a model name"):
+    with pytest.raises(RecordError, match="is not a model name"):
         log.read("../other")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="does not answer"):
         AuditLog(log.bucket).read(name)
     monkeypatch.delenv("PEDIGREE_AUDIT_BUCKET")
-    with pytest.raises(AuditError, match="PEDIGREE_AUDIT_BUCKET is not set"):
+    with pytest.raises(RecordError, match="PEDIGREE_AUDIT_BUCKET is not set"):
         AuditLog.from_environment()

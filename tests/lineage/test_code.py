@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from components.lineage.code import Code, CodeError, list_of, read_list, write_lists
+from components.core.errors import InputError
+from components.lineage.code import Code, list_of, read_list, write_lists
 from components.lineage.ledger import Ledger, Outcome
 from components.stages import STAGES
 from tests.flows.repository import DVC, PROJECT, copy_of_project
@@ -119,7 +120,7 @@ def test_all_that_can_be_loaded_is_listed(tmp_path):
 
 def test_a_name_that_only_a_running_program_knows_is_refused(tmp_path):
     code = package(tmp_path, a="from importlib import import_module\n\nimport_module('components.' + 'b')\n")
-    with pytest.raises(CodeError, match=r"components/a\.py, line 3: import_module takes a name .* as a literal"):
+    with pytest.raises(InputError, match=r"components/a\.py, line 3: import_module takes a name .* as a literal"):
         code.fingerprints(["components.a"])
 
 

@@ -22,8 +22,8 @@ from components.data.manifest import MANIFEST, read_manifest
 from components.data.shards import ShardReader
 from components.data.stream import ImageStream
 from components.lineage.origin import Tag, collect_origin
-from components.lineage.record import file_md5, folder_id
-from components.lineage.seen import SeenError, read_history, steps_with
+from components.lineage.record import RecordError, file_md5, folder_id
+from components.lineage.seen import read_history, steps_with
 from flows.cli import app
 from tests.data.test_stream import write_set
 
@@ -121,7 +121,7 @@ def test_steps_of_each_training_with_an_image(case: Case):
     assert steps_with(pretraining, image_id) == expected_steps(case, PRETRAINED, image_id)
     assert steps_with(pretraining, image_id, step=1) == [1]
     assert steps_with(student, "0" * 64) == []
-    with pytest.raises(SeenError, match=r"no commit in .* has the dvc\.lock of its registration; fetch the branch"):
+    with pytest.raises(RecordError, match=r"no commit in .* has the dvc\.lock of its registration; fetch the branch"):
         read_history(f"{case.name}/2", case.root)
 
 

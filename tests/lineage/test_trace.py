@@ -26,7 +26,7 @@ from components.data.provenance import Provenance
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.origin import Tag, collect_origin
 from components.lineage.record import Record, RecordError, folder_id, upstream
-from components.lineage.trace import ACCEPTED, Node, Trace, TraceError, outputs_of, trace
+from components.lineage.trace import ACCEPTED, Node, Trace, outputs_of, trace
 
 pytestmark = pytest.mark.stack
 
@@ -279,7 +279,7 @@ def test_what_is_not_found_is_said(case: Case, tmp_path: Path, monkeypatch: pyte
         (f"{case.name}@x", f"not found; the registry has {case.name} with the versions 1 and the aliases champion$"),
         ("no-such@x", f"^no-such@x: Registered Model .* not found; the registry has .*{case.name}"),
     ]:
-        with pytest.raises(TraceError, match=message):
+        with pytest.raises(RecordError, match=message):
             trace(reference, case.root)
 
 

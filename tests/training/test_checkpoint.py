@@ -20,8 +20,8 @@ from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
 from components.training.alerts import FILE as ALERTS
 from components.training.alerts import Alert, read_alerts
-from components.training.checkpoint import CheckpointError, Checkpoints, Progress, only_trainer, run_key
-from components.training.checkpoint_store import INDEX, LocalStore
+from components.training.checkpoint import Checkpoints, Progress, only_trainer, run_key
+from components.training.checkpoint_store import INDEX, CheckpointError, LocalStore
 from components.training.config import TrainingConfig
 from components.training.loop import train
 from components.training.loss_table import LOSSES, read_rows, write_rows

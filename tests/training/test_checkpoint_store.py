@@ -10,8 +10,8 @@ from safetensors.torch import load
 
 from components.core.storage import StorageError, s3_client
 from components.training import checkpoint_store
-from components.training.checkpoint import CheckpointError, Checkpoints
-from components.training.checkpoint_store import INDEX
+from components.training.checkpoint import Checkpoints
+from components.training.checkpoint_store import INDEX, CheckpointError
 from components.training.loop import train
 from tests.training.jobs import at_call, make_job
 
