@@ -146,15 +146,17 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         if interrupt.asked():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
-        _close(workspace, parent, status)
+        _close(workspace, recipe.name, parent, status)
     url = tracking.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
 
 
-def _close(workspace: Workspace, parent: str | None, status: str) -> None:
+def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> None:
     """Show how the run ended. Services that are away change nothing of it: it is in git, DVC and the stages' runs."""
     try:
         tracking.close_parent(parent, status)
+        if status != "FINISHED":
+            tracking.close_lost(workspace.run_id, name)  # stages that were killed
     except tracking.TrackingError as error:
         get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
         live.leave_open()
