@@ -18,6 +18,7 @@ import typer
 
 from components.core.cluster import AddressOption, EngineOption, choose_engine
 from components.core.config import ConfigError
+from components.core.log_levels import ERROR, LevelFormatter
 from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError, recover_dirs, write_json
 from components.core.tracking import stage_run
@@ -103,7 +104,9 @@ def run(
 
 def main() -> None:
     """Run, and turn every error a user can cause into one clear line and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler()
+    lines.setFormatter(LevelFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     log.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
@@ -123,7 +126,7 @@ def main() -> None:
 def _end(error: BaseException, code: int) -> None:
     if not _said_by_another_rank(str(error)):
         for line in str(error).splitlines() or [type(error).__name__]:
-            log.error("error: %s", line)
+            log.error("%s%s", ERROR, line)
     sys.exit(code)
 
 

@@ -26,6 +26,7 @@ from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
+from flows.console import board
 from flows.git import WorkspaceError
 from flows.registered import exact, open_registry
 from flows.run_log import log_file
@@ -135,9 +136,10 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
     parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
     status, how = "FAILED", "Run failed: a defect, see its log"
     try:
-        workspace.ledger.bring_data()
-        workspace.ledger.fetch_run_cache()
-        outcomes = _run_stages(workspace)
+        with board.working("data", "putting the pool in place"):
+            workspace.ledger.bring_data()
+            workspace.ledger.fetch_run_cache()
+        outcomes = _run_stages(workspace, recipe)
         status, how = "FINISHED", "Run finished"
     except Exception as error:
         how = f"Run failed: {error}"
@@ -166,10 +168,13 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
 
-def _run_stages(workspace: Workspace) -> dict[str, str]:
+def _run_stages(workspace: Workspace, recipe: Recipe) -> dict[str, str]:
     """Submit every stage of the DAG to wait for those it needs; the first failure stops what comes after it."""
     futures: dict[str, PrefectFuture[str]] = {}
-    for stage in workspace.ledger.stages():
+    stages = workspace.ledger.stages()
+    trainings = {name: (config.steps, config.batch_size) for name, config in recipe.trainings().items()}
+    board.plan([stage.name for stage in stages if stage.name != CODE_STAGE], trainings)
+    for stage in stages:
         futures[stage.name] = _submit(stage, workspace, futures)
     with interrupt.deferred():
         wait(list(futures.values()))

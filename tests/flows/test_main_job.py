@@ -127,7 +127,7 @@ def interrupted(root: Path, until: str, hit: Callable[[psutil.Process], None]) -
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith(until):
+        if until in line:
             hit(psutil.Process(process.pid))
             break
     lines += process.stderr
