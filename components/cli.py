@@ -27,6 +27,7 @@ from components.core.errors import (
     show_tracebacks,
     tracebacks_shown,
 )
+from components.core.log_levels import ERROR, LevelFormatter
 from components.core.storage import recover_dirs, write_json
 from components.core.tracking import stage_run, where_logged
 from components.recipe import Recipe, load_recipe
@@ -112,7 +113,9 @@ def run(
 
 def main() -> None:
     """Run, and turn every error into one clear line and an exit code; a defect shows its traceback before."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler()
+    lines.setFormatter(LevelFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     log.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
@@ -133,7 +136,7 @@ def _tell(error: Exception) -> int:
         if found is None or tracebacks_shown():
             print_traceback(error)
         for line in said.splitlines():
-            log.error("error: %s", line)
+            log.error("%s%s", ERROR, line)
     return told.exit_code
 
 

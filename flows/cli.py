@@ -47,6 +47,7 @@ from flows.commands import doctor, plan
 from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
 from flows.commands import sources as sources_command
+from flows.console import screen, shown
 from flows.failure import prefect_is_away
 from flows.git import head_commit
 from flows.sources import POOL, SAMPLE, choose, name_for, snapshots
@@ -157,6 +158,7 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         typer.Option(metavar="STAGE", help="Only its code changed, and in nothing that matters: keep its outputs."),
     ] = None,
     reason: Annotated[str | None, typer.Option(help="Why; required with --accept, kept in the audit log.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Show only warnings, errors and the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
     """Run the whole main job: ingest, curate, pretrain, adapt, distill, evaluate, register.
@@ -175,7 +177,7 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
 
       pedigree run --accept pretrain --reason "only a log line changed"
     """
-    with _clear_errors():
+    with _clear_errors(), shown(quiet):
         choose_engine(engine, address)
         checkout = _checkout()
         accepted = _acceptance(accept, reason)
@@ -205,6 +207,7 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     evaluation: Annotated[bool, typer.Option(help="The whole source is an evaluation set.")] = False,
     max_pixels: Annotated[int | None, typer.Option(help="Largest image that is decoded; default 50 million.")] = None,
     retrain: Annotated[bool, typer.Option(help="Let new images start a retraining.")] = True,
+    quiet: Annotated[bool, typer.Option(help="Show only warnings, errors and the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
 ) -> None:
     """Take a source of images into the pool: decode, validate, store, track with DVC, push to S3.
@@ -219,7 +222,7 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
 
       pedigree ingest s3://bucket/shards/ --name crawl --license CC0-1.0
     """
-    with _clear_errors():
+    with _clear_errors(), shown(quiet, said_at_end="components.data.ingest"):
         checkout = _checkout()
         from components.data.ingest_config import IngestRequest
 
@@ -453,12 +456,11 @@ class _Plain(logging.Formatter):
 
 def main() -> None:
     """Entry point of the `pedigree` command."""
-    console = logging.StreamHandler()
-    console.setFormatter(_Plain())
+    screen.setFormatter(_Plain())
     # Prefect's last word on each task and flow: what failed is told by the stage and by us, the rest only waited. And
     # its names for runs, which become ours, and its hooks.
-    console.addFilter(lambda record: not record.getMessage().startswith(PREFECTS_OWN))
-    logging.basicConfig(level=logging.WARNING, handlers=[console])
+    screen.addFilter(lambda record: not record.getMessage().startswith(PREFECTS_OWN))
+    logging.basicConfig(level=logging.WARNING, handlers=[screen])
     for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(ours).setLevel(logging.INFO)
     app()

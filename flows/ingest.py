@@ -16,6 +16,7 @@ from components.data.ingest_config import IngestRequest
 from components.lineage.ledger import Ledger
 from flows import interrupt, live
 from flows.announce import Retraining, announce_snapshots, forget_snapshots, remember_untracked
+from flows.console import board
 from flows.failure import failed
 from flows.pool_lock import pool_held
 from flows.stages import RETRIES
@@ -71,7 +72,8 @@ def track(request: IngestRequest) -> list[str]:
     """`dvc add` and push every snapshot of the source, so that an ingest that was cut short is completed."""
     ledger = Ledger(Path.cwd())
     found = []
-    for collection in (request.pool, request.evaluation):
-        for folder in sorted(p for p in (collection / request.name).glob("[0-9a-f]*") if p.is_dir()):
-            found.append(ledger.track(folder))
+    with board.working(request.name, "tracking it with DVC, pushing it to S3"):
+        for collection in (request.pool, request.evaluation):
+            for folder in sorted(p for p in (collection / request.name).glob("[0-9a-f]*") if p.is_dir()):
+                found.append(ledger.track(folder))
     return found

@@ -97,7 +97,7 @@ def stop_running(checkout: Path) -> list[str]:
             for worker in workers:
                 worker.suspend()
             process.terminate()
-            goes_on = "a worker goes on with it" if workers else "`pedigree run` goes on"
+            goes_on = "a worker goes on with it" if workers else "run it again to go on"
             stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), goes_on
     until = time.monotonic() + STOP_SECONDS
     while not all(map(_has_ended, stopped)) and time.monotonic() < until:

@@ -26,6 +26,7 @@ from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
+from flows.console import board
 from flows.failure import failed
 from flows.git import WorkspaceError
 from flows.registered import exact, open_registry
@@ -136,9 +137,10 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
     parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
     status, how = "FAILED", "Run failed: a defect, see its log"
     try:
-        workspace.ledger.bring_data()
-        workspace.ledger.fetch_run_cache()
-        outcomes = _run_stages(workspace)
+        with board.working("data", "putting the pool in place"):
+            workspace.ledger.bring_data()
+            workspace.ledger.fetch_run_cache()
+        outcomes = _run_stages(workspace, recipe)
         status, how = "FINISHED", "Run finished"
     except Exception as error:
         how = f"Run failed: {known(error) or defect(error, 'in its log')}"
@@ -147,15 +149,17 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         if interrupt.asked():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
-        _close(workspace, parent, status)
+        _close(workspace, recipe.name, parent, status)
     url = tracking.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
 
 
-def _close(workspace: Workspace, parent: str | None, status: str) -> None:
+def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> None:
     """Show how the run ended. Services that are away change nothing of it: it is in git, DVC and the stages' runs."""
     try:
         tracking.close_parent(parent, status)
+        if status != "FINISHED":
+            tracking.close_lost(workspace.run_id, name)  # stages that were killed
     except tracking.TrackingError as error:
         get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
         live.leave_open()
@@ -165,10 +169,13 @@ def _close(workspace: Workspace, parent: str | None, status: str) -> None:
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
 
-def _run_stages(workspace: Workspace) -> dict[str, str]:
+def _run_stages(workspace: Workspace, recipe: Recipe) -> dict[str, str]:
     """Submit every stage of the DAG to wait for those it needs; the first failure stops what comes after it."""
     futures: dict[str, PrefectFuture[str]] = {}
-    for stage in workspace.ledger.stages():
+    stages = workspace.ledger.stages()
+    trainings = {name: (config.steps, config.batch_size) for name, config in recipe.trainings().items()}
+    board.plan([stage.name for stage in stages if stage.name != CODE_STAGE], trainings)
+    for stage in stages:
         futures[stage.name] = _submit(stage, workspace, futures)
     with interrupt.deferred():
         wait(list(futures.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,18 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from components.core.errors import DEFECT, PedigreeError, ServiceError
-from components.core.progress import PROGRESS_LINE
+from components.core.log_levels import ERROR, read_level
+from components.core.progress import CHECKPOINT_LINE, ProgressLine
 from components.lineage.ledger import LedgerUnreachableError, Outcome, Stage
 from components.stages import memory_advice
 from flows import interrupt
+from flows.console import DETAIL, board
 from flows.progress import progress_artifact
 from flows.workspace import Workspace
 
 STOP_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
+Logger = logging.Logger | logging.LoggerAdapter[Any]
 WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
 
@@ -53,6 +58,11 @@ def run_stage(stage: Stage, workspace: Workspace) -> str:
     """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
     if interrupt.asked():
         raise StageFailedError(f"{stage.name}: not started, the run was interrupted")
+    with board.working(stage.name, "looking for earlier outputs"):
+        return _bring(stage, workspace)
+
+
+def _bring(stage: Stage, workspace: Workspace) -> str:
     logger = get_run_logger()
     outcome = workspace.ledger.take_up(stage.name)
     if outcome is not Outcome.CHANGED:
@@ -60,17 +70,34 @@ def run_stage(stage: Stage, workspace: Workspace) -> str:
         workspace.commit(f"{stage.name}: {outcome.value}")
         logger.info("%s: %s, not computed again", stage.name, outcome.value)
         return outcome.value
-    logger.info("%s: %s", stage.name, stage.command)
+    logger.info("%s: %s", stage.name, stage.command, extra=DETAIL)
     begun = time.monotonic()
+    board.doing(stage.name, "starting")
     with progress_artifact(stage.name) as show:
-        stream(stage.command, workspace.root, logger.info, show)
+        stream(stage.command, workspace.root, partial(hand_on, stage.name, logger, show))
+    board.doing(stage.name, "storing its outputs")
     workspace.ledger.record(stage.name)
     workspace.commit(f"{stage.name}: ran for {time.monotonic() - begun:.0f} s")
     logger.info("%s: done in %.0f s", stage.name, time.monotonic() - begun)
     return "ran"
 
 
-def stream(command: str, root: Path, line_out: Callable[[str], None], show: Callable[[float], None]) -> None:
+def hand_on(name: str, logger: Logger, show: Callable[[float], None], text: str) -> None:
+    """Move the display and Prefect's percent by a stage's progress line, now and then logged; log any other line."""
+    job = name.replace("@", "/")  # what a training calls itself
+    if progress := ProgressLine.parse(text):
+        show(100.0 * progress.done / max(progress.total, 1))
+        if board.move(name, progress):
+            what = "" if progress.what == job else f"{progress.what} "
+            logger.info("%s: %s%s", name, what, progress.figures, extra=DETAIL)
+        return
+    level, said = read_level(text)
+    # The display shows how far it is, and the run's end says why a stage failed.
+    extra = DETAIL if text.startswith((ERROR, CHECKPOINT_LINE.partition("%")[0])) else None
+    logger.log(level, "%s: %s", name, said.removeprefix(f"{job}: "), extra=extra)
+
+
+def stream(command: str, root: Path, line_out: Callable[[str], None]) -> None:
     """Run a command line in `root` and hand on its lines as they come; it dies with this process.
 
     Raises:
@@ -92,15 +119,13 @@ def stream(command: str, root: Path, line_out: Callable[[str], None], show: Call
         for line in process.stdout:
             last.append(line.rstrip())
             line_out(line.rstrip())
-            if found := PROGRESS_LINE.match(line):
-                show(100.0 * int(found["done"]) / max(int(found["total"]), 1))
         code = process.wait()
     finally:
         _end_group(process)
         interrupt.commands.discard(process)
     if code:
-        said = [line for line in last if line.startswith("error: ")] or [line for line in last if line][-1:]
-        reason = "; ".join(line.removeprefix("error: ") for line in said) or "no output"
+        said = [line for line in last if line.startswith(ERROR)] or [line for line in last if line][-1:]
+        reason = "; ".join(line.removeprefix(ERROR) for line in said) or "no output"
         kind = StageUnreachableError if code in WORTH_A_RETRY else StageFailedError
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         if code == -signal.SIGKILL:

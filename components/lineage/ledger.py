@@ -23,17 +23,23 @@ from typing import Any
 import dvc.config
 import dvc.exceptions
 import dvc.lock
+import dvc.ui
 from botocore.exceptions import BotoCoreError, ClientError
 from configobj import ConfigObj, ConfigObjError
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
+from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
 from components.lineage.record import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
+# No bars and spinners of its own on a terminal: the door shows what goes on.
+for bars in ("dvc.progress", "dvc_data.callbacks"):
+    logging.getLogger(bars).setLevel(logging.CRITICAL)
+dvc.ui.ui.error_console = Console(quiet=True, force_terminal=False)
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -164,7 +164,14 @@ def add_to_subset(
 
 def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective checkpointing: outputs of linear layers and of fused attention are kept, the rest is made again."""
-    return create_selective_checkpoint_contexts(_PRODUCTS)  # pyright: ignore[reportArgumentType]
+    return create_selective_checkpoint_contexts(_products())  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def _products() -> list[Any]:
+    import torch.nn.attention.varlen  # makes the last of these; it loads torch's compiler, which takes seconds
+
+    return [*_PRODUCTS, torch.ops.torch_attn._varlen_attn.default]
 
 
 _ATEN = torch.ops.aten
@@ -175,5 +182,4 @@ _PRODUCTS = [
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
 ]

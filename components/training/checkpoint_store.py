@@ -22,6 +22,7 @@ from torch.futures import Future
 
 from components.core.distributed import rank
 from components.core.errors import PedigreeError
+from components.core.progress import CHECKPOINT_LINE
 from components.core.storage import s3_client, s3_errors, sha256_file, split_s3_uri, write_json
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class WholeWriter(HuggingFaceStorageWriter):
         files |= {self._hand_over(path) for path in others}
         described = {file.name: {"sha256": file.sha256, "size": file.size} for file in files}
         self._store.commit(self._step, {"format_version": 1, "progress": dict(self._progress), "files": described})
-        logger.info("checkpoint after %d steps", self._step)
+        logger.info(CHECKPOINT_LINE, self._step)
 
     def _hand_over(self, path: Path) -> FileFacts:
         facts = FileFacts(path.name, sha256_file(path), path.stat().st_size)

@@ -17,7 +17,7 @@ import torch
 
 from components.core.config import ConfigError
 from components.core.distributed import all_reduce_sum, rank, world_size
-from components.core.progress import progress
+from components.core.progress import Advance, progress
 from components.core.tracking import untracked
 from components.data.batch import Batch, BatchPlan, TrainingBatches, iterate_batches
 from components.data.config import MaskingConfig
@@ -127,7 +127,7 @@ def train_together(trainees: Sequence[Trainee]) -> list[list[Row] | None]:
 
             if stepping:  # nobody, where one that was behind diverged before the others are where it was
                 _step(stepping, batch, step, schedules.at(step), device)
-            advance(config.batch_size)
+            advance(1, _last_row(runs))
 
             steps_done = step + 1
             failed = any(run.checkpoints.failed() for run in runs)
@@ -251,7 +251,6 @@ def _instruments(
     limits, known = config.monitor.alerts, accelerator(device)
     after_steps = config.optimizer.warmup_steps if limits.after_steps is None else limits.after_steps
     return Instruments(
-        job.name,
         Watch(alerts, limits, after_steps, math.log(networks.teacher.dino_head.config.num_prototypes)),
         CostMeter(device, world_size(), config.monitor.energy),
         flops_per_image,
@@ -275,13 +274,22 @@ def _stop_request() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(name: str, config: TrainingConfig, steps_done: int) -> Iterator[Callable[[int], None]]:
+def _progress(name: str, config: TrainingConfig, steps_done: int) -> Iterator[Advance]:
     if rank() > 0:
-        yield lambda count: None
+        yield lambda count=1, note="": None
         return
-    size = config.batch_size
-    with progress(name, config.steps * size, start=steps_done * size) as advance:
+    with progress(name, config.steps, "steps", start=steps_done) as advance:
         yield advance
+
+
+def _last_row(runs: Sequence[_Run]) -> str:
+    """Loss of each training and speed, as last measured; empty before."""
+    rows = [run.rows[-1] for run in runs if run.rows]  # the older of a resumed run may lack a column
+    losses = [f"{loss:.4f}" for row in rows if (loss := row.get("loss_total")) is not None]
+    if not losses:
+        return ""
+    speed = rows[0].get("images_per_second")
+    return f"loss {', '.join(losses)}" + (f", {speed:.1f} images/s" if speed else "")
 
 
 def _on_any_rank(flag: bool, device: torch.device) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,6 @@ from components.training.loss_table import Row, append_row, read_rows, write_row
 from components.training.schedules import StepValues
 from components.training.step import StepOutput
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Probes:
@@ -38,7 +35,6 @@ class Instruments:
     """What the monitor reads off beside the step itself.
 
     Attributes:
-        name: of the job, for the log.
         watch: raises alerts.
         cost: of the run so far.
         flops_per_image: floating-point operations by formula, after so many steps.
@@ -46,7 +42,6 @@ class Instruments:
         probes: of the average.
     """
 
-    name: str
     watch: Watch
     cost: CostMeter
     flops_per_image: Callable[[int], float]
@@ -55,7 +50,7 @@ class Instruments:
 
 
 class Monitor:
-    """Writes one row every `log_every_steps` steps to a CSV file, the log and the tracker.
+    """Writes one row every `log_every_steps` steps to a CSV file and the tracker.
 
     Losses are means over the steps and ranks since the last row; the rest are values of the row's own step, means over
     ranks where nothing else is said. Rows after `steps_done` are dropped at the start: a resumed run writes them again.
@@ -159,11 +154,6 @@ class Monitor:
                 write_rows(self._path, self.rows)
             append_row(self._path, row)
             report_rows([row])
-            logger.info(
-                "%s: step %d: loss %.4f, %.1f images/s, %.0f %% of the time waiting for data",
-                self._instruments.name, row["step"], row["loss_total"], row["images_per_second"],
-                100 * (row["data_wait_share"] or 0.0),
-            )  # fmt: skip
         self.rows.append(row)
 
 

@@ -34,6 +34,7 @@ def test_a_folder_comes_into_the_pool_once(stack, tmp_path):
     done = pedigree(root, *command)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    assert "labels: none" not in done.stderr  # it is in the report
     assert (report["seen"], report["stored"], report["rejected"]) == (4, 3, {"truncated": 1})
     assert (report["labels"], report["unlabelled"], report["ignored"]) == ({}, 3, 0)
     assert report["notes"][0] == "labels: none; 3 images without label"
@@ -42,7 +43,9 @@ def test_a_folder_comes_into_the_pool_once(stack, tmp_path):
     assert (snapshot / "manifest.parquet").exists()
     assert snapshot.with_name(snapshot.name + ".dvc").exists()
 
-    again = json.loads(pedigree(root, *command).stdout)
+    done = pedigree(root, *command, "--quiet")
+    again = json.loads(done.stdout)
+    assert done.stderr == ""
     assert (again["stored"], again["already_present"], again["pool_snapshot"]) == (0, 3, None)
 
 

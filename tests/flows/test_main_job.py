@@ -127,7 +127,7 @@ def interrupted(root: Path, until: str, hit: Callable[[psutil.Process], None]) -
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith(until):
+        if until in line:
             hit(psutil.Process(process.pid))
             break
     lines += process.stderr
@@ -192,6 +192,7 @@ def test_a_run_whose_training_is_killed_says_so(killed):
     assert "resumed after " in killed.said
     last = killed.said.splitlines()[-1]
     assert last.startswith("error: `python -m components pretrain` failed (killed by SIGKILL)")
+    assert killed.in_mlflow == {"pretrain": "KILLED", "flow": "FAILED"}
 
 
 def test_everything_is_made_and_recorded(checkout, first):

@@ -99,7 +99,7 @@ def run(root: Path) -> dict[str, Outcome]:
         for stage in work.ledger.stages():
             outcomes[stage.name] = work.ledger.take_up(stage.name)
             if outcomes[stage.name] is Outcome.CHANGED:
-                stream(stage.command, work.root, lambda _: None, lambda _: None)
+                stream(stage.command, work.root, lambda _: None)
                 work.ledger.record(stage.name)
             work.commit(stage.name)
     del outcomes["code"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from components.core.progress import ProgressLine
 from components.lineage.ledger import LedgerError, LedgerUnreachableError
 from flows import interrupt
-from flows.stages import StageFailedError, StageUnreachableError, stream, worth_a_retry
+from flows.stages import StageFailedError, StageUnreachableError, hand_on, stream, worth_a_retry
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:
@@ -37,12 +39,11 @@ def written_pid(path: Path, seconds: float = 10.0) -> int:
     raise AssertionError(f"{path} was not written")
 
 
-def run(script: str, root: Path) -> tuple[list[str], list[float]]:
+def run(script: str, root: Path) -> list[str]:
     lines: list[str] = []
-    shown: list[float] = []
     (root / "script.sh").write_text(script)
-    stream("sh script.sh", root, lines.append, shown.append)
-    return lines, shown
+    stream("sh script.sh", root, lines.append)
+    return lines
 
 
 def failure(script: str, root: Path) -> StageFailedError:
@@ -51,29 +52,50 @@ def failure(script: str, root: Path) -> StageFailedError:
     return caught.value
 
 
-def test_lines_of_both_streams_are_handed_on_and_progress_shown(tmp_path):
-    script = "echo one; echo two >&2; echo 'progress: embed 30/120 images (7.0 images/s, 13 s left)' >&2; pwd"
-    lines, shown = run(script, tmp_path)
-    assert lines == ["one", "two", "progress: embed 30/120 images (7.0 images/s, 13 s left)", str(tmp_path)]
-    assert shown == [25.0]
+def test_lines_of_both_streams_are_handed_on(tmp_path):
+    assert run("echo one; echo two >&2; pwd", tmp_path) == ["one", "two", str(tmp_path)]
+
+
+def test_what_a_stage_says_is_labelled_and_has_a_level(caplog):
+    caplog.set_level("INFO")
+    shown: list[float] = []
+    for line in (
+        "distill/small: 300 steps of 32 images",
+        ProgressLine("distill/small", 30, 120, "steps", 7.5, "loss 7.5000"),
+        ProgressLine("distill/small", 31, 120, "steps", 7.5, "loss 7.5000"),  # too early to be logged
+        ProgressLine("crops", 8, 8, "images", 20.0),
+        "checkpoint after 30 steps",
+        "warning: distill/small: alert: step 30",
+        "error: no images",
+    ):
+        hand_on("distill@small", logging.getLogger("flows.stages"), shown.append, str(line))
+    assert shown == [25.0, 100 * 31 / 120, 100.0]
+    assert [(record.levelname, record.message, hasattr(record, "detail")) for record in caplog.records] == [
+        ("INFO", "distill@small: 300 steps of 32 images", False),
+        ("INFO", "distill@small: 30/120 steps (7.5 steps/s, 0:00:12 left, loss 7.5000)", True),
+        ("INFO", "distill@small: crops 8/8 images (20.0 images/s, 0:00:00 left)", True),
+        ("INFO", "distill@small: checkpoint after 30 steps", True),
+        ("WARNING", "distill@small: alert: step 30", False),
+        ("ERROR", "distill@small: no images", True),
+    ]
 
 
 def test_a_line_comes_when_it_is_written(tmp_path):
     seen: list[float] = []
     (tmp_path / "script.sh").write_text("echo first; sleep 1; echo second")
-    stream("sh script.sh", tmp_path, lambda _: seen.append(time.monotonic()), lambda _: None)
+    stream("sh script.sh", tmp_path, lambda _: seen.append(time.monotonic()))
     assert seen[1] - seen[0] > 0.8
 
 
 def test_the_command_finds_this_python_before_any_other(tmp_path):
     lines: list[str] = []
     command = """python -c 'import sys; print(sys.executable)'"""
-    stream(command, tmp_path, lines.append, lambda _: None)
+    stream(command, tmp_path, lines.append)
     assert Path(lines[0]).parent == Path(sys.executable).parent
 
 
 def test_bytes_that_are_no_text_do_not_stop_a_stage(tmp_path):
-    assert run("printf 'caf\\351\\n'", tmp_path)[0] == ["caf\N{REPLACEMENT CHARACTER}"]
+    assert run("printf 'caf\\351\\n'", tmp_path) == ["caf\N{REPLACEMENT CHARACTER}"]
 
 
 def test_the_error_lines_are_the_message(tmp_path):
@@ -130,7 +152,7 @@ def test_a_command_dies_with_the_process_that_started_it(tmp_path):
     code = f"""
 from pathlib import Path
 from flows.stages import stream
-stream("sh stage.sh", Path({str(tmp_path)!r}), print, print)
+stream("sh stage.sh", Path({str(tmp_path)!r}), print)
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -151,7 +173,7 @@ def test_a_callers_error_stops_the_command_politely(tmp_path):
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        stream("sh stage.sh", tmp_path, refuse, lambda _: None)
+        stream("sh stage.sh", tmp_path, refuse)
     assert (tmp_path / "saved").read_text() == "saved\n"
     assert gone(int((tmp_path / "pid").read_text()))
 
@@ -170,7 +192,7 @@ def test_a_signal_lets_the_command_save_its_state(tmp_path, number):
     thread = threading.Thread(target=tell)
     thread.start()
     with interrupt.handled() as interrupted, interrupt.deferred(), pytest.raises(StageFailedError, match="exit 3"):
-        stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
+        stream("sh stage.sh", tmp_path, lambda _: None)
     thread.join()
     assert (tmp_path / "saved").exists()
     assert interrupted.exit_code == 128 + number
@@ -195,4 +217,4 @@ def test_a_command_that_was_being_started_at_a_signal_is_stopped_too(tmp_path, m
     monkeypatch.setattr(interrupt, "current", interrupt.Interrupt(signal.SIGTERM))
     (tmp_path / "stage.sh").write_text("exec sleep 600")
     with pytest.raises(StageFailedError, match="killed by SIGTERM"):
-        stream("sh stage.sh", tmp_path, lambda _: None, lambda _: None)
+        stream("sh stage.sh", tmp_path, lambda _: None)

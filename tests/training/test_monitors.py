@@ -46,7 +46,7 @@ def test_figures_of_time_and_cost(tmp_path, monkeypatch):
     config, path = TrainingConfig.model_validate(settings), tmp_path / "loss.csv"
     watch = Watch(Alerts(tmp_path, 0), config.monitor.alerts, after_steps=4, max_entropy=2.0)
     cost = CostMeter(torch.device("cpu"), 1, EnergyConfig(device_watts=400))
-    tools = Instruments("test", watch, cost, lambda steps_done: 10.0 * steps_done, 100.0, Probes())
+    tools = Instruments(watch, cost, lambda steps_done: 10.0 * steps_done, 100.0, Probes())
 
     def take(monitor: Monitor, step: int, waited: float, *, first: int = 0, together: int = 1) -> None:
         """A step of loss `step` and of four seconds, some of which went by while it waited."""

@@ -1,0 +1,223 @@
+"""What a person sees of a run: one live display on a terminal; elsewhere plain lines, each with its time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from components.core.progress import ProgressLine, clock
+
+DETAIL = {"detail": True}  # `extra` of a log line that the live display makes superfluous
+LOG_EVERY_SECONDS = 9.0  # progress of one piece of work, in logs; a long one says it every 10 s
+BAR_WIDTH = 20
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
+
+
+@dataclass
+class _Work:
+    """Something that goes on now: a stage, or work of this process."""
+
+    doing: str
+    begun: float
+    line: ProgressLine | None = None  # the newest
+    seen: float = 0.0  # when it came
+    logged: float = float("-inf")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the newest line, less the time since."""
+        if self.line is None or self.line.seconds_left is None:
+            return None
+        return max(self.line.seconds_left - (time.monotonic() - self.seen), 0.0)
+
+
+class Board:
+    """Where a run stands, as rich renders it. Threads may share one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.plan([], {})
+
+    def plan(self, stages: Sequence[str], trainings: Mapping[str, tuple[int, int]]) -> None:
+        """A run begins.
+
+        Args:
+            stages: their names, in order.
+            trainings: steps and batch size of those that train; of a `foreach`, which trains at once, without the item.
+        """
+        with self._lock:
+            self._stages, self._trainings = list(stages), dict(trainings)
+            self._now: dict[str, _Work] = {}
+            self._begun, self._done, self._trained = time.monotonic(), 0, set[str]()
+            self._images_per_second: float | None = None
+
+    @contextmanager
+    def working(self, name: str, what: str) -> Iterator[None]:
+        """Show a stage, or other work, inside the block."""
+        self.doing(name, what)
+        try:
+            yield
+            with self._lock:
+                self._done += name in self._stages
+                self._trained.add(_group(name))
+        finally:
+            with self._lock:
+                self._now.pop(name, None)
+
+    def doing(self, name: str, what: str) -> None:
+        """A piece of work that tells no progress."""
+        with self._lock:
+            work = self._now.setdefault(name, _Work(what, time.monotonic()))
+            work.doing, work.line = what, None
+
+    def move(self, name: str, line: ProgressLine) -> bool:
+        """Take note of progress; returns whether it is time to log it."""
+        with self._lock:
+            now = time.monotonic()
+            work = self._now.setdefault(name, _Work(line.what, now))
+            work.line, work.seen = line, now
+            if line.unit == "steps" and _group(name) in self._trainings:
+                self._images_per_second = line.rate * self._trainings[_group(name)][1]
+            ended = line.done >= line.total
+            due = ended or now - work.logged >= LOG_EVERY_SECONDS
+            if due:
+                work.logged = now
+            if ended and name not in self._stages:
+                del self._now[name]
+            return due
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width // 8, BAR_WIDTH)
+        with self._lock:
+            rows = [self._row(name, work, width) for name, work in self._now.items()]
+            summary = self._summary() if self._stages else ""
+        if rows:
+            grid = Table.grid(padding=(0, 1), expand=True)
+            for style in ("dim", "bold", "", ""):
+                # Cropped, since a terminal without UTF-8 shows rich's ellipsis as six characters.
+                grid.add_column(no_wrap=True, overflow="crop", style=style)
+            grid.columns[-1].ratio = 1
+            for row in rows:
+                grid.add_row(*row)
+            yield grid
+        if summary:
+            yield Text(summary, no_wrap=True, overflow="crop")
+
+    def _row(self, name: str, work: _Work, width: int) -> tuple[RenderableType, ...]:
+        number = f"{self._stages.index(name) + 1} of {len(self._stages)}" if name in self._stages else ""
+        line, elapsed = work.line, clock(time.monotonic() - work.begun)
+        if line is None:
+            bar = ProgressBar(width=width, pulse=True, animation_time=time.monotonic())
+            return number, name, bar, f"{work.doing}, {elapsed} so far"
+        bar = ProgressBar(total=max(line.total, 1), completed=line.done, width=width)
+        left = "" if work.seconds_left is None else f"{clock(work.seconds_left)} left, "
+        what = "" if line.what in (name, name.replace("@", "/")) else f"{line.what}: "
+        note = line.note or f"{line.rate:.1f} {line.unit}/s"
+        # What matters most comes first: a narrow terminal crops the rest.
+        return number, name, bar, f"{what}{left}{note}, {line.done}/{line.total} {line.unit}, {elapsed} so far"
+
+    def _summary(self) -> str:
+        said = f"{self._done} of {len(self._stages)} stages done in {clock(time.monotonic() - self._begun)}"
+        left = self._training_left()
+        return said if left is None else f"{said}; training takes about {clock(left)} more, at this speed"
+
+    def _training_left(self) -> float | None:
+        """Seconds that all trainings still take at the speed of the newest one; None before that has one."""
+        if not self._images_per_second:
+            return None
+        now = {_group(name): work.seconds_left for name, work in self._now.items() if work.line is not None}
+        left = 0.0
+        for name, (steps, batch_size) in self._trainings.items():
+            if name not in self._trained:
+                seconds = now.get(name)
+                left += steps * batch_size / self._images_per_second if seconds is None else seconds
+        return left if left >= 1 else None
+
+
+def _group(name: str) -> str:
+    return name.partition("@")[0]
+
+
+board = Board()  # of this process's run
+
+
+class Screen(logging.Handler):
+    """Log records on stderr: as they are, and while `shown` with their times, or above the live display."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console: Console | None = None  # of the live display
+        self.timed = False
+        self.said_at_end = ""
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        try:
+            if (text := self._text(record)) is not None:
+                self._write(text, record)
+        except Exception:  # as all handlers of `logging`
+            self.handleError(record)
+
+    def _text(self, record: logging.LogRecord) -> str | None:
+        """The lines of a record; None where they are not shown."""
+        progress = ProgressLine.parse(record.getMessage())  # of this process; a stage's has its name in front
+        if progress is not None:
+            due = board.move(progress.what, progress)
+            return f"{progress.what}: {progress.figures}" if due and self.console is None else None
+        if self.console is not None and getattr(record, "detail", False):
+            return None
+        if record.name == self.said_at_end and record.levelno < logging.WARNING:
+            return None
+        text = self.format(record)
+        word = record.levelname.lower()
+        return f"{word}: {text}" if self.timed and record.levelno >= logging.WARNING else text
+
+    def _write(self, text: str, record: logging.LogRecord) -> None:
+        if self.console is not None:
+            style = STYLES.get(record.levelno, "")
+            self.console.print(Text(text, style), soft_wrap=True)
+            return
+        when = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(record.created)) if self.timed else ""
+        sys.stderr.write(f"{when}{text}\n")
+        sys.stderr.flush()
+
+
+screen = Screen()  # of this process
+
+
+@contextmanager
+def shown(quiet: bool = False, said_at_end: str = "") -> Iterator[None]:
+    """Show on stderr what goes on inside the block; stdout is kept for the command's result.
+
+    Args:
+        quiet: only warnings and errors.
+        said_at_end: a logger whose lines the command's result repeats, so that they are not shown before.
+    """
+    console = Console(stderr=True, highlight=False)
+    live = sys.stderr.isatty() and console.is_interactive and not quiet
+    screen.timed, screen.said_at_end = True, said_at_end
+    screen.setLevel(logging.WARNING if quiet else logging.NOTSET)
+    try:
+        with redirect_stdout(sys.stderr):
+            if not live:
+                yield
+                return
+            with Live(get_renderable=lambda: board, console=console, refresh_per_second=2, transient=True):
+                screen.console = console
+                try:
+                    yield
+                finally:
+                    screen.console = None
+    finally:
+        screen.timed, screen.said_at_end = False, ""
+        screen.setLevel(logging.NOTSET)
