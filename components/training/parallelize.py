@@ -8,7 +8,6 @@ import signal
 import uuid
 import warnings
 from collections.abc import Callable
-from multiprocessing.pool import RemoteTraceback
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any)
     Raises:
         EngineError: a started rank failed by what a user, the data or the machine caused.
         StorageError: it failed because the object store did, which is worth another try.
-        RuntimeError: it failed by a defect; the cause is the rank's traceback.
+        RuntimeError: it failed by a defect; the rank's traceback is a note.
         SystemExit: with EXIT_INTERRUPTED, where the ranks were asked to stop and have saved a checkpoint.
     """
     if "RANK" in os.environ:
@@ -149,8 +148,7 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
         number, failure = error.get_first_failure()
         if failure.exitcode == EXIT_INTERRUPTED:
             raise SystemExit(EXIT_INTERRUPTED) from None
-        told = _rank_error(f"rank {number} of {num_processes}", failure.message)
-        raise told from told.__cause__
+        raise _rank_error(f"rank {number} of {num_processes}", failure.message) from None
     except SignalException as error:
         raise SystemExit(EXIT_INTERRUPTED if error.sigval == signal.SIGTERM else 128 + error.sigval) from None
 
@@ -162,7 +160,7 @@ def _rank_error(who: str, message: Any) -> Exception:
     kind = reason.partition(":")[0] if raised else EngineError.__name__
     if kind not in RANK_ERRORS:
         error = RuntimeError(f"{who}: {reason}")
-        error.__cause__ = RemoteTraceback(message["extraInfo"]["py_callstack"])
+        error.add_note(message["extraInfo"]["py_callstack"])
         return error
     killed = not raised and "SIGKILL" in reason
     text = f"{who}: {reason.removeprefix(f'{EngineError.__name__}: ')}"
