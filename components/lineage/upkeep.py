@@ -73,8 +73,7 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
 
     Raises:
         TrackingError, StorageError: the registry, the audit log or the remote does not answer.
-        RecordError: the audit log is broken.
-        RecordError: what something needs cannot be known.
+        RecordError: the audit log is broken, or what something needs cannot be known.
     """
     found = versions(client)
     of_events, notes = audit_claims(log, client)
