@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 # How sequences lie in packed tokens [T, D], one after another: (number of sequences, tokens of each) of each group.
 Layout = tuple[tuple[int, int], ...]
@@ -34,6 +33,8 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 def varlen_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
     """`attend` by one call of FlashAttention's kernel for sequences of any lengths; nothing is copied or padded."""
+    from torch.nn.attention.varlen import varlen_attn  # 2.6 s on a CPU, which never comes here: it loads torch.compile
+
     lengths = [length for count, length in layout for _ in range(count)]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(qkv.device, non_blocking=True)
     query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)

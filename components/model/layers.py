@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -164,16 +164,20 @@ def add_to_subset(
 
 def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective checkpointing: outputs of linear layers and of fused attention are kept, the rest is made again."""
-    return create_selective_checkpoint_contexts(_PRODUCTS)  # pyright: ignore[reportArgumentType]
+    return create_selective_checkpoint_contexts(_products())  # pyright: ignore[reportArgumentType]
 
 
-_ATEN = torch.ops.aten
-_PRODUCTS = [
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-]
+@cache
+def _products() -> list[Any]:
+    from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - registers the last one; see `varlen_attention`
+
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ]
