@@ -26,6 +26,7 @@ from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
 from flows import (
+    advice,
     curate_command,
     interrupt,
     preflight,
@@ -156,7 +157,10 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         head_commit(checkout)
         _connect(checkout)
         sources = _fill_pool(checkout, images, license_)
-        preflight.check(checkout, params, chosen_sources(checkout, sources))
+        used = chosen_sources(checkout, sources)
+        preflight.check(checkout, params, used)
+        words = ["pedigree", "run", *(["--images", str(images), "--license", license_] if images else [])]
+        advice.advise(checkout, params, used, words, recipe)
         if accepted:
             accepted.record(checkout, plan.exact_recipe(checkout, params)[0], sources)
         from flows.retrain import retrain
