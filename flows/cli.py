@@ -40,7 +40,7 @@ from flows.commands import doctor, plan
 from flows.commands import gc as gc_command
 from flows.commands import runs as runs_command
 from flows.verdict import Verdict, verdicts
-from flows.workspace import chosen_sources, head_commit
+from flows.workspace import SAMPLE, chosen_sources, head_commit, known_sources
 from infra.local import supervisor
 from infra.local.site import StackError
 
@@ -155,7 +155,9 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         if images is not None:
             _check_folder(images)
         head_commit(checkout)
-        _connect(checkout)
+        if images is None:
+            _make_sample(checkout)
+        _connect(checkout, beside=True)
         sources = _fill_pool(checkout, images, license_)
         used = chosen_sources(checkout, sources)
         preflight.check(checkout, params, used)
@@ -166,6 +168,8 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         from flows.retrain import retrain
 
         result = _finished(retrain, sources=sources, recipe=recipe, overrides=set_)
+        if told := supervisor.unfinished(checkout):
+            logging.getLogger(__name__).warning(told)
     _closing(result, params.name, as_json)
 
 
@@ -238,8 +242,12 @@ def _acceptance(stages: list[str] | None, reason: str | None) -> Acceptance | No
     return Acceptance.parse(stages or [], reason)
 
 
-def _connect(checkout: Path) -> None:
+def _connect(checkout: Path, beside: bool = False) -> None:
     """Point this process at the services: a team's where the environment names them, else the local stack.
+
+    Args:
+        checkout: Pedigree's folder.
+        beside: do not wait for what runs of deployments alone need.
 
     Raises:
         StackError: the local stack cannot start.
@@ -247,7 +255,7 @@ def _connect(checkout: Path) -> None:
     """
     from components.core.storage import s3_client, s3_errors
 
-    os.environ.update(supervisor.connect(checkout))
+    os.environ.update(supervisor.connect(checkout, beside=beside))
     bucket = os.environ["PEDIGREE_DATA_BUCKET"]
     with s3_errors(f"s3://{bucket}"):
         s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -282,12 +290,30 @@ def _prefect_is_away(error: Exception) -> str:
     return f"Prefect at {address} does not answer ({reason}); {advice}"
 
 
+def _make_sample(checkout: Path) -> None:
+    """Make the sample's images where the pool is empty: seconds, before the services have started."""
+    from flows.pool_lock import pool_held
+
+    with pool_held(SAMPLE, logging.getLogger(__name__)):  # another run may be reading them
+        if known_sources(checkout):
+            return
+        from components.data.sample_pool import PHOTOGRAPHS, build_sample_pool
+
+        folder = checkout / ".pedigree" / SAMPLE
+        build_sample_pool(folder)
+        counts = [sum(path.is_file() for path in (folder / part).rglob("*")) for part in ("pool", "evaluation")]
+        logging.getLogger(__name__).info(
+            "the pool is empty, so the run takes the sample: %d files, tiles of %d photographs with copies and broken "
+            "files among them, and %d labelled images to evaluate on; look at them in %s",
+            *(counts[0], len(PHOTOGRAPHS), counts[1], folder),
+        )
+
+
 def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
     """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
     from components.data.ingest_config import IngestRequest
     from flows.ingest import ingest as flow
     from flows.pool_lock import pool_held
-    from flows.workspace import SAMPLE, known_sources
 
     if images is not None:
         name = re.sub(r"[^a-z0-9]+", "-", images.resolve().name.lower()).strip("-") or "images"
@@ -300,10 +326,9 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
         return [name]
     with pool_held(SAMPLE, logging.getLogger(__name__)):  # while it is made another run must not make it too
         if not known_sources(checkout):
-            from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
+            from components.data.sample_pool import SAMPLE_LICENSE
 
             folder = checkout / ".pedigree" / SAMPLE
-            build_sample_pool(folder)
             for part, as_evaluation in (("evaluation", True), ("pool", False)):
                 request = IngestRequest.parse(
                     source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
