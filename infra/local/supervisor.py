@@ -224,8 +224,7 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
         for service in list(waiting.values()):
             name = service.name
             if name not in until:
-                alive = main_process(site, name) is not None
-                if alive and site.services[name]["fingerprint"] == service.fingerprint:
+                if _is_alive(site, service):
                     until[name] = time.monotonic() + ADOPTED_GRACE_SECONDS
                 else:
                     until[name] = _restart(site, service, started, report)
@@ -237,6 +236,12 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
                 del waiting[name]
         if waiting:
             time.sleep(0.1)
+
+
+def _is_alive(site: Site, service: Service) -> bool:
+    """Whether the service's own process lives, and was started as it would be now."""
+    alive = main_process(site, service.name) is not None
+    return alive and site.services[service.name]["fingerprint"] == service.fingerprint
 
 
 def _start_rest(
@@ -254,7 +259,7 @@ def _start_rest(
         _start(site, later, started, report)
         return _finish(site, job, deploying) if job and deploying else ""
     for service in later:
-        if main_process(site, service.name) is None:
+        if not _is_alive(site, service):
             _restart(site, service, started, report)
     return ""
 
