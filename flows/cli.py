@@ -155,10 +155,11 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         if images is not None:
             _check_folder(images)
         head_commit(checkout)
-        if images is None:
+        early = images is None and not any(os.environ.get(n) for n in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
+        if early:  # the local stack takes half a minute to start; a team's services answer at once
             _make_sample(checkout)
         _connect(checkout, beside=True)
-        sources = _fill_pool(checkout, images, license_)
+        sources = _fill_pool(checkout, images, license_, made=early)
         used = chosen_sources(checkout, sources)
         preflight.check(checkout, params, used)
         words = ["pedigree", "run", *(["--images", str(images), "--license", license_] if images else [])]
@@ -309,8 +310,15 @@ def _make_sample(checkout: Path) -> None:
         )
 
 
-def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] | None:
-    """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use."""
+def _fill_pool(checkout: Path, images: Path | None, license_: str, made: bool) -> list[str] | None:
+    """Ingest the user's folder, or the sample where the pool is empty; returns the sources the run shall use.
+
+    Args:
+        checkout: Pedigree's folder.
+        images: the user's folder.
+        license_: of its images.
+        made: whether the sample's images are made.
+    """
     from components.data.ingest_config import IngestRequest
     from flows.ingest import ingest as flow
     from flows.pool_lock import pool_held
@@ -328,6 +336,8 @@ def _fill_pool(checkout: Path, images: Path | None, license_: str) -> list[str] 
         if not known_sources(checkout):
             from components.data.sample_pool import SAMPLE_LICENSE
 
+            if not made:
+                _make_sample(checkout)
             folder = checkout / ".pedigree" / SAMPLE
             for part, as_evaluation in (("evaluation", True), ("pool", False)):
                 request = IngestRequest.parse(
