@@ -34,6 +34,7 @@ from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
 from flows import (
+    advice,
     curate_command,
     interrupt,
     preflight,
@@ -50,7 +51,7 @@ from flows.commands import sources as sources_command
 from flows.console import screen, shown
 from flows.failure import prefect_is_away
 from flows.git import head_commit
-from flows.sources import POOL, SAMPLE, choose, name_for, snapshots
+from flows.sources import SAMPLE, any_to_stay, choose, name_for
 from flows.verdict import Verdict, verdicts
 from infra.local import supervisor
 
@@ -187,14 +188,23 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         elif name is not None:
             raise ConfigError(f"--name {name} names the source of --images: give the folder too")
         head_commit(checkout)
-        _connect(checkout)
-        sources = _fill_pool(checkout, images, name, license_)
-        preflight.check(checkout, params, choose(checkout, sources))
+        early = images is None and not any(os.environ.get(n) for n in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
+        if early:  # the local stack takes half a minute to start; a team's services answer at once
+            _make_sample(checkout)
+        _connect(checkout, beside=True)
+        sources = _fill_pool(checkout, images, name, license_, made=early)
+        used = choose(checkout, sources)
+        preflight.check(checkout, params, used)
+        given = {"--images": images, "--license": license_, "--name": name} if images else {}
+        words = [word for key, value in given.items() if value for word in (key, str(value))]
+        advice.advise(checkout, params, used, ["pedigree", "run", *words], recipe)
         if accepted:
             accepted.record(checkout, plan.exact_recipe(checkout, params)[0], sources)
         from flows.retrain import retrain
 
         result = _finished(retrain, sources=sources, recipe=recipe, overrides=set_)
+        if told := supervisor.unfinished(checkout):
+            logging.getLogger(__name__).warning(told)
     _closing(result, params.name, as_json)
 
 
@@ -268,8 +278,12 @@ def _acceptance(stages: list[str] | None, reason: str | None) -> Acceptance | No
     return Acceptance.parse(stages or [], reason)
 
 
-def _connect(checkout: Path) -> None:
+def _connect(checkout: Path, beside: bool = False) -> None:
     """Point this process at the services: a team's where the environment names them, else the local stack.
+
+    Args:
+        checkout: Pedigree's folder.
+        beside: do not wait for what runs of deployments alone need.
 
     Raises:
         StackError: the local stack cannot start.
@@ -277,7 +291,7 @@ def _connect(checkout: Path) -> None:
     """
     from components.core.storage import s3_client, s3_errors
 
-    os.environ.update(supervisor.connect(checkout))
+    os.environ.update(supervisor.connect(checkout, beside=beside))
     bucket = os.environ["PEDIGREE_DATA_BUCKET"]
     with s3_errors(f"s3://{bucket}"):
         s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -306,8 +320,35 @@ def _finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     return state.result()
 
 
-def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: str) -> list[str] | None:
-    """Ingest the user's folder, or the sample where the pool is empty; returns what the run shall use, None: all."""
+def _make_sample(checkout: Path) -> None:
+    """Make the sample's images where the pool is empty: seconds, before the services have started."""
+    from flows.pool_lock import pool_held
+
+    with pool_held(SAMPLE, logging.getLogger(__name__)):  # another run may be reading them
+        if any_to_stay(checkout):
+            return
+        from components.data.sample_pool import PHOTOGRAPHS, build_sample_pool
+
+        folder = checkout / ".pedigree" / SAMPLE
+        build_sample_pool(folder)
+        counts = [sum(path.is_file() for path in (folder / part).rglob("*")) for part in ("pool", "evaluation")]
+        logging.getLogger(__name__).info(
+            "the pool is empty, so the run takes the sample: %d files, tiles of %d photographs with copies and broken "
+            "files among them, and %d labelled images to evaluate on; look at them in %s",
+            *(counts[0], len(PHOTOGRAPHS), counts[1], folder),
+        )
+
+
+def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: str, made: bool) -> list[str] | None:
+    """Ingest the user's folder, or the sample where the pool is empty; returns what the run shall use, None: all.
+
+    Args:
+        checkout: Pedigree's folder.
+        images: the user's folder.
+        name: of the source that it becomes; None: after the folder.
+        license_: of its images.
+        made: whether the sample's images are made.
+    """
     from components.data.ingest_config import IngestRequest
     from flows.ingest import ingest as flow
     from flows.pool_lock import pool_held
@@ -322,11 +363,12 @@ def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: 
             raise ConfigError(f"IMAGES: {images}: {told}; give more images")
         return [f"{folder.parent.name}/{folder.name}" for folder in report.holds]
     with pool_held(SAMPLE, logging.getLogger(__name__)):  # while it is made another run must not make it too
-        if not any(one.collection == POOL and not one.one_run for one in snapshots(checkout)):
-            from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
+        if not any_to_stay(checkout):
+            from components.data.sample_pool import SAMPLE_LICENSE
 
+            if not made:
+                _make_sample(checkout)
             folder = checkout / ".pedigree" / SAMPLE
-            build_sample_pool(folder)
             for part, as_evaluation in (("evaluation", True), ("pool", False)):
                 request = IngestRequest.parse(
                     source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation

@@ -59,6 +59,11 @@ def snapshots(checkout: Path, entries: Sequence[str] | None = None) -> list[Snap
     ]
 
 
+def any_to_stay(checkout: Path) -> bool:
+    """Whether the pool has a source that was ingested to stay."""
+    return any(one.collection == POOL and not one.one_run for one in snapshots(checkout))
+
+
 def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     """The snapshots that a run takes, as SOURCE/SNAPSHOT.
 

@@ -96,7 +96,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "millions", "learning_rate"),
     [
-        ("vits14-small-batch", 21.6, 4e-3 * (128 / 1024) ** 0.5),
+        ("own-images-gpu", 21.6, 4e-3 * (128 / 1024) ** 0.5),
         ("vitl16-in1k", 303, 4e-3 * 2**0.5),
         ("vitl14", 304, 3.5e-4),  # Table 16, at 3072
         ("vitg14-lvd142m", 1_136, 3.5e-4),
@@ -110,7 +110,7 @@ def test_recipes_have_the_published_sizes_and_rates(name, millions, learning_rat
     assert Schedules(config).at(config.optimizer.warmup_steps - 1).lr == pytest.approx(learning_rate, rel=0.015)
 
 
-@pytest.mark.parametrize("name", ["vits14-small-batch", "vitl16-in1k", "vitl14", "vitg14-lvd142m"])
+@pytest.mark.parametrize("name", ["own-images-gpu", "vitl16-in1k", "vitl14", "vitg14-lvd142m"])
 def test_students_learn_at_the_papers_rate(name):
     config = load_recipe(PROJECT, name).distill
     peak = Schedules(config).at(config.optimizer.warmup_steps).lr

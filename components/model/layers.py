@@ -169,17 +169,15 @@ def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManage
 
 @cache
 def _products() -> list[Any]:
-    import torch.nn.attention.varlen  # makes the last of these; it loads torch's compiler, which takes seconds
+    from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - registers the last one; see `varlen_attention`
 
-    return [*_PRODUCTS, torch.ops.torch_attn._varlen_attn.default]
-
-
-_ATEN = torch.ops.aten
-_PRODUCTS = [
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-]
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ]

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from components.recipe import PARAMS_FILE, Recipe, load_recipe
 from flows.git import head_commit
-from flows.sources import POOL, SAMPLE, choose, snapshots
+from flows.sources import SAMPLE, any_to_stay, choose
 
 if TYPE_CHECKING:
     from flows.preview import Preview, Step
@@ -59,7 +59,7 @@ def plan(
     params = load_recipe(checkout, recipe, set_ or [])
     head_commit(checkout)
     exact, notes = exact_recipe(checkout, params)
-    known = any(one.collection == POOL and not one.one_run for one in snapshots(checkout))
+    known = any_to_stay(checkout)
     if not known:
         notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
     with open_preview(checkout, exact, choose(checkout, None) if known else []) as preview:

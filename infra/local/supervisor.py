@@ -53,12 +53,13 @@ def environment(root: Path) -> dict[str, str]:
     return {**site.variables(), **without_proxy(os.environ)}
 
 
-def connect(root: Path, start: bool = True) -> dict[str, str]:
+def connect(root: Path, start: bool = True, beside: bool = False) -> dict[str, str]:
     """The variables to apply: the team's services where the environment names them, else the local stack.
 
     Args:
         root: the checkout.
         start: start the local stack where it is not running.
+        beside: as of `up`.
 
     Raises:
         StackError: the environment names only a part of a team's services, or the local stack cannot start.
@@ -74,18 +75,20 @@ def connect(root: Path, start: bool = True) -> dict[str, str]:
             raise StackError(f"{named}: set all of them, or none of them for the local stack")
         return dict(QUIET)
     inside = os.environ.get(MARK, "").startswith(mark(site, ""))  # a flow run must not restart its own worker
-    variables = up(root) if start and not inside else environment(root)
+    variables = up(root, beside=beside) if start and not inside else environment(root)
     # A session token from elsewhere would be sent along with our keys, and refused.
     return {**variables, "AWS_SESSION_TOKEN": ""} if os.environ.get("AWS_SESSION_TOKEN") else variables
 
 
-def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> dict[str, str]:
+def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info, *, beside: bool = False) -> dict[str, str]:
     """Start what is not running and healthy, and return the variables that lead to it.
 
     Args:
         root: the checkout; the state lives in its `.pedigree` folder.
         only: names of services; all when empty.
         report: takes one line for each thing that happens.
+        beside: return once S3, MLflow and Prefect are healthy, and let the worker start and the flows be deployed
+            beside the caller, who needs neither; `unfinished` says what came of it.
 
     Raises:
         StackError: what could not start, and why; what this call had started is stopped again. A `prefect.yaml`
@@ -103,20 +106,25 @@ def up(root: Path, only: tuple[str, ...] = (), report: Report = logger.info) -> 
         started: list[str] = []
         try:
             _start(site, [service for service in wanted if service.after is None], started, report)
-            if job:  # beside the worker's start
-                report("deploying the flows of prefect.yaml")
-                started.append(job.name)
-                deploying = spawn(site, job)
-            _start(site, [service for service in wanted if service.after is not None], started, report)
-            if job:
-                failure = _finish(site, job, deploying)
+            failure = _start_rest(site, wanted, job, started, report, beside)
         except BaseException:
             for group in STOP_ORDER:
                 stop(site, *(name for name in group if name in started))
             raise
-        if job and failure:
+        if failure:
             raise StackError(failure)
     return {**(site.variables() if not only else site.storage_variables()), **without_proxy(os.environ)}
+
+
+def unfinished(root: Path) -> str:
+    """What `up` left to go on beside its caller and has not ended well, with what to do; empty if nothing."""
+    site = Site.load(root)
+    job = deployment(site) if "deploy" in site.services else None
+    if job is None:
+        return ""
+    if main_process(site, job.name):
+        return "the flows of prefect.yaml are still being deployed; `pedigree doctor` says when they are"
+    return f"{blame(site, job.name, 'of prefect.yaml failed')}; `pedigree up` tries it again"
 
 
 def revive(root: Path, names: tuple[str, ...], report: Report) -> tuple[str, ...]:
@@ -216,8 +224,7 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
         for service in list(waiting.values()):
             name = service.name
             if name not in until:
-                alive = main_process(site, name) is not None
-                if alive and site.services[name]["fingerprint"] == service.fingerprint:
+                if _is_alive(site, service):
                     until[name] = time.monotonic() + ADOPTED_GRACE_SECONDS
                 else:
                     until[name] = _restart(site, service, started, report)
@@ -229,6 +236,32 @@ def _start(site: Site, wanted: list[Service], started: list[str], report: Report
                 del waiting[name]
         if waiting:
             time.sleep(0.1)
+
+
+def _is_alive(site: Site, service: Service) -> bool:
+    """Whether the service's own process lives, and was started as it would be now."""
+    alive = main_process(site, service.name) is not None
+    return alive and site.services[service.name]["fingerprint"] == service.fingerprint
+
+
+def _start_rest(
+    site: Site, wanted: list[Service], job: Service | None, started: list[str], report: Report, beside: bool
+) -> str:
+    """Start what needs Prefect, and deploy beside it; returns why deploying failed, where that is waited for."""
+    later = [service for service in wanted if service.after is not None]
+    deploying = None
+    if job and not (beside and main_process(site, job.name)):
+        report("deploying the flows of prefect.yaml")
+        stop(site, job.name)
+        started.append(job.name)
+        deploying = spawn(site, job)
+    if not beside:
+        _start(site, later, started, report)
+        return _finish(site, job, deploying) if job and deploying else ""
+    for service in later:
+        if not _is_alive(site, service):
+            _restart(site, service, started, report)
+    return ""
 
 
 def _restart(site: Site, service: Service, started: list[str], report: Report) -> float:

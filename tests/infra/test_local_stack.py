@@ -305,6 +305,12 @@ def test_flows_are_deployed_when_they_change_and_a_wrong_file_is_one_line(stack)
         url = stack.env["PREFECT_API_URL"].removesuffix("/api")
         return {each["name"] for each in services.request(url, path, stack.env["PREFECT_API_AUTH_STRING"], "POST", {})}
 
+    def left_beside() -> str:
+        until = time.monotonic() + 120
+        while "still being deployed" in (told := supervisor.unfinished(stack.root)) and time.monotonic() < until:
+            time.sleep(0.2)
+        return told
+
     file = stack.root / "prefect.yaml"
     (stack.root / "flows").mkdir(exist_ok=True)
     (stack.root / "flows" / "hello.py").write_text("from prefect import flow\n\n@flow\ndef hello(n: int = 1): ...\n")
@@ -315,11 +321,14 @@ def test_flows_are_deployed_when_they_change_and_a_wrong_file_is_one_line(stack)
     lines: list[str] = []
     try:
         file.write_text(text)
-        supervisor.up(stack.root, report=lines.append)
+        supervisor.up(stack.root, report=lines.append, beside=True)
+        assert left_beside() == ""
         assert deployed() >= {"one", "two"}
         supervisor.up(stack.root, report=lines.append)
         assert lines == ["deploying the flows of prefect.yaml"]
         file.write_text(text.replace("hello.py:hello", "absent.py:hello"))
+        supervisor.up(stack.root, beside=True)
+        assert re.match(r"deploy of prefect.yaml failed.*absent.py.*`pedigree up` tries it again$", left_beside())
         with pytest.raises(StackError, match=r"^deploy of prefect.yaml failed.*absent.py.*deploy.log\)$"):
             supervisor.up(stack.root)
         assert [service.state for service in supervisor.status(stack.root)] == ["healthy"] * 5
