@@ -19,7 +19,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FILE_TROUBLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 # As torch, CUDA, cuBLAS, faiss and torch's loader say it; most have no type of their own for it.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc|^DataLoader worker \(pid"
+    r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc"
+    r"|^DataLoader worker \(pid.*(Killed|Bus error|exited unexpectedly)"
 )
 TRACEBACK = "PEDIGREE_TRACEBACK"  # set by --traceback, so that the processes of stages show theirs too
 REMOTE = re.compile(r"^Caught \w+ in DataLoader worker .*^[\w.]+: (?P<said>.*)", re.DOTALL | re.MULTILINE)
@@ -61,15 +62,14 @@ def known(error: BaseException | None) -> PedigreeError | None:
     Errors of libraries are turned into ours where they arise. Only two kinds can arise everywhere: memory that runs
     out, and files that the machine refuses to read or write.
     """
-    if isinstance(error, PedigreeError):
+    if error is None or isinstance(error, PedigreeError):
         return error
-    text = str(error)
+    first = sentence(error).splitlines()[0]
     memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if memory or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
-        first = (text.strip().splitlines() or [type(error).__name__])[0]
+    if memory or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(first)):
         return OutOfMemoryError(first if "memory" in first else f"out of memory: {first}")
     if isinstance(error, OSError) and error.errno in FILE_TROUBLE and (error.filename or error.errno in DISK_FULL):
-        return PedigreeError(text)
+        return PedigreeError(str(error))
     return None
 
 
