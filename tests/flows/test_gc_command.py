@@ -250,10 +250,11 @@ def test_the_local_s3_server_gives_its_disk_back(stack, monkeypatch: pytest.Monk
     assert not compact_storage(stack.root)
 
 
-def test_a_run_waits_for_gc_and_gc_does_not_wait_for_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_run_waits_for_gc_and_gc_does_not_wait_for_a_run(tmp_path: Path, caplog, monkeypatch):
     git(tmp_path, "init", "--quiet")
     order, waiting = [], threading.Event()
-    caplog.handler.emit = lambda record: waiting.set() if "gc` is working" in record.getMessage() else None
+    tell = lambda record: waiting.set() if "gc` is working" in record.getMessage() else None  # noqa: E731
+    monkeypatch.setattr(caplog.handler, "emit", tell)  # the handler is that of all tests after this one
 
     def run() -> None:
         with no_gc_beside(tmp_path):
