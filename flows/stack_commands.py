@@ -18,7 +18,6 @@ from flows import live
 from infra.local import supervisor
 from infra.local.site import Site, StackError
 
-app = typer.Typer(help="The local stack: an S3 server, MLflow, Prefect and its worker on this machine.")
 COLOURS = {"healthy": "green", "unhealthy": "yellow", "dead": "red", "stopped": "dim"}
 
 
@@ -32,7 +31,6 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-@app.command()
 def up() -> None:
     """Start the local stack, or what is missing of it."""
     console = Console(stderr=True, soft_wrap=True)
@@ -41,7 +39,6 @@ def up() -> None:
     status()
 
 
-@app.command()
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
     credentials: Annotated[bool, typer.Option("--credentials", help="Show what the web pages ask for.")] = False,
@@ -59,7 +56,6 @@ def status(
         raise typer.Exit(1)
 
 
-@app.command()
 def down() -> None:
     """Stop every process of the local stack; its data stays in .pedigree."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -70,7 +66,6 @@ def down() -> None:
     console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
 
 
-@app.command()
 def env() -> None:
     """Print `export` lines, secrets included: eval "$(pedigree env)"."""
     with _interruptible():

@@ -38,6 +38,7 @@ CODE = (
     "components/__init__.py",
     "components/core/__init__.py",
     "components/core/config.py",
+    "components/core/errors.py",
     "components/core/storage.py",
     "components/data/__init__.py",
     "components/data/pixels.py",

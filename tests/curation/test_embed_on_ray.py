@@ -95,9 +95,10 @@ def test_packed_shards_and_blurred_faces_are_the_same_bytes(small_workspace, clu
     assert len(set(made.values())) == 1
 
 
-def test_order_progress_and_errors(on_ray, capsys):
+def test_order_progress_and_errors(on_ray, caplog):
+    caplog.set_level("INFO")
     assert map_shards(slow_square, range(7), workers=None, what="squares") == [0, 1, 4, 9, 16, 25, 36]
-    assert "progress: squares on Ray 7/7 shards" in capsys.readouterr().err
+    assert "progress: squares on Ray 7/7 shards" in caplog.text
     with pytest.raises(ValueError, match="shard 3 is damaged"):
         map_shards(fail_on_three, range(6), workers=2, what="reading")
     with pytest.raises(EngineError, match=r"reading on Ray: a worker process died .* fewer workers"):

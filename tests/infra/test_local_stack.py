@@ -26,7 +26,7 @@ import pytest
 from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
-from flows.stack_commands import app
+from flows.cli import app
 from infra.local import services, supervisor
 from infra.local.processes import find
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
@@ -404,6 +404,7 @@ def test_what_a_user_can_mend_is_one_line(root, monkeypatch):
     with pytest.raises(StackError, match="start it with `pedigree up`"):
         supervisor.environment(root)
     monkeypatch.chdir(root)
+    (root / "dvc.yaml").touch()
     for arguments, said in (
         (["env"], "error: there is no local stack"),
         (["status"], "stopped"),
