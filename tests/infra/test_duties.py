@@ -137,7 +137,7 @@ def test_a_crashed_run_is_started_again_and_frees_its_slot(deployed):
     def ended() -> list[dict[str, Any]]:
         return [run for run in runs(deployed, "again") if run["state_name"] == "Completed"]
 
-    wait_for("the end of both runs", lambda: len(ended()) == 2, seconds=240)
+    wait_for("the end of both runs", lambda: len(ended()) == 2, seconds=480)
     # Not exactly: on a busy machine Prefect's worker reports the first try's crash once more, in the second one.
     assert all(run["run_count"] >= 2 for run in ended())
 
