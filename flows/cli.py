@@ -56,6 +56,7 @@ from flows.verdict import Verdict, verdicts
 from infra.local import supervisor
 
 if TYPE_CHECKING:
+    from components.recipe import Recipe
     from flows.accept import Acceptance
     from flows.ingest import Ingested
     from flows.retrain import RunResult
@@ -193,11 +194,8 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
             _make_sample(checkout)
         _connect(checkout, beside=True)
         sources = _fill_pool(checkout, images, name, license_, made=early)
-        used = choose(checkout, sources)
-        preflight.check(checkout, params, used)
         given = {"--images": images, "--license": license_, "--name": name} if images else {}
-        words = [word for key, value in given.items() if value for word in (key, str(value))]
-        advice.advise(checkout, params, used, ["pedigree", "run", *words], recipe)
+        _check_run(checkout, params, sources, given, recipe)
         if accepted:
             accepted.record(checkout, plan.exact_recipe(checkout, params)[0], sources)
         from flows.retrain import retrain
@@ -268,6 +266,16 @@ def _print_ingested(done: Ingested, name: str, retrain: bool) -> None:
             console.print(f"  {folder}: look at {folder}/summary.html; `git add {folder}.*` keeps it in your history")
     for line in done.retraining if retrain else ["no retraining starts, now or by a later ingest (--no-retrain)"]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_run(
+    checkout: Path, params: Recipe, sources: list[str] | None, given: dict[str, Any], recipe: str | None
+) -> None:
+    """Refuse a run that cannot succeed, and say which recipe would fit better; `given` are its options with values."""
+    used = choose(checkout, sources)
+    preflight.check(checkout, params, used)
+    words = [word for key, value in given.items() if value for word in (key, str(value))]
+    advice.advise(checkout, params, used, ["pedigree", "run", *words], recipe)
 
 
 def _acceptance(stages: list[str] | None, reason: str | None) -> Acceptance | None:

@@ -86,7 +86,7 @@ def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
         if not names:
             raise ConfigError(_empty(pool))
         asked = sorted(names - {SAMPLE} or names)
-    chosen = {one.entry for one in stay if one.source not in pool}
+    chosen = {one.entry for one in stay if one.source not in names}
     for name in asked:
         taken = [one.entry for one in (found if "/" in name else stay) if name in {one.source, one.entry}]
         if not taken or (name not in names and "/" not in name):

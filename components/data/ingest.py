@@ -145,8 +145,7 @@ def ingest(request: IngestRequest) -> IngestReport:
         pool = _write_snapshot(request.pool, account.pool, account, request, stack)
         evaluation = _write_snapshot(request.evaluation, account.evaluation, account, request, stack)
         provenance = _provenance(findings, request)
-        made = [folder for folder in (pool, evaluation) if folder is not None]
-        for folder in made:
+        for folder in filter(None, (pool, evaluation)):
             provenance.write(folder)
     notes = [
         *ingest_lines.one_run_lines(account.images, request),
@@ -155,7 +154,22 @@ def ingest(request: IngestRequest) -> IngestReport:
         *ingest_lines.relabelled_lines(account.relabelled),
         *ingest_lines.source_lines(listing, findings, account.rejected),
     ]
-    report = IngestReport(
+    report = _report(account, request, listing, provenance, (pool, evaluation), notes)
+    for line in (f"{one_line(request.source)}: {report}", *notes):
+        logger.info(line)
+    return report
+
+
+def _report(
+    account: _Account,
+    request: IngestRequest,
+    listing: sources.Listing,
+    provenance: Provenance,
+    made: tuple[Path | None, Path | None],
+    notes: list[str],
+) -> IngestReport:
+    """Count what came of an ingest; `made` are the new snapshots of the pool and of the evaluation set."""
+    return IngestReport(
         seen=account.facts.seen,
         stored=len(account.evaluation if request.as_evaluation else account.pool),
         held_out=0 if request.as_evaluation else len(account.evaluation),
@@ -167,13 +181,10 @@ def ingest(request: IngestRequest) -> IngestReport:
         notes=tuple(notes),
         bytes_stored=sum(finding.length for finding in (*account.pool, *account.evaluation)),
         source_version=provenance.source_version,
-        pool_snapshot=pool,
-        evaluation_snapshot=evaluation,
-        holds=(*account.used, *made) if request.one_run else (),
+        pool_snapshot=made[0],
+        evaluation_snapshot=made[1],
+        holds=(*account.used, *filter(None, made)) if request.one_run else (),
     )
-    for line in (f"{one_line(request.source)}: {report}", *notes):
-        logger.info(line)
-    return report
 
 
 @contextmanager

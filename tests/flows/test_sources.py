@@ -49,6 +49,9 @@ def test_a_run_takes_what_was_ingested_to_stay(tmp_path):
     add(tmp_path, f"{POOL}/photos/cd", "/in/photos", one_run=True)  # the same name, given to one run too
     assert choose(tmp_path, None) == ["benchmark/da", "photos/ca", "photos/cb", "photos/cc"]
     assert source_names(choose(tmp_path, None)) == ["benchmark", "photos"]
+    add(tmp_path, f"{POOL}/benchmark/db", "/in/once", one_run=True)  # a folder of one run takes no evaluation set away
+    assert "benchmark/da" in choose(tmp_path, None)
+    assert choose(tmp_path, ["benchmark/db"]) == ["benchmark/da", "benchmark/db"]
 
 
 def test_a_run_takes_exactly_what_is_named(tmp_path):
