@@ -103,7 +103,7 @@ def _in_folder(root: Path) -> CuratedTables | None:
 def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
     """The tables as DVC's cache holds them, by the `dvc.lock` of a run's branch."""
     from components.curation.explain import CuratedTables
-    from components.lineage.record import Record, RecordError
+    from components.lineage.lock_file import Record, RecordError
 
     cache = checkout / ".dvc" / "cache" / "files" / "md5"
     try:

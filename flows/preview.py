@@ -15,7 +15,7 @@ import yaml
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
-from components.lineage.record import Record, RecordError
+from components.lineage.lock_file import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
 from flows.git import git

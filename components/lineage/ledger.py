@@ -33,7 +33,7 @@ from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
-from components.lineage.record import overlap
+from components.lineage.lock_file import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # No bars and spinners of its own on a terminal: the door shows what goes on.

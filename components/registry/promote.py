@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from components.core.config import ConfigError
 from components.core.tracking import user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
-from components.lineage.origin import WEIGHTS_FILE, Tag
+from components.lineage.provenance import WEIGHTS_FILE, Tag
 from components.registry.publish import (
     RegistryError,
     digest_of,

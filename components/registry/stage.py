@@ -17,9 +17,9 @@ from components.core.errors import DatasetError
 from components.core.storage import sha256_file
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
-from components.lineage.origin import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
-from components.lineage.record import Record
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import Record
+from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.model.config import Preprocessing
 from components.registry.card import CardFacts, render_card
 from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client

@@ -24,8 +24,8 @@ from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.provenance import Provenance
 from components.lineage.audit_log import AuditLog, Event
-from components.lineage.origin import Tag, collect_origin
-from components.lineage.record import Record, RecordError, folder_id, upstream
+from components.lineage.lock_file import Record, RecordError, folder_id, upstream
+from components.lineage.provenance import Tag, collect_origin
 from components.lineage.trace import ACCEPTED, Node, Trace, outputs_of, trace
 
 pytestmark = pytest.mark.stack

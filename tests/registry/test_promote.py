@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.lineage.audit_log import AuditLog
-from components.lineage.origin import Tag
+from components.lineage.provenance import Tag
 from components.registry import promote as promotion
 from components.registry.promote import promote
 from components.registry.publish import RegistryError

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, as a registered version states it: collected once, kept in the version's tags."""
+"""The provenance of a model's weights: collected once, stated by the tags of a registered version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from components.core.storage import sha256_file
 from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
-from components.lineage.record import Record, RecordError, folder_id, git
+from components.lineage.lock_file import Record, RecordError, folder_id, git
 
 CURATED = "data/curated"
 POOL = "data/pool"
