@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from components.core.errors import PedigreeError
+from components.core.git import git
 
 LOCK = "dvc.lock"
 REGISTER_STAGE = "register"
@@ -114,12 +115,6 @@ def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | No
         except RecordError:
             continue
     return None
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command in `root`; None when it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def folder_id(folder: Path) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from components.core.git import git
+from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
-from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
-from components.lineage.lock_file import Record, RecordError, folder_id, git
+from components.lineage.lock_file import Record, RecordError, folder_id
 
 CURATED = "data/curated"
 POOL = "data/pool"

@@ -20,12 +20,13 @@ from pydantic import ValidationError
 
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
+from components.core.git import git
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.dvc_remote import Remote
-from components.lineage.lock_file import Record, RecordError, find_record, git, upstream
+from components.lineage.lock_file import Record, RecordError, find_record, upstream
 from components.lineage.provenance import CURATED, POOL, Tag, data_versions
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")

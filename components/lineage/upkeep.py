@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.core.tracking import PARENT_STAGE
+from components.core.stage_runs import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
 from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects

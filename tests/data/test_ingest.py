@@ -15,7 +15,7 @@ from PIL import Image
 from components.core.config import ConfigError
 from components.core.errors import DatasetError
 from components.core.storage import StorageError, s3_client, sha256_dir
-from components.core.tracking import user_name
+from components.core.user import user_name
 from components.data import ingest as ingest_module
 from components.data import sources
 from components.data.ingest import IngestReport, ingest

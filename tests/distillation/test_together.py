@@ -21,8 +21,8 @@ import torch
 from mlflow import MlflowClient
 
 from components.core.config import validate
+from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
-from components.core.tracking import stage_run
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.distillation.stage import run, student_job
