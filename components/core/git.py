@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 
-def git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command in `root`; None when it fails."""
+def try_git(root: Path, *arguments: str) -> str | None:
+    """Return what a git command prints; None where git refuses, as it does outside of a repository."""
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
