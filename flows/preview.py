@@ -81,7 +81,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
         try:
             ledger = Ledger(folder)
-            ledger.share_cache(checkout / ".dvc" / "cache", checkout / ".dvc" / "config.local")
+            ledger.share_cache(checkout)
             for collection in COLLECTIONS:
                 (folder / collection).mkdir(parents=True, exist_ok=True)
             last = last_run(checkout, recipe.name)
