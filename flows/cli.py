@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.core.cluster import AddressOption, EngineOption, choose_engine
+from components.cli import AddressOption, EngineOption
+from components.core.cluster import choose_engine
 from components.core.config import ConfigError
 from components.core.errors import (
     TRY_AGAIN,
