@@ -187,8 +187,10 @@ class Checkpoints:
             writing.result()
         except CheckpointException as error:
             first = _first(error)
-            kind = type(first) if isinstance(first, StorageError) else CheckpointError
-            raise kind(f"checkpoint not written, those before it stand: {_line(first)}") from None
+            if isinstance(first, StorageError):  # it names the object
+                raise type(first)(f"checkpoint not written, those before it stand: {_line(first)}") from None
+            said = f"checkpoint not written to {self.folder}, those before it stand: {_line(first)}"
+            raise CheckpointError(said) from None
 
     def newest(self) -> int | None:
         """Steps done at the newest checkpoint, None if there is none; every rank must call.
