@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
-from components.core.tracking import download_weights
+from components.core.registered_weights import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.model.export import HEADS_FILE

@@ -42,12 +42,12 @@ from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
 from components.training.parallelize import training_device
+from components.training.run_folder import LOCK
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-LOCK = "lock"  # in a run's folder
 WAIT_SECONDS = 0.5
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
