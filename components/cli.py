@@ -12,11 +12,11 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from components.core.cluster import AddressOption, EngineOption, choose_engine
+from components.core.cluster import Engine, choose_engine
 from components.core.config import ConfigError
 from components.core.errors import (
     OutOfMemoryError,
@@ -36,6 +36,10 @@ from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advic
 ITEM_STAGES = ("distill", "evaluate")
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
 REPLACED_IN = ("data", "models", "models/students", "reports/evaluate")  # where stages replace whole folders
+
+# Of each command that works on shards, here and in `flows`.
+EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray cluster.")]
 
 log = logging.getLogger("components")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

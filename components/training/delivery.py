@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor
 
 from components.core.distributed import barrier, rank
+from components.core.pictures import draw_pca
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
 from components.data.batch import TrainingBatches
@@ -36,8 +38,7 @@ from components.training.pictures import (
     NUM_IMAGES,
     PROGRESS,
     draw_crops,
-    draw_pca,
-    pca_colors,
+    patch_colors,
     sample_images,
     save_picture,
     show_progress,
@@ -172,7 +173,7 @@ def _train(runs: Sequence[_Run]) -> None:
     images = sample_images(jobs[0].stream, config.crops.global_size)
     for job in jobs:
         place(job.networks, job.config, training_device())
-    before = [pca_colors(job.networks.ema, images) for job in jobs]
+    before = [patch_colors(job.networks.ema, images) for job in jobs]
     labelled = _labelled(config, root)
     trainees = []
     for run, job in zip(runs, jobs, strict=True):
@@ -196,7 +197,7 @@ def _train(runs: Sequence[_Run]) -> None:
         if shipped := gather(trainee.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-            shown = {"before training": colors, "after it": pca_colors(shipped, images)}
+            shown = {"before training": colors, "after it": patch_colors(shipped, images)}
             _keep(run, shipped, run.provenance | seen, draw_pca(images, shown))
             trainee.checkpoints.remove()
     barrier()
@@ -224,7 +225,7 @@ def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=config.half)
 
 
-def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: Tensor) -> Probes:
+def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: NDArray[np.uint8]) -> Probes:
     average, pictures = job.networks.ema, job.config.monitor.pictures_every_steps
     knn = partial(labelled.top1, average) if labelled else None
     return Probes(knn, partial(show_progress, average, images, folder) if pictures else None)

@@ -157,6 +157,8 @@ def test_who_depends_on_what_in_this_project(lists):
     assert users("components/training/loop.py") == users("components/lineage/streaming.py") == trainings
     assert users("components/curation/select.py") == {"embed", "curate"}
     assert users("components/evaluation/scores.py") == {"evaluate"}
+    assert users("components/evaluation/report.html") == {"evaluate"}  # a template is given by its path too
+    assert users("components/core/page.html") == users("components/core/macros.html") == {"embed", "curate", "evaluate"}
     assert users("components/registry/pyfunc_model.py") == {"register"}  # which MLflow is given by its path
     assert users("components/cli.py") == users("components/core/storage.py") == set(STAGES)
     assert users("components/lineage/ledger.py") == users("components/data/sample_pool.py") == set()
