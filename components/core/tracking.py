@@ -61,7 +61,7 @@ class StageRun:
                 self.client.log_batch(self.run_id, metrics=metrics)
 
 
-_OPEN: list[StageRun | None] = []  # this process's run, innermost last; None inside of `untracked`
+_OPEN: list[StageRun] = []  # this process's runs, the one that is reported to last
 
 
 @contextmanager
@@ -78,9 +78,10 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
     if not enabled():
         yield StageRun(None)
         return
-    run = _open_stage(stage, item, params, root)
+    run, outermost = _open_stage(stage, item, params, root), not _OPEN
     _OPEN.append(run)
-    os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
+    if outermost:
+        os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
     try:
         yield run
         run.metrics.add(flatten_numbers(run.result), step=0)
@@ -97,7 +98,8 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
         raise
     finally:
         _OPEN.remove(run)
-        os.environ.pop("MLFLOW_RUN_ID", None)
+        if outermost:
+            os.environ.pop("MLFLOW_RUN_ID", None)
 
 
 def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None:
@@ -179,9 +181,9 @@ def log_file(path: Path, folder: str) -> None:
 
 
 @contextmanager
-def untracked() -> Iterator[None]:
-    """Report nothing inside: what is done there belongs to another run than the open one."""
-    _OPEN.append(None)
+def reporting_to(run: StageRun) -> Iterator[None]:
+    """Report what is done inside to this one of several open runs."""
+    _OPEN.append(run)
     try:
         yield
     finally:
@@ -357,7 +359,7 @@ def _active() -> StageRun | None:
             run = StageRun(inherited, checked_client())
         _OPEN.append(run)
         atexit.register(run.metrics.flush)
-    return _OPEN[-1] if _OPEN else None
+    return _OPEN[-1] if _OPEN and _OPEN[-1].run_id else None
 
 
 def _experiment(client: Any, name: str) -> str:
