@@ -108,7 +108,7 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
         git(checkout, "worktree", "add", "--quiet", "-b", f"runs/{run_id}", os.fspath(root), commit)
         (root / ".pedigree").symlink_to(checkout / ".pedigree")
         ledger = Ledger(root)
-        ledger.share_cache(checkout / ".dvc" / "cache", checkout / ".dvc" / "config.local")
+        ledger.share_cache(checkout)
         for collection in COLLECTIONS:
             (root / collection).mkdir(parents=True, exist_ok=True)
         yield Workspace(root, run_id, ledger)

@@ -15,8 +15,10 @@ from typing import Any
 
 from components.core.config import ConfigError
 from components.core.distributed import barrier, rank
+from components.core.registered_weights import download_weights
+from components.core.stage_runs import stage_run
 from components.core.storage import atomic_dir, sha256_file, write_bytes
-from components.core.tracking import StageRun, download_weights, reporting_to, stage_run
+from components.core.tracking import StageRun, reporting_to
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.distillation.together import Student, Together, joint_flops

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.lineage.code import LISTS, read_list
-from components.lineage.record import Record
+from components.lineage.lock_file import Record
 
 Kind = Literal["command", "parameter", "code", "data", "record"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from components.core.mlflow_client import reported
 from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.lock_file import RecordError
 from components.lineage.needs import OBJECT_ID
-from components.lineage.origin import Tag, data_versions
-from components.lineage.record import RecordError
+from components.lineage.provenance import Tag, data_versions
 from components.lineage.runs import RUN_ID
 
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.needs import Needs, read_yaml
-from components.lineage.record import Record, RecordError, find_record
 from components.lineage.runs import BRANCHES, RUN_ID, Run, ask_git, worktrees
 
 if TYPE_CHECKING:

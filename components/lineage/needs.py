@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from components.lineage.record import LOCK, RecordError
+from components.lineage.lock_file import LOCK, RecordError
 from components.lineage.runs import ask_git
 
 OBJECT_ID = re.compile(r"[0-9a-f]{32}(?:\.dir)?")

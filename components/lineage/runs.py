@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.lineage.record import Record, RecordError
+from components.lineage.lock_file import Record, RecordError
 
 RUNS = Path(".pedigree") / "runs"  # of the checkout: a folder and a lock file for each run
 BRANCHES = "refs/heads/runs/"

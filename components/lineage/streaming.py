@@ -12,8 +12,8 @@ from pathlib import Path
 from components.core.storage import write_bytes, write_json
 from components.data.manifest import MANIFEST
 from components.data.stream import ADDRESSES, STREAMED
-from components.lineage.record import LOCK, Record, RecordError
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import LOCK, Record, RecordError
 
 CURATED = "data/curated"
 

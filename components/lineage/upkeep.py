@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.core.tracking import PARENT_STAGE
+from components.core.stage_runs import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
 from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects
 from components.lineage.local_state import caches_removal, checkpoints_removal
+from components.lineage.lock_file import Record
 from components.lineage.mlflow_files import failed_files_removal
 from components.lineage.needs import Needs, ids_of, read_yaml
-from components.lineage.record import Record
 from components.lineage.removal import Removal, delete, own_bytes
 from components.lineage.runs import BRANCHES, RUN_ID, RUNS, Run, ask_git, find_runs, is_locked, refs
 from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects

@@ -43,13 +43,13 @@ from components.training.pictures import (
     save_picture,
     show_progress,
 )
+from components.training.run_folder import CHECKPOINTS, CONFIG
 
 logger = logging.getLogger(__name__)
 
-CONFIG, CROPS, PCA = "config.json", "crops.jpg", "pca.jpg"
+CROPS, PCA = "crops.jpg", "pca.jpg"
 REPORT = (LOSSES, CROPS, PCA)
 WEIGHTS, DIGEST = "weights", "sha256.json"
-CHECKPOINTS = Path(".pedigree/checkpoints")  # by run key
 TRAINED = Path(".pedigree/cache/trained")  # by run key: what was trained and is not yet reported, and students
 KEPT_SECONDS = 30 * 86_400.0  # since its last use
 

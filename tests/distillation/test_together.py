@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.core.config import validate
+from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
-from components.core.tracking import stage_run
 from components.data.stream import ImageStream
 from components.distillation import stage
 from components.distillation.config import DistillConfig
@@ -38,8 +38,8 @@ from components.training.initial import load_network
 from components.training.loop import Job, Run, train
 from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED
+from components.training.run_folder import find_trainings
 from components.training.step import DivergedError
-from flows.train_status import find_trainings
 from tests.training.conftest import _one_thread, backbone, curated, pretrain_values, tiny, workspace  # noqa: F401
 from tests.training.jobs import at_call, break_call, train_job, write_teacher
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from components.core.errors import PedigreeError
+from components.core.git import try_git
 
 LOCK = "dvc.lock"
 REGISTER_STAGE = "register"
@@ -109,14 +110,14 @@ class Record:
             found = (p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*.dvc") if p.is_file())
         else:
             # Relative to `root`, which may lie below the top of its git repository.
-            listing = git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
+            listing = try_git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
 
 
 def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:
     """The record whose `dvc.lock` has this SHA-256: at the commit or one after it; None: at none."""
-    later = git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
+    later = try_git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
     for revision in (commit, *later.split()):
         record = Record(root, revision)
         try:
@@ -125,12 +126,6 @@ def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | No
         except RecordError:
             continue
     return None
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command in `root`; None when it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def folder_id(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, as a registered version states it: collected once, kept in the version's tags."""
+"""The provenance of a model's weights: collected once, stated by the tags of a registered version."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from components.core.git import try_git
+from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
-from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
-from components.lineage.record import Record, RecordError, folder_id, git
+from components.lineage.lock_file import Record, RecordError, folder_id
 
 CURATED = "data/curated"
 POOL = "data/pool"
@@ -97,7 +98,7 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
         RecordError: no git commit, no `dvc.lock`, an output that it does not name, or weights that are not its bytes.
     """
     record = Record(root)
-    commit = git(root, "rev-parse", "HEAD")
+    commit = try_git(root, "rev-parse", "HEAD")
     if commit is None:
         raise RecordError(f"{root}: not in a git repository with a commit, so no commit can be named as the origin")
     weights_dvc = _recorded(record, weights_path)
@@ -108,8 +109,8 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
         )
     return Origin(
         commit=commit,
-        branch=git(root, "branch", "--show-current") or "(none)",
-        dirty=bool(git(root, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in OUTPUTS))),
+        branch=try_git(root, "branch", "--show-current") or "(none)",
+        dirty=bool(try_git(root, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in OUTPUTS))),
         lock_sha256=record.lock_sha256(),
         weights_path=weights_path,
         weights_dvc=weights_dvc,
