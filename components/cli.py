@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +33,9 @@ from components.core.storage import recover_dirs, write_json
 from components.recipe import Recipe, load_recipe
 from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advice
 
-ITEM_STAGES = ("distill", "evaluate")
+NAMED_STAGES = ("distill", "register")  # they log or register by the model's name
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
-REPLACED_IN = ("data", "models", "models/students", "reports/evaluate")  # where stages replace whole folders
+REPLACED_IN = ("data", "models", "reports/distill", "reports/evaluate")  # where stages replace whole folders
 
 # Of each command that works on shards, here and in `flows`.
 EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
@@ -53,17 +53,15 @@ def _function(stage: str) -> Callable[..., dict[str, Any]]:
 
 
 def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
-    """The stage's own argument: which student, which model, or the registered name."""
-    if stage == "register":
-        return {"name": recipe.name}
-    if stage not in ITEM_STAGES:
-        if item is not None:
-            raise ConfigError(f"stage {stage!r} takes no item, but {item!r} was given")
-        return {}
-    allowed = list(recipe.distill.students) if stage == "distill" else list(recipe.evaluate.models)
-    if item not in allowed:
-        raise ConfigError(f"stage {stage!r} needs one of {allowed}, but {item!r} was given")
-    return {"student" if stage == "distill" else "model": item}
+    """The stage's own argument: which model is evaluated, or the registered name."""
+    if stage == "evaluate":
+        allowed = list(recipe.evaluate.models)
+        if item not in allowed:
+            raise ConfigError(f"stage {stage!r} needs one of {allowed}, but {item!r} was given")
+        return {"model": item}
+    if item is not None:
+        raise ConfigError(f"stage {stage!r} takes no item, but {item!r} was given")
+    return {"name": recipe.name} if stage in NAMED_STAGES else {}
 
 
 def _seed(seed: int) -> None:
@@ -79,14 +77,14 @@ def _seed(seed: int) -> None:
 @app.command()
 def run(
     stage: str,
-    item: str | None = typer.Argument(None, help="which student or model, of a foreach stage"),
+    item: str | None = typer.Argument(None, help="which model, of evaluate"),
     engine: EngineOption = None,
     address: AddressOption = None,
     traceback: bool = typer.Option(default=False, help="Show the traceback of every error, not of defects only."),
 ) -> None:
     """Run one stage in the current folder.
 
-    Examples: `python -m components pretrain`, `python -m components distill small`,
+    Examples: `python -m components pretrain`, `python -m components evaluate small`,
     `python -m components curate --engine ray --address 10.0.0.7:6379`.
     """
     show_tracebacks(traceback)
@@ -110,9 +108,14 @@ def run(
         folder = root / "reports" / stage / (item or "")
         write_json(folder / "result.json", result)
         # A training's last row is in MLflow already, as the end of each curve.
-        tracked.log_result({key: value for key, value in result.items() if key != "last"})
-    if "run_key" in result:  # a training
+        tracked.log_result(_without_last(result))
+    if "run_key" in result:  # a training; what is kept of students stays for runs that change another one
         load(FORGET)(root, result["run_key"])
+
+
+def _without_last(result: Mapping[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in result.items() if key != "last"}
+    return {key: _without_last(value) if isinstance(value, Mapping) else value for key, value in own.items()}
 
 
 def main() -> None:
