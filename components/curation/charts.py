@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BARS = 2000
 BLUE, GREY, RED, INK = "#2f6fab", "#c3ccd5", "#c8452e", "#1c2530"
@@ -135,6 +138,8 @@ def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: ND
 
 
 def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # here, because the stage `embed` draws nothing
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
