@@ -16,6 +16,13 @@ import pytest
 from infra.local import supervisor
 
 SERVICES, MAIN_JOB = "services", "test_main_job.py"
+# Groups that take long: they begin first, so that at the end no process waits for another one.
+LONG = (SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_embed_on_ray.py", "test_ledger.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist hand out the groups in the order below, and not those of the most tests first."""
+    config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -23,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where processes share the tests: all that need services to one, but the main job; the others file by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: LONG.index(_group(item)) if _group(item) in LONG else len(LONG))
 
 
 def _group(item: pytest.Item) -> str:
