@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +79,22 @@ def storage(stack_root: Path) -> RunningStack:
 
 
 @pytest.fixture(scope="session")
+def servers(stack_root: Path) -> Iterator[RunningStack]:
+    """S3, MLflow and Prefect without worker and keeper, which runs of deployments need and runs by hand do not."""
+    supervisor.up(stack_root, only=("s3", "mlflow", "prefect"))
+    with _connected(stack_root, supervisor.environment(stack_root)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def stack(stack_root: Path) -> Iterator[RunningStack]:
-    """All services, with their variables set; takes over the S3 server of `storage` where that is running."""
-    env = supervisor.up(stack_root)
+    """All services, with their variables set; takes over those of `storage` or `servers` where they are running."""
+    with _connected(stack_root, supervisor.up(stack_root)) as running:
+        yield running
+
+
+@contextmanager
+def _connected(root: Path, env: dict[str, str]) -> Iterator[RunningStack]:
     os.environ.update(env)
     with ExitStack() as context:
         if "prefect" in sys.modules:  # it read its settings when a test module imported it
@@ -91,4 +104,4 @@ def stack(stack_root: Path) -> Iterator[RunningStack]:
                 setting: env[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING, PREFECT_HOME)
             }
             context.enter_context(temporary_settings(values))
-        yield RunningStack(stack_root, env)
+        yield RunningStack(root, env)

@@ -98,7 +98,7 @@ def folder(root: Path, result: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkout(stack, tmp_path_factory) -> Path:
+def checkout(servers, tmp_path_factory) -> Path:
     """The code as it is now, committed in a repository of its own."""
     root = tmp_path_factory.mktemp("checkout") / "pedigree"
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
