@@ -17,7 +17,10 @@ from infra.local import supervisor
 
 SERVICES, MAIN_JOB = "services", "test_main_job.py"
 # Groups that take long: they begin first, so that at the end no process waits for another one.
-LONG = (SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_embed_on_ray.py", "test_ledger.py")
+LONG = (
+    SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_ranks.py", "test_embed_on_ray.py",
+    "test_plan.py", "test_ledger.py",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,15 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests: all that need services to one, but the main job; the others file by file."""
+    """Where processes share the tests: all that need the stack to one, but the main job; the others file by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=lambda item: LONG.index(_group(item)) if _group(item) in LONG else len(LONG))
 
 
 def _group(item: pytest.Item) -> str:
-    needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
-    return SERVICES if needs_services and item.path.name != MAIN_JOB else item.path.name
+    return SERVICES if "stack" in getattr(item, "fixturenames", ()) else item.path.name
 
 
 @pytest.fixture(autouse=True)
