@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from infra.local import processes, services, supervisor
-from infra.local.processes import find
+from infra.local.processes import find, spawn
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
 
 UP = "import sys; from pathlib import Path; from infra.local.supervisor import up; up(Path(sys.argv[1]), tuple(sys.argv[2:]), print)"  # noqa: E501
@@ -390,6 +390,19 @@ def test_an_interrupted_start_cleans_up(root, how):
     start.communicate(timeout=60)
     assert start.returncode != 0
     assert supervisor.processes(root) == []
+
+
+def test_what_a_background_job_starts_hears_interrupts(root):
+    site = Site.load(root)
+    site.log("worker").parent.mkdir(parents=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        worker = spawn(site, services.Service("worker", ["sleep", "60"], {}, root, "", lambda: None))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text())
+    assert ignored is not None
+    assert not int(ignored[1], 16) & 1 << (signal.SIGINT - 1)
 
 
 def test_down_never_touches_a_process_that_took_over_a_pid(root):
