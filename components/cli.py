@@ -67,11 +67,11 @@ def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
 def _seed(seed: int) -> None:
     """Seed the global generators, once; code draws from generators of its own."""
     import numpy as np
-    import torch
 
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries that draw from the global state
-    torch.manual_seed(seed)
+    if torch := sys.modules.get("torch"):  # loaded with the stage's function; seconds where a stage needs none
+        torch.manual_seed(seed)
 
 
 @app.command()

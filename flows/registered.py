@@ -1,4 +1,7 @@
-"""What the registry holds now, written into a recipe as exact versions."""
+"""What the registry holds now, written into a recipe as exact versions.
+
+MLflow is imported when it is asked: `prefect deploy` loads the flows, and has no use for it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.recipe import Recipe
-from components.registry.promote import with_alias
-from components.registry.publish import one_line_errors, registry_client
 from flows.git import WorkspaceError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-@one_line_errors()
 def open_registry() -> MlflowClient:
     """Return the client of the registry, once it has answered."""
-    return registry_client()
+    from components.registry.publish import one_line_errors, registry_client
+
+    with one_line_errors():
+        return registry_client()
 
 
-@one_line_errors()
 def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
     """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+    from components.registry.publish import one_line_errors
+
+    with one_line_errors():
+        return _exact(recipe, registry)
+
+
+def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
+    from components.registry.promote import with_alias
 
     def version(name: str, alias: str) -> str | None:
         found = with_alias(registry, name, alias)

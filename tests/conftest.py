@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +16,28 @@ import pytest
 from infra.local import supervisor
 
 SERVICES, MAIN_JOB = "services", "test_main_job.py"
+# Groups that take long: they begin first, so that at the end no process waits for another one.
+LONG = (
+    SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_ranks.py", "test_embed_on_ray.py",
+    "test_plan.py", "test_ledger.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist hand out the groups in the order below, and not those of the most tests first."""
+    config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests: all that need services to one, but the main job; the others file by file."""
+    """Where processes share the tests: all that need the stack to one, but the main job; the others file by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: LONG.index(_group(item)) if _group(item) in LONG else len(LONG))
 
 
 def _group(item: pytest.Item) -> str:
-    needs_services = {"stack", "storage", "stack_root"} & set(getattr(item, "fixturenames", ()))
-    return SERVICES if needs_services and item.path.name != MAIN_JOB else item.path.name
+    return SERVICES if "stack" in getattr(item, "fixturenames", ()) else item.path.name
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +81,22 @@ def storage(stack_root: Path) -> RunningStack:
 
 
 @pytest.fixture(scope="session")
+def servers(stack_root: Path) -> Iterator[RunningStack]:
+    """S3, MLflow and Prefect without worker and keeper, which runs of deployments need and runs by hand do not."""
+    supervisor.up(stack_root, only=("s3", "mlflow", "prefect"))
+    with _connected(stack_root, supervisor.environment(stack_root)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def stack(stack_root: Path) -> Iterator[RunningStack]:
-    """All services, with their variables set; takes over the S3 server of `storage` where that is running."""
-    env = supervisor.up(stack_root)
+    """All services, with their variables set; takes over those of `storage` or `servers` where they are running."""
+    with _connected(stack_root, supervisor.up(stack_root)) as running:
+        yield running
+
+
+@contextmanager
+def _connected(root: Path, env: dict[str, str]) -> Iterator[RunningStack]:
     os.environ.update(env)
     with ExitStack() as context:
         if "prefect" in sys.modules:  # it read its settings when a test module imported it
@@ -83,4 +106,4 @@ def stack(stack_root: Path) -> Iterator[RunningStack]:
                 setting: env[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING, PREFECT_HOME)
             }
             context.enter_context(temporary_settings(values))
-        yield RunningStack(stack_root, env)
+        yield RunningStack(root, env)

@@ -28,9 +28,16 @@ def test_the_command_line_starts_without_heavy_libraries():
     assert not found & {"torch", "prefect", "mlflow", "dvc"}
 
 
-@pytest.mark.parametrize("module", CONFIGS)
-def test_parameters_load_no_torch(module):
-    assert "torch" not in loaded(module)
+def test_parameters_load_no_torch():
+    assert "torch" not in loaded(*CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [("components.curation.stage", {"torch", "matplotlib"}), ("flows.retrain", {"torch", "mlflow"})],
+)
+def test_what_costs_seconds_is_loaded_where_it_is_used(module, without):
+    assert not loaded("components.cli", module) & without
 
 
 def test_every_stage_has_parameters():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from components.core.pictures import INK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BARS = 2000
 BLUE, GREY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
@@ -102,6 +105,8 @@ def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: ND
 
 
 def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # here, because the stage `embed` draws nothing
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -18,13 +18,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dvc.config
 import dvc.exceptions
 import dvc.lock
 import dvc.ui
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.loaders import JSONFileLoader, Loader
 from configobj import ConfigObj, ConfigObjError
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo, lock_repo
@@ -41,6 +42,21 @@ logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file
 for bars in ("dvc.progress", "dvc_data.callbacks"):
     logging.getLogger(bars).setLevel(logging.CRITICAL)
 dvc.ui.ui.error_console = Console(quiet=True, force_terminal=False)
+
+
+class _ReadOnce(JSONFileLoader):
+    """Read each of botocore's descriptions of S3 once in a process: DVC opens a session for each use of the remote."""
+
+    read: ClassVar[dict[str, Any]] = {}
+
+    def load_file(self, file_path: str) -> Any:
+        """The parsed file, which nobody changes; None if there is none."""
+        if file_path not in self.read:
+            self.read[file_path] = super().load_file(file_path)
+        return self.read[file_path]
+
+
+Loader.FILE_LOADER_CLASS = _ReadOnce
 # DVC keeps the current folder and its locks by process: two threads of one process are not kept apart by them.
 _ONE_AT_A_TIME = threading.Lock()
 

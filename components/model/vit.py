@@ -107,8 +107,9 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
-        for name, draw in self.draws():
-            draw(self.get_parameter(name))
+        if not self.cls_token.is_meta:  # where nothing is drawn, but a draw would load torch.compile: 4 s of a core
+            for name, draw in self.draws():
+                draw(self.get_parameter(name))
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> ViTOutput:
         """Encode images into class, register and patch tokens after the last norm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -24,6 +25,17 @@ class ParameterRole:
     decays: bool
     last_layer: bool
     backbone: bool = False
+
+
+class EagerAdamW(torch.optim.AdamW):
+    """AdamW without what keeps torch.compile out of its methods: at first use that loads the compiler, 4 s of a core.
+
+    It runs outside of every compiled block, so that there is nothing to keep out, and computes the same numbers.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterRole:
@@ -54,7 +66,7 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Ad
         if parameter.requires_grad:
             groups[parameter_role(name, depth, config)].append(parameter)
     described = [{"params": parameters, "role": role} for role, parameters in groups.items()]
-    return torch.optim.AdamW(described, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+    return EagerAdamW(described, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
 def moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ def spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             umask=service.umask,
+            preexec_fn=_hear_interrupts,  # noqa: PLW1509 - one call, safe after fork
         )
     created = psutil.Process(process.pid).create_time()
     record = {"pid": process.pid, "created": created, "fingerprint": service.fingerprint, "log_offset": offset}
@@ -62,6 +63,11 @@ def _temporary_folder() -> str:
     if folder.lstat().st_uid != os.getuid():
         raise StackError(f"{folder} is another user's: set TMPDIR to a folder of your own")
     return str(folder)
+
+
+def _hear_interrupts() -> None:
+    """Prefect's worker ends by SIGINT, which a shell's background job ignores, and with it all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def mark(site: Site, name: str) -> str:

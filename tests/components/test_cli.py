@@ -120,7 +120,9 @@ def test_a_server_that_does_not_answer_is_worth_another_try(folder):
 def test_threads_that_wait_leave_their_core_to_other_stages(folder):
     """As torch's OpenMP itself says when it starts: a thread that waits spins 0 times. What a user sets stays."""
     for own, spins in (({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        said = components(folder, "pretrain", OMP_DISPLAY_ENV="verbose", **own).stderr
+        start = [sys.executable, "-c", "import components.__main__, torch"]
+        env = {**os.environ, "OMP_DISPLAY_ENV": "verbose", **own}
+        said = subprocess.run(start, cwd=folder, env=env, capture_output=True, text=True, check=True).stderr
         assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", said)) == {spins}
 
 

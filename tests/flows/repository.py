@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -37,7 +39,21 @@ def write_params(root: Path, left: int) -> None:
 
 
 def make_repository(folder: Path) -> Path:
-    """Make `folder/main`, committed and with its remote in `folder/remote`."""
+    """Make `folder/main`, committed and with its remote in `folder/remote`: a copy of what DVC's commands made once."""
+    made = Path(_made_once().name)
+    shutil.copytree(made, folder, symlinks=True, dirs_exist_ok=True)
+    root = folder / "main"
+    config = root / ".dvc/config"
+    config.write_text(config.read_text().replace(os.fspath(made), os.fspath(folder)))
+    git_lines(root, "commit", "-q", "--amend", "--no-edit", "--all")
+    return root
+
+
+@cache
+def _made_once() -> tempfile.TemporaryDirectory[str]:
+    """The repository that `make_repository` copies, which lives as long as this process."""
+    made = tempfile.TemporaryDirectory(prefix="pedigree-test-repository-")
+    folder = Path(made.name)
     root = folder / "main"
     image = root / "data/pool/photos/ab12/image"
     image.parent.mkdir(parents=True)
@@ -54,7 +70,7 @@ def make_repository(folder: Path) -> Path:
     )  # fmt: skip
     for command in commands:
         subprocess.run(command, cwd=root, check=True, capture_output=True)
-    return root
+    return made
 
 
 def copy_of_project(root: Path) -> Path:

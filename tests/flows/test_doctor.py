@@ -36,8 +36,9 @@ def deployed(stack, checkout) -> Iterator[None]:
         run([sys.executable, "-m", "infra.automations"])
         yield
     finally:
-        for name in DEPLOYMENTS:
-            run([prefect, "--no-prompt", "deployment", "delete", name])
+        with get_client(sync_client=True) as client:
+            for name in DEPLOYMENTS:
+                client.delete_deployment(client.read_deployment_by_name(name).id)
 
 
 def doctor(checkout: Path, **env: str) -> tuple[int, dict[str, Finding]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +22,15 @@ from components.data.ingest_config import IngestRequest
 from components.data.manifest import read_collection
 from flows.announce import LISTENER, POOL_GROWN
 from flows.ingest import ingest as ingest_flow
+from infra.local.services import request
 from tests.flows.repository import DVC, PROJECT, make_repository, pedigree, pedigree_command
 
 pytestmark = pytest.mark.stack
 
 
-def prefect(path: str, body: dict[str, Any]) -> Any:
-    token = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
-    headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(os.environ["PREFECT_API_URL"] + path, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+def prefect(path: str, body: Any, method: str = "POST") -> Any:
+    url = os.environ["PREFECT_API_URL"].removesuffix("/api")
+    return request(url, f"/api{path}", os.environ["PREFECT_API_AUTH_STRING"], method, body)
 
 
 def grown(source: str) -> list[dict[str, Any]]:
@@ -68,7 +63,7 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_path, photos):
+def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_path, photos, monkeypatch):
     root = make_repository(tmp_path)
     report = ingest(root, photos, "flow-shots", "--holdout", "0.25")
     assert report["seen"] == 40
@@ -96,18 +91,23 @@ def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_pat
 
     note = Path("flow-shots") / Path(report["pool_snapshot"]).name  # as if killed after sending, before noting it
     (root / ".pedigree/announced" / note).rename(root / ".pedigree/unannounced" / note)
-    again = ingest(root, photos, "flow-shots", "--holdout", "0.25")
-    assert (again["already_present"], again["pool_snapshot"], again["evaluation_snapshot"]) == (40, None, None)
-    assert again["retraining"][0]["note"].startswith("an ingest that was cut short had sent the event")
+    monkeypatch.chdir(root)
+    again = ingest_flow(IngestRequest.parse(source=str(photos), name="flow-shots", license="CC0-1.0", holdout=0.25))
+    assert again.report.already_present == 40
+    assert (again.report.pool_snapshot, again.report.evaluation_snapshot) == (None, None)
+    assert again.retraining[0].note.startswith("an ingest that was cut short had sent the event")
     assert len(grown("flow-shots")) == 1
 
 
-def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack, tmp_path, photos):
+def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack, tmp_path, photos, monkeypatch):
     root = make_repository(tmp_path)
-    report = ingest(root, photos, "flow-benchmark", "--evaluation")
-    assert (report["stored"], report["pool_snapshot"]) == (40, None)
+    monkeypatch.chdir(root)
+    wanted = IngestRequest.parse(source=str(photos), name="flow-benchmark", license="CC0-1.0", as_evaluation=True)
+    report = ingest_flow(wanted).report
+    assert (report.stored, report.pool_snapshot) == (40, None)
     assert not (root / "data/pool/flow-benchmark").exists()
-    assert (root / f"{report['evaluation_snapshot']}.dvc").exists()
+    assert report.evaluation_snapshot is not None
+    assert (root / f"{report.evaluation_snapshot}.dvc").exists()
     assert grown("flow-benchmark") == []
 
 
@@ -122,8 +122,8 @@ def test_what_an_unfinished_ingest_stored_is_announced_once_by_the_next(stack, t
     dvc("storage", "endpointurl", stack.env["AWS_ENDPOINT_URL"])
     dvc("--local", "storage", "access_key_id", "refused")
     dvc("--local", "storage", "secret_access_key", "refused")
-    request = IngestRequest.parse(source=str(photos), name="flow-cut", license="CC0-1.0")
-    failed = ingest_flow(request, return_state=True)
+    wanted = IngestRequest.parse(source=str(photos), name="flow-cut", license="CC0-1.0")
+    failed = ingest_flow(wanted, return_state=True)
     assert failed.is_failed()
     assert "DVC" in failed.message
     (snapshot,) = (path for path in (root / "data/pool/flow-cut").iterdir() if path.is_dir())
@@ -132,28 +132,26 @@ def test_what_an_unfinished_ingest_stored_is_announced_once_by_the_next(stack, t
     snapshot.with_name(f"{snapshot.name}.dvc").unlink()  # as if killed before `dvc add`
     (root / ".pedigree/unannounced/flow-cut" / snapshot.name).unlink()
     (root / ".dvc/config.local").unlink()
-    done = ingest_flow(request)
+    done = ingest_flow(wanted)
     assert (done.report.stored, done.report.already_present) == (0, 40)
     assert [(told.snapshot, told.images) for told in done.retraining] == [(snapshot.name, 40)]
     assert snapshot.with_name(f"{snapshot.name}.dvc").exists()
     assert [event["payload"]["images"] for event in announced("flow-cut")] == [40]
-    assert ingest_flow(request).retraining == ()
+    assert ingest_flow(wanted).retraining == ()
     assert len(grown("flow-cut")) == 1
 
 
 @pytest.fixture
 def listener(stack, tmp_path) -> Iterator[str]:
     """The deployment of prefect.yaml that waits for new images, on a work pool without a worker; its id."""
-    api, pool = partial(subprocess.run, cwd=PROJECT, check=True, capture_output=True, text=True), "idle"
-    program = str(Path(sys.executable).with_name("prefect"))
-    api([program, "--no-prompt", "work-pool", "create", pool, "--type", "process"])
-    api([program, "--no-prompt", "deploy", "--name", "on-new-images", "--pool", pool])
-    try:
-        (found,) = prefect("/deployments/filter", {"deployments": {"name": {"any_": ["on-new-images"]}}})
-        yield found["id"]
-    finally:
-        api([program, "--no-prompt", "deployment", "delete", "retrain/on-new-images"])
-        api([program, "--no-prompt", "work-pool", "delete", pool])
+    program, pool = str(Path(sys.executable).with_name("prefect")), "idle"
+    prefect("/work_pools/", {"name": pool, "type": "process", "base_job_template": {}})
+    deploy = [program, "--no-prompt", "deploy", "--name", "on-new-images", "--pool", pool]
+    subprocess.run(deploy, cwd=PROJECT, check=True, capture_output=True, text=True)
+    (found,) = prefect("/deployments/filter", {"deployments": {"name": {"any_": ["on-new-images"]}}})
+    yield found["id"]
+    prefect(f"/deployments/{found['id']}", None, "DELETE")
+    prefect(f"/work_pools/{pool}", None, "DELETE")
 
 
 def test_the_retraining_that_new_images_start_is_named(stack, listener, tmp_path, photos):
@@ -185,8 +183,8 @@ def test_an_ingest_waits_for_another_and_no_retrain_holds_for_later_ones(stack, 
     assert waiting.returncode == 0, told
     assert holder.read_text().startswith(f"the ingest of flow-wait (process {waiting.pid}, since 20")
     assert "no retraining starts, now or by a later ingest (--no-retrain)" in (tmp_path / "said").read_text()
-    request = IngestRequest.parse(source=str(photos), name="flow-wait", license="CC0-1.0")
-    assert ingest_flow(request).retraining == ()
+    wanted = IngestRequest.parse(source=str(photos), name="flow-wait", license="CC0-1.0")
+    assert ingest_flow(wanted).retraining == ()
 
 
 def test_the_deployment_waits_for_the_event_that_is_sent():

@@ -71,7 +71,9 @@ def mlflow_status(run: str) -> str:
     return found.info.status
 
 
-def test_a_killed_run_is_closed_everywhere_and_a_living_one_is_left(stack, tmp_path):
+def test_a_killed_run_is_closed_everywhere_once_all_services_answer_and_a_living_one_is_left(
+    stack, tmp_path, monkeypatch
+):
     root = make_repository(tmp_path)
     living, living_flow, living_run = start(root, "wait")
     killed, killed_flow, killed_run = start(root, "die")
@@ -80,6 +82,10 @@ def test_a_killed_run_is_closed_everywhere_and_a_living_one_is_left(stack, tmp_p
     assert [path.stem for path in live.lost(root)] == [str(killed_flow)]
     assert [noted["run"] for noted in live.running(root)] == [living_run]
 
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        assert live.close_lost(root) == []
+    assert [path.stem for path in live.lost(root)] == [str(killed_flow)]
     (line,) = live.close_lost(root)
     assert line == f"lost {killed_run}: its process was killed, or the machine went down; closed"
     state = prefect_state(killed_flow)
@@ -93,18 +99,6 @@ def test_a_killed_run_is_closed_everywhere_and_a_living_one_is_left(stack, tmp_p
     living.communicate("\n", timeout=60)
     assert prefect_state(living_flow).name == "Completed"
     assert list((root / live.FOLDER).iterdir()) == []
-
-
-def test_a_service_that_is_away_is_told_later(stack, tmp_path, monkeypatch):
-    root = make_repository(tmp_path)
-    killed, flow_run, run = start(root, "die")
-    killed.wait(30)
-    with monkeypatch.context() as away:
-        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        assert live.close_lost(root) == []
-    assert [path.stem for path in live.lost(root)] == [str(flow_run)]
-    assert len(live.close_lost(root)) == 1
-    assert mlflow_status(run) == "KILLED"
 
 
 def test_a_run_that_crashes_each_time_is_not_started_for_ever(monkeypatch):

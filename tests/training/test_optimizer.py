@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -66,3 +69,33 @@ def test_clips_each_submodule_by_itself():
     assert float(after) == pytest.approx(3.0, rel=1e-4)
     assert torch.equal(model.backbone.pos_embed.grad, before)  # a wild head does not slow the backbone
     assert float(clip_gradients(model, None)["dino_head"]) == pytest.approx(3.0, rel=1e-4)
+
+
+STEPS = """
+import sys
+import torch
+from components.model.config import ViTConfig
+from components.model.vit import VisionTransformer
+from components.training.optimizer import EagerAdamW
+
+def weights(kind):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    optimizer = kind(net.parameters(), lr=0.01, betas=(0.9, 0.99), fused=True)
+    for _ in range(5):
+        net(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(net.parameters())
+
+with torch.device("meta"):
+    VisionTransformer(ViTConfig(patch_size=8, dim=16, depth=1, num_heads=1, image_size=16, num_registers=1))
+ours = weights(EagerAdamW)
+assert "torch._dynamo" not in sys.modules
+assert all(torch.equal(*pair) for pair in zip(ours, weights(torch.optim.AdamW)))
+"""
+
+
+def test_a_step_is_adamws_and_loads_no_compiler():
+    """In a process of its own: torch.compile, once loaded, stays."""
+    subprocess.run([sys.executable, "-c", STEPS], check=True)
