@@ -30,6 +30,7 @@ from components.core.errors import (
     show_tracebacks,
     tracebacks_shown,
 )
+from components.core.layout import Layout
 from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
@@ -337,7 +338,7 @@ def _make_sample(checkout: Path) -> None:
             return
         from components.data.sample_pool import PHOTOGRAPHS, build_sample_pool
 
-        folder = checkout / ".pedigree" / SAMPLE
+        folder = Layout(checkout).state / SAMPLE
         build_sample_pool(folder)
         counts = [sum(path.is_file() for path in (folder / part).rglob("*")) for part in ("pool", "evaluation")]
         logging.getLogger(__name__).info(
@@ -376,7 +377,7 @@ def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: 
 
             if not made:
                 _make_sample(checkout)
-            folder = checkout / ".pedigree" / SAMPLE
+            folder = Layout(checkout).state / SAMPLE
             for part, as_evaluation in (("evaluation", True), ("pool", False)):
                 request = IngestRequest.parse(
                     source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
@@ -441,7 +442,8 @@ def _closing(result: RunResult, name: str, as_json: bool) -> None:
     """Say what was made, how good it is, where to look and what to type next."""
     from flows.published import main_columns, metric_rows
 
-    rows, found = metric_rows(result.folder / "reports"), verdicts(result.folder / "reports")
+    reports = Layout(result.folder).reports
+    rows, found = metric_rows(reports), verdicts(reports)
     if as_json:
         _print_json(
             {"run": result.run_id, "branch": result.branch, "commit": result.commit, "outcomes": result.outcomes,
@@ -461,7 +463,7 @@ def _closing(result: RunResult, name: str, as_json: bool) -> None:
         ("Computed", ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"),
         *(("" if number else "Measured", verdict.text) for number, verdict in enumerate(found)),
         ("Registered", _registered(result.folder)),
-        ("Pictures", f"{result.folder}/reports"),
+        ("Pictures", str(reports)),
         ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
@@ -487,7 +489,7 @@ def _next_steps(found: list[Verdict], name: str) -> list[tuple[str, str]]:
 
 
 def _registered(folder: Path) -> str:
-    path = folder / "reports" / "register" / "result.json"
+    path = Layout(folder).result("register")
     versions = json.loads(path.read_text()) if path.exists() else {}
     return ", ".join(f"{version['name']} version {version['version']}" for version in versions.values()) or "nothing"
 

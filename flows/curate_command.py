@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from components.core.layout import RELATIVE, Layout
 from components.core.text import one_line
 from flows.git import WorkspaceError, git
 
 if TYPE_CHECKING:
     from components.curation.explain import CuratedTables, Explanation, Mention
 
-CURATED = "data/curated"
+CURATED = str(RELATIVE.curated)
 TABLES = ("manifest.parquet", "rejected.parquet")
 MAX_SHOWN = 8
 LABEL = 14  # characters
@@ -82,13 +83,13 @@ def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
 
 def run_ids(checkout: Path) -> list[str]:
     """Ids of the runs of this checkout, newest first."""
-    folders = {path.name for path in (checkout / ".pedigree" / "runs").glob("*/") if path.is_dir()}
+    folders = {path.name for path in Layout(checkout).runs.glob("*/") if path.is_dir()}
     refs = git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs", check=False)
     return sorted(folders | set(refs.split()), reverse=True)
 
 
 def _tables_of_run(checkout: Path, run: str) -> CuratedTables | None:
-    return _in_folder(checkout / ".pedigree" / "runs" / run) or _in_cache(checkout, f"runs/{run}")
+    return _in_folder(Layout(checkout).runs / run) or _in_cache(checkout, f"runs/{run}")
 
 
 def _in_folder(root: Path) -> CuratedTables | None:
@@ -97,7 +98,7 @@ def _in_folder(root: Path) -> CuratedTables | None:
     manifest, rejected = (root / CURATED / name for name in TABLES)
     if not (manifest.is_file() and rejected.is_file()):
         return None
-    return CuratedTables(manifest, rejected, root / "data/evaluation")
+    return CuratedTables(manifest, rejected, Layout(root).evaluation)
 
 
 def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
@@ -105,7 +106,7 @@ def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
     from components.curation.explain import CuratedTables
     from components.lineage.record import Record, RecordError
 
-    cache = checkout / ".dvc" / "cache" / "files" / "md5"
+    cache = Layout(checkout).dvc_cache / "files" / "md5"
     try:
         folder = Record(checkout, branch).output(CURATED) or ""
         listing = json.loads((cache / folder[:2] / folder[2:]).read_text())
@@ -115,7 +116,7 @@ def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
     if not all(name in paths and paths[name].is_file() for name in TABLES):
         return None
     manifest, rejected = (paths[name] for name in TABLES)
-    return CuratedTables(manifest, rejected, checkout / "data/evaluation")
+    return CuratedTables(manifest, rejected, Layout(checkout).evaluation)
 
 
 def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:

@@ -21,9 +21,10 @@ import psutil
 
 from components.core import tracking
 from components.core.errors import PedigreeError, ServiceError
+from components.core.layout import RELATIVE, Layout
 from flows.workspace import close_branch
 
-FOLDER = Path(".pedigree") / "flow-runs"
+FOLDER = RELATIVE.state / "flow-runs"
 STOP_SECONDS = 60.0
 LOST = "its process was killed, or the machine went down"
 
@@ -144,7 +145,7 @@ def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
     name = noted.get("run") or str(flow_run)
     if noted.get("run"):
         tracking.close_lost(noted["run"], noted["model"])
-        root = checkout / ".pedigree" / "runs" / noted["run"]
+        root = Layout(checkout).runs / noted["run"]
         if root.exists():
             close_branch(root, f"Run interrupted: {LOST}")
     _crash(flow_run, noted)

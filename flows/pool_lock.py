@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-LOCK = Path(".pedigree/pool.lock")
+from components.core.layout import RELATIVE
+
+LOCK = RELATIVE.state / "pool.lock"
 
 
 @contextmanager

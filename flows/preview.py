@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from components.core.layout import Layout
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
@@ -72,7 +73,8 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
         WorkspaceError: not a git repository, or one without a commit.
         LedgerError: data of the pool is not on this machine, or the code cannot be read.
     """
-    folder = checkout / ".pedigree" / "preview"
+    layout = Layout(checkout)
+    folder = layout.state / "preview"
     folder.parent.mkdir(exist_ok=True)
     with no_gc_beside(checkout), folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -81,7 +83,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
         try:
             ledger = Ledger(folder)
-            ledger.share_cache(checkout / ".dvc" / "cache", checkout / ".dvc" / "config.local")
+            ledger.share_cache(layout.dvc_cache, layout.dvc_local_settings)
             for collection in COLLECTIONS:
                 (folder / collection).mkdir(parents=True, exist_ok=True)
             last = last_run(checkout, recipe.name)

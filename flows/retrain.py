@@ -22,6 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.core import tracking
 from components.core.errors import defect, known
+from components.core.layout import Layout
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
@@ -194,7 +195,7 @@ def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture
 @contextmanager
 def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
     """Hold the model's lock; a second run of the same model waits. The lock ends with the process, however it ends."""
-    path = checkout / ".pedigree" / "runs" / f"{name}.running"
+    path = Layout(checkout).runs / f"{name}.running"
     path.parent.mkdir(parents=True, exist_ok=True)
     logger, told = get_run_logger(), 0.0
     with path.open("a+") as lock:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from components.core.layout import RELATIVE
 from components.data.provenance import SUFFIX
 from components.recipe import PARAMS_FILE
 from flows.git import WorkspaceError, git, head
@@ -28,7 +29,8 @@ _OF_SNAPSHOTS = (".dvc", SUFFIX)
 CODE_FOLDERS = ("flows", "components", "infra", "tests")
 TOP_FILES = (
     PARAMS_FILE, "dvc.yaml", "dvc.lock", "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE",
-    "README.md", ".gitignore", ".gitattributes", ".dvcignore", ".dvc/config", ".dvc/.gitignore",
+    "README.md", ".gitignore", ".gitattributes", ".dvcignore", str(RELATIVE.dvc_settings),
+    str(RELATIVE.dvc / ".gitignore"),
 )  # fmt: skip
 MIB = 2**20
 MAX_FILE_MIB, MAX_SUM_MIB = 5, 20  # of files that git does not track; this project's own code is 3 MiB

@@ -17,10 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from components.core.layout import Layout
 from components.training.alerts import read_alerts
 from components.training.loss_table import LOSSES, Row, read_rows
 
-RUNS = Path(".pedigree") / "checkpoints"
 _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
 NOTHING = "nothing trains here, and no training is left unfinished"
 
@@ -80,7 +80,7 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
         now: time in seconds since 1970, which ages are counted to.
     """
     found = []
-    for path in (root / RUNS).glob("*/config.json"):
+    for path in Layout(root).checkpoints().glob("*/config.json"):
         with suppress(FileNotFoundError):  # it is being delivered: its checkpoints go
             found.append(_read(path.parent, now))
     return sorted(found, key=lambda status: (status.process is None, status.stage, status.run_key))

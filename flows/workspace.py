@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from components.core.layout import Layout
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
 from flows.git import git, head_commit
@@ -96,7 +97,8 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
     """
     from components.lineage.ledger import Ledger
 
-    runs = checkout / ".pedigree" / "runs"
+    layout = Layout(checkout)
+    runs = layout.runs
     runs.mkdir(parents=True, exist_ok=True)
     head_commit(checkout)
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -106,9 +108,9 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
         commit = snapshot(checkout, params_text(checkout, recipe), sources, f"Run {run_id}")
         root = runs / run_id
         git(checkout, "worktree", "add", "--quiet", "-b", f"runs/{run_id}", os.fspath(root), commit)
-        (root / ".pedigree").symlink_to(checkout / ".pedigree")
+        Layout(root).state.symlink_to(layout.state)
         ledger = Ledger(root)
-        ledger.share_cache(checkout / ".dvc" / "cache", checkout / ".dvc" / "config.local")
+        ledger.share_cache(layout.dvc_cache, layout.dvc_local_settings)
         for collection in COLLECTIONS:
             (root / collection).mkdir(parents=True, exist_ok=True)
         yield Workspace(root, run_id, ledger)

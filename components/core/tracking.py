@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import known
+from components.core.layout import Layout
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
 from components.core.weights_cache import keep_weights
@@ -85,7 +86,7 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
         yield run
         run.metrics.add(flatten_numbers(run.result), step=0)
         run.metrics.flush()
-        reports = root / "reports" / stage / (item or "")
+        reports = Layout(root).report(stage, item)
         with reported():
             if reports.is_dir():
                 run.client.log_artifacts(run.run_id, str(reports))
@@ -238,7 +239,7 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
         # Two servers may both have a version 1 of the same name.
         origin = hashlib.sha256(f"{found.source} {found.creation_timestamp}".encode()).hexdigest()[:12]
-        folder = root / ".pedigree" / "cache" / "models" / f"{name}-{found.version}-{origin}"
+        folder = Layout(root).cache("models") / f"{name}-{found.version}-{origin}"
         model = f"models:/{name}/{found.version}"
 
         def fetch(target: Path) -> Path:

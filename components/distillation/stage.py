@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
+from components.core.layout import Layout
 from components.core.tracking import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
@@ -46,8 +47,8 @@ def find_teacher(weights: str, root: Path) -> Path:
             f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
             "it has today, or give models:/NAME/VERSION"
         )
-    (root / ".pedigree").mkdir(exist_ok=True)
-    with (root / ".pedigree" / "teacher.lock").open("w") as lock:  # ranks of one machine fetch it once
+    Layout(root).state.mkdir(exist_ok=True)
+    with (Layout(root).state / "teacher.lock").open("w") as lock:  # ranks of one machine fetch it once
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = download_weights(weights, root)
     if not (folder / HEADS_FILE).is_file():
@@ -63,15 +64,15 @@ def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_
     config = resolve_precision(config, "distill")
     teacher = load_network(teacher_weights)
     check_patch_sizes(config, teacher)
-    stream = ImageStream(root / "data" / "curated", config.stream, seed)
+    stream = ImageStream(Layout(root).curated, config.stream, seed)
     # Only this student matters to its run: another one's change must not make it start anew.
     own = {name: config.model_copy(update={"students": {name: kept}}) for name, kept in config.students.items()}
     make = {name: partial(student_job, name, alone, teacher, stream, seed) for name, alone in own.items()}
-    models = root / "models" / "students"
+    models = Layout(root).students
     others = [name for name in config.students if name != student] if config.share_teacher else []
     return train_and_deliver(
         make[student](),
-        Delivery(root, models / student, root / "reports" / "distill" / student, {"teacher": teacher_weights}),
+        Delivery(root, models / student, Layout(root).report("distill", student), {"teacher": teacher_weights}),
         [Beside(f"distill/{name}", own[name], models / name, make[name]) for name in others],
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from components.core.errors import DatasetError
+from components.core.layout import Layout
 from components.core.storage import atomic_dir
 from components.core.tracking import download_weights
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
@@ -44,7 +45,8 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     Raises:
         DatasetError: no evaluation images, no test images, or a crop that does not fit a model.
     """
-    images = read_evaluation_set(root / "data" / "evaluation")
+    layout = Layout(root)
+    images = read_evaluation_set(layout.evaluation)
     backbones = _backbones(config, root, seed, model)
     extractors = {name: backbone_extractor(backbone) for name, backbone in backbones.items()}
     measured = measure(config, images, {**extractors, DESCRIPTOR: descriptor_extractor}, seed)
@@ -52,7 +54,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     compared = differences(measured.scores, model, config.bootstrap_resamples, seed)
     counts = _counts(images)
 
-    with atomic_dir(root / "reports" / "evaluate" / model) as folder:
+    with atomic_dir(layout.report("evaluate", model)) as folder:
         pixels = EvaluationImages(images, config.preprocessing)
         queries = choose_queries(images, config.num_pictures, seed)
         shown = torch.stack([pixels[index] for index in queries])

@@ -33,6 +33,7 @@ from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
+from components.core.layout import Layout
 from components.lineage.record import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
@@ -246,7 +247,7 @@ class Ledger:
 
     def share_cache(self, cache: Path, settings: Path | None) -> None:
         """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
-        local = self.root / ".dvc" / "config.local"
+        local = Layout(self.root).dvc_local_settings
         local.parent.mkdir(exist_ok=True)
         if settings is not None and settings.exists():
             shutil.copy(settings, local)

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from components.core.layout import RELATIVE
 from components.core.storage import sha256_file
 from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
 from components.lineage.record import Record, RecordError, folder_id, git
 
-CURATED = "data/curated"
-POOL = "data/pool"
-EVALUATION = "data/evaluation"
-OUTPUTS = ("dvc.lock", "params.yaml", "reports")  # what a run writes into files that git tracks
+CURATED, POOL, EVALUATION = str(RELATIVE.curated), str(RELATIVE.pool), str(RELATIVE.evaluation)
+OUTPUTS = ("dvc.lock", "params.yaml", str(RELATIVE.reports))  # what a run writes into files that git tracks
 WEIGHTS_FILE = "model.safetensors"
 
 

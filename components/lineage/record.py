@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from components.core.errors import PedigreeError
+from components.core.layout import RELATIVE
 
 LOCK = "dvc.lock"
 REGISTER_STAGE = "register"
@@ -85,7 +86,8 @@ class Record:
         """Address of the default DVC remote: `.dvc/config` at the revision, overridden by this machine's settings."""
         parser = ConfigParser(interpolation=None)
         try:
-            for text in (self.read(".dvc/config"), Record(self.root).read(".dvc/config.local")):
+            own = Record(self.root).read(str(RELATIVE.dvc_local_settings))
+            for text in (self.read(str(RELATIVE.dvc_settings)), own):
                 parser.read_string((text or b"").decode())
             section = f'remote "{parser["core"]["remote"]}"'
             found = next(name for name in parser.sections() if name.strip("'") == section)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.core.layout import RELATIVE, Layout
 from components.lineage.record import Record, RecordError
 
-RUNS = Path(".pedigree") / "runs"  # of the checkout: a folder and a lock file for each run
 BRANCHES = "refs/heads/runs/"
-RESULT = "reports/register/result.json"
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
 _ENDS = {"Run finished": FINISHED, "Run failed": FAILED, "Run interrupted": INTERRUPTED}
@@ -104,7 +103,7 @@ def find_runs(root: Path) -> list[Run]:
     branches = set(refs(root, BRANCHES))
     names = {ref.removeprefix(BRANCHES) for ref in branches}
     folders = {tree.branch: tree.folder for tree in worktrees(root) if tree.branch and tree.folder.is_dir()}
-    locks = {path.stem: path for path in (root / RUNS).glob("*.lock")}
+    locks = {path.stem: path for path in Layout(root).runs.glob("*.lock")}
     locks |= {name: folders[ref].with_name(f"{name}.lock") for name in names if (ref := f"{BRANCHES}{name}") in folders}
     names |= {name for name, path in locks.items() if is_locked(path)}  # one that starts has no branch yet
     found = []
@@ -119,7 +118,7 @@ def registered(root: Path, run: Run) -> list[dict[str, Any]]:
     """The versions that a run registered (or found registered), each with `name` and `version`."""
     if not any(commit.subject.startswith("register: ") for commit in run.commits):
         return []  # what is there was in the checkout
-    found = json.loads(Record(root, run.tip).read(RESULT) or b"{}")
+    found = json.loads(Record(root, run.tip).read(str(RELATIVE.result("register"))) or b"{}")
     return [version for version in found.values() if isinstance(version, dict) and "version" in version]
 
 

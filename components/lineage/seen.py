@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.core.layout import RELATIVE
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.origin import CURATED, Tag
@@ -23,7 +24,6 @@ from components.lineage.remote import Remote
 from components.lineage.streaming import stream_from
 from components.lineage.trace import find_version
 
-PRETRAINED = "models/pretrained"
 ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
 
 
@@ -110,7 +110,7 @@ def read_history(reference: str, root: Path) -> History:
         if teacher := config.get("teacher_weights"):
             relation, parent = "taught by", teacher
         elif training.provenance["stage"] == "adapt":
-            relation, parent = "started from", PRETRAINED
+            relation, parent = "started from", str(RELATIVE.weights("pretrained"))
         else:
             return History(trainings)
         if parent.startswith("models:/"):

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
+from components.core.layout import RELATIVE
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
@@ -31,7 +32,7 @@ from components.lineage.remote import Remote
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 CHAMPION = "champion"
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
-DATA_FOLDERS = ("data/", "models/", "reports/")
+DATA_FOLDERS = tuple(f"{folder}/" for folder in (RELATIVE.data, RELATIVE.models, RELATIVE.reports))
 
 
 @dataclass
@@ -226,7 +227,7 @@ class _Tracer:
         if not reference:
             return [Node("parent", "(none)", missing=["the version names no parent"])]
         node = Node("parent", reference, {"weights_sha256": tags.get(Tag.PARENT_SHA256)})
-        if _REFERENCE.fullmatch(reference) and not reference.startswith("models/"):
+        if _REFERENCE.fullmatch(reference) and not reference.startswith(f"{RELATIVE.models}/"):
             name, number = reference.rsplit("/", 1)
             version = self.version(name, None, number)
             if isinstance(version, str):

@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from components.core import tracking
 from components.core.errors import DatasetError
+from components.core.layout import RELATIVE, Layout
 from components.core.storage import sha256_file
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
@@ -26,9 +27,7 @@ from components.registry.publish import Candidate, RegistryError, one_line_error
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = "models/pretrained"
-TEACHER = "models/adapted"
-STUDENTS = "models/students"
+PRETRAINED, TEACHER = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
 SUMMARY = "summary.html"
 
 
@@ -53,8 +52,8 @@ def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[
         teacher = register(f"{name}-candidates", TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
         parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
         done = {"teacher": teacher}
-        for folder in sorted(p for p in (root / STUDENTS).glob("[!.]*") if p.is_dir()):
-            path = f"{STUDENTS}/{folder.name}"
+        for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
+            path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
             done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, taught_by)
     return {item: _summary(version) for item, version in done.items()}
@@ -148,7 +147,7 @@ def _sha256(path: Path) -> str:
 
 
 def _evaluation(root: Path, item: str) -> dict[str, Any]:
-    path = root / "reports" / "evaluate" / item / "result.json"
+    path = Layout(root).result("evaluate", item)
     if not path.is_file():
         raise RegistryError(f"{path}: no such file; a candidate is registered with its evaluation: run `dvc repro`")
     return json.loads(path.read_text())

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from components.core.distributed import barrier, rank
+from components.core.layout import Layout
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
 from components.data.batch import TrainingBatches
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG, CROPS, PCA = "config.json", "crops.jpg", "pca.jpg"
 WEIGHTS, DIGEST = "weights", "sha256.json"
-CHECKPOINTS = Path(".pedigree/checkpoints")  # by run key
-TRAINED = Path(".pedigree/cache/trained")  # by run key: what was trained and is not yet reported
 KEPT_SECONDS = 30 * 86_400.0  # a stage that has not taken it up by then never will
 
 
@@ -95,11 +94,11 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        return self.root / CHECKPOINTS / self.key
+        return Layout(self.root).checkpoints(self.key)
 
     @property
     def kept(self) -> Path:
-        return self.root / TRAINED / self.key
+        return Layout(self.root).trained / self.key
 
     def is_kept(self) -> bool:
         """Whether it is trained, and its stage has not taken it up; every rank must call."""
@@ -204,7 +203,7 @@ def _train(runs: Sequence[_Run]) -> None:
 
 def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
     uri = f"{config.checkpoint_uri.rstrip('/')}/{key}" if config.checkpoint_uri else None
-    return Checkpoints(root / CHECKPOINTS / key, uri)
+    return Checkpoints(Layout(root).checkpoints(key), uri)
 
 
 def _tell_of_other_precision(run: _Run, config: TrainingConfig) -> None:
@@ -221,7 +220,7 @@ def _tell_of_other_precision(run: _Run, config: TrainingConfig) -> None:
 def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     if config.monitor.knn is None:
         return None
-    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=config.half)
+    return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, half=config.half)
 
 
 def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: Tensor) -> Probes:
@@ -232,7 +231,7 @@ def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: Tensor) -
 
 def forget(root: Path, key: str) -> None:
     """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
-    shutil.rmtree(root / TRAINED / key, ignore_errors=True)
+    shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
 def _keep(run: _Run, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from components.core.layout import Layout
 from components.core.mlflow_client import TrackingError, checked_client, server_uri
 from components.lineage.keeping import only_needed_by
 from components.lineage.needs import Needs
@@ -26,7 +27,6 @@ from infra.local import supervisor
 from infra.local.site import StackError
 
 FILE_WIDTH = 300  # characters of a line
-CACHE = Path(".dvc") / "cache"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _champions(root: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _sizes(root: Path, found: Sequence[Run]) -> dict[str, int]:
-    disk = DiskStore(root / CACHE)
+    disk = DiskStore(Layout(root).dvc_cache)
     there = objects(disk.listing())
     needs = Needs(root, lambda id_: disk.read(object_path(id_)))
     return {

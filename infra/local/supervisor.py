@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from components.core.layout import Layout
 from infra.local.processes import MARK, blame, end, find, main_process, mark, signals, spawn, stop
 from infra.local.services import KEEPER_STATE, Service, UnhealthyError, deployment, services
 from infra.local.site import GRPC_OFFSET, QUIET, Site, StackError, settle, without_proxy
@@ -150,7 +151,7 @@ def revive(root: Path, names: tuple[str, ...], report: Report) -> tuple[str, ...
 
 def down(root: Path, report: Report = logger.info) -> list[str]:
     """Stop every process of the stack and return the names of the services that were running."""
-    if not (root / ".pedigree").exists():
+    if not Layout(root).state.exists():
         return []
     end(lambda: find(Site.load(root), ("keeper",)))  # it may hold the lock, and would start all again
     with _locked(root, report):
@@ -306,7 +307,7 @@ def _finish(site: Site, job: Service, process: subprocess.Popen[bytes]) -> str:
 @contextmanager
 def _locked(root: Path, report: Report) -> Iterator[None]:
     """Hold the stack's lock, so that two commands never start or stop the same stack at once."""
-    folder = root / ".pedigree"
+    folder = Layout(root).state
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (folder / "stack.lock").open("w")
