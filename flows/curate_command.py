@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from components.core.git import try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.text import one_line
-from flows.git import WorkspaceError, git
+from flows.git import WorkspaceError
 
 if TYPE_CHECKING:
     from components.curation.explain import CuratedTables, Explanation, Mention
@@ -84,7 +85,7 @@ def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
 def run_ids(checkout: Path) -> list[str]:
     """Ids of the runs of this checkout, newest first."""
     folders = {path.name for path in Layout(checkout).runs.glob("*/") if path.is_dir()}
-    refs = git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs", check=False)
+    refs = try_git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs") or ""
     return sorted(folders | set(refs.split()), reverse=True)
 
 

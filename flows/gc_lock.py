@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from components.lineage.runs import ask_git, find_runs
+from components.core.git import git
+from components.lineage.runs import find_runs
 from flows.git import WorkspaceError
 
 log = logging.getLogger(__name__)
@@ -51,5 +52,5 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
 
 
 def _lock_file(checkout: Path) -> IO[str]:
-    folder = Path(checkout, ask_git(checkout, "rev-parse", "--git-common-dir"))
+    folder = Path(checkout, git(checkout, "rev-parse", "--git-common-dir"))
     return (folder / "pedigree-gc.lock").open("a")

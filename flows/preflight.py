@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.core.config import ConfigError
+from components.core.git import git
 from components.core.layout import RELATIVE, Layout
 from flows.snapshot import CODE_FOLDERS
 from flows.sources import EVALUATION, POOL, Snapshot, num_images, snapshots, source_names
@@ -81,8 +82,6 @@ def named_files(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
 
 def _in_the_run(checkout: Path, path: str) -> bool:
     """Whether a run's folder has what lies at this relative path of the checkout."""
-    from flows.git import git
-
     top = Path(path).parts[0]
     if top in {str(RELATIVE.state), *CODE_FOLDERS}:  # the first is linked
         return True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from components.core.git import git, try_git
 from components.core.layout import Layout
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
@@ -19,7 +20,6 @@ from components.lineage.ledger import Foreseen, Ledger, Outcome
 from components.lineage.record import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.git import git
 from flows.snapshot import snapshot
 from flows.sources import COLLECTIONS
 from flows.workspace import ENDS, params_text
@@ -137,6 +137,6 @@ def _outcome(seen: Foreseen, told: list[Change]) -> str:
 
 
 def _remove(checkout: Path, folder: Path) -> None:
-    git(checkout, "worktree", "remove", "--force", os.fspath(folder), check=False)
+    try_git(checkout, "worktree", "remove", "--force", os.fspath(folder))
     shutil.rmtree(folder, ignore_errors=True)
-    git(checkout, "worktree", "prune", check=False)
+    try_git(checkout, "worktree", "prune")

@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from components.core.git import git
 from components.core.layout import RELATIVE
 from components.data.provenance import SUFFIX
 from components.recipe import PARAMS_FILE
-from flows.git import WorkspaceError, git, head
+from flows.git import WorkspaceError, head
 from flows.sources import COLLECTIONS
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) 
         message: of the commit.
 
     Raises:
-        WorkspaceError: git refuses, or an untracked file is too large for a run.
+        WorkspaceError: not a repository with a commit, or an untracked file is too large for a run.
+        GitError: git refuses.
     """
     at = head(checkout)
     with tempfile.TemporaryDirectory(prefix="pedigree-", dir=at.index.parent) as scratch:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from components.core.git import git, try_git
 from components.core.layout import Layout
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.git import git, head_commit
+from flows.git import head_commit
 from flows.snapshot import by_top_level, describe, snapshot
 from flows.sources import COLLECTIONS
 
@@ -157,6 +158,6 @@ def _remove_old(checkout: Path, runs: Path) -> None:
                 continue
             finished.append(path)
     for path in finished[: -KEPT_FOLDERS or None]:
-        git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")), check=False)
+        try_git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")))
         path.unlink()
-    git(checkout, "worktree", "prune", check=False)
+    try_git(checkout, "worktree", "prune")

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import subprocess
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import known
+from components.core.git import try_git
 from components.core.layout import Layout
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
@@ -405,12 +405,7 @@ def _key(name: str) -> str:
 
 def _git(root: Path) -> tuple[str, str, bool]:
     """(pipeline run, commit, whether tracked files other than dvc.lock differ from it)."""
-
-    def ask(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = ask("rev-parse", "HEAD") or "none"
-    branch = ask("symbolic-ref", "--short", "HEAD") or commit[:12]
-    dirty = bool(ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
+    commit = try_git(root, "rev-parse", "HEAD") or "none"
+    branch = try_git(root, "symbolic-ref", "--short", "HEAD") or commit[:12]
+    dirty = bool(try_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
     return branch.removeprefix("runs/"), commit, dirty

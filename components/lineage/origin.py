@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from components.core.git import try_git
 from components.core.layout import RELATIVE
 from components.core.storage import sha256_file
 from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
-from components.lineage.record import Record, RecordError, folder_id, git
+from components.lineage.record import Record, RecordError, folder_id
 
 CURATED, POOL, EVALUATION = str(RELATIVE.curated), str(RELATIVE.pool), str(RELATIVE.evaluation)
 OUTPUTS = ("dvc.lock", "params.yaml", str(RELATIVE.reports))  # what a run writes into files that git tracks
@@ -96,7 +97,7 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
         RecordError: no git commit, no `dvc.lock`, an output that it does not name, or weights that are not its bytes.
     """
     record = Record(root)
-    commit = git(root, "rev-parse", "HEAD")
+    commit = try_git(root, "rev-parse", "HEAD")
     if commit is None:
         raise RecordError(f"{root}: not in a git repository with a commit, so no commit can be named as the origin")
     weights_dvc = _recorded(record, weights_path)
@@ -107,8 +108,8 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
         )
     return Origin(
         commit=commit,
-        branch=git(root, "branch", "--show-current") or "(none)",
-        dirty=bool(git(root, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in OUTPUTS))),
+        branch=try_git(root, "branch", "--show-current") or "(none)",
+        dirty=bool(try_git(root, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in OUTPUTS))),
         lock_sha256=record.lock_sha256(),
         weights_path=weights_path,
         weights_dvc=weights_dvc,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from configparser import ConfigParser
 from configparser import Error as ConfigParserError
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from components.core.errors import PedigreeError
+from components.core.git import file_at, try_git
 from components.core.layout import RELATIVE
 
 LOCK = "dvc.lock"
@@ -40,10 +40,7 @@ class Record:
         if self.revision is None:
             file = self.root / path
             return file.read_bytes() if file.is_file() else None
-        done = subprocess.run(
-            ["git", "-C", str(self.root), "show", f"{self.revision}:./{path}"], capture_output=True, check=False
-        )
-        return done.stdout if done.returncode == 0 else None
+        return file_at(self.root, self.revision, path)
 
     def stages(self) -> dict[str, Any]:
         """The stages of `dvc.lock`: name -> {cmd, deps, params, outs}.
@@ -100,14 +97,14 @@ class Record:
             found = (p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*.dvc") if p.is_file())
         else:
             # Relative to `root`, which may lie below the top of its git repository.
-            listing = git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
+            listing = try_git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
 
 
 def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:
     """The record whose `dvc.lock` has this SHA-256: at the commit or one after it; None: at none."""
-    later = git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
+    later = try_git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
     for revision in (commit, *later.split()):
         record = Record(root, revision)
         try:
@@ -116,12 +113,6 @@ def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | No
         except RecordError:
             continue
     return None
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command in `root`; None when it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def folder_id(folder: Path) -> str:

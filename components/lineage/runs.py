@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.core.git import git
 from components.core.layout import RELATIVE, Layout
-from components.lineage.record import Record, RecordError
+from components.lineage.record import Record
 
 BRANCHES = "refs/heads/runs/"
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
@@ -124,9 +124,9 @@ def registered(root: Path, run: Run) -> list[dict[str, Any]]:
 
 def worktrees(root: Path) -> list[Worktree]:
     """The folders of this repository that git knows; each at where the project begins in it."""
-    prefix = ask_git(root, "rev-parse", "--show-prefix")
+    prefix = git(root, "rev-parse", "--show-prefix")
     found = []
-    for block in ask_git(root, "worktree", "list", "--porcelain").split("\n\n"):
+    for block in git(root, "worktree", "list", "--porcelain").split("\n\n"):
         facts = {key: value for key, _, value in (line.partition(" ") for line in block.splitlines())}
         if set(facts.get("HEAD", "0")) != {"0"}:  # else it is bare, or has no commit yet
             found.append(Worktree(Path(facts["worktree"], prefix), facts["HEAD"], facts.get("branch")))
@@ -135,20 +135,7 @@ def worktrees(root: Path) -> list[Worktree]:
 
 def refs(root: Path, *patterns: str) -> list[str]:
     """Names of git's references below the patterns."""
-    return ask_git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
-
-
-def ask_git(root: Path, *arguments: str) -> str:
-    """What a git command prints.
-
-    Raises:
-        RecordError: git refuses; the message is its own.
-    """
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join(done.stderr.split())
-        raise RecordError(f"git {arguments[0]} in {root}: {said or f'exit {done.returncode}'}")
-    return done.stdout.strip()
+    return git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
 
 
 def is_locked(path: Path) -> bool:
@@ -167,12 +154,12 @@ def _own_commits(root: Path, name: str) -> list[Commit]:
     """Commits of the branch back to the one that a run begins with; of a foreign branch, those that no other has."""
     branch, form = f"{BRANCHES}{name}", "--format=%H%x1f%ct%x1f%s"
     found = []
-    for line in ask_git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():
+    for line in git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():
         found.append(_commit(line))
         if found[-1].subject == f"Run {name}":
             return found
     others = ["--not", f"--exclude={BRANCHES}*", "--all"]
-    lines = ask_git(root, "log", form, branch, *others, "--").splitlines()
+    lines = git(root, "log", form, branch, *others, "--").splitlines()
     return [_commit(line) for line in lines] or found[:1]
 
 

@@ -20,13 +20,14 @@ from pydantic import ValidationError
 
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
+from components.core.git import try_git
 from components.core.layout import RELATIVE
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.origin import CURATED, POOL, Tag, data_versions
-from components.lineage.record import Record, RecordError, find_record, git, upstream
+from components.lineage.record import Record, RecordError, find_record, upstream
 from components.lineage.remote import Remote
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -241,7 +242,7 @@ class _Tracer:
         if not commit:
             return Node("commit", "(none)", missing=["the version names no git commit"])
         node = Node("commit", commit, {"branch": branch})
-        shown = git(self.root, "show", "-s", "--format=%an <%ae>%n%aI%n%s", commit)
+        shown = try_git(self.root, "show", "-s", "--format=%an <%ae>%n%aI%n%s", commit)
         if shown is None:
             node.missing.append(f"not in the git repository at {self.root}; fetch the branch {branch}")
             return node
@@ -305,7 +306,7 @@ class _LockTrace:
         deps = {d["path"]: d["md5"] for name in self.names for d in self.stages[name].get("deps", [])}
         code = {path: md5 for path, md5 in sorted(deps.items()) if not path.startswith(DATA_FOLDERS)}
         node = Node("code", f"{len(code)} paths", {"paths": code})
-        gone = [p for p in code if git(self.record.root, "cat-file", "-e", f"{self.record.revision}:./{p}") is None]
+        gone = [p for p in code if try_git(self.record.root, "cat-file", "-e", f"{self.record.revision}:./{p}") is None]
         if gone:
             node.missing.append(f"not in the commit: {', '.join(gone)}")
         if not code:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.core.git import git
 from components.core.layout import Layout
 from components.core.tracking import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
@@ -23,7 +24,7 @@ from components.lineage.mlflow_files import failed_files_removal
 from components.lineage.needs import Needs, ids_of, read_yaml
 from components.lineage.record import Record
 from components.lineage.removal import Removal, delete, own_bytes
-from components.lineage.runs import BRANCHES, RUN_ID, Run, ask_git, find_runs, is_locked, refs
+from components.lineage.runs import BRANCHES, RUN_ID, Run, find_runs, is_locked, refs
 from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects
 
 READERS = 10  # threads that read run-cache entries from S3
@@ -118,16 +119,16 @@ def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
     sizes = {str(folder): own_bytes(folder) for folder in sorted(folders) if folder.is_dir()}
 
     def remove_folders() -> None:
-        ask_git(root, "worktree", "prune")
+        git(root, "worktree", "prune")
         for name in sizes:
             if name in {str(run.folder) for run in gone}:
-                ask_git(root, "worktree", "remove", "--force", "--force", name)
+                git(root, "worktree", "remove", "--force", "--force", name)
             delete(Path(name))
 
     def remove_branches() -> None:
-        ask_git(root, "worktree", "prune")
+        git(root, "worktree", "prune")
         for run in gone:
-            ask_git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
+            git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
         for name in [*(run.id for run in gone), *stale]:
             delete(runs / f"{name}.lock")
 

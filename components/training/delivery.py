@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -18,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from components.core.distributed import barrier, rank
+from components.core.git import try_git
 from components.core.layout import Layout
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
@@ -177,7 +177,7 @@ def _train(runs: Sequence[_Run]) -> None:
     for run, job in zip(runs, jobs, strict=True):
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
-            begun = {**run.provenance, "git_commit": _git_commit(root)}
+            begun = {**run.provenance, "git_commit": try_git(root, "rev-parse", "HEAD")}
             write_json(run.folder / CONFIG, begun)
             told = (run.name, job.config.steps, job.config.batch_size, run.folder / CONFIG)
             logger.info("%s: %d steps of %d images; all settings are in %s", *told)
@@ -300,9 +300,3 @@ def _figures(job: Job, key: str, rows: list[Row]) -> dict[str, Any]:
     config = job.config
     last = rows[-1] if rows else {}
     return {"run_key": key, "steps": config.steps, "images_seen": config.steps * config.batch_size, "last": last}
-
-
-def _git_commit(root: Path) -> str | None:
-    """Commit of the workspace; None outside of a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
