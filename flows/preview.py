@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import yaml
 
 from components.core.git import git, try_git
 from components.core.layout import Layout
+from components.core.locks import exclusive
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
@@ -76,8 +76,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
     layout = Layout(checkout)
     folder = layout.state / "preview"
     folder.parent.mkdir(exist_ok=True)
-    with no_gc_beside(checkout), folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with no_gc_beside(checkout), exclusive(folder.with_suffix(".lock")):
         _remove(checkout, folder)  # what a killed one left
         commit = snapshot(checkout, params_text(checkout, recipe), sources, "Preview of a run")
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)

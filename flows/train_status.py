@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import struct
 import sys
 import time
 from contextlib import suppress
@@ -18,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from components.core.layout import Layout
+from components.core.locks import record_holder
 from components.training.alerts import read_alerts
 from components.training.loss_table import LOSSES, Row, read_rows
 
-_FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
 NOTHING = "nothing trains here, and no training is left unfinished"
 
 
@@ -88,7 +85,7 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
 
 def _read(folder: Path, now: float) -> TrainStatus:
     begun = json.loads((folder / "config.json").read_text())
-    rows, config, process = read_rows(folder / LOSSES), begun["config"], _trainer(folder / "lock")
+    rows, config, process = read_rows(folder / LOSSES), begun["config"], record_holder(folder / "lock")
     last: Row = rows[-1] if rows else {}
     step, rate = int(last.get("step") or 0), last.get("images_per_second")
     left = (config["steps"] - step) * config["batch_size"] / rate if rate and process is not None else None
@@ -108,16 +105,6 @@ def _read(folder: Path, now: float) -> TrainStatus:
         checkpoint_uri=config.get("checkpoint_uri"),
         alerts=[alert.message for alert in read_alerts(folder)],
     )
-
-
-def _trainer(lock: Path) -> int | None:
-    """The process that holds a run's lock, asked without taking it: a trainer that starts meanwhile must get it."""
-    if not lock.exists():
-        return None
-    with lock.open() as file:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
-    return None if kind == fcntl.F_UNLCK else process
 
 
 def _cells(status: TrainStatus) -> list[str]:

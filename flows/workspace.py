@@ -6,7 +6,6 @@ the first commit of the branch; each finished stage adds one. The checkout itsel
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -21,6 +20,7 @@ import yaml
 
 from components.core.git import git, try_git
 from components.core.layout import Layout
+from components.core.locks import try_lock, wait_for_lock
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
 from flows.git import head_commit
@@ -104,7 +104,7 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
     head_commit(checkout)
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with no_gc_beside(checkout), (runs / f"{run_id}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         _remove_old(checkout, runs)
         commit = snapshot(checkout, params_text(checkout, recipe), sources, f"Run {run_id}")
         root = runs / run_id
@@ -152,11 +152,8 @@ def _remove_old(checkout: Path, runs: Path) -> None:
     finished = []
     for path in sorted(runs.glob("*.lock")):
         with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            finished.append(path)
+            if try_lock(lock):
+                finished.append(path)
     for path in finished[: -KEPT_FOLDERS or None]:
         try_git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")))
         path.unlink()

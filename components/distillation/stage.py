@@ -6,13 +6,13 @@ so that the teacher looks at an image once; the stages of the others take up wha
 
 from __future__ import annotations
 
-import fcntl
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
 from components.core.layout import Layout
+from components.core.locks import exclusive
 from components.core.tracking import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
@@ -47,9 +47,7 @@ def find_teacher(weights: str, root: Path) -> Path:
             f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
             "it has today, or give models:/NAME/VERSION"
         )
-    Layout(root).state.mkdir(exist_ok=True)
-    with (Layout(root).state / "teacher.lock").open("w") as lock:  # ranks of one machine fetch it once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(Layout(root).state / "teacher.lock"):  # ranks of one machine fetch it once
         folder = download_weights(weights, root)
     if not (folder / HEADS_FILE).is_file():
         raise ConfigError(

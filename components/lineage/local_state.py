@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from components.core.layout import Layout
+from components.core.locks import record_holder, try_record_lock
 from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
 
 LOCK = "lock"  # in a training's folder: a record lock of the process that trains
@@ -65,23 +65,16 @@ def _begun(folder: Path) -> Mapping[str, dict]:
 
 
 def _is_held(folder: Path) -> bool:
-    try:
-        with (folder / LOCK).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return record_holder(folder / LOCK) is not None
 
 
 def _delete_unheld(folder: Path) -> None:
     """Delete a training's folder while holding it; a trainer that waits for it finds it gone and makes a new one."""
     try:
         with (folder / LOCK).open("a") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            delete(folder)
-    except (FileNotFoundError, BlockingIOError):  # gone, or one began since the plan was made
+            if try_record_lock(file):  # else one began since the plan was made
+                delete(folder)
+    except FileNotFoundError:  # gone
         return
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from components.core.git import git
 from components.core.layout import RELATIVE, Layout
+from components.core.locks import is_locked
 from components.lineage.record import Record
 
 BRANCHES = "refs/heads/runs/"
@@ -136,18 +136,6 @@ def worktrees(root: Path) -> list[Worktree]:
 def refs(root: Path, *patterns: str) -> list[str]:
     """Names of git's references below the patterns."""
     return git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock file; the file is left as it is."""
-    try:
-        with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _own_commits(root: Path, name: str) -> list[Commit]:

@@ -39,6 +39,7 @@ CODE = (
     "components/core/__init__.py",
     "components/core/config.py",
     "components/core/errors.py",
+    "components/core/locks.py",
     "components/core/storage.py",
     "components/data/__init__.py",
     "components/data/pixels.py",

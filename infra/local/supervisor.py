@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from components.core.layout import Layout
+from components.core.locks import exclusive
 from infra.local.processes import MARK, blame, end, find, main_process, mark, signals, spawn, stop
 from infra.local.services import KEEPER_STATE, Service, UnhealthyError, deployment, services
 from infra.local.site import GRPC_OFFSET, QUIET, Site, StackError, settle, without_proxy
@@ -310,15 +310,11 @@ def _locked(root: Path, report: Report) -> Iterator[None]:
     folder = Layout(root).state
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (folder / "stack.lock").open("w")
+        (folder / "stack.lock").touch()
     except OSError as error:
         raise StackError(f"cannot write the state of the stack into {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("another command is starting or stopping the stack: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    waits = "another command is starting or stopping the stack: waiting for it"
+    with exclusive(folder / "stack.lock", lambda _: report(waits)):
         yield
 
 
