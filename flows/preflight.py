@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from components.core.config import ConfigError
 from components.core.git import git
 from components.core.layout import RELATIVE, Layout
+from components.core.references import is_registered
 from flows.snapshot import CODE_FOLDERS
 from flows.sources import EVALUATION, POOL, Snapshot, num_images, snapshots, source_names
 from infra.local.site import HOST
@@ -60,7 +61,7 @@ def _missing_files(checkout: Path, recipe: Recipe) -> Iterator[str]:
     made = {str(RELATIVE.weights("pretrained")), *recipe.evaluate.models.values()}
     for key, value in named_files(recipe.model_dump(mode="json", by_alias=True)):
         is_made = key == "distill.teacher_weights" and value.rstrip("/") in made
-        if is_made or (key in VERSIONED and value.startswith("models:/")):
+        if is_made or (key in VERSIONED and is_registered(value)):
             continue
         if not (checkout / value).exists():
             yield f"{key}: {checkout / value} does not exist; give the path of a file or folder that does"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from components.core.config import ConfigError
+from components.core.references import IMAGE_ID
 from components.core.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def seen(
 def _image_id(image: str) -> str:
     if Path(image).is_file():
         return sha256_file(Path(image))
-    if re.fullmatch("[0-9a-f]{64}", image):
+    if IMAGE_ID.fullmatch(image):
         return image
     raise ConfigError(f"--image {image}: neither a file nor an id; an id is the SHA-256 of an image's bytes, 64 digits")
 

@@ -25,13 +25,13 @@ from components.core.git import try_git
 from components.core.layout import Layout
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
+from components.core.references import ModelReference
 from components.core.weights_cache import keep_weights
 
 log = logging.getLogger(__name__)
 
 PARENT_STAGE = "flow"  # value of the tag pedigree.stage on a pipeline run
 WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of its model.safetensors
-_MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _MAX_KEY, _MAX_VALUE, _MAX_DIGEST = 250, 6000, 36  # characters; MLflow refuses longer ones
 _TRACEBACK_FILE = "traceback.txt"
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # and larger batches
@@ -228,19 +228,18 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
         TrackingError: no server is set, it does not answer, the version does not exist, or its bytes are not what
             was registered.
     """
-    match = _MODEL_URI.match(uri)
-    if match is None:
+    asked = ModelReference.of_uri(uri)
+    if asked is None:
         raise TrackingError(f"{uri}: not a registered model; write models:/NAME/VERSION or models:/NAME@ALIAS")
     if not server_uri():
         raise TrackingError(f"{uri}: MLFLOW_TRACKING_URI is not set; run 'pedigree up', or set it")
     with reported():
         client = checked_client()
-        name, alias, version = match["name"], match["alias"], match["version"]
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        found = asked.find(client)
         # Two servers may both have a version 1 of the same name.
         origin = hashlib.sha256(f"{found.source} {found.creation_timestamp}".encode()).hexdigest()[:12]
-        folder = Layout(root).cache("models") / f"{name}-{found.version}-{origin}"
-        model = f"models:/{name}/{found.version}"
+        folder = Layout(root).cache("models") / f"{asked.name}-{found.version}-{origin}"
+        model = ModelReference(asked.name, version=str(found.version)).uri
 
         def fetch(target: Path) -> Path:
             from mlflow.artifacts import download_artifacts

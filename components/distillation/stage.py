@@ -13,6 +13,7 @@ from typing import Any
 from components.core.config import ConfigError
 from components.core.layout import Layout
 from components.core.locks import exclusive
+from components.core.references import ModelReference, is_registered
 from components.core.tracking import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
@@ -40,9 +41,9 @@ def find_teacher(weights: str, root: Path) -> Path:
         ConfigError: an alias, or weights that were registered without heads.
         TrackingError: the registry does not answer, or has no such version.
     """
-    if not weights.startswith("models:/"):
+    if not is_registered(weights):
         return root / weights
-    if "@" in weights:
+    if (named := ModelReference.of_uri(weights)) and named.alias:
         raise ConfigError(
             f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
             "it has today, or give models:/NAME/VERSION"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from components.core.git import git
+from components.core.references import DATA_ID
 from components.lineage.record import LOCK, RecordError
 
-OBJECT_ID = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 FOLDER = ".dir"  # how the id of a folder's listing ends
 
 
@@ -79,7 +78,7 @@ class Needs:
 
 def ids_of(outputs: Iterable[Any]) -> list[str]:
     """DVC ids of the outputs of a stage, a `.dvc` file or a run-cache entry."""
-    return [out["md5"] for out in outputs if OBJECT_ID.fullmatch(str(out.get("md5")))]
+    return [out["md5"] for out in outputs if DATA_ID.fullmatch(str(out.get("md5")))]
 
 
 def read_yaml(text: bytes, where: str) -> Any:

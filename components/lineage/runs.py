@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from components.core.locks import is_locked
 from components.lineage.record import Record
 
 BRANCHES = "refs/heads/runs/"
-RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
 _ENDS = {"Run finished": FINISHED, "Run failed": FAILED, "Run interrupted": INTERRUPTED}
 

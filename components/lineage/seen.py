@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.layout import RELATIVE
+from components.core.references import is_registered
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.origin import CURATED, Tag
@@ -113,7 +114,7 @@ def read_history(reference: str, root: Path) -> History:
             relation, parent = "started from", str(RELATIVE.weights("pretrained"))
         else:
             return History(trainings)
-        if parent.startswith("models:/"):
+        if is_registered(parent):
             version = find_version(parent, root)
             name, path = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, "")
             record = _record(name, version.tags, root)

@@ -16,6 +16,7 @@ from typing import Any
 from components.core.git import git
 from components.core.layout import Layout
 from components.core.locks import is_locked
+from components.core.references import RUN_ID
 from components.core.tracking import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
@@ -25,7 +26,7 @@ from components.lineage.mlflow_files import failed_files_removal
 from components.lineage.needs import Needs, ids_of, read_yaml
 from components.lineage.record import Record
 from components.lineage.removal import Removal, delete, own_bytes
-from components.lineage.runs import BRANCHES, RUN_ID, Run, find_runs, refs
+from components.lineage.runs import BRANCHES, Run, find_runs, refs
 from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects
 
 READERS = 10  # threads that read run-cache entries from S3

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from components.core import tracking
 from components.core.errors import DatasetError
 from components.core.layout import RELATIVE, Layout
+from components.core.references import CANDIDATES, ModelReference
 from components.core.storage import sha256_file
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
@@ -49,13 +50,13 @@ def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[
     register = _Register(client, preprocessing, root, seed, os.environ["MLFLOW_RUN_ID"])
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
-        teacher = register(f"{name}-candidates", TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
+        teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
         parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
         done = {"teacher": teacher}
         for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
             path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
-            done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, taught_by)
+            done[folder.name] = register(f"{name}-{folder.name}{CANDIDATES}", path, folder.name, taught_by)
     return {item: _summary(version) for item, version in done.items()}
 
 
@@ -114,10 +115,9 @@ def teacher_of(client: MlflowClient, root: Path, student: Path) -> tuple[str, st
     teacher = trained_with.get("teacher_weights", TEACHER)
     if not isinstance(teacher, str) or teacher == TEACHER:
         return None
-    if not teacher.startswith("models:/"):
+    if (taught_by := ModelReference.of_uri(teacher)) is None:
         return teacher, _sha256(root / teacher / WEIGHTS_FILE)
-    name, _, version = teacher.removeprefix("models:/").rpartition("/")
-    return f"{name}/{version}", client.get_model_version(name, version).tags[Tag.WEIGHTS_SHA256]
+    return str(taught_by), taught_by.find(client).tags[Tag.WEIGHTS_SHA256]
 
 
 def log_inputs(root: Path, origin: Origin) -> None:
@@ -134,7 +134,7 @@ def _summary(version: ModelVersion) -> dict[str, str]:
     return {
         "name": version.name,
         "version": str(version.version),
-        "uri": f"models:/{version.name}/{version.version}",
+        "uri": ModelReference(version.name, version=str(version.version)).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
     }
