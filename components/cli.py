@@ -29,8 +29,8 @@ from components.core.errors import (
 )
 from components.core.layout import Layout
 from components.core.log_levels import ERROR, LevelFormatter
+from components.core.stage_runs import stage_run, where_logged
 from components.core.storage import recover_dirs, write_json
-from components.core.tracking import stage_run, where_logged
 from components.recipe import Recipe, load_recipe
 from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advice
 

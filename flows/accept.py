@@ -11,7 +11,7 @@ from typing import Any
 from components.core.config import ConfigError
 from components.lineage.audit_log import AuditLog, Entry, Event
 from components.lineage.code import list_of, read_list
-from components.lineage.record import Record, file_md5
+from components.lineage.lock_file import Record, file_md5
 from components.lineage.trace import ACCEPTED, outputs_of
 from components.recipe import Recipe
 from flows.preview import Preview, Step, open_preview

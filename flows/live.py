@@ -18,7 +18,7 @@ from uuid import UUID
 
 import psutil
 
-from components.core import tracking
+from components.core import stage_runs
 from components.core.errors import PedigreeError, ServiceError
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
@@ -143,7 +143,7 @@ def close_lost(checkout: Path) -> list[str]:
 def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
     name = noted.get("run") or str(flow_run)
     if noted.get("run"):
-        tracking.close_lost(noted["run"], noted["model"])
+        stage_runs.close_lost(noted["run"], noted["model"])
         root = Layout(checkout).runs / noted["run"]
         if root.exists():
             close_branch(root, f"Run interrupted: {LOST}")

@@ -17,7 +17,7 @@ from components.core.locks import exclusive
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
-from components.lineage.record import Record, RecordError
+from components.lineage.lock_file import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
 from flows.snapshot import snapshot
@@ -82,7 +82,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
         try:
             ledger = Ledger(folder)
-            ledger.share_cache(layout.dvc_cache, layout.dvc_local_settings)
+            ledger.share_cache(checkout)
             for collection in COLLECTIONS:
                 (folder / collection).mkdir(parents=True, exist_ok=True)
             last = last_run(checkout, recipe.name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from components.core import tracking
+from components.core import stage_runs
 from components.core.layout import RELATIVE, Layout
 from flows.workspace import Workspace
 
@@ -34,7 +34,7 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
         columns = main_columns(rows)
         lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        tracking.describe_run(
+        stage_runs.describe_run(
             mlflow_run, f"{table}\n\nThe stages are the child runs; git has it all as `{workspace.branch}`."
         )
     pictures = [*PICTURES]
@@ -46,7 +46,7 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
             create_markdown_artifact(
                 f"### {title}\n\n![{title}](data:image/jpeg;base64,{data})", key=key, description=title
             )
-    if url := tracking.run_url(mlflow_run):
+    if url := stage_runs.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
     if (page := curation / "report.html").exists():
         told = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"

@@ -18,10 +18,11 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from components.core import tracking
+from components.core import stage_runs
 from components.core.errors import defect, known
 from components.core.layout import Layout
 from components.core.locks import exclusive
+from components.core.mlflow_client import TrackingError
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
@@ -133,7 +134,7 @@ def _name_flow_run(name: str) -> None:
 
 def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
     """Run the stages; however they end, MLflow, Prefect's page and the run's branch say how."""
-    parent = tracking.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
+    parent = stage_runs.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
     status, how = "FAILED", "Run failed: a defect, see its log"
     try:
         with board.working("data", "putting the pool in place"):
@@ -149,22 +150,22 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
         _close(workspace, recipe.name, parent, status)
-    url = tracking.run_url(parent)
+    url = stage_runs.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
 
 
 def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> None:
     """Show how the run ended. Services that are away change nothing of it: it is in git, DVC and the stages' runs."""
     try:
-        tracking.close_parent(parent, status)
+        stage_runs.close_parent(parent, status)
         if status != "FINISHED":
-            tracking.close_lost(workspace.run_id, name)  # stages that were killed
-    except tracking.TrackingError as error:
+            stage_runs.close_lost(workspace.run_id, name)  # stages that were killed
+    except TrackingError as error:
         get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
         live.leave_open()
     try:
         published.publish(workspace, parent)
-    except (HTTPError, tracking.TrackingError) as error:
+    except (HTTPError, TrackingError) as error:
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
 

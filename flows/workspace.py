@@ -111,7 +111,7 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
         git(checkout, "worktree", "add", "--quiet", "-b", f"runs/{run_id}", os.fspath(root), commit)
         Layout(root).state.symlink_to(layout.state)
         ledger = Ledger(root)
-        ledger.share_cache(layout.dvc_cache, layout.dvc_local_settings)
+        ledger.share_cache(checkout)
         for collection in COLLECTIONS:
             (root / collection).mkdir(parents=True, exist_ok=True)
         yield Workspace(root, run_id, ledger)

@@ -175,7 +175,7 @@ class SeedSetConfig(Config):
 
 
 class GatesConfig(Config):
-    """What a curated set must hold, beside what its own parameters promise; see components/data/curation_gates.py."""
+    """What a curated set must hold, beside what its own parameters promise; see components/curation/gates.py."""
 
     max_cluster_share: Share | None = None  # of the balanced sample, in one top cluster; None: no more than before
     max_source_shift: Share = 0.25  # of the share of any source, against the set before

@@ -114,7 +114,7 @@ def _locate(config: EmbedderConfig, root: Path, key: str) -> Path | None:
 
 def _locate_weights(weights: str, root: Path, key: str) -> Path:
     if is_registered(weights):
-        from components.core.tracking import download_weights
+        from components.core.registered_weights import download_weights
 
         return download_weights(weights, root)
     folder = root / weights

@@ -12,8 +12,8 @@ import pyarrow as pa
 from components.core.layout import Layout
 from components.core.storage import write_json
 from components.curation.config import CurateConfig, CurationError
+from components.curation.gates import Drift
 from components.curation.rejections import value_counts
-from components.data.curation_gates import Drift
 from components.data.manifest import read_manifest
 
 

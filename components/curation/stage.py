@@ -12,6 +12,7 @@ import pyarrow.compute
 
 from components.core.layout import Layout
 from components.core.storage import atomic_dir, write_json
+from components.curation import gates
 from components.curation.config import CurateConfig, EmbedConfig
 from components.curation.embed import (
     COPIES,
@@ -40,7 +41,6 @@ from components.curation.report import Curation, evenness, write_report
 from components.curation.scores import load_scorer
 from components.curation.select import Selection, find_seeds, rows_of, select
 from components.curation.unique import Unique, check_copies, drop_copies
-from components.data import curation_gates as gates
 from components.data.expectations import DataDocs
 from components.data.manifest import FINDINGS
 

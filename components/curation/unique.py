@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.curation import gates
 from components.curation.config import CurateConfig
 from components.curation.decontaminate import Contamination, find_contamination
 from components.curation.deduplicate import Groups, group_duplicates, near_duplicates
 from components.curation.inputs import Inputs
 from components.curation.neighbors import VectorRows
 from components.curation.rejections import remaining
-from components.data import curation_gates as gates
 from components.data.expectations import DataDocs
 
 

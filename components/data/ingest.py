@@ -28,7 +28,7 @@ from components.core.locks import try_lock
 from components.core.progress import track
 from components.core.storage import atomic_dir, recover_dirs
 from components.core.text import one_line
-from components.core.tracking import user_name
+from components.core.user import user_name
 from components.data import expectations, ingest_lines, sources, summary
 from components.data.ingest_config import IngestError, IngestRequest
 from components.data.manifest import (

@@ -14,7 +14,7 @@ from components.core.config import ConfigError
 from components.core.layout import Layout
 from components.core.locks import exclusive
 from components.core.references import ModelReference, is_registered
-from components.core.tracking import download_weights
+from components.core.registered_weights import download_weights
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.model.export import HEADS_FILE

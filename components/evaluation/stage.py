@@ -13,8 +13,8 @@ import torch
 
 from components.core.errors import DatasetError
 from components.core.layout import Layout
+from components.core.registered_weights import download_weights
 from components.core.storage import atomic_dir
-from components.core.tracking import download_weights
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features

@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 
 from components.core.references import MODEL_NAME
 from components.core.storage import s3_client, s3_errors
-from components.lineage.record import RecordError
+from components.lineage.lock_file import RecordError
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
 GENESIS = "0" * 64

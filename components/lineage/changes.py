@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from components.core.layout import RELATIVE
 from components.lineage.code import read_list
-from components.lineage.record import Record
+from components.lineage.lock_file import Record
 
 Kind = Literal["command", "parameter", "code", "data", "record"]
 

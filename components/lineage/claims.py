@@ -10,8 +10,8 @@ from typing import Any
 from components.core.mlflow_client import reported
 from components.core.references import COMMIT, DATA_ID, RUN_ID
 from components.lineage.audit_log import AuditLog, Entry
-from components.lineage.origin import Tag, data_versions
-from components.lineage.record import RecordError
+from components.lineage.lock_file import RecordError
+from components.lineage.provenance import Tag, data_versions
 
 REMOVED_TAG = "pedigree.removed"  # on the MLflow runs of a run that `pedigree gc` removed: when
 DATA_TAGS = (Tag.CURATED, Tag.POOL, Tag.EVALUATION)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from components.core.git import git, try_git
 from components.core.references import RUN_ID
+from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.needs import Needs, read_yaml
-from components.lineage.record import Record, RecordError, find_record
 from components.lineage.runs import BRANCHES, Run, worktrees
 
 if TYPE_CHECKING:

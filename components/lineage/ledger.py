@@ -34,7 +34,7 @@ from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
 from components.core.layout import Layout
-from components.lineage.record import overlap
+from components.lineage.lock_file import overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # No bars and spinners of its own on a terminal: the door shows what goes on.
@@ -245,17 +245,17 @@ class Ledger:
         finally:
             lock.__exit__(None, None, None)
 
-    def share_cache(self, cache: Path, settings: Path | None) -> None:
+    def share_cache(self, checkout: Path) -> None:
         """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
-        local = Layout(self.root).dvc_local_settings
+        settings, local = (Layout(root).dvc_local_settings for root in (checkout, self.root))
         local.parent.mkdir(exist_ok=True)
-        if settings is not None and settings.exists():
+        if settings.exists():
             shutil.copy(settings, local)
         try:  # not by DVC, which writes ASCII only
             config: Any = ConfigObj(os.fspath(local), encoding="utf-8", interpolation=False)
         except ConfigObjError as error:
             raise LedgerError(f"{settings} cannot be read ({error}); mend or delete it") from None
-        config.setdefault("cache", {})["dir"] = os.fspath(cache)
+        config.setdefault("cache", {})["dir"] = os.fspath(Layout(checkout).dvc_cache)
         config.write()
 
     @contextmanager

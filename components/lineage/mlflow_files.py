@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from components.core.mlflow_client import reported, server_uri
-from components.core.tracking import PARENT_STAGE
+from components.core.stage_runs import PARENT_STAGE
 from components.lineage.claims import REMOVED_TAG, mlflow_runs
 from components.lineage.removal import Removal
 from components.lineage.stored import S3Store

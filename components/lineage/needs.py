@@ -15,7 +15,7 @@ import yaml
 
 from components.core.git import git
 from components.core.references import DATA_ID
-from components.lineage.record import LOCK, RecordError
+from components.lineage.lock_file import LOCK, RecordError
 
 FOLDER = ".dir"  # how the id of a folder's listing ends
 

@@ -10,7 +10,7 @@ from typing import Any
 from components.core.git import git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import is_locked
-from components.lineage.record import Record
+from components.lineage.lock_file import Record
 
 BRANCHES = "refs/heads/runs/"
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"

@@ -19,9 +19,9 @@ from components.core.layout import RELATIVE
 from components.core.references import is_registered
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
-from components.lineage.origin import CURATED, Tag
-from components.lineage.record import Record, RecordError, find_record, upstream
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import Record, RecordError, find_record, upstream
+from components.lineage.provenance import CURATED, Tag
 from components.lineage.streaming import stream_from
 from components.lineage.trace import find_version
 

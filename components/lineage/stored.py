@@ -5,6 +5,7 @@ On S3 every version counts: a deleted key of a versioned bucket keeps its bytes 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from components.core.layout import Layout
 from components.core.storage import MissingInStorageError, StorageError, s3_client, s3_errors, split_s3_uri
+from components.lineage.lock_file import Record, RecordError
 
 OBJECT = re.compile(r"files/md5/([0-9a-f]{2})/([0-9a-f]{30}(?:\.dir)?)")
 ENTRY = re.compile(r"runs/[0-9a-f]{2}/[0-9a-f]{64}/[0-9a-f]{64}")
@@ -155,6 +158,21 @@ class S3Store:
 def object_path(id_: str) -> str:
     """Where the object of a DVC id lies."""
     return f"files/md5/{id_[:2]}/{id_[2:]}"
+
+
+def cached_files(checkout: Path, revision: str, path: str) -> dict[str, Path]:
+    """Where the DVC cache holds the files of a stage's output folder, by their path in it.
+
+    Empty where the revision's `dvc.lock` does not name the folder, or the cache lacks its listing.
+    """
+    folder = Layout(checkout).dvc_cache
+    cache = DiskStore(folder)
+    try:
+        found = Record(checkout, revision).output(path)
+        listing = json.loads(cache.read(object_path(found)) or b"[]") if found else []
+    except (RecordError, OSError, ValueError):
+        return {}
+    return {entry["relpath"]: folder / object_path(entry["md5"]) for entry in listing}
 
 
 def objects(listing: Mapping[str, Stored]) -> dict[str, Stored]:

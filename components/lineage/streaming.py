@@ -13,8 +13,8 @@ from components.core.layout import RELATIVE, Layout
 from components.core.storage import write_bytes, write_json
 from components.data.manifest import MANIFEST
 from components.data.stream import ADDRESSES
-from components.lineage.record import LOCK, Record, RecordError
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import LOCK, Record, RecordError
 
 CURATED = str(RELATIVE.curated)
 

@@ -26,9 +26,9 @@ from components.core.references import URI, ModelReference
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
-from components.lineage.origin import CURATED, POOL, Tag, data_versions
-from components.lineage.record import Record, RecordError, find_record, upstream
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import Record, RecordError, find_record, upstream
+from components.lineage.provenance import CURATED, POOL, Tag, data_versions
 
 CHAMPION = "champion"
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them

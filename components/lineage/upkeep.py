@@ -17,14 +17,14 @@ from components.core.git import git
 from components.core.layout import Layout
 from components.core.locks import is_locked
 from components.core.references import RUN_ID
-from components.core.tracking import PARENT_STAGE
+from components.core.stage_runs import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
 from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects
 from components.lineage.local_state import caches_removal, checkpoints_removal
+from components.lineage.lock_file import Record
 from components.lineage.mlflow_files import failed_files_removal
 from components.lineage.needs import Needs, ids_of, read_yaml
-from components.lineage.record import Record
 from components.lineage.removal import Removal, delete, own_bytes
 from components.lineage.runs import BRANCHES, Run, find_runs, refs
 from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects

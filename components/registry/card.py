@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from components.lineage.origin import DataVersion, Origin
+from components.lineage.provenance import DataVersion, Origin
 from components.model.config import Preprocessing
 
 

@@ -18,9 +18,9 @@ from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
 from components.core.references import CANDIDATES, ModelReference
-from components.core.tracking import user_name
+from components.core.user import user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
-from components.lineage.origin import WEIGHTS_FILE, Tag
+from components.lineage.provenance import WEIGHTS_FILE, Tag
 from components.registry.publish import (
     RegistryError,
     digest_of,

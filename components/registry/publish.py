@@ -30,7 +30,7 @@ from components.core.mlflow_client import TrackingError, checked_client, server_
 from components.core.references import CANDIDATES
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
-from components.lineage.origin import Origin, Tag
+from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
 
 SOURCE = Path(__file__).parents[2]

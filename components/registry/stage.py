@@ -12,16 +12,17 @@ import pyarrow as pa
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from components.core import tracking
 from components.core.errors import DatasetError
 from components.core.layout import RELATIVE, Layout
 from components.core.references import CANDIDATES, ModelReference
+from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
+from components.core.tracking import log_input
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
-from components.lineage.origin import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
-from components.lineage.record import Record
-from components.lineage.remote import Remote
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import Record
+from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.model.config import Preprocessing
 from components.registry.card import CardFacts, render_card
 from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
@@ -45,7 +46,7 @@ def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[
     client = registry_client()
     if not os.environ.get("MLFLOW_RUN_ID"):  # called without components/cli.py, which opens the stage's run
         params = {"name": name, "seed": seed, "preprocessing": preprocessing.model_dump()}
-        with tracking.stage_run("register", None, params, root):
+        with stage_run("register", None, params, root):
             return run(preprocessing, root, seed, name)
     register = _Register(client, preprocessing, root, seed, os.environ["MLFLOW_RUN_ID"])
     with one_line_errors():
@@ -127,7 +128,7 @@ def log_inputs(root: Path, origin: Origin) -> None:
     for context, found in data:
         for version in found:
             tags = {"sha256": version.manifest_sha256} if version.manifest_sha256 else {}
-            tracking.log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
+            log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
 def _summary(version: ModelVersion) -> dict[str, str]:

@@ -42,12 +42,12 @@ from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
 from components.training.parallelize import training_device
+from components.training.run_folder import LOCK
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-LOCK = "lock"  # in a run's folder
 WAIT_SECONDS = 0.5
 # Settings that change how fast a run goes and what it reports, not what it computes (beyond float rounding).
 SPEED_ONLY = {
@@ -187,8 +187,10 @@ class Checkpoints:
             writing.result()
         except CheckpointException as error:
             first = _first(error)
-            kind = type(first) if isinstance(first, StorageError) else CheckpointError
-            raise kind(f"checkpoint not written, those before it stand: {_line(first)}") from None
+            if isinstance(first, StorageError):  # it names the object
+                raise type(first)(f"checkpoint not written, those before it stand: {_line(first)}") from None
+            said = f"checkpoint not written to {self.folder}, those before it stand: {_line(first)}"
+            raise CheckpointError(said) from None
 
     def newest(self) -> int | None:
         """Steps done at the newest checkpoint, None if there is none; every rank must call.

@@ -24,12 +24,12 @@ from components.core.distributed import rank
 from components.core.errors import PedigreeError
 from components.core.progress import CHECKPOINT_LINE
 from components.core.storage import s3_client, s3_errors, sha256_file, split_s3_uri, write_json
+from components.training.run_folder import step_folder, step_folders
 
 logger = logging.getLogger(__name__)
 
 KEEP = 2  # the newest, and the one before in case the newest was written by a machine that was failing
 INDEX = "index.json"  # written last: what it names is all there
-_STEP = re.compile(r"step_(\d+)")
 
 
 class CheckpointError(PedigreeError):
@@ -89,8 +89,7 @@ class LocalStore:
 
     def steps(self) -> list[int]:
         """Numbers of the whole checkpoints, ascending."""
-        names = [path.name for path in self._folder.glob("step_*")] if self._folder.is_dir() else []
-        return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
+        return sorted(step_folders(self._folder))
 
     def describe(self, step: int) -> str:
         """Its folder."""
@@ -125,7 +124,7 @@ class LocalStore:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step_{step}"
+        return self._folder / step_folder(step)
 
 
 class S3Store:

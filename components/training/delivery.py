@@ -43,10 +43,11 @@ from components.training.pictures import (
     save_picture,
     show_progress,
 )
+from components.training.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
-CONFIG, CROPS, PCA = "config.json", "crops.jpg", "pca.jpg"
+CROPS, PCA = "crops.jpg", "pca.jpg"
 WEIGHTS, DIGEST = "weights", "sha256.json"
 KEPT_SECONDS = 30 * 86_400.0  # a stage that has not taken it up by then never will
 

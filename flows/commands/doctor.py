@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.commands.decorators import Answer, command
 from flows.health import RED, Finding, diagnose
 from infra.local import supervisor
 from infra.local.site import StackError
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False) -> None:
+@command()
+def doctor() -> Answer:
     """Check everything that a run needs: packages, git, S3, DVC, MLflow, Prefect, its worker and schedules.
 
     Green: works. Yellow: works, but look at it. Red: a run fails or never starts; ends with 1. Nothing is changed.
@@ -35,12 +34,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, 
     except StackError as error:
         findings.append(Finding("services", RED, str(error)))
     findings += diagnose(checkout, services=not findings)
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
-    else:
-        _show(findings)
-    if any(finding.state == RED for finding in findings):
-        raise typer.Exit(1)
+    lacks = any(finding.state == RED for finding in findings)
+    return Answer([asdict(finding) for finding in findings], partial(_show, findings), exit_code=int(lacks))
 
 
 def _show(findings: list[Finding]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from components.core.config import ConfigError
 from components.core.layout import RELATIVE, Layout
+from flows.commands.decorators import Answer, command
 from flows.commands.runs import in_words, wide_console
 from flows.gc_lock import no_run_beside
 from infra.local.compaction import compact_storage
@@ -28,12 +28,12 @@ AGE = re.compile(r"(\d+)([dh])")
 SECONDS = {"d": 86_400, "h": 3_600}
 
 
+@command(services=True)
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Keep this many of the newest runs.")],
     older: Annotated[str, typer.Option(metavar="AGE", help="Remove only what is older: 30d, 12h; 0d is any age.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Remove old runs, and the DVC objects, run-cache entries, checkpoints and caches that nothing else needs.
 
     A run stays if it is among the newest, younger than AGE, or referred to by a registered version, the audit
@@ -67,10 +67,7 @@ def gc(
             plan.carry_out()
             compact_storage(root)
         after = disk_bytes(*folders)
-    if as_json:
-        sys.stdout.write(json.dumps(_as_dict(plan, dry_run, before, after), indent=2) + "\n")
-        return
-    _print(plan, dry_run, before, after)
+    return Answer(_as_dict(plan, dry_run, before, after), partial(_show, plan, dry_run, before, after))
 
 
 def _seconds(older: str) -> int:
@@ -95,7 +92,7 @@ def _as_dict(plan: Plan, dry_run: bool, before: int, after: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _print(plan: Plan, dry_run: bool, before: int, after: int) -> None:
+def _show(plan: Plan, dry_run: bool, before: int, after: int) -> None:
     console = wide_console()
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "would go" if dry_run else "removed", "bytes", "left", "such as"):

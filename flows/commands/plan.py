@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.recipe import PARAMS_FILE, Recipe, load_recipe
+from flows.commands.decorators import Answer, command
 from flows.git import head_commit
 from flows.sources import SAMPLE, any_to_stay, choose
 
@@ -35,11 +36,11 @@ RESOLVED = (
 )
 
 
+@command()
 def plan(
     recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Say which stages a run would compute, and why, compared with the last finished run of the model.
 
     Nothing is started, computed or fetched, and the checkout stays as it is. A stage is `unchanged`; `restored`,
@@ -64,7 +65,9 @@ def plan(
         notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
     with open_preview(checkout, exact, choose(checkout, None) if known else []) as preview:
         pass
-    _print_json(preview, notes) if as_json else _print(preview, notes)
+    steps = [dataclasses.asdict(step) for step in preview.steps]
+    data = {"last_run": preview.last_run, "notes": notes, "stages": steps}
+    return Answer(data, partial(_show, preview, notes))
 
 
 def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
@@ -110,7 +113,7 @@ def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
     return f"{'.'.join(keys)} {old[key]}"
 
 
-def _print(preview: Preview, notes: list[str]) -> None:
+def _show(preview: Preview, notes: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else MAX_LINE, highlight=False)
     console.print(f"compared with run {preview.last_run}" if preview.last_run else "no run has finished yet")
     for note in notes:
@@ -130,8 +133,3 @@ def _why(step: Step) -> str:
     if step.after:
         told.append(f"after {', '.join(step.after)}")
     return "; ".join(told)
-
-
-def _print_json(preview: Preview, notes: list[str]) -> None:
-    steps = [dataclasses.asdict(step) for step in preview.steps]
-    sys.stdout.write(json.dumps({"last_run": preview.last_run, "notes": notes, "stages": steps}, indent=2) + "\n")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +21,7 @@ from components.lineage.needs import Needs
 from components.lineage.removal import own_bytes
 from components.lineage.runs import FINISHED, Run, find_runs, registered
 from components.lineage.stored import DiskStore, object_path, objects
+from flows.commands.decorators import Answer, command
 from infra.local import supervisor
 from infra.local.site import StackError
 
@@ -44,9 +43,8 @@ class Row:
     bytes_folder: int  # of its worktree, where that is kept, without what is linked to the cache
 
 
-def runs(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+@command()
+def runs() -> Answer:
     """List the runs of this repository, newest first: when, how it ended, what it registered, what it takes.
 
     A lost run is one whose process ended without a closing commit. Works without the services, which only
@@ -62,10 +60,11 @@ def runs(
     found = find_runs(root)
     sizes = _sizes(root, found)
     rows = [_row(root, run, champions, sizes.get(run.id, 0)) for run in found]
-    if as_json:
-        told = {"runs": [asdict(row) for row in rows], "notes": [note] if note else []}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
-        return
+    data = {"runs": [asdict(row) for row in rows], "notes": [note] if note else []}
+    return Answer(data, partial(_show, rows, note))
+
+
+def _show(rows: list[Row], note: str | None) -> None:
     console = wide_console()
     if not rows:
         console.print("no runs yet; `pedigree run` makes one")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.core.config import ConfigError
+from flows.commands.decorators import Answer, command
 from flows.commands.runs import in_words, wide_console
 from flows.pool_lock import pool_held
 from flows.sources import COLLECTIONS, EVALUATION, POOL, SAMPLE, Snapshot, num_images, snapshots
@@ -39,9 +39,8 @@ class Row:
     ingested_by: str | None  # then
 
 
-def list_sources(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+@command()
+def list_sources() -> Answer:
     """List the sources: images, licence, where from, and which runs take them.
 
     `every run`: it was ingested to stay. `its own run`: it was given by `pedigree run --images`, and no other run takes
@@ -55,10 +54,11 @@ def list_sources(
     found = snapshots(Path.cwd())
     names = sorted({one.source for one in found})
     rows = [_row(name, [one for one in found if one.source == name], found) for name in names]
-    if as_json:
-        told = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
-        sys.stdout.write(json.dumps({"sources": told}, indent=2) + "\n")
-        return
+    told = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
+    return Answer({"sources": told}, partial(_show, rows))
+
+
+def _show(rows: list[Row]) -> None:
     console = wide_console()
     if not rows:
         console.print("no sources; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in")
@@ -66,6 +66,7 @@ def list_sources(
     console.print(_table(rows))
 
 
+@command()
 def remove(
     name: Annotated[str, typer.Argument(help="The source's name, as `pedigree sources list` shows it.")],
 ) -> None:

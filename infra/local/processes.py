@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
         log.replace(log.with_suffix(".log.1"))
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
+    inherited["TMPDIR"] = _temporary_folder()
     variables = {**inherited, **without_proxy(os.environ), **service.variables}
     variables |= {MARK: mark(site, service.name), "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output:
@@ -50,6 +52,16 @@ def spawn(site: Site, service: Service) -> subprocess.Popen[bytes]:
     site.services[service.name] = record
     site.save()
     return process
+
+
+def _temporary_folder() -> str:
+    """A folder of this user: in a shared one Prefect's `runner_storage` belongs to the first user of the machine."""
+    shared, own = Path(tempfile.gettempdir()), f"pedigree-{os.getuid()}"
+    folder = shared if shared.name == own else shared / own  # the keeper has it already
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise StackError(f"{folder} is another user's: set TMPDIR to a folder of your own")
+    return str(folder)
 
 
 def mark(site: Site, name: str) -> str:

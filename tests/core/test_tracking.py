@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from components.core import tracking
+from components.core import stage_runs, tracking
 from components.core.metric_queue import MetricQueue
 from components.core.mlflow_client import TrackingError
+from components.core.registered_weights import WEIGHTS_SHA256_TAG, download_weights
 from components.core.storage import StorageError, sha256_file
+from components.core.user import user_name
 
 PARAMS = {
     "name": "tiny",
@@ -62,8 +64,8 @@ def runs_of(client, run_id):
 
 def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request):
     run_id = request.node.name
-    parent = tracking.open_parent(run_id, "tiny", PARAMS)
-    with tracking.stage_run("evaluate", "small", PARAMS, workspace) as run:
+    parent = stage_runs.open_parent(run_id, "tiny", PARAMS)
+    with stage_runs.stage_run("evaluate", "small", PARAMS, workspace) as run:
         tracking.log_metrics({"loss": 2.0}, step=10)
         tracking.log_metrics({"loss": 1.0}, step=20)
         tracking.tag_run({"pedigree.alert.collapse": "step 20: collapse"})
@@ -75,7 +77,7 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
         reports.mkdir(parents=True)
         (reports / "result.json").write_text("{}")
         run.log_result({"knn_top1": 0.5, "random": {"knn_top1": 0.25, "note": "text"}, "broken": float("nan")})
-    tracking.close_parent(parent, "FINISHED")
+    stage_runs.close_parent(parent, "FINISHED")
 
     found = runs_of(client, run_id)
     assert set(found) == {run_id, f"{run_id}/evaluate@small"}
@@ -100,15 +102,15 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
 
 
 def test_a_run_taken_up_again_has_one_parent(client, request):
-    first = tracking.open_parent(request.node.name, "tiny", PARAMS)
-    tracking.close_parent(first, "FAILED")
-    assert tracking.open_parent(request.node.name, "tiny", PARAMS) == first
+    first = stage_runs.open_parent(request.node.name, "tiny", PARAMS)
+    stage_runs.close_parent(first, "FAILED")
+    assert stage_runs.open_parent(request.node.name, "tiny", PARAMS) == first
     assert client.get_run(first).info.status == "RUNNING"
 
 
 def test_the_traceback_of_a_defect_is_kept_and_found(client, workspace, tmp_path, monkeypatch):
     def fail(error: Exception) -> str | None:
-        with tracking.stage_run("embed", None, PARAMS, workspace) as run:
+        with stage_runs.stage_run("embed", None, PARAMS, workspace) as run:
             ids.append(run.run_id)
             raise error
 
@@ -119,9 +121,9 @@ def test_the_traceback_of_a_defect_is_kept_and_found(client, workspace, tmp_path
             fail(error)
     kept, none = ids
     assert "KeyError: 'planted'" in Path(client.download_artifacts(kept, "traceback.txt", str(tmp_path))).read_text()
-    assert tracking.where_logged(defect) == f"in the log and traceback.txt of MLflow's run {kept}"
+    assert stage_runs.where_logged(defect) == f"in the log and traceback.txt of MLflow's run {kept}"
     assert client.list_artifacts(none) == []
-    assert tracking.where_logged(known) == "in the log"
+    assert stage_runs.where_logged(known) == "in the log"
     monkeypatch.setattr(type(client), "log_text", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
     with pytest.raises(KeyError, match="lost"):
         fail(KeyError("lost"))
@@ -134,7 +136,7 @@ def test_a_failed_stage_is_failed_and_a_lost_one_is_killed(client, workspace, re
     (workspace / "params.yaml").write_text("name: changed\n")
 
     def diverge():
-        with tracking.stage_run("pretrain", None, PARAMS, workspace):
+        with stage_runs.stage_run("pretrain", None, PARAMS, workspace):
             tracking.log_metrics({"loss": 2.0}, step=1)
             raise ZeroDivisionError
 
@@ -149,7 +151,7 @@ def test_a_failed_stage_is_failed_and_a_lost_one_is_killed(client, workspace, re
 
 def test_a_rank_that_a_stage_starts_logs_to_its_run(client, workspace, request):
     code = "from components.core import tracking; tracking.log_metrics({'loss': 4.0}, step=7)"
-    with tracking.stage_run("pretrain", None, PARAMS, workspace):
+    with stage_runs.stage_run("pretrain", None, PARAMS, workspace):
         subprocess.run([sys.executable, "-c", code], check=True)
     run = runs_of(client, request.node.name)[f"{request.node.name}/pretrain"]
     assert run.data.metrics == {"loss": 4.0}
@@ -157,16 +159,16 @@ def test_a_rank_that_a_stage_starts_logs_to_its_run(client, workspace, request):
 
 def test_without_a_server_nothing_happens(workspace):
     code = (
-        "import sys; from pathlib import Path; from components.core import tracking\n"
-        f"with tracking.stage_run('pretrain', None, {PARAMS!r}, Path('.')) as run:\n"
+        "import sys; from pathlib import Path; from components.core import stage_runs, tracking\n"
+        f"with stage_runs.stage_run('pretrain', None, {PARAMS!r}, Path('.')) as run:\n"
         "    tracking.log_metrics({'loss': 1.0}, 1); tracking.log_input('a', 'b', 'c', {}, 'training')\n"
         "    run.log_result({'loss': 1.0})\n"
-        "assert tracking.open_parent('r', 'n', {}) is None and tracking.run_url('x') is None\n"
+        "assert stage_runs.open_parent('r', 'n', {}) is None and stage_runs.run_url('x') is None\n"
         "assert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(TrackingError, match=r"MLFLOW_TRACKING_URI is not set"):
-        tracking.download_weights("models:/tiny/1", workspace)
+        download_weights("models:/tiny/1", workspace)
 
 
 def test_a_server_that_is_down_is_one_line_at_once(workspace, monkeypatch):
@@ -174,7 +176,7 @@ def test_a_server_that_is_down_is_one_line_at_once(workspace, monkeypatch):
     begun = time.monotonic()
     with (
         pytest.raises(TrackingError, match=r"http://127.0.0.1:9 or .*does not answer.*pedigree up") as caught,
-        tracking.stage_run("pretrain", None, PARAMS, workspace),
+        stage_runs.stage_run("pretrain", None, PARAMS, workspace),
     ):
         pass
     assert "\n" not in str(caught.value)
@@ -191,7 +193,7 @@ def test_a_tracker_that_is_away_at_a_ranks_first_word_stops_nothing(workspace, m
 def test_the_login_in_an_address_is_never_shown(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9 or .*refused"):
-        tracking.open_parent("run", "tiny", PARAMS)
+        stage_runs.open_parent("run", "tiny", PARAMS)
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch):
@@ -199,7 +201,7 @@ def test_a_user_without_a_name_is_a_number(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 3_000_000_001)
-    assert tracking.user_name() == "3000000001"
+    assert user_name() == "3000000001"
 
 
 def test_long_digests_are_refused():
@@ -216,7 +218,7 @@ def version(client, tmp_path):
     (weights / "config.json").write_text("{}")
     with_name = tmp_path.name.replace("_", "-")
     client.create_registered_model(with_name)
-    tags = {tracking.WEIGHTS_SHA256_TAG: sha256_file(weights / "model.safetensors")}
+    tags = {WEIGHTS_SHA256_TAG: sha256_file(weights / "model.safetensors")}
     client.create_model_version(with_name, str(tmp_path / "registered"), tags=tags)
     client.set_registered_model_alias(with_name, "champion", "1")
     return with_name, weights
@@ -224,14 +226,14 @@ def version(client, tmp_path):
 
 def test_weights_are_fetched_once_and_checked_each_time(version, workspace):
     name, weights = version
-    folder = tracking.download_weights(f"models:/{name}@champion", workspace)
+    folder = download_weights(f"models:/{name}@champion", workspace)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((folder / "config.json").read_text()) == {}
     (weights / "model.safetensors").write_bytes(b"altered")
-    assert tracking.download_weights(f"models:/{name}/1", workspace) == folder
+    assert download_weights(f"models:/{name}/1", workspace) == folder
     (folder / "model.safetensors").write_bytes(b"altered")  # no longer what was fetched: fetch again, and see why
     with pytest.raises(TrackingError, match="do not use"):
-        tracking.download_weights(f"models:/{name}/1", workspace)
+        download_weights(f"models:/{name}/1", workspace)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_weights_are_fetched_once_and_checked_each_time(version, workspace):
 )
 def test_weights_that_do_not_exist(client, workspace, uri, message):
     with pytest.raises(TrackingError, match=message):
-        tracking.download_weights(uri, workspace)
+        download_weights(uri, workspace)
 
 
 def test_metrics_wait_while_the_tracker_is_away(monkeypatch):
@@ -276,12 +278,12 @@ def test_queueing_costs_a_step_almost_nothing():
 def test_the_server_holds_run_and_files(stack, workspace, request, monkeypatch):
     for key, value in stack.env.items():
         monkeypatch.setenv(key, value)
-    with tracking.stage_run("evaluate", None, PARAMS, workspace) as run:
+    with stage_runs.stage_run("evaluate", None, PARAMS, workspace) as run:
         (workspace / "reports" / "evaluate").mkdir(parents=True)
         (workspace / "reports" / "evaluate" / "a.csv").write_text("x\n1\n")
     client = MlflowClient(tracking_uri=stack.env["MLFLOW_TRACKING_URI"])
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["a.csv"]
-    tracking.describe_run(run.run_id, "kNN **0.8**")
+    stage_runs.describe_run(run.run_id, "kNN **0.8**")
     assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "kNN **0.8**"
-    assert tracking.run_url(run.run_id).endswith(f"/runs/{run.run_id}?workflowType=machine_learning")
+    assert stage_runs.run_url(run.run_id).endswith(f"/runs/{run.run_id}?workflowType=machine_learning")

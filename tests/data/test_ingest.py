@@ -15,7 +15,7 @@ from PIL import Image
 from components.core.config import ConfigError
 from components.core.errors import DatasetError
 from components.core.storage import StorageError, s3_client, sha256_dir
-from components.core.tracking import user_name
+from components.core.user import user_name
 from components.data import ingest as ingest_module
 from components.data import sources
 from components.data.ingest import IngestReport, ingest
@@ -24,7 +24,7 @@ from components.data.manifest import QUARANTINE_SCHEMA, read_collection, read_ma
 from components.data.provenance import Provenance, read_provenance
 from components.data.sample_pool import BOMB_SIDE, _pixel_bomb
 from components.data.shards import PIXEL_CEILING, ShardReader, decode_image
-from components.lineage.record import folder_id
+from components.lineage.lock_file import folder_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 

@@ -21,8 +21,8 @@ import torch
 from mlflow import MlflowClient
 
 from components.core.config import validate
+from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
-from components.core.tracking import stage_run
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
 from components.distillation.stage import run, student_job
@@ -36,8 +36,8 @@ from components.training.loss_table import read_rows
 from components.training.monitors import Probes
 from components.training.networks import Network
 from components.training.parallelize import EXIT_INTERRUPTED
+from components.training.run_folder import find_trainings
 from components.training.step import DivergedError
-from flows.train_status import find_trainings
 from tests.training.conftest import _one_thread, backbone, curated, pretrain_values, tiny, workspace  # noqa: F401
 from tests.training.jobs import at_call, break_call, make_job
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
+from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
-from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.curation.embedders import resolve
 from components.model.config import ViTConfig
 from components.model.export import save_weights

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from components.data.manifest import CURATED_SCHEMA, REJECTED_SCHEMA, write_manifest, write_table
 from flows.cli import app
-from flows.curate_command import run_ids
+from flows.commands.curate import run_ids
 from tests.flows.repository import git_lines
 
 ID = hashlib.sha256(b"image").hexdigest()

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from components.core.errors import PedigreeError
 from components.core.storage import StorageError
-from flows import train_status
-from flows.cli import _finished, app
+from flows.cli import app
+from flows.commands import train_status
+from flows.commands.starting import finished
 from flows.failure import failed
 from tests.flows.repository import DVC, IDENTITY, PROJECT, git_lines, make_repository, pedigree
 
@@ -137,7 +138,7 @@ def test_how_a_flow_ends(stack, caplog, error, code, told):
             return failed(raised)
 
     with pytest.raises(PedigreeError) as caught:
-        _finished(broken)
+        finished(broken)
     assert str(caught.value).startswith(told)
     assert caught.value.exit_code == code
     shown = [record for record in caplog.records if record.levelno == logging.ERROR and record.exc_info]

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from components.core.git import git
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.ledger import Outcome
-from components.lineage.origin import Tag
-from components.lineage.record import Record
+from components.lineage.lock_file import Record
+from components.lineage.provenance import Tag
 from components.lineage.removal import disk_bytes
 from components.lineage.stored import DiskStore, S3Store, entries, objects
 from components.lineage.trace import trace

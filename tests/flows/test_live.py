@@ -24,7 +24,7 @@ import os, signal, sys
 from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
-from components.core import tracking
+from components.core import stage_runs
 from components.recipe import load_recipe
 from flows import live
 from flows.sources import choose
@@ -35,7 +35,7 @@ def lost(how):
     here = Path.cwd()
     live.begin(here)
     with open_workspace(here, load_recipe(here, "tiny-cpu"), choose(here, None)) as workspace:
-        tracking.open_parent(workspace.run_id, "live", {})
+        stage_runs.open_parent(workspace.run_id, "live", {})
         live.note(here, run=workspace.run_id, model="live")
         print(flow_run.id, workspace.run_id, flush=True)
         if how == "wait":

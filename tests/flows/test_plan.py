@@ -18,7 +18,7 @@ from components.core.config import ConfigError
 from components.lineage.audit_log import AuditLog
 from components.lineage.code import list_of
 from components.lineage.ledger import Ledger, Outcome
-from components.lineage.record import file_md5
+from components.lineage.lock_file import file_md5
 from components.recipe import load_recipe
 from flows.accept import Acceptance
 from flows.cli import app

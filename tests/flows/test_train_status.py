@@ -13,7 +13,8 @@ import pytest
 
 from components.core.storage import write_json
 from components.training.loss_table import append_row
-from flows.train_status import NOTHING, find_trainings
+from components.training.run_folder import find_trainings
+from flows.commands.train_status import NOTHING
 
 HOLD = """
 import fcntl, sys, time

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import _next_steps
+from flows.commands.run import _next_steps
 from flows.verdict import verdicts
 
 

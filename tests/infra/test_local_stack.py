@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,7 +28,7 @@ from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
 from flows.cli import app
-from infra.local import services, supervisor
+from infra.local import processes, services, supervisor
 from infra.local.processes import find
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site, StackError
 
@@ -111,6 +112,18 @@ def test_secrets_are_private_and_shown_only_where_asked(stack, monkeypatch):
     assert all(secret in shown for secret in secrets)
     sourced = subprocess.run(["sh", "-c", run(app, ["env"]).output + "env"], capture_output=True, text=True, check=True)
     assert {f"{name}={value}" for name, value in stack.env.items()} <= set(sourced.stdout.splitlines())
+
+
+def test_temporary_files_are_in_a_folder_of_this_user(stack, tmp_path, monkeypatch):
+    """Two users of a machine: Prefect's runner_storage in a shared folder belonged to the first one."""
+    folder = Path(psutil.Process(pids(stack.root)["worker"]).environ()["TMPDIR"])
+    assert folder.name == f"pedigree-{os.getuid()}"
+    assert (stat.S_IMODE(folder.stat().st_mode), folder.stat().st_uid) == (0o700, os.getuid())
+    assert list((folder / "runner_storage").iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # to whom the folder that is made does not belong
+    with pytest.raises(StackError, match=r"pedigree-12345 is another user's: set TMPDIR to a folder of your own"):
+        processes.spawn(Site.load(stack.root), services.services(Site.load(stack.root))[0])
 
 
 def test_doors_are_closed_without_credentials(stack):

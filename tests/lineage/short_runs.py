@@ -17,7 +17,7 @@ import yaml
 from components.core.git import git
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.ledger import Ledger, Outcome
-from components.lineage.origin import Tag, collect_origin
+from components.lineage.provenance import Tag, collect_origin
 from components.recipe import Recipe, load_recipe
 from flows.workspace import Workspace, open_workspace
 from tests.flows.repository import PROJECT

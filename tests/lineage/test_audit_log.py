@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 
 from components.core.storage import StorageError
 from components.lineage.audit_log import GENESIS, AuditLog, Event
-from components.lineage.record import RecordError
+from components.lineage.lock_file import RecordError
 
 pytestmark = pytest.mark.stack
 

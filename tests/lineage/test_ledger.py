@@ -118,7 +118,7 @@ def test_a_folder_without_dvc_and_a_dead_remote_are_named(tmp_path):
     dead = config.read_text().replace(str(tmp_path / "repository" / "remote"), "s3://bucket/dvc")
     config.write_text(dead + "    endpointurl = http://127.0.0.1:9\n    access_key_id = x\n    secret_access_key = x\n")
     ledger = Ledger(root)
-    ledger.share_cache(root / ".dvc" / "cache", None)
+    ledger.share_cache(root)
     with pytest.raises(LedgerUnreachableError, match=r"127\.0\.0\.1:9"):
         ledger.fetch_run_cache()
 
@@ -148,7 +148,7 @@ def test_a_path_with_any_characters(tmp_path):
     work = tmp_path / "Läufe #1" / "run"
     subprocess.run(["git", "worktree", "add", "-q", "-b", "run", str(work)], cwd=root, check=True)
     ledger = Ledger(work)
-    ledger.share_cache(root / ".dvc" / "cache", root / ".dvc/config.local")
+    ledger.share_cache(root)
     assert ledger.bring_data() == 1
     assert set(run_all(ledger).values()) == {Outcome.CHANGED}
     assert set(run_all(ledger).values()) == {Outcome.UNCHANGED}
@@ -157,7 +157,7 @@ def test_a_path_with_any_characters(tmp_path):
     assert f"cache.dir={root}/.dvc/cache" in shown.stdout
     (root / ".dvc/config.local").write_text("[cache\n")
     with pytest.raises(LedgerError, match=r"config\.local cannot be read .*; mend or delete it"):
-        ledger.share_cache(root / ".dvc" / "cache", root / ".dvc/config.local")
+        ledger.share_cache(root)
 
 
 def test_threads_take_turns(tmp_path):

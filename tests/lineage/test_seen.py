@@ -21,8 +21,8 @@ from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
 from components.data.shards import ShardReader
 from components.data.stream import ImageStream
-from components.lineage.origin import Tag, collect_origin
-from components.lineage.record import RecordError, file_md5, folder_id
+from components.lineage.lock_file import RecordError, file_md5, folder_id
+from components.lineage.provenance import Tag, collect_origin
 from components.lineage.seen import read_history, steps_with
 from flows.cli import app
 from tests.data.test_stream import write_set

@@ -13,7 +13,7 @@ from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST
 from components.data.stream import ImageStream
 from components.lineage.ledger import Ledger, Outcome
-from components.lineage.record import RecordError
+from components.lineage.lock_file import RecordError
 from components.lineage.streaming import prepare_stream
 from tests.data.test_stream import write_set
 

@@ -24,8 +24,8 @@ from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.provenance import Provenance
 from components.lineage.audit_log import AuditLog, Event
-from components.lineage.origin import Tag, collect_origin
-from components.lineage.record import Record, RecordError, folder_id, upstream
+from components.lineage.lock_file import Record, RecordError, folder_id, upstream
+from components.lineage.provenance import Tag, collect_origin
 from components.lineage.trace import ACCEPTED, Node, Trace, outputs_of, trace
 
 pytestmark = pytest.mark.stack
@@ -217,11 +217,11 @@ def test_works_with_nothing_but_git_and_the_services(case: Case, tmp_path: Path)
 def test_command_prints_the_tree_and_json(case: Case, monkeypatch: pytest.MonkeyPatch):
     import typer
 
-    from flows.cli import _with_clear_errors
-    from flows.trace_commands import trace as command
+    from flows.commands.decorators import command
+    from flows.commands.trace import trace as trace_command
 
     app = typer.Typer()
-    app.command()(_with_clear_errors(command))
+    app.command()(command(checkout=False)(trace_command.__wrapped__))
     monkeypatch.chdir(case.root)
     shown = CliRunner().invoke(app, [f"{case.name}@champion"])
     assert shown.exit_code == 0, shown.output

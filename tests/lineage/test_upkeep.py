@@ -15,8 +15,8 @@ from components.core.git import git
 from components.lineage.claims import Claim
 from components.lineage.keeping import Rule, kept_runs, needed_objects
 from components.lineage.local_state import caches_removal, checkpoints_removal
+from components.lineage.lock_file import RecordError
 from components.lineage.needs import Needs
-from components.lineage.record import RecordError
 from components.lineage.removal import disk_bytes, own_bytes
 from components.lineage.runs import find_runs
 

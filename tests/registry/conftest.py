@@ -23,7 +23,7 @@ from PIL import Image
 
 from components.data.manifest import CURATED_SCHEMA, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
-from components.lineage.record import folder_id
+from components.lineage.lock_file import folder_id
 from components.model.config import HeadConfig, Preprocessing, ViTConfig
 from components.model.export import save_weights
 from components.model.head import ProjectionHead

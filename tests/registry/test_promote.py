@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.lineage.audit_log import AuditLog
-from components.lineage.origin import Tag
+from components.lineage.provenance import Tag
 from components.registry import promote as promotion
 from components.registry.promote import promote
 from components.registry.publish import RegistryError
 from components.registry.release import Released
-from flows.cli import _with_clear_errors
-from flows.promote import promote as command
+from flows.commands.decorators import command
+from flows.commands.promote import promote as promote_command
 
 pytestmark = pytest.mark.stack
 
@@ -179,7 +179,7 @@ def test_bad_requests_have_one_clear_line(name: str, monkeypatch):
 
 def test_command(name: str):
     app = typer.Typer()
-    app.command()(_with_clear_errors(command))
+    app.command()(command(checkout=False)(promote_command.__wrapped__))
     done = CliRunner().invoke(app, [f"{name}/1", "--reason", "good", "--json"])
     assert json.loads(done.stdout)["version"] == "1"
     again = CliRunner().invoke(app, [f"{name}/1", "--reason", "good"])

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from components.core.storage import sha256_file
-from components.lineage.origin import Tag, data_versions
-from components.lineage.record import RecordError, folder_id
+from components.lineage.lock_file import RecordError, folder_id
+from components.lineage.provenance import Tag, data_versions
 from components.model.export import load_backbone
 from components.registry import stage
 from components.registry.publish import RegistryError

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_at_once(curated, pretrain
             time.sleep(0.01)
 
     at_call(job, 4, wait)
-    with pytest.raises(CheckpointError, match=r"not written, those before it stand: \[Errno 28\] No space left"):
+    line = rf"not written to {re.escape(str(tmp_path))}, those before it stand: \[Errno 28\] No space left"
+    with pytest.raises(CheckpointError, match=line):
         train(job, checkpoints)
     assert [row["step"] for row in read_rows(tmp_path / LOSSES)] == [1, 2, 3, 4, 5]

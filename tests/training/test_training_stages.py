@@ -23,8 +23,8 @@ from components.adaptation import stage as adaptation
 from components.adaptation.config import AdaptConfig
 from components.core.config import ConfigError, validate
 from components.core.errors import EngineError, known
+from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
-from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
 from components.model.export import load_backbone, load_heads, to_dinov2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 from components.core.git import try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.text import one_line
+from flows.commands.decorators import Answer, command
 from flows.git import WorkspaceError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ LABEL = 14  # characters
 MAX_URI = 4096  # characters
 
 
+@command(checkout=False)
 def curate(
     image: Annotated[
         str,
@@ -34,8 +35,7 @@ def curate(
         ),
     ],
     run: Annotated[str | None, typer.Option(help="Id of a run; default: the newest that curated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Say why an image is in a run's curated set or out of it: reason, duplicate, similarity, scores, cluster.
 
     Examples:
@@ -49,10 +49,11 @@ def curate(
 
     name, tables = find_tables(Path.cwd(), run)
     found = explain(tables, image)
-    if as_json:
-        told = {"run": name, "manifest": str(tables.manifest), **found.as_dict()}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
-        return
+    data = {"run": name, "manifest": str(tables.manifest), **found.as_dict()}
+    return Answer(data, partial(_show, found, name, tables))
+
+
+def _show(found: Explanation, name: str, tables: CuratedTables) -> None:
     console = Console(soft_wrap=True, highlight=False)
     verdict = Text("in" if found.kept else "out", "bold green" if found.kept else "bold red")
     console.print(Text.assemble(verdict, f": {found.meaning}"))
@@ -105,15 +106,9 @@ def _in_folder(root: Path) -> CuratedTables | None:
 def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
     """The tables as DVC's cache holds them, by the `dvc.lock` of a run's branch."""
     from components.curation.explain import CuratedTables
-    from components.lineage.record import Record, RecordError
+    from components.lineage.stored import cached_files
 
-    cache = Layout(checkout).dvc_cache / "files" / "md5"
-    try:
-        folder = Record(checkout, branch).output(CURATED) or ""
-        listing = json.loads((cache / folder[:2] / folder[2:]).read_text())
-    except (RecordError, OSError, ValueError):
-        return None
-    paths = {entry["relpath"]: cache / entry["md5"][:2] / entry["md5"][2:] for entry in listing}
+    paths = cached_files(checkout, branch, CURATED)
     if not all(name in paths and paths[name].is_file() for name in TABLES):
         return None
     manifest, rejected = (paths[name] for name in TABLES)

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, as a registered version states it: collected once, kept in the version's tags."""
+"""The provenance of a model's weights: collected once, stated by the tags of a registered version."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from components.core.git import try_git
 from components.core.layout import RELATIVE
+from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
-from components.core.tracking import WEIGHTS_SHA256_TAG
 from components.data.manifest import MANIFEST
-from components.lineage.record import Record, RecordError, folder_id
+from components.lineage.lock_file import Record, RecordError, folder_id
 
 CURATED, POOL, EVALUATION = str(RELATIVE.curated), str(RELATIVE.pool), str(RELATIVE.evaluation)
 OUTPUTS = ("dvc.lock", "params.yaml", str(RELATIVE.reports))  # what a run writes into files that git tracks

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from flows.commands.decorators import Answer, command
 
+if TYPE_CHECKING:
+    from components.registry.promote import Promotion
+
+
+@command(services=True)
 def promote(
     reference: Annotated[str, typer.Argument(metavar="NAME@latest|NAME/NUMBER", help="A version of NAME-candidates.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Make a candidate the champion of its model.
 
     Copies the candidate's verified bytes to where training does not write,
@@ -31,9 +35,10 @@ def promote(
     from components.registry import promote as promotion
 
     done = promotion.promote(reference, reason)
-    if as_json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(done), indent=2) + "\n")
-        return
+    return Answer(dataclasses.asdict(done), partial(_show, done))
+
+
+def _show(done: Promotion) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if done.event is None:
         console.print(

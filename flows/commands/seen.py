@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from components.core.config import ConfigError
 from components.core.references import IMAGE_ID
 from components.core.storage import sha256_file
+from flows.commands.decorators import Answer, command
 
 if TYPE_CHECKING:
     from components.lineage.seen import Training
@@ -21,6 +21,7 @@ INCOMPLETE = 1
 MAX_SHOWN = 20  # steps of one image
 
 
+@command(services=True)
 def seen(
     reference: Annotated[
         str, typer.Argument(metavar="NAME@ALIAS|NAME/NUMBER", help="A released model or a candidate.")
@@ -28,8 +29,7 @@ def seen(
     step: Annotated[int | None, typer.Option(help="Of its own training; default: the last.")] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE|SHA256", help="Ask for one image.")] = None,
     as_list: Annotated[bool, typer.Option("--list", help="A line for each image: id, draws, weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Say how many images a registered model had seen, or when it saw one image; through its whole history.
 
     A student's teacher, and what either started from, are asked too, to the
@@ -57,19 +57,16 @@ def seen(
     if step is not None and not 0 <= step <= own.steps:
         raise ConfigError(f"--step {step}: {own.weights} of {own.version} had {own.steps} steps; give 0 to {own.steps}")
     steps = [step, *[None] * (len(history.trainings) - 1)]
+    problems = [f"incomplete: {history.unknown}"] if history.unknown else []
+    exit_code = INCOMPLETE if problems else 0
     if as_list:
-        _print_list(history.trainings, steps)
-    else:
-        answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
-        whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
-        if image_id is not None:
-            whole |= {"image_id": image_id, "seen": any(answer["steps"] for answer in answers)}
-        sys.stdout.write(json.dumps(whole, indent=2) + "\n" if as_json else _sentences(whole))
-    if history.unknown:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"incomplete: {history.unknown}", style="red", markup=False
-        )
-        raise typer.Exit(INCOMPLETE)
+        rows = _rows(history.trainings, steps)
+        return Answer(rows, partial(_print_list, rows), problems, exit_code)
+    answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
+    whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
+    if image_id is not None:
+        whole |= {"image_id": image_id, "seen": any(answer["steps"] for answer in answers)}
+    return Answer(whole, partial(_print_sentences, whole), problems, exit_code)
 
 
 def _image_id(image: str) -> str:
@@ -97,15 +94,21 @@ def _answer(training: Training, step: int | None, image_id: str | None) -> dict[
     return told | {"images": len(draws), "draws": sum(draws.values())}
 
 
-def _print_list(trainings: list[Training], steps: list[int | None]) -> None:
+def _rows(trainings: list[Training], steps: list[int | None]) -> list[dict[str, Any]]:
     from components.lineage.seen import draws_by
 
-    for training, step in zip(trainings, steps, strict=True):
-        lines = (f"{key}\t{count}\t{training.weights}\n" for key, count in draws_by(training, step).items())
-        sys.stdout.writelines(lines)
+    return [
+        {"image_id": key, "draws": count, "weights": training.weights}
+        for training, step in zip(trainings, steps, strict=True)
+        for key, count in draws_by(training, step).items()
+    ]
 
 
-def _sentences(whole: dict[str, Any]) -> str:
+def _print_list(rows: list[dict[str, Any]]) -> None:
+    sys.stdout.writelines("\t".join(map(str, row.values())) + "\n" for row in rows)
+
+
+def _print_sentences(whole: dict[str, Any]) -> None:
     lines = []
     if "image_id" in whole:
         lines.append(f"image {whole['image_id']}: {'seen' if whole['seen'] else 'not seen'}")
@@ -121,4 +124,4 @@ def _sentences(whole: dict[str, Any]) -> str:
             lines.append(f"{start}{len(steps):,} draws, in steps {shown}{more}")
         else:
             lines.append(f"{start}never")
-    return "\n".join(lines) + "\n"
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
+
+from flows.commands.decorators import Answer, command
 
 if TYPE_CHECKING:
     from components.lineage.trace import Node
@@ -20,12 +22,12 @@ MAX_LINE = 2000
 KIND_STYLES = {"version": "bold green", "event": "magenta", "commit": "bold yellow", "stage": "cyan", "source": "blue"}
 
 
+@command(services=True)
 def trace(
     reference: Annotated[
         str, typer.Argument(metavar="NAME@ALIAS|NAME/NUMBER", help="A released model or a candidate.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything, for programs.")] = False,
-) -> None:
+) -> Answer:
     """Show what a registered model was made from, down to the S3 objects and the sources of its images.
 
     Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
@@ -39,18 +41,16 @@ def trace(
     """
     from components.lineage import trace as tracing
 
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     found = tracing.trace(reference, Path.cwd())
-    if as_json:
-        sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
-    else:
-        width = None if sys.stdout.isatty() else MAX_LINE  # a terminal wraps long lines, a file keeps them whole
-        Console(width=width, highlight=False).print(render(found.root))
-    if found.missing:
-        errors.print(f"incomplete: {len(found.missing)} things are missing or contradict each other", style="red")
-        for line in found.missing:
-            errors.print(f"  {line}", style="red", markup=False)
-        raise typer.Exit(1)
+    problems = [f"  {line}" for line in found.missing]
+    if problems:
+        problems.insert(0, f"incomplete: {len(found.missing)} things are missing or contradict each other")
+    return Answer(found.as_dict(), partial(_show, found.root), problems, exit_code=int(bool(problems)))
+
+
+def _show(root: Node) -> None:
+    width = None if sys.stdout.isatty() else MAX_LINE  # a terminal wraps long lines, a file keeps them whole
+    Console(width=width, highlight=False).print(render(root))
 
 
 def render(node: Node) -> Tree:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from components.core.storage import MissingInStorageError, s3_client, s3_errors, split_s3_uri
-from components.lineage.record import RecordError, file_md5
+from components.lineage.lock_file import RecordError, file_md5
 
 BUCKET_VARIABLE = "PEDIGREE_DATA_BUCKET"
 

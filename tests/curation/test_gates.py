@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from components.core.errors import DatasetError
-from components.data import curation_gates as gates
+from components.curation import gates
 from components.data.expectations import DataDocs
 from components.data.manifest import (
     CURATED_SCHEMA,
