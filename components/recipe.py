@@ -20,7 +20,7 @@ from components.pretraining.config import PretrainConfig
 from components.training.config import TrainingConfig, check_crops_fit, check_divisible
 
 RECIPES = Path(__file__).parent / "recipes"
-PARAMS_FILE = "params.yaml"
+PARAMS_FILE = str(RELATIVE.params)
 PRETRAINED, ADAPTED = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
 STEPS = ("pretrain.steps=", "adapt.steps=", "distill.steps=")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from components.core.git import git, try_git
-from components.core.layout import Layout
+from components.core.layout import RELATIVE, Layout
 from components.core.locks import exclusive
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
@@ -103,7 +103,7 @@ def _finished(record: Record, name: str) -> bool:
     params = yaml.safe_load(record.read(PARAMS_FILE) or b"") or {}
     if params.get("name") != name:
         return False
-    named = (yaml.safe_load(record.read("dvc.yaml") or b"") or {}).get("stages", {})
+    named = (yaml.safe_load(record.read(str(RELATIVE.pipeline)) or b"") or {}).get("stages", {})
     try:
         return named.keys() <= {stage.partition("@")[0] for stage in record.stages()}
     except RecordError:

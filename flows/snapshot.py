@@ -29,9 +29,10 @@ _COLLECTED = tuple(f"{collection}/" for collection in COLLECTIONS)
 _OF_SNAPSHOTS = (".dvc", SUFFIX)
 CODE_FOLDERS = ("flows", "components", "infra", "tests")
 TOP_FILES = (
-    PARAMS_FILE, "dvc.yaml", "dvc.lock", "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE",
-    "README.md", ".gitignore", ".gitattributes", ".dvcignore", str(RELATIVE.dvc_settings),
-    str(RELATIVE.dvc / ".gitignore"),
+    *map(str, (RELATIVE.params, RELATIVE.pipeline, RELATIVE.dvc_lock)),
+    *map(str, (RELATIVE.dvc_settings, RELATIVE.dvc / ".gitignore")),
+    "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE", "README.md", ".gitignore",
+    ".gitattributes", ".dvcignore",
 )  # fmt: skip
 MIB = 2**20
 MAX_FILE_MIB, MAX_SUM_MIB = 5, 20  # of files that git does not track; this project's own code is 3 MiB

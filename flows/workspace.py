@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from components.core.git import git, try_git
-from components.core.layout import Layout
+from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
@@ -123,7 +123,7 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
     A value that was not given is there too where a stage of `dvc.yaml` names it (`distill.objective`): DVC wants it.
     """
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    every, pipeline = recipe.model_dump(mode="json", by_alias=True), checkout / "dvc.yaml"
+    every, pipeline = recipe.model_dump(mode="json", by_alias=True), Layout(checkout).pipeline
     for stage in yaml.safe_load(pipeline.read_text())["stages"].values() if pipeline.exists() else ():
         for name in (stage.get("do") or stage).get("params", ()):
             section, *keys = name.split(".")
@@ -136,14 +136,14 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
 
 
 def _recorded_outputs(root: Path) -> set[str]:
-    lock = root / "dvc.lock"
+    lock = Layout(root).dvc_lock
     stages = ((yaml.safe_load(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
     return {out["path"] for stage in stages.values() for out in stage.get("outs", ())}
 
 
 def _for_git(path: str, outputs: set[str]) -> bool:
     """Whether DVC writes the file for git, or it is of outputs: those that DVC caches are ignored by git."""
-    written_by_dvc = path == "dvc.lock" or path.rpartition("/")[2] == ".gitignore"
+    written_by_dvc = path == str(RELATIVE.dvc_lock) or path.rpartition("/")[2] == ".gitignore"
     return written_by_dvc or not outputs.isdisjoint([path, *map(str, PurePosixPath(path).parents)])
 
 

@@ -18,6 +18,21 @@ class Layout:
     root: Path = Path()
 
     @property
+    def pipeline(self) -> Path:
+        """The stages, for DVC and for us."""
+        return self.root / "dvc.yaml"
+
+    @property
+    def dvc_lock(self) -> Path:
+        """What went into each stage and came out of it."""
+        return self.root / "dvc.lock"
+
+    @property
+    def params(self) -> Path:
+        """The values of a run's parameters."""
+        return self.root / "params.yaml"
+
+    @property
     def data(self) -> Path:
         """Folder of all data."""
         return self.root / "data"

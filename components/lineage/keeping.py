@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.core.git import git, try_git
+from components.core.layout import RELATIVE
 from components.core.references import RUN_ID
 from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.needs import Needs, read_yaml
@@ -17,7 +18,7 @@ from components.lineage.runs import BRANCHES, Run, worktrees
 if TYPE_CHECKING:
     from components.lineage.claims import Claim
 
-PARAMS = "params.yaml"
+PARAMS = str(RELATIVE.params)
 
 
 @dataclass(frozen=True)

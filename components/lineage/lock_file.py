@@ -20,7 +20,7 @@ from components.core.errors import PedigreeError
 from components.core.git import file_at, try_git
 from components.core.layout import RELATIVE
 
-LOCK = "dvc.lock"
+LOCK = str(RELATIVE.dvc_lock)
 REGISTER_STAGE = "register"
 
 

@@ -251,7 +251,7 @@ class _Tracer:
 
     def _acceptances(self, node: Node, record: Record) -> None:
         """Put below a stage the event by which a person took its outputs for code that did not make them."""
-        name = (yaml.safe_load(record.read("params.yaml") or b"") or {}).get("name")
+        name = (yaml.safe_load(record.read(str(RELATIVE.params)) or b"") or {}).get("name")
         try:
             events = [e for e in AuditLog.from_environment().read(name) if e.action == ACCEPTED] if name else []
         except (RecordError, StorageError) as error:

@@ -1,4 +1,4 @@
-"""The layout names what `dvc.yaml` names, and nothing else spells its folders."""
+"""The layout names what `dvc.yaml` names, and nothing else spells its places."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.core.layout import RELATIVE
 
 PROJECT = Path(__file__).parents[2]
 OWNER = PROJECT / "components/core/layout.py"
-SPELLED = re.compile(r"(\.pedigree|\.dvc|data|models|reports)(/\S*)?")
+SPELLED = re.compile(r"(\.pedigree|\.dvc|data|models|reports)(/\S*)?|dvc\.(yaml|lock)|params\.yaml")
 SUFFIX = ".dvc"  # of the files by which DVC tracks data, too
 
 
@@ -53,7 +53,7 @@ def test_git_and_dvc_leave_the_state_alone():
 
 
 def spelled(path: Path) -> Iterator[str]:
-    """String constants of a module that name a folder of the layout; docstrings and sentences do not count."""
+    """String constants of a module that name a place of the layout; docstrings and sentences do not count."""
     tree = ast.parse(path.read_text())
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
@@ -62,11 +62,11 @@ def spelled(path: Path) -> Iterator[str]:
         joined = (
             isinstance(parents[node], ast.BinOp) or getattr(getattr(parents[node], "func", None), "id", "") == "Path"
         )
-        if node.value != SUFFIX and ("/" in node.value or node.value.startswith(".") or joined):
+        if node.value != SUFFIX and (joined or re.search(r"[/.]", node.value)):
             yield f"{path.relative_to(PROJECT)}:{node.lineno}: {node.value}"
 
 
-def test_no_other_module_spells_a_folder_of_the_layout():
+def test_no_other_module_spells_a_place_of_the_layout():
     files = [
         path for top in ("flows", "components", "infra") for path in (PROJECT / top).rglob("*.py") if path != OWNER
     ]
