@@ -39,8 +39,11 @@ def finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     from httpx import HTTPError
     from prefect.exceptions import TerminationSignal
 
+    from flows.prefect_watch import watched
+
     try:
-        state = flow(*arguments, **named, return_state=True)
+        with watched(os.environ["PREFECT_API_URL"]):
+            state = flow(*arguments, **named, return_state=True)
     except TerminationSignal:  # SIGTERM before our handlers were set, or after
         raise KeyboardInterrupt from None
     except HTTPError as error:

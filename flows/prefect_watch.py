@@ -1,0 +1,73 @@
+"""Notice that Prefect's server does not answer: one line, instead of what its client logs at each of its tries."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from flows.console import screen
+
+EVERY_SECONDS = 10.0
+MISSES = 3  # in a row
+CLIENT_LOGGERS = ("prefect._internal", "prefect.events")
+logger = logging.getLogger(__name__)
+
+
+class _Watch:
+    """Ask the server again and again; while it is away, keep its client's complaints from the console."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.removesuffix("/api")
+        self.done = threading.Event()
+        self.away = False
+        self._misses = 0
+
+    def run(self) -> None:
+        while not self.done.wait(EVERY_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            httpx.get(f"{self.address}/api/health", timeout=5.0)
+        except httpx.HTTPError as error:
+            self._misses += 1
+            if self._misses == MISSES:
+                self._say(True, f"does not answer ({error}); `pedigree up` starts it. The run goes on without its page")
+        else:
+            self._misses = 0
+            if self.away:
+                self._say(False, "answers again")
+
+    def _say(self, away: bool, what: str) -> None:
+        self.away = away
+        logging.raiseExceptions = not away  # else Prefect's log handler writes to stderr at each of its tries
+        logger.warning("Prefect at %s %s", self.address, what)
+
+    def shows(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not self.away or not (record.name.startswith(CLIENT_LOGGERS) or isinstance(error, httpx.HTTPError))
+
+
+@contextmanager
+def watched(address: str) -> Iterator[None]:
+    """Watch the server inside the block.
+
+    Args:
+        address: of its API.
+    """
+    watch = _Watch(address)
+    thread = threading.Thread(target=watch.run, daemon=True)
+    screen.addFilter(watch.shows)
+    thread.start()
+    try:
+        yield
+    finally:
+        watch.done.set()
+        thread.join()
+        screen.removeFilter(watch.shows)
+        logging.raiseExceptions = True
