@@ -10,13 +10,13 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from components.core.cluster import AddressOption, EngineOption, choose_engine
+from components.core.cluster import Engine, choose_engine
 from components.core.config import ConfigError
 from components.core.errors import (
     OutOfMemoryError,
@@ -34,8 +34,12 @@ from components.core.storage import recover_dirs, write_json
 from components.recipe import Recipe, load_recipe
 from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advice
 
-ITEM_STAGES = ("distill", "evaluate")
+NAMED_STAGES = ("distill", "register")  # they log or register by the model's name
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
+
+# Of each command that works on shards, here and in `flows`.
+EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray cluster.")]
 
 log = logging.getLogger("components")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,17 +53,15 @@ def _function(stage: str) -> Callable[..., dict[str, Any]]:
 
 
 def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
-    """The stage's own argument: which student, which model, or the registered name."""
-    if stage == "register":
-        return {"name": recipe.name}
-    if stage not in ITEM_STAGES:
-        if item is not None:
-            raise ConfigError(f"stage {stage!r} takes no item, but {item!r} was given")
-        return {}
-    allowed = list(recipe.distill.students) if stage == "distill" else list(recipe.evaluate.models)
-    if item not in allowed:
-        raise ConfigError(f"stage {stage!r} needs one of {allowed}, but {item!r} was given")
-    return {"student" if stage == "distill" else "model": item}
+    """The stage's own argument: which model is evaluated, or the registered name."""
+    if stage == "evaluate":
+        allowed = list(recipe.evaluate.models)
+        if item not in allowed:
+            raise ConfigError(f"stage {stage!r} needs one of {allowed}, but {item!r} was given")
+        return {"model": item}
+    if item is not None:
+        raise ConfigError(f"stage {stage!r} takes no item, but {item!r} was given")
+    return {"name": recipe.name} if stage in NAMED_STAGES else {}
 
 
 def _seed(seed: int) -> None:
@@ -75,14 +77,14 @@ def _seed(seed: int) -> None:
 @app.command()
 def run(
     stage: str,
-    item: str | None = typer.Argument(None, help="which student or model, of a foreach stage"),
+    item: str | None = typer.Argument(None, help="which model, of evaluate"),
     engine: EngineOption = None,
     address: AddressOption = None,
     traceback: bool = typer.Option(default=False, help="Show the traceback of every error, not of defects only."),
 ) -> None:
     """Run one stage in the current folder.
 
-    Examples: `python -m components pretrain`, `python -m components distill small`,
+    Examples: `python -m components pretrain`, `python -m components evaluate small`,
     `python -m components curate --engine ray --address 10.0.0.7:6379`.
     """
     show_tracebacks(traceback)
@@ -91,7 +93,7 @@ def run(
     recipe = load_recipe(root, None)
     layout = Layout(root)
     # Where stages replace whole folders: a killed one may have moved away what this one reads.
-    for folder in (layout.data, layout.models, layout.students, layout.report("evaluate")):
+    for folder in (layout.data, layout.models, layout.report("distill"), layout.report("evaluate")):
         recover_dirs(folder)
     extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
@@ -107,9 +109,14 @@ def run(
         result = function(section, root, recipe.seed, **extra)
         write_json(layout.result(stage, item), result)
         # A training's last row is in MLflow already, as the end of each curve.
-        tracked.log_result({key: value for key, value in result.items() if key != "last"})
-    if "run_key" in result:  # a training
+        tracked.log_result(_without_last(result))
+    if "run_key" in result:  # a training; what is kept of students stays for runs that change another one
         load(FORGET)(root, result["run_key"])
+
+
+def _without_last(result: Mapping[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in result.items() if key != "last"}
+    return {key: _without_last(value) if isinstance(value, Mapping) else value for key, value in own.items()}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The stages to accept, by name (`distill` means all its items), and why."""
+    """The stages to accept, by name (`evaluate` means all its items), and why."""
 
     stages: Sequence[str]
     reason: str

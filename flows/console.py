@@ -54,7 +54,7 @@ class Board:
 
         Args:
             stages: their names, in order.
-            trainings: steps and batch size of those that train; of a `foreach`, which trains at once, without the item.
+            trainings: steps and batch size of those that train.
         """
         with self._lock:
             self._stages, self._trainings = list(stages), dict(trainings)
@@ -70,7 +70,7 @@ class Board:
             yield
             with self._lock:
                 self._done += name in self._stages
-                self._trained.add(_group(name))
+                self._trained.add(name)
         finally:
             with self._lock:
                 self._now.pop(name, None)
@@ -87,8 +87,8 @@ class Board:
             now = time.monotonic()
             work = self._now.setdefault(name, _Work(line.what, now))
             work.line, work.seen = line, now
-            if line.unit == "steps" and _group(name) in self._trainings:
-                self._images_per_second = line.rate * self._trainings[_group(name)][1]
+            if line.unit == "steps" and name in self._trainings:
+                self._images_per_second = line.rate * self._trainings[name][1]
             ended = line.done >= line.total
             due = ended or now - work.logged >= LOG_EVERY_SECONDS
             if due:
@@ -122,7 +122,7 @@ class Board:
             return number, name, bar, f"{work.doing}, {elapsed} so far"
         bar = ProgressBar(total=max(line.total, 1), completed=line.done, width=width)
         left = "" if work.seconds_left is None else f"{clock(work.seconds_left)} left, "
-        what = "" if line.what in (name, name.replace("@", "/")) else f"{line.what}: "
+        what = "" if line.what == name else f"{line.what}: "
         note = line.note or f"{line.rate:.1f} {line.unit}/s"
         # What matters most comes first: a narrow terminal crops the rest.
         return number, name, bar, f"{what}{left}{note}, {line.done}/{line.total} {line.unit}, {elapsed} so far"
@@ -136,17 +136,13 @@ class Board:
         """Seconds that all trainings still take at the speed of the newest one; None before that has one."""
         if not self._images_per_second:
             return None
-        now = {_group(name): work.seconds_left for name, work in self._now.items() if work.line is not None}
+        now = {name: work.seconds_left for name, work in self._now.items() if work.line is not None}
         left = 0.0
         for name, (steps, batch_size) in self._trainings.items():
             if name not in self._trained:
                 seconds = now.get(name)
                 left += steps * batch_size / self._images_per_second if seconds is None else seconds
         return left if left >= 1 else None
-
-
-def _group(name: str) -> str:
-    return name.partition("@")[0]
 
 
 board = Board()  # of this process's run

@@ -14,6 +14,7 @@ from flows.console import screen
 EVERY_SECONDS = 10.0
 MISSES = 3  # in a row
 CLIENT_LOGGERS = ("prefect._internal", "prefect.events")
+WITH_ITS_OWN_HANDLER = "prefect._internal.concurrency"
 logger = logging.getLogger(__name__)
 
 
@@ -62,12 +63,15 @@ def watched(address: str) -> Iterator[None]:
     """
     watch = _Watch(address)
     thread = threading.Thread(target=watch.run, daemon=True)
-    screen.addFilter(watch.shows)
+    talking = (screen, logging.getLogger(WITH_ITS_OWN_HANDLER))
+    for filterer in talking:
+        filterer.addFilter(watch.shows)
     thread.start()
     try:
         yield
     finally:
         watch.done.set()
         thread.join()
-        screen.removeFilter(watch.shows)
+        for filterer in talking:
+            filterer.removeFilter(watch.shows)
         logging.raiseExceptions = True

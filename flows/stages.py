@@ -84,17 +84,16 @@ def _bring(stage: Stage, workspace: Workspace) -> str:
 
 def hand_on(name: str, logger: Logger, show: Callable[[float], None], text: str) -> None:
     """Move the display and Prefect's percent by a stage's progress line, now and then logged; log any other line."""
-    job = name.replace("@", "/")  # what a training calls itself
     if progress := ProgressLine.parse(text):
         show(100.0 * progress.done / max(progress.total, 1))
         if board.move(name, progress):
-            what = "" if progress.what == job else f"{progress.what} "
+            what = "" if progress.what == name else f"{progress.what} "
             logger.info("%s: %s%s", name, what, progress.figures, extra=DETAIL)
         return
     level, said = read_level(text)
     # The display shows how far it is, and the run's end says why a stage failed.
     extra = DETAIL if text.startswith((ERROR, CHECKPOINT_LINE.partition("%")[0])) else None
-    logger.log(level, "%s: %s", name, said.removeprefix(f"{job}: "), extra=extra)
+    logger.log(level, "%s: %s", name, said.removeprefix(f"{name}: "), extra=extra)
 
 
 def stream(command: str, root: Path, line_out: Callable[[str], None]) -> None:

@@ -118,17 +118,8 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
 
 
 def params_text(checkout: Path, recipe: Recipe) -> str:
-    """`params.yaml` of a run: the checkout's own text where it says the same, else the values that were given.
-
-    A value that was not given is there too where a stage of `dvc.yaml` names it (`distill.objective`): DVC wants it.
-    """
+    """`params.yaml` of a run: the checkout's own text where it says the same, else the values that were given."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    every, pipeline = recipe.model_dump(mode="json", by_alias=True), Layout(checkout).pipeline
-    for stage in yaml.safe_load(pipeline.read_text())["stages"].values() if pipeline.exists() else ():
-        for name in (stage.get("do") or stage).get("params", ()):
-            section, *keys = name.split(".")
-            if len(keys) == 1 and section in values:
-                values[section].setdefault(keys[0], every[section][keys[0]])
     own = checkout / PARAMS_FILE
     if own.exists() and yaml.safe_load(own.read_text()) == values:
         return own.read_text()

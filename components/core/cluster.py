@@ -9,9 +9,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated
-
-import typer
 
 from components.core.config import ConfigError
 from components.core.errors import EngineError
@@ -27,10 +24,6 @@ class Engine(StrEnum):
 
     LOKY = "loky"
     RAY = "ray"
-
-
-EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
-AddressOption = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray cluster.")]
 
 
 def choose_engine(engine: Engine | None, address: str | None) -> None:

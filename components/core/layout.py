@@ -129,7 +129,7 @@ class Layout:
 
     @property
     def trained(self) -> Path:
-        """Trainings that are finished and that their stage has not taken up yet, by run key."""
+        """Trainings that are finished and that their stage has not taken up yet, and students, by run key."""
         return self.cache("trained")
 
     @property

@@ -41,9 +41,10 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
     if not enabled():
         yield StageRun(None)
         return
-    run = _open_stage(stage, item, params, root)
+    run, outermost = _open_stage(stage, item, params, root), not open_runs
     open_runs.append(run)
-    os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
+    if outermost:
+        os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
     try:
         yield run
         run.metrics.add(flatten_numbers(run.result), step=0)
@@ -60,7 +61,8 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
         raise
     finally:
         open_runs.remove(run)
-        os.environ.pop("MLFLOW_RUN_ID", None)
+        if outermost:
+            os.environ.pop("MLFLOW_RUN_ID", None)
 
 
 def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None:

@@ -51,7 +51,7 @@ class StageRun:
                 self.client.log_batch(self.run_id, metrics=metrics)
 
 
-open_runs: list[StageRun | None] = []  # this process's run, innermost last; None inside of `untracked`
+open_runs: list[StageRun] = []  # this process's runs, the one that is reported to last
 
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
@@ -85,9 +85,9 @@ def log_file(path: Path, folder: str) -> None:
 
 
 @contextmanager
-def untracked() -> Iterator[None]:
-    """Report nothing inside: what is done there belongs to another run than the open one."""
-    open_runs.append(None)
+def reporting_to(run: StageRun) -> Iterator[None]:
+    """Report what is done inside to this one of several open runs."""
+    open_runs.append(run)
     try:
         yield
     finally:
@@ -159,4 +159,4 @@ def _active() -> StageRun | None:
             run = StageRun(inherited, checked_client())
         open_runs.append(run)
         atexit.register(run.metrics.flush)
-    return open_runs[-1] if open_runs else None
+    return open_runs[-1] if open_runs and open_runs[-1].run_id else None

@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from components.core.pictures import INK
+
 BARS = 2000
-BLUE, GREY, RED, INK = "#2f6fab", "#c3ccd5", "#c8452e", "#1c2530"
-
-
-def inline(picture: bytes, alt: str, kind: str = "png") -> str:
-    """An <img> that carries its own bytes."""
-    data = base64.b64encode(picture).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
-
-
-def funnel(steps: list[tuple[str, int]]) -> bytes:
-    """One bar a step, with the images left and how many that step took."""
-    figure, axes = _figure(10, 0.5 * len(steps) + 0.3)
-    first = steps[0][1]
-    for place, (_, images) in enumerate(steps):
-        taken = steps[place - 1][1] - images if place else 0
-        axes.barh(place, first, color="#eef2f5", height=0.7)
-        axes.barh(place, images, color=BLUE, height=0.7)
-        label = f"{images:,}" + (f"   (-{taken:,})" if taken else "")
-        inside = images > first * 0.3
-        axes.text(
-            images - first * 0.01 if inside else images + first * 0.01,
-            place,
-            label,
-            va="center",
-            ha="right" if inside else "left",
-            color="white" if inside else INK,
-        )
-    axes.set_yticks(range(len(steps)), [name for name, _ in steps])
-    axes.invert_yaxis()
-    axes.set_xticks([])
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    axes.margins(x=0, y=0.02)
-    return _png(figure)
+BLUE, GREY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
 
 
 def similarity_histogram(values: NDArray[np.float32], threshold: float, what: str) -> bytes:

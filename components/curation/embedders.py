@@ -27,10 +27,9 @@ from components.curation.config import (
     OnnxConfig,
     TorchScriptConfig,
 )
+from components.model.preprocessing import center_crops, normalize, resize_short_side, squeeze, to_input
 
 VERSION = 2  # raise it whenever a change here changes an embedding
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
@@ -92,13 +91,10 @@ def normalised_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.
     Returns:
         [3, H, W] float32: H = W = size for "square", else the shorter side = size and the ratio kept.
     """
-    shape = (size, size)
-    if resize == "short_side":
-        scale = size / min(image.size)
-        shape = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-    pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR), np.float32) / 255  # [H, W, 3]
-    normalised = (pixels - IMAGENET_MEAN) / IMAGENET_STD
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
+    keep_ratio = resize == "short_side"
+    resized = resize_short_side(image, size, Image.Resampling.BILINEAR) if keep_ratio else squeeze(image, size)
+    normalized = normalize(np.asarray(resized, np.float32))  # [H, W, 3]
+    return np.ascontiguousarray(normalized.transpose(2, 0, 1), np.float32)
 
 
 def _locate(config: EmbedderConfig, root: Path, key: str) -> Path | None:
@@ -129,7 +125,6 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     import torch
 
     from components.model.export import load_backbone
-    from components.model.preprocessing import center_crop, to_input
 
     backbone = load_backbone(folder)
     patch, size = backbone.config.patch_size, config.preprocessing.crop_size
@@ -137,7 +132,7 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
         raise CurationError(f"preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {folder}")
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
-        crops = np.stack([np.asarray(center_crop(image, config.preprocessing)) for image in images])  # [B, S, S, 3]
+        crops = center_crops(images, config.preprocessing)  # [B, S, S, 3]
         with _one_torch_thread(), torch.inference_mode():
             return backbone(to_input(torch.from_numpy(crops).permute(0, 3, 1, 2))).cls_token.numpy()  # [B, D]
 

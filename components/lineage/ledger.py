@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -115,7 +115,6 @@ class Ledger:
             try:
                 repo.stage_cache.restore(stage, run_cache=True, pull=self._has_remote(repo))
             except RunCacheNotFoundError:
-                self._restore_beside(repo, stage)
                 return Outcome.CHANGED
             self._commit(repo, name)
             return Outcome.RESTORED
@@ -263,21 +262,6 @@ class Ledger:
         """Hold off every other use of the ledger in this process, so that `dvc.lock` is whole and stays as it is."""
         with _ONE_AT_A_TIME:
             yield
-
-    def _restore_beside(self, repo: Repo, stage: Any) -> None:
-        """Bring the outputs of the stage's equals into place that are missing but known.
-
-        They are of the same `foreach` and have the same dependencies; what is about to run may look at what is made.
-        """
-        group, item, _ = stage.name.partition("@")
-        equals: list[Any] = list(repo.stage.collect(group)) if item else []
-        for other in equals:
-            same = [dep.def_path for dep in other.deps] == [dep.def_path for dep in stage.deps]
-            if other.name == stage.name or not same or any(out.exists for out in other.outs):
-                continue
-            with suppress(RunCacheNotFoundError):
-                repo.stage_cache.restore(other, run_cache=True, pull=self._has_remote(repo))
-                self._commit(repo, other.name)
 
     def _in_order(self, repo: Repo) -> list[tuple[Any, Stage]]:
         """All stages in an order in which they can run: DVC's object of each, and ours."""

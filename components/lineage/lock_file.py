@@ -66,10 +66,21 @@ class Record:
         return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def output(self, path: str) -> str | None:
-        """DVC id of a stage's output, by its path."""
-        return next(
-            (out["md5"] for s in self.stages().values() for out in s.get("outs", []) if out["path"] == path), None
-        )
+        """DVC id of a stage's output, by its path; of a student in one, as the stage that evaluates it read it."""
+        holder, inner = self.holder(path)
+        if holder is None or not inner:
+            return holder
+        read = (dep for stage in self.stages().values() for dep in stage.get("deps", []))
+        return next((dep["md5"] for dep in read if dep["path"] == path), None)
+
+    def holder(self, path: str) -> tuple[str | None, str]:
+        """DVC id of the output that a path is or lies in, and the path in it, empty or with a slash at its end."""
+        for out in (out for stage in self.stages().values() for out in stage.get("outs", [])):
+            if out["path"] == path:
+                return out["md5"], ""
+            if PurePosixPath(out["path"]) in PurePosixPath(path).parents:
+                return out["md5"], f"{PurePosixPath(path).relative_to(out['path'])}/"
+        return None, ""
 
     def tracked(self, folder: str) -> dict[str, str]:
         """The `dvc add`ed snapshots below `folder`: path -> DVC id, in path order."""

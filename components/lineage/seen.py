@@ -157,7 +157,8 @@ def _record(name: str, tags: dict[str, str], root: Path) -> Record:
 def _provenance(record: Record, name: str, path: str) -> dict[str, Any]:
     remote = Remote(record.remote_url())
     try:
-        found = json.loads(remote.read(remote.listing(str(record.output(path)))["config.json"]))["provenance"]
+        holder, inner = record.holder(path)
+        found = json.loads(remote.read(remote.listing(str(holder))[f"{inner}config.json"]))["provenance"]
         return {key: found[key] for key in ("stage", "config", "seed", "dataset_sha256", "steps")}
     except (KeyError, ValueError):
         raise RecordError(f"{name}: {path}/config.json does not say what it was trained on") from None

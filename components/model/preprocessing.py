@@ -1,12 +1,22 @@
-"""From a decoded image to what a backbone takes: the same for evaluation, probe, embedder and registered model."""
+"""From a decoded image to what a network takes: the one home of resize, crop, mean and standard deviation.
+
+Evaluation, kNN probe, training, embedders, classifiers and the registered model use it, so that a served model gives
+the evaluated features. It loads no torch: embedders and classifiers of other frameworks run without it.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from components.model.config import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -14,16 +24,44 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def center_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize the shorter side (bicubic, antialiased) and cut the square in the middle."""
-    resize_size, crop_size = preprocessing.resize_size, preprocessing.crop_size
-    scale = resize_size / min(image.size)
-    width, height = (max(resize_size, round(side * scale)) for side in image.size)
-    left, top = (width - crop_size) // 2, (height - crop_size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized = resize_short_side(image, preprocessing.resize_size, Image.Resampling.BICUBIC)
+    crop_size = preprocessing.crop_size
+    left, top = (resized.width - crop_size) // 2, (resized.height - crop_size) // 2
     return resized.crop((left, top, left + crop_size, top + crop_size))
 
 
+def center_crops(images: Iterable[Image.Image], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """`center_crop` of each image, [B, S, S, 3]; of an iterator one image at a time is held."""
+    return np.stack([np.asarray(center_crop(image, preprocessing)) for image in images])
+
+
 def to_input(crops: Tensor) -> Tensor:
-    """Normalise [N, 3, H, W] uint8 images by ImageNet's mean and standard deviation; float32."""
-    mean = torch.tensor(IMAGENET_MEAN, device=crops.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=crops.device).view(3, 1, 1)
-    return (crops.float() / 255 - mean) / std
+    """Normalize [N, 3, H, W] uint8 images by ImageNet's mean and standard deviation; float32."""
+    pixels = crops.float() / 255
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def resize_short_side(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """Resize to a shorter side of `size` pixels; the ratio of the sides stays, to whole pixels."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    return image.resize((width, height), resampling)
+
+
+def squeeze(image: Image.Image, size: int) -> Image.Image:
+    """Resize to a square (bilinear), whatever the ratio of the sides."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def normalize(
+    pixels: NDArray[np.floating], mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> NDArray[np.floating]:
+    """Subtract the mean and divide by the standard deviation of each channel of RGB in [0, 1], in the pixels' type.
+
+    Args:
+        pixels: [H, W, 3], 0 to 255.
+        mean: of the channels.
+        std: of the channels.
+    """
+    return (pixels / 255 - np.asarray(mean, pixels.dtype)) / np.asarray(std, pixels.dtype)

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
+from PIL import Image
 
 from components.data.shards import MAX_PIXELS, ImageError, decode_image
 from components.model.config import Preprocessing
 from components.model.export import load_backbone
-from components.model.preprocessing import center_crop, to_input
+from components.model.preprocessing import center_crops, to_input
 
 BATCH = 32
 
@@ -54,20 +55,19 @@ class EmbeddingModel(PythonModel):
         rows = list(model_input["image"])
         parts = [np.empty((0, self._backbone.config.dim), np.float32)]
         for start in range(0, len(rows), BATCH):
-            crops = [_crop(row, start + i, preprocessing) for i, row in enumerate(rows[start : start + BATCH])]
+            decoded = (_decode(row, start + i) for i, row in enumerate(rows[start : start + BATCH]))
+            crops = torch.from_numpy(center_crops(decoded, preprocessing)).to(self._device)  # [B, S, S, 3]
             with torch.inference_mode():
-                images = torch.from_numpy(np.stack(crops)).to(self._device).permute(0, 3, 1, 2)  # [B, 3, S, S]
+                images = crops.permute(0, 3, 1, 2)  # [B, 3, S, S]
                 parts.append(self._backbone(to_input(images)).cls_token.float().cpu().numpy())
         return np.concatenate(parts)
 
 
-def _crop(data: bytes, row: int, preprocessing: Preprocessing) -> np.ndarray:
-    """Pixels of one encoded image, [S, S, 3] uint8."""
+def _decode(data: bytes, row: int) -> Image.Image:
     try:
-        image = decode_image(data, max_pixels=MAX_PIXELS)
+        return decode_image(data, max_pixels=MAX_PIXELS)
     except ImageError as error:
         raise ValueError(f"row {row}: not a usable image: {error}") from None
-    return np.asarray(center_crop(image, preprocessing))
 
 
 set_model(EmbeddingModel())

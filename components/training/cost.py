@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,14 +71,6 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
     return 2.0 * sum(before * after for before, after in pairwise(widths))
 
 
-def joint_flops(
-    together: Sequence[Networks], crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int | None = None
-) -> float:
-    """`training_flops` of students that are trained on the same images, whose teacher looks at them once."""
-    shared = (len(together) - 1) * _teacher_flops(together[0], crops, _patches(together[0], crops, masking))
-    return sum(training_flops(networks, crops, masking, anchor_scale) for networks in together) - shared
-
-
 def training_flops(
     networks: Networks, crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int | None = None
 ) -> float:
@@ -92,7 +83,8 @@ def training_flops(
     """
     student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
-    total = _teacher_flops(networks, crops, patches)
+    total = NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, crops.global_size)
+    total += _heads(networks.teacher, NUM_GLOBAL, patches)
     if anchor_scale is not None:
         total += NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, anchor_scale * crops.global_size)
     for count, size in kinds:
@@ -100,11 +92,6 @@ def training_flops(
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)
         total += count * ((1 + BACKWARD) * blocks + 2 * embedding)  # no gradient of the pixels
     return total + (1 + BACKWARD) * _heads(networks.student, NUM_GLOBAL + crops.num_local, patches)
-
-
-def _teacher_flops(networks: Networks, crops: CropConfig, patches: float) -> float:
-    backbone = NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, crops.global_size)
-    return backbone + _heads(networks.teacher, NUM_GLOBAL, patches)
 
 
 def _patches(networks: Networks, crops: CropConfig, masking: MaskingConfig | None) -> float:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor
 
 from components.core.distributed import barrier, rank
 from components.core.git import try_git
 from components.core.layout import Layout
+from components.core.pictures import draw_pca
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
 from components.data.batch import TrainingBatches
@@ -28,17 +31,16 @@ from components.training.alerts import read_alerts, report_alerts
 from components.training.checkpoint import Checkpoints, agreed, only_trainer, run_key
 from components.training.config import TrainingConfig
 from components.training.knn_probe import KnnProbe, load_probe
-from components.training.loop import Job, Trainee, train_together
-from components.training.loss_table import LOSSES, Row, read_rows
+from components.training.loop import Job, Run, train
+from components.training.loss_table import LOSSES, read_rows
 from components.training.monitors import Probes, report_rows
 from components.training.networks import Network
-from components.training.parallelize import gather, place, training_device
+from components.training.parallelize import gather
 from components.training.pictures import (
     NUM_IMAGES,
     PROGRESS,
     draw_crops,
-    draw_pca,
-    pca_colors,
+    patch_colors,
     sample_images,
     save_picture,
     show_progress,
@@ -48,8 +50,9 @@ from components.training.run_folder import CONFIG
 logger = logging.getLogger(__name__)
 
 CROPS, PCA = "crops.jpg", "pca.jpg"
+REPORT = (LOSSES, CROPS, PCA)
 WEIGHTS, DIGEST = "weights", "sha256.json"
-KEPT_SECONDS = 30 * 86_400.0  # a stage that has not taken it up by then never will
+KEPT_SECONDS = 30 * 86_400.0  # since its last use
 
 
 @dataclass(frozen=True)
@@ -59,147 +62,127 @@ class Delivery:
     root: Path  # workspace
     weights: Path
     report: Path
-    parents: dict[str, Path] = field(default_factory=dict)  # weights that it starts from or learns from: folder or file
+    parents: Mapping[str, Path]  # weights that it starts from or learns from: folder or file
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A job that may be trained beside the wanted one; it is made only if its outputs are missing.
+class Training:
+    """A training by what determines it, and the places of its state.
 
-    It differs from the wanted one in its student alone, and starts from or learns from the same weights.
+    Attributes:
+        provenance: what its weights will state.
+        key: of the run, a hash of all that determines it.
+        other_key: of the same run in the other precision, which another machine may have taken.
     """
 
+    root: Path
     name: str
     config: TrainingConfig
-    weights: Path  # where its own stage delivers
-    make: Callable[[], Job]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A training and its places."""
-
-    root: Path
     provenance: dict[str, Any]
-    weights: Path
-    make: Callable[[], Job]
-    other_key: str  # of the same run in the other precision, which another machine may have taken
-
-    @property
-    def name(self) -> str:
-        return self.provenance["stage"]
-
-    @property
-    def key(self) -> str:
-        return self.provenance["run_key"]
+    key: str
+    other_key: str
 
     @property
     def folder(self) -> Path:
+        """Where its checkpoints and reports are while it trains."""
         return Layout(self.root).checkpoints(self.key)
 
     @property
     def kept(self) -> Path:
+        """Where its results are kept once it is trained."""
         return Layout(self.root).trained / self.key
 
-    def is_kept(self) -> bool:
-        """Whether it is trained, and its stage has not taken it up; every rank must call."""
-        return agreed((self.kept / DIGEST).is_file())
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The run's key and length, and the last row that the monitor wrote; of a training that is kept."""
+        config, rows = self.config, read_rows(self.kept / LOSSES)
+        last = rows[-1] if rows else {}
+        images = config.steps * config.batch_size
+        return {"run_key": self.key, "steps": config.steps, "images_seen": images, "last": last}
 
-    def is_made(self) -> bool:
-        """Whether it is kept, or delivered; every rank must call."""
-        return self.is_kept() or agreed(_key_of(self.weights) == self.key)
+
+def digests(parents: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of weights that a run starts from or learns from, by name: folder or file."""
+    return {name: sha256_dir(path) if path.is_dir() else sha256_file(path) for name, path in parents.items()}
 
 
-def train_and_deliver(job: Job, delivery: Delivery, beside: Sequence[Beside] = ()) -> dict[str, Any]:
+def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Training:
+    """Key and provenance of a job.
+
+    Args:
+        job: what is to be trained; its networks may still be on the meta device.
+        root: workspace.
+        parents: as `digests` gives them.
+    """
+    config = job.config
+    facts = {"seed": job.seed, "dataset_sha256": job.stream.digest}
+    facts |= {f"{name}_sha256": digest for name, digest in parents.items()}
+    other = config.model_copy(update={"precision": "float32" if config.half else "bfloat16"})
+    key = run_key(job.name, config, facts)
+    known = {"stage": job.name, "config": config.model_dump(mode="json"), **facts, "run_key": key}
+    return Training(root, job.name, config, known, key, run_key(job.name, other, facts))
+
+
+def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     """Train the job and write its outputs; return its figures.
 
-    Those of the jobs `beside` it whose outputs are missing are trained with it, and kept until their own stage takes
-    them up. Before the first step the resolved configuration is kept beside the checkpoints, which are
-    deleted once what they led to is kept.
+    Before the first step the resolved configuration is kept beside the checkpoints, which are deleted once what they
+    led to is kept.
     """
-    facts = {
-        "seed": job.seed,
-        "dataset_sha256": job.stream.digest,
-        **{f"{name}_sha256": _sha256(path) for name, path in delivery.parents.items()},
-    }
-
-    def run(name: str, config: TrainingConfig, weights: Path, make: Callable[[], Job]) -> _Run:
-        known = {"stage": name, "config": config.model_dump(mode="json"), **facts}
-        other = config.model_copy(update={"precision": "float32" if config.half else "bfloat16"})
-        keys = run_key(name, config, facts), run_key(name, other, facts)
-        return _Run(delivery.root, {**known, "run_key": keys[0]}, weights, make, keys[1])
-
-    wanted = run(job.name, job.config, delivery.weights, lambda: job)
-    others = [] if wanted.is_kept() else [run(other.name, other.config, other.weights, other.make) for other in beside]
-    with ExitStack() as locks:
-        due = _hold(locks, wanted, others)
-        if _take_up(wanted, delivery):
-            logger.info("%s: trained by an earlier try or beside another run; taken up", job.name)
-            left = _checkpoints(wanted.root, wanted.key, job.config)  # by a try that ended before it had deleted them
-            if rank() == 0:
-                left.remove()
-            _report(wanted)
+    training = describe_training(job, delivery.root, digests(delivery.parents))
+    with only_trainer(training.folder, training.name):
+        if is_kept(training):
+            logger.info("%s: trained by an earlier try; taken up", training.name)
+            report_kept(training)
         else:
-            _train([wanted, *due])
-            _take_up(wanted, delivery)
-        rows = read_rows(delivery.report / LOSSES)
-    return _figures(job, wanted.key, rows)
+            begun = Begun(training, job)
+            run = Run(job, begun.step, begun.checkpoints, begun.probes)
+            train(run)
+            begun.keep()
+        if rank() == 0:
+            with atomic_dir(delivery.weights) as folder:
+                copy_weights(training, folder)
+            copy_report(training, delivery.report)
+        figures = training.figures
+        drop_checkpoints(training)
+    return figures
 
 
-def _hold(locks: ExitStack, wanted: _Run, others: Sequence[_Run]) -> list[_Run]:
-    """Hold the wanted run and those of the others that must be trained, which are returned; waits for other processes.
+class Begun:
+    """A training from its start to where its results are kept; every rank must make one.
 
-    All processes ask for runs in the order of their keys, so that no two wait for each other.
+    Attributes:
+        step: of the job, with its initial values.
+        checkpoints: of the run.
+        probes: look at its average now and then.
     """
-    due = []
-    for run in sorted([wanted, *others], key=lambda run: run.key):
-        if run is wanted:
-            locks.enter_context(only_trainer(run.folder, run.name))
-        elif not run.is_made():
-            lock = locks.enter_context(ExitStack())
-            lock.enter_context(only_trainer(run.folder, run.name))
-            if run.is_made():  # by the process that was waited for
-                lock.close()
-            else:
-                due.append(run)
-    return due
 
-
-def _train(runs: Sequence[_Run]) -> None:
-    """Train runs together, the wanted one first; keep what is trained, and drop the checkpoints that led there."""
-    jobs = [run.make() for run in runs]
-    config, root = jobs[0].config, runs[0].root
-    images = sample_images(jobs[0].stream, config.crops.global_size)
-    for job in jobs:
-        place(job.networks, job.config, training_device())
-    before = [pca_colors(job.networks.ema, images) for job in jobs]
-    labelled = _labelled(config, root)
-    trainees = []
-    for run, job in zip(runs, jobs, strict=True):
+    def __init__(self, training: Training, job: Job) -> None:
+        self.training, self.job = training, job
+        self._images = sample_images(job.stream, job.config.crops.global_size)
+        self.step = job.training_step()
+        self._before = patch_colors(job.networks.ema, self._images)
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
-            begun = {**run.provenance, "git_commit": try_git(root, "rev-parse", "HEAD")}
-            write_json(run.folder / CONFIG, begun)
-            told = (run.name, job.config.steps, job.config.batch_size, run.folder / CONFIG)
+            begun = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
+            write_json(training.folder / CONFIG, begun)
+            told = (training.name, job.config.steps, job.config.batch_size, training.folder / CONFIG)
             logger.info("%s: %d steps of %d images; all settings are in %s", *told)
-            _draw_first_batch(job, run.folder / CROPS)
-        probes = _probes(job, labelled, run.folder, images)
-        checkpoints = _checkpoints(root, run.key, config)
-        if checkpoints.newest() is None:
-            _tell_of_other_precision(run, config)
-        trainees.append(Trainee(job, checkpoints, probes, tracked=run is runs[0]))
+            _draw_first_batch(job, training.folder / CROPS)
+        self.probes = _probes(job, training, self._images)
+        self.checkpoints = _checkpoints(training.root, training.key, job.config)
+        if self.checkpoints.newest() is None:
+            _tell_of_other_precision(training)
 
-    found = train_together(trainees)
-    for run, trainee, colors, rows in zip(runs, trainees, before, found, strict=True):
-        if rows is None:  # it diverged, as its own stage will say
-            continue
-        if shipped := gather(trainee.job.networks.ema):  # on the first rank
+    def keep(self) -> None:
+        """Keep what was trained."""
+        config = self.job.config
+        if shipped := gather(self.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
-            shown = {"before training": colors, "after it": pca_colors(shipped, images)}
-            _keep(run, shipped, run.provenance | seen, draw_pca(images, shown))
-            trainee.checkpoints.remove()
-    barrier()
+            shown = {"before training": self._before, "after it": patch_colors(shipped, self._images)}
+            _keep(self.training, shipped, self.training.provenance | seen, draw_pca(self._images, shown))
+        barrier()
 
 
 def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
@@ -207,15 +190,23 @@ def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
     return Checkpoints(Layout(root).checkpoints(key), uri)
 
 
-def _tell_of_other_precision(run: _Run, config: TrainingConfig) -> None:
+def _tell_of_other_precision(training: Training) -> None:
     """Warn of a run that was begun in the other precision, on another machine perhaps; every rank must call."""
-    steps = _checkpoints(run.root, run.other_key, config).newest()
+    config = training.config
+    steps = _checkpoints(training.root, training.other_key, config).newest()
     if steps is not None and rank() == 0:
-        stage, other = run.name.partition("/")[0], "float32" if config.half else "bfloat16"
+        stage, other = training.name.partition("/")[0], "float32" if config.half else "bfloat16"
         logger.warning(
             "%s: starts anew in %s, although step %d of %d is done in %s; to go on from there, stop it and set %s",
-            *(run.name, config.precision, steps, config.steps, other, f"{stage}.precision={other}"),
+            *(training.name, config.precision, steps, config.steps, other, f"{stage}.precision={other}"),
         )
+
+
+def _probes(job: Job, training: Training, images: NDArray[np.uint8]) -> Probes:
+    average, pictures = job.networks.ema, job.config.monitor.pictures_every_steps
+    labelled = _labelled(job.config, training.root)
+    knn = partial(labelled.top1, average) if labelled else None
+    return Probes(knn, partial(show_progress, average, images, training.folder) if pictures else None)
 
 
 def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
@@ -224,67 +215,76 @@ def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, half=config.half)
 
 
-def _probes(job: Job, labelled: KnnProbe | None, folder: Path, images: Tensor) -> Probes:
-    average, pictures = job.networks.ema, job.config.monitor.pictures_every_steps
-    knn = partial(labelled.top1, average) if labelled else None
-    return Probes(knn, partial(show_progress, average, images, folder) if pictures else None)
-
-
 def forget(root: Path, key: str) -> None:
     """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
     shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
-def _keep(run: _Run, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
-    """Keep what was trained, for its own stage; also for one that fails afterwards, when it reports to a service.
+def _keep(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
+    """Keep what was trained; also for a stage that fails afterwards, when it reports to a service.
 
     Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
     """
-    with atomic_dir(run.kept) as aside:
+    folder = training.folder
+    with atomic_dir(training.kept) as aside:
         save_weights(aside / WEIGHTS, shipped.backbone, shipped.heads, provenance)
         save_picture(pca, aside / PCA)
-        for path in (run.folder / LOSSES, run.folder / CROPS, *run.folder.glob(ALERTS), *run.folder.glob(PROGRESS)):
+        for path in (folder / LOSSES, folder / CROPS, *folder.glob(ALERTS), *folder.glob(PROGRESS)):
             shutil.copyfile(path, aside / path.name)
         write_json(aside / DIGEST, {WEIGHTS: sha256_dir(aside / WEIGHTS)})
-    for old in run.kept.parent.iterdir():
+    for old in training.kept.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may forget it just now
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(old)
 
 
-def _take_up(run: _Run, delivery: Delivery) -> bool:
-    """Deliver what is kept of the run; every rank must call. Returns whether anything, undamaged, was."""
+def is_kept(training: Training) -> bool:
+    """Whether it is trained, and its weights are kept undamaged; every rank must call."""
     found = False
-    if rank() == 0 and (run.kept / DIGEST).is_file():
-        found = json.loads((run.kept / DIGEST).read_text()) == {WEIGHTS: sha256_dir(run.kept / WEIGHTS)}
-    if found:
-        with atomic_dir(delivery.weights) as folder:
-            shutil.copytree(run.kept / WEIGHTS, folder, dirs_exist_ok=True)
-        delivery.report.mkdir(parents=True, exist_ok=True)
-        for name in (LOSSES, CROPS, PCA):
-            shutil.copyfile(run.kept / name, delivery.report / name)
+    if rank() == 0 and (training.kept / DIGEST).is_file():
+        found = json.loads((training.kept / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.kept / WEIGHTS)}
+        for used in (training.kept, training.kept / DIGEST):
+            os.utime(used)
     return agreed(found)
 
 
-def _report(run: _Run) -> None:
-    """Tell the tracker of a run what it would have been told while it was trained."""
+def drop_checkpoints(training: Training) -> None:
+    """Delete the checkpoints of a training that is delivered, and its folder; every rank must call.
+
+    They go last: with the folder goes its lock, for which another process may wait.
+    """
+    barrier()
+    checkpoints = _checkpoints(training.root, training.key, training.config)
     if rank() == 0:
-        report_rows(read_rows(run.kept / LOSSES))
-        report_alerts(read_alerts(run.kept))
-        for path in sorted(run.kept.glob(PROGRESS)):
+        checkpoints.remove()
+    barrier()
+
+
+def copy_weights(training: Training, folder: Path) -> None:
+    """Put the weights of a training that is kept into a folder."""
+    shutil.copytree(training.kept / WEIGHTS, folder, dirs_exist_ok=True)
+
+
+def copy_report(training: Training, folder: Path) -> None:
+    """Put the report of a training that is kept into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in REPORT:
+        shutil.copyfile(training.kept / name, folder / name)
+
+
+def log_report(training: Training) -> None:
+    """Log the report of a training that is kept to the tracker."""
+    for name in REPORT:
+        log_file(training.kept / name, "")
+
+
+def report_kept(training: Training) -> None:
+    """Log a training that is kept to the tracker, as it would have been logged while it was trained."""
+    if rank() == 0:
+        report_rows(read_rows(training.kept / LOSSES))
+        report_alerts(read_alerts(training.kept))
+        for path in sorted(training.kept.glob(PROGRESS)):
             log_file(path, "progress")
-
-
-def _key_of(weights: Path) -> str | None:
-    """Run key of the weights in a folder, if there are any."""
-    try:
-        return json.loads((weights / "config.json").read_text())["provenance"]["run_key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _sha256(path: Path) -> str:
-    return sha256_dir(path) if path.is_dir() else sha256_file(path)
 
 
 def _draw_first_batch(job: Job, path: Path) -> None:
@@ -294,10 +294,3 @@ def _draw_first_batch(job: Job, path: Path) -> None:
     if isinstance(batch, Exception):
         raise batch
     save_picture(draw_crops(batch, plan.patch_size), path)
-
-
-def _figures(job: Job, key: str, rows: list[Row]) -> dict[str, Any]:
-    """The run's key and length, and the last row that the monitor wrote."""
-    config = job.config
-    last = rows[-1] if rows else {}
-    return {"run_key": key, "steps": config.steps, "images_seen": config.steps * config.batch_size, "last": last}

@@ -16,7 +16,7 @@ from components.data.evaluation_set import EvaluationSet, Labels, read_evaluatio
 from components.data.manifest import snapshot_manifests
 from components.data.shards import ShardReader, decode_image
 from components.model.config import Preprocessing
-from components.model.preprocessing import center_crop, to_input
+from components.model.preprocessing import center_crops, to_input
 from components.training.config import KnnProbeConfig
 from components.training.networks import Network
 
@@ -74,5 +74,5 @@ def _read(images: EvaluationSet, rows: NDArray[np.int64], crop_size: int) -> Ten
     reader = ShardReader(images.root)
     columns = (images.images[name].take(rows).to_pylist() for name in ("shard", "offset", "length"))
     decoded = (decode_image(reader.read(*place)) for place in zip(*columns, strict=True))
-    crops = [np.asarray(center_crop(image, Preprocessing().at(crop_size))) for image in decoded]
-    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
+    crops = center_crops(decoded, Preprocessing().at(crop_size))  # [N, S, S, 3]
+    return torch.from_numpy(crops.transpose(0, 3, 1, 2).copy())

@@ -1,4 +1,4 @@
-"""Several processes as one trainer: starting them, joining them, wrapping or sharding the networks."""
+"""Several processes as one trainer: start them, join them, and wrap or shard the networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.core.distributed import is_distributed, rank, whole
 from components.core.errors import EngineError, OutOfMemoryError, known
+from components.core.mlflow_client import TrackingError
 from components.core.storage import StorageError
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
@@ -28,7 +29,7 @@ from components.training.networks import Network, Networks
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
 # What a rank hands over as it is; of other errors of ours it hands over an EngineError that names them.
-RANK_ERRORS = {kind.__name__: kind for kind in (EngineError, OutOfMemoryError, StorageError)}
+RANK_ERRORS = {kind.__name__: kind for kind in (EngineError, OutOfMemoryError, StorageError, TrackingError)}
 SAVE_SECONDS = 300  # after SIGTERM ranks may take so long to finish their step and to write a checkpoint
 
 
@@ -45,7 +46,7 @@ def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any)
 
     Raises:
         EngineError: a started rank failed by what a user, the data or the machine caused.
-        StorageError: it failed because the object store did, which is worth another try.
+        StorageError, TrackingError: it failed because the object store or MLflow did, which is worth another try.
         RuntimeError: it failed by a defect; the rank's traceback is a note.
         SystemExit: with EXIT_INTERRUPTED, where the ranks were asked to stop and have saved a checkpoint.
     """
@@ -64,29 +65,39 @@ def training_device() -> torch.device:
 
 
 def parallelize(networks: Networks, config: TrainingConfig, device: torch.device) -> nn.Module:
-    """The student as it is to be called: itself in one process; in several, so that gradients are averaged over ranks.
+    """Prepare the networks of a run, once, before its optimizer is built; return the student as it is to be called.
 
-    The optimizer must be built afterwards, since the parameters are other ones then.
+    The one place that wraps networks, in this order:
+
+    1. activation checkpointing, of the student's blocks;
+    2. `torch.compile`, of each block with its checkpointing;
+    3. FSDP2 (`fully_shard`), of all networks, which gathers and frees a block outside of its compiled code. Each rank
+       keeps its shard of all networks, and never has more of one that is on the meta device;
+    4. initial values, into the memory that a rank has by now;
+    5. DistributedDataParallel, of the student, whose values it compares.
+
+    A teacher that an earlier call has prepared for another student stays as it is.
     """
-    place(networks, config, device)
-    if is_distributed() and config.sharding == "ddp":
-        return DistributedDataParallel(networks.student, [device.index] if device.type == "cuda" else None)
-    return networks.student
-
-
-def place(networks: Networks, config: TrainingConfig, device: torch.device) -> None:
-    """Bring the networks to the device with their initial values; nothing done for those that are there.
-
-    With "fsdp" (`fully_shard`, FSDP2) each rank keeps its part of all networks, and never has more of one that is on
-    the meta device; blocks and heads are put together when they are needed.
-    """
+    networks.student.backbone.checkpoint_activations(config.activation_checkpointing)
+    if config.compile:
+        for network in {networks.student, networks.teacher}:
+            for block in network.backbone.blocks:
+                block.compile()
     new = [network for network in networks.distinct() if not isinstance(network, FSDPModule)]
     if is_distributed() and config.sharding == "fsdp":
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for network in new:
             _shard(network, mesh, config.half)
-    empty = [network for network in new if network.initial is not None]
-    for network in new:
+    _set_initial_values(new, device)
+    if is_distributed() and config.sharding == "ddp":
+        return DistributedDataParallel(networks.student, [device.index] if device.type == "cuda" else None)
+    return networks.student
+
+
+def _set_initial_values(networks: Sequence[Network], device: torch.device) -> None:
+    """Allocate on the device what is on the meta device, and fill it; move the rest."""
+    empty = [network for network in networks if network.initial is not None]
+    for network in networks:
         if network.initial is None:
             network.to(device)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -17,7 +17,7 @@ from components.core.errors import PedigreeError
 from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.objective.gram import GramLoss, to_grid
-from components.objective.total import Objective, StudentOutput, TeacherLogits, TeacherTargets
+from components.objective.total import Objective, StudentOutput, TeacherTargets
 from components.training.config import TrainingConfig
 from components.training.networks import Networks
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
@@ -49,18 +49,17 @@ class StepOutput:
 
 
 class TrainingStep:
-    """The networks with all that changes them; call it once a step, or let `take_step` step several of them."""
+    """The networks with their optimizer and objective; called once a step.
+
+    Attributes:
+        networks: as `parallelize` prepared them; it is called here, once.
+    """
 
     def __init__(self, networks: Networks, config: TrainingConfig, seed: int, device: torch.device) -> None:
         self.networks = networks
         student = networks.student
         prototypes = [head.config.num_prototypes for head in (student.dino_head, student.ibot_head)]
         self.objective = Objective(config.objective, *prototypes).to(device)
-        student.backbone.checkpoint_activations(config.activation_checkpointing)
-        if config.compile:
-            for network in {student, networks.teacher}:
-                for block in network.backbone.blocks:
-                    block.compile()
         self._parallel: nn.Module = parallelize(networks, config, device)
         self.optimizer = build_optimizer(student, config.optimizer)
         self.accumulation_steps = config.accumulation_steps
@@ -69,86 +68,93 @@ class TrainingStep:
         self._half = config.half
         self._seed = seed
         self._gram, self._anchored = config.gram, False
-        self._step, self._parts, self._centres = 0, list[StepOutput](), list[Tensor]()
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
-        """Train on a normalised batch, in `accumulation_steps` parts of equally many images.
+        """Train on a normalized batch, in `accumulation_steps` parts of equally many images.
 
-        Each part is a batch of its own to the targets (Sinkhorn-Knopp and centres are over all ranks' images of the
+        Each part is a batch of its own to the targets (Sinkhorn-Knopp and centers are over all ranks' images of the
         part) and to KoLeo; the gradient is the mean of the parts', and weights change once.
 
         Raises:
             DivergedError: a loss (on any rank) or a gradient is NaN or infinite. Nothing has changed.
         """
-        (outcome,) = take_step([self], batch, step, values)
-        if isinstance(outcome, DivergedError):
-            raise outcome
-        return outcome
-
-    def begin(self, step: int) -> None:
-        """Make ready for the parts of a step."""
         self._take_snapshot(step)
-        self._step, self._parts = step, []
-        self._centres = [buffer.clone() for buffer in self.objective.buffers()]
+        centers = [buffer.clone() for buffer in self.objective.buffers()]
+        parts, outputs = split_images(batch, self.accumulation_steps), list[StepOutput]()
+        for number, part in enumerate(parts):
+            masks = self._loss_masks(part)
+            # No name here holds the targets: the backward pass, which needs the memory, keeps only what it needs.
+            with self._reduced(last=number + 1 == len(parts)):
+                loss, output = self._loss(part, masks, self._targets(part, masks, values), (step, number))
+                (loss / len(parts)).backward()
+            outputs.append(output)
+        terms = {name: torch.stack([part.losses[name] for part in outputs]).mean() for name in outputs[0].losses}
+        try:
+            # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the earlier parts.
+            _check_losses(terms, step)
+            grad_norms = clip_gradients(self.networks.student, self._clip_norm)
+            _check_gradients(grad_norms, step)
+        except DivergedError:
+            for buffer, value in zip(self.objective.buffers(), centers, strict=True):
+                buffer.copy_(value)
+            self.optimizer.zero_grad()
+            raise
+        set_values(self.optimizer, values)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.networks.ema.follow(self.networks.student, values.ema_momentum)
+        return _joined(outputs, terms, grad_norms)
 
-    def targets(self, batch: Batch, loss_masks: Tensor) -> TeacherLogits:
-        """The teacher's view of one part of the step's images."""
+    def _loss_masks(self, batch: Batch) -> Tensor:
+        """Patches that enter the patch loss, [G*B, P] bool: all of them where nothing is hidden (distillation)."""
+        if batch.masks is not None:
+            return batch.masks
+        patches = (batch.global_crops.shape[-1] // self.networks.student.backbone.config.patch_size) ** 2
+        return batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
+
+    def _targets(self, batch: Batch, loss_masks: Tensor, values: StepValues) -> TeacherTargets:
+        """The teacher's probabilities after centering."""
         with self._autocast():
-            return self.networks.teacher.targets(batch.global_crops, loss_masks)
+            logits = self.networks.teacher.targets(batch.global_crops, loss_masks)
+            return self.objective.targets(logits, values.teacher_temp)
 
-    def assign(self, teacher: TeacherLogits, teacher_temp: float) -> TeacherTargets:
-        """What the student is to say, given the teacher's view."""
-        with self._autocast():
-            return self.objective.targets(teacher, teacher_temp)
+    def _loss(
+        self, batch: Batch, loss_masks: Tensor, targets: TeacherTargets, drawn_by: tuple[int, int]
+    ) -> tuple[Tensor, StepOutput]:
+        """The loss of one part, [] with its graph, and its figures.
 
-    def loss(self, batch: Batch, loss_masks: Tensor, targets: TeacherTargets) -> Tensor:
-        """The loss of the next part, [], with its graph."""
+        Args:
+            batch: the part's crops.
+            loss_masks: [G*B, P] bool, patches that enter the patch loss.
+            targets: of the teacher.
+            drawn_by: step and part.
+        """
         # Stochastic depth draws from torch's generator. Seeded anew for each step, rank and part, it has no state to
         # keep: a resumed run draws what an uninterrupted one draws, and a student what it draws by itself.
-        drawn_by = [self._seed, self._step, rank(), len(self._parts)]
-        torch.manual_seed(int(np.random.SeedSequence(drawn_by).generate_state(1)[0]))
+        step, part = drawn_by
+        torch.manual_seed(int(np.random.SeedSequence([self._seed, step, rank(), part]).generate_state(1)[0]))
         num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
         with self._autocast():
             head_losses = self.objective.head_losses(targets, loss_masks, num_local)
-            if self._gram and self.networks.anchor and self._anchored:
-                seen = batch.global_crops if batch.anchor_crops is None else batch.anchor_crops
-                anchor = self.networks.anchor.patch_tokens(seen)
-                if batch.anchor_crops is not None:
-                    anchor = to_grid(anchor, loss_masks.shape[1])
-                head_losses = replace(head_losses, gram=GramLoss(anchor, self._gram.weight))
+            head_losses = replace(head_losses, gram=self._gram_loss(batch, loss_masks.shape[1]))
             student: StudentOutput = self._parallel(
                 batch.global_crops, batch.local_crops, batch.masks, loss_masks, head_losses
             )
         losses = self.objective(student)
         terms = {item.name: getattr(losses, item.name).detach() for item in fields(losses)}
         tokens = student.cls_tokens.detach()
-        self._parts.append(StepOutput(terms, {}, tokens, targets.global_cls.logits, student.cls_patch_cosine))
-        return losses.total
+        return losses.total, StepOutput(terms, {}, tokens, targets.global_cls.logits, student.cls_patch_cosine)
 
-    def finish(self, values: StepValues) -> StepOutput | DivergedError:
-        """Update the weights, if the losses and gradients of all parts are finite; otherwise all is as before."""
-        parts, self._parts = self._parts, []
-        terms = {name: torch.stack([part.losses[name] for part in parts]).mean() for name in parts[0].losses}
-        try:
-            # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the earlier parts.
-            _check_losses(terms, self._step)
-            grad_norms = clip_gradients(self.networks.student, self._clip_norm)
-            _check_gradients(grad_norms, self._step)
-        except DivergedError as error:
-            for buffer, value in zip(self.objective.buffers(), self._centres, strict=True):
-                buffer.copy_(value)
-            self.optimizer.zero_grad()
-            return error
-        set_values(self.optimizer, values)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.networks.ema.follow(self.networks.student, values.ema_momentum)
-        joined = [torch.cat([getattr(o, name) for o in parts]) for name in ("cls_tokens", "teacher_cls_logits")]
-        cosine = torch.stack([part.cls_patch_cosine for part in parts]).mean()
-        return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
+    def _gram_loss(self, batch: Batch, num_patches: int) -> GramLoss | None:
+        if self._gram is None or self.networks.anchor is None or not self._anchored:
+            return None
+        if batch.anchor_crops is None:
+            return GramLoss(self.networks.anchor.patch_tokens(batch.global_crops), self._gram.weight)
+        anchor = self.networks.anchor.patch_tokens(batch.anchor_crops)
+        return GramLoss(to_grid(anchor, num_patches), self._gram.weight)
 
     @contextmanager
-    def reduced(self, *, last: bool) -> Iterator[None]:
+    def _reduced(self, *, last: bool) -> Iterator[None]:
         """Gradients are reduced over ranks with the last part only."""
         network = self._parallel
         if isinstance(network, FSDPModule):
@@ -169,33 +175,10 @@ class TrainingStep:
             self.networks.anchor.follow(self.networks.ema, 0.0)
 
 
-def take_step(
-    trainings: Sequence[TrainingStep], batch: Batch, step: int, values: StepValues
-) -> list[StepOutput | DivergedError]:
-    """Let each training take one step on the same batch; the teacher, which they share, looks at it once.
-
-    Returns:
-        For each training what its step left, or why it was not taken.
-    """
-    for training in trainings:
-        training.begin(step)
-    first = trainings[0]
-    parts = split_images(batch, first.accumulation_steps)
-    for number, part in enumerate(parts):
-        masks = part.masks
-        if masks is None:  # nothing is hidden: the patch loss is taken on every patch (distillation)
-            patches = (part.global_crops.shape[-1] // first.networks.student.backbone.config.patch_size) ** 2
-            masks = part.global_crops.new_ones(len(part.global_crops), patches, dtype=torch.bool)
-        seen = first.targets(part, masks)
-        # Sinkhorn-Knopp looks at these logits only, so that its targets are all students'; centres are each one's own.
-        own = trainings if first.objective.config.centering == "softmax" else [first]
-        targets = [training.assign(seen, values.teacher_temp) for training in own] * (len(trainings) // len(own))
-        del seen  # handed out below: the last student's backward must not hold the logits, which nobody needs any more
-        for training in trainings:
-            with training.reduced(last=number + 1 == len(parts)):
-                loss = training.loss(part, masks, targets.pop(0))
-                (loss / len(parts)).backward()
-    return [training.finish(values) for training in trainings]
+def _joined(parts: list[StepOutput], terms: dict[str, Tensor], grad_norms: dict[str, Tensor]) -> StepOutput:
+    joined = [torch.cat([getattr(o, name) for o in parts]) for name in ("cls_tokens", "teacher_cls_logits")]
+    cosine = torch.stack([part.cls_patch_cosine for part in parts]).mean()
+    return StepOutput(terms, grad_norms, joined[0], joined[1], cosine)
 
 
 def split_images(batch: Batch, parts: int) -> list[Batch]:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.core.cluster import AddressOption, EngineOption, choose_engine
+from components.cli import AddressOption, EngineOption
+from components.core.cluster import choose_engine
 from components.core.config import ConfigError
 from components.core.layout import Layout
 from components.core.mlflow_client import without_login

@@ -167,12 +167,13 @@ def students() -> Row:
     import torch
 
     from components.data.batch import Batch
+    from components.distillation.together import OneLook
     from components.model.head import ProjectionHead
     from components.model.vit import VisionTransformer
     from components.recipe import load_recipe
     from components.training.networks import Network, distillation
     from components.training.schedules import StepValues
-    from components.training.step import TrainingStep, take_step
+    from components.training.step import TrainingStep
 
     recipe = load_recipe(Path(), "tiny-cpu", ["distill.precision=bfloat16"])
     config, shape = recipe.distill, recipe.distill.students["small"].backbone
@@ -187,14 +188,18 @@ def students() -> Row:
     sides = [(2, crops.global_size), (crops.num_local, crops.local_size)]
     images = Batch(*(torch.randn(count * size, 3, side, side) for count, side in sides), None, [])
     values = StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04)
+    look = OneLook(teacher.backbone)
+
+    def together() -> None:
+        for number, training in enumerate(both):
+            look.turn(first=number == 0, last=number == 1)
+            training(images, 0, values)
+        look.turn(first=True, last=True)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _take_turns(
-            lambda: take_step(both, images, 0, values),
-            lambda: [take_step([training], images, 0, values) for training in both],
-            turns=15,
-        )
+        seconds = _take_turns(together, lambda: [training(images, 0, values) for training in both], turns=15)
     finally:
         torch.set_num_threads(threads)
     what = "step of two students, tiny recipe, 1 thread, teacher shared against not"

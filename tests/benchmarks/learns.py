@@ -63,7 +63,7 @@ def run_seed(recipe: Recipe, collections: Path, root: Path, seed: int) -> tuple[
     begun = _cpu_seconds()
     pretraining.run(recipe.pretrain, root, seed)
     adaptation.run(recipe.adapt, root, seed)
-    distillation.run(recipe.distill, root, seed, STUDENT)
+    distillation.run(recipe.distill, root, seed, recipe.name)
     spent = _cpu_seconds() - begun
     teacher, student = (evaluation.run(recipe.evaluate, root, seed, name) for name in ("teacher", STUDENT))
     return _accuracies(teacher, student) | {"embedding of copy detection": _of_copy_detection(recipe, root)}, spent

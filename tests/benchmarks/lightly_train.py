@@ -43,11 +43,10 @@ from pathlib import Path
 import components.__main__  # its settings
 import torch
 from components.training.checkpoint import Checkpoints
-from components.training.loop import train
-from tests.training.jobs import make_job
+from tests.training.jobs import make_job, train_job
 torch.set_num_threads(int(sys.argv[3]))
 folder = Path(sys.argv[1])
-train(make_job(json.loads(sys.argv[2]), folder / "curated"), Checkpoints(folder / "out"))
+train_job(make_job(json.loads(sys.argv[2]), folder / "curated"), Checkpoints(folder / "out"))
 """
 
 THEIRS = """

@@ -24,12 +24,10 @@ from components.core.config import ConfigError
 from components.core.errors import EngineError, PedigreeError, sentence
 from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError
-from components.distillation.config import DistillConfig
-from components.training.checkpoint import SPEED_ONLY
 
 PROJECT = Path(__file__).parents[2]
 STAGES = ("embed", "curate", "pretrain", "adapt", "distill", "evaluate", "register")
-ITEMS = {"distill": {"student": "small"}, "evaluate": {"model": "teacher"}, "register": {"name": "pedigree"}}
+ITEMS = {"distill": {"name": "pedigree"}, "evaluate": {"model": "teacher"}, "register": {"name": "pedigree"}}
 
 
 @pytest.fixture
@@ -73,8 +71,8 @@ def main(monkeypatch, function: Any, *arguments: str) -> int | str | None:
     [
         (["trian"], "error: unknown stage 'trian'; known stages: embed, curate, pretrain, adapt, distill, evaluate, "),
         (["pretrain", "small"], "error: stage 'pretrain' takes no item, but 'small' was given"),
-        (["distill"], "error: stage 'distill' needs one of ['small'], but None was given"),
-        (["distill", "teacher"], "error: stage 'distill' needs one of ['small'], but 'teacher' was given"),
+        (["distill", "small"], "error: stage 'distill' takes no item, but 'small' was given"),
+        (["evaluate"], "error: stage 'evaluate' needs one of ['teacher', 'small'], but None was given"),
         (["evaluate", "big"], "error: stage 'evaluate' needs one of ['teacher', 'small'], but 'big' was given"),
     ],
 )
@@ -242,7 +240,7 @@ def test_what_a_stage_is_given_and_what_it_leaves(folder, monkeypatch, stage):
         given.update(config=config, root=root, seed=seed, extra=extra, draws=draws)
         return {"loss": 1.5, "images": {"pool": 3}}
 
-    item = [] if stage == "register" else list(ITEMS.get(stage, {}).values())
+    item = list(ITEMS[stage].values()) if stage == "evaluate" else []
     assert main(monkeypatch, function, stage, *item) == 0
     first = dict(given)
     assert type(given["config"]).__name__ == ("Preprocessing" if stage == "register" else f"{stage.title()}Config")
@@ -276,15 +274,6 @@ def test_dvc_yaml_calls_every_stage():
         assert [d for d in (entry.get("do") or entry)["deps"] if "code" in d] == [f"reports/code/{stage}.txt"]
         command = (entry.get("do") or entry)["cmd"]
         assert command == f"python -m components {stage}" + (" ${key}" if "do" in entry else "")
-
-
-def test_a_student_depends_on_its_own_part_and_on_all_that_students_share():
-    """DVC names each setting that the run key has, and none of another student; the parameters must hold them all."""
-    stage = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["distill"]["do"]
-    in_key = {name for name in DistillConfig.model_fields if SPEED_ONLY.get(name) is not True}
-    shared = in_key - {"students", "gram"}  # gram is refused
-    assert sorted(stage["params"]) == sorted(["seed", "distill.students.${key}", *(f"distill.{n}" for n in shared)])
-    assert shared <= yaml.safe_load((PROJECT / "params.yaml").read_text())["distill"].keys()
 
 
 def test_the_engine_is_chosen_for_the_stage_and_what_it_starts(folder, monkeypatch):

@@ -18,7 +18,6 @@ from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConfig, LinearConfig
 from components.evaluation.features import Augmentation, EvaluationImages
-from components.evaluation.pictures import pca_colours
 from components.evaluation.stage import run
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import WeightsError, save_weights
@@ -218,14 +217,3 @@ def test_views_depend_on_seed_and_place_only(workspace):
     views = [EvaluationImages(images, CONFIG.preprocessing, Augmentation(CONFIG.instance, seed)) for seed in (0, 0, 1)]
     assert torch.equal(views[0][5], views[1][5])
     assert not torch.equal(views[0][5], views[2][5])
-
-
-def test_pca_colours_follow_the_components():
-    patches = np.zeros((1, 101, 5))
-    patches[0, :, 3] = np.linspace(-1, 1, 101)  # the only direction
-    colours = pca_colours(patches)[0]
-    assert colours.shape == (101, 3)
-    assert colours[2, 0] == 0
-    assert colours[98, 0] == 255
-    assert (np.diff(colours[:, 0].astype(int)) >= 0).all()
-    assert (colours[:, 1:] == 128).all()

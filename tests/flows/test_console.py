@@ -116,21 +116,20 @@ def test_rows_say_where_each_stage_is_and_when_the_trainings_end(monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     board = Board()
     assert text_of(board) == []
-    board.plan(
-        ["embed", "pretrain", "adapt", "distill@small"], {"pretrain": (100, 32), "adapt": (10, 64), "distill": (5, 32)}
-    )
+    trainings = {"pretrain": (100, 32), "adapt": (10, 64), "distill": (5, 32)}
+    board.plan(["embed", "pretrain", "adapt", "distill"], trainings)
     with board.working("embed", "starting"):
         assert text_of(board)[0].endswith("starting, 0:00:00 so far")
         assert text_of(board)[-1] == "0 of 4 stages done in 0:00:00"  # nothing is measured, so nothing is guessed
-    with board.working("pretrain", ""), board.working("distill@small", ""):
+    with board.working("pretrain", ""), board.working("distill", ""):
         now[0] = 50.0
         assert board.move("pretrain", ProgressLine("pretrain", 50, 100, "steps", 1.0, "loss 7.5000, 32.0 images/s"))
         now[0] = 55.0
         first, second, last = text_of(board)
         figures = "0:00:45 left, loss 7.5000, 32.0 images/s, 50/100 steps, 0:00:55 so far"
-        assert first.startswith("2 of 4 pretrain      ━━━━━━")
+        assert first.startswith("2 of 4 pretrain ━━━━━━")
         assert first.endswith(figures)
-        assert second.startswith("4 of 4 distill@small")
+        assert second.startswith("4 of 4 distill ")
         # 45 s, and at 32 images a second 20 s for 640 images of adapt and 5 s for 160 of distill.
         assert last == "1 of 4 stages done in 0:00:55; training takes about 0:01:10 more, at this speed"
         assert all(line.isascii() for line in text_of(board, encoding="latin-1"))

@@ -44,8 +44,8 @@ SMALL = (
     # The same on every machine, whatever `auto` would take there.
     "pretrain.precision=float32", "adapt.precision=float32", "distill.precision=float32",
 )  # fmt: skip
-STAGES = ["embed", "curate", "pretrain", "adapt", "distill@small", "evaluate@small", "evaluate@teacher", "register"]
-AFTER_DISTILLATION = {"distill@small", "evaluate@small", "register"}
+STAGES = ["embed", "curate", "pretrain", "adapt", "distill", "evaluate@small", "evaluate@teacher", "register"]
+AFTER_DISTILLATION = {"distill", "evaluate@small", "register"}
 
 TRACER = """
 import atexit, os, sys
@@ -234,7 +234,7 @@ def test_dvc_reads_a_run_as_its_own(checkout, first):
     shown = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
     measured = shown["reports/evaluate/small/result.json"]["data"]["knn_top1"]
     assert f"{measured:.4g}" in {row.get("knn_top1") for row in first["metrics"] if row["model"] == "small"}
-    assert '"adapt" -> "distill@small"' in dvc(root, "dag", "--dot")
+    assert '"adapt" -> "distill"' in dvc(root, "dag", "--dot")
     assert "up to date" in dvc(root, "repro")
     page = dvc(root, "plots", "show", "-o", str(checkout / ".pedigree" / "plots")).strip()
     page = Path(page.removeprefix("file://"))
@@ -268,7 +268,9 @@ def test_candidates_are_registered_below_one_pipeline_run(first):
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.`pedigree.run` = '{first['run']}'")
     parents = {found.data.tags.get("mlflow.parentRunId") for found in runs}
-    assert len(runs) == len(computed(first)) + 1
+    assert len(runs) == len(computed(first)) + 2  # the pipeline's own run, and the student's beside its stage's
+    (student,) = (found for found in runs if found.info.run_name == f"{first['run']}/distill@small")
+    assert student.data.metrics["steps"] == 3
     assert len(parents) == 2  # None of the pipeline's own run, and its id of all stages
     (parent,) = (found for found in runs if found.info.run_id in parents)
     assert "| teacher | random | " in parent.data.tags["mlflow.note.content"]
@@ -349,7 +351,7 @@ def test_a_parameter_and_a_champion_change_only_what_follows_them(checkout, firs
     auditor = checkout / ".pedigree" / "auditor"
     git(checkout, "worktree", "add", "-q", "--detach", str(auditor), changed["branch"])
     dvc(auditor, "pull")
-    dvc(auditor, "repro", "--force", "--single-item", "distill@small")
+    dvc(auditor, "repro", "--force", "--single-item", "distill")
     for name in ("model.safetensors", "heads.safetensors", "config.json"):
         made = [root / "models/students/small" / name for root in (auditor, folder(checkout, changed))]
         assert made[0].read_bytes() == made[1].read_bytes()

@@ -68,15 +68,15 @@ def test_what_a_stage_says_is_labelled_and_has_a_level(caplog):
         "warning: distill/small: alert: step 30",
         "error: no images",
     ):
-        hand_on("distill@small", logging.getLogger("flows.stages"), shown.append, str(line))
+        hand_on("distill", logging.getLogger("flows.stages"), shown.append, str(line))
     assert shown == [25.0, 100 * 31 / 120, 100.0]
     assert [(record.levelname, record.message, hasattr(record, "detail")) for record in caplog.records] == [
-        ("INFO", "distill@small: 300 steps of 32 images", False),
-        ("INFO", "distill@small: 30/120 steps (7.5 steps/s, 0:00:12 left, loss 7.5000)", True),
-        ("INFO", "distill@small: crops 8/8 images (20.0 images/s, 0:00:00 left)", True),
-        ("INFO", "distill@small: checkpoint after 30 steps", True),
-        ("WARNING", "distill@small: alert: step 30", False),
-        ("ERROR", "distill@small: no images", True),
+        ("INFO", "distill: distill/small: 300 steps of 32 images", False),
+        ("INFO", "distill: distill/small 30/120 steps (7.5 steps/s, 0:00:12 left, loss 7.5000)", True),
+        ("INFO", "distill: crops 8/8 images (20.0 images/s, 0:00:00 left)", True),
+        ("INFO", "distill: checkpoint after 30 steps", True),
+        ("WARNING", "distill: distill/small: alert: step 30", False),
+        ("ERROR", "distill: no images", True),
     ]
 
 

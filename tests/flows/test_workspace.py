@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -190,10 +189,3 @@ def test_params_keep_the_checkouts_own_text_where_it_says_the_same(tmp_path, rec
     expected["distill"]["optimizer"]["warmup_steps"] = 1  # in proportion
     assert written == expected
     assert yaml.safe_load(params_text(tmp_path / "none", recipe)) == yaml.safe_load(own)
-    # What a stage names is written out, and nothing else that was not given.
-    shutil.copy(PROJECT / "dvc.yaml", tmp_path)
-    (tmp_path / "params.yaml").write_text(own.replace("  objective: {}\n", ""))
-    given = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    written = yaml.safe_load(params_text(tmp_path, load_recipe(tmp_path, None)))
-    assert written["distill"].pop("objective")["centering"] == "sinkhorn"
-    assert written == given

@@ -61,21 +61,6 @@ def test_only_what_depends_on_a_parameter_runs_again_and_the_old_value_is_restor
     assert (root / "last.txt").read_text() == before
 
 
-def test_what_is_known_of_a_stages_equals_is_there_before_it_runs(tmp_path):
-    """A third item is added; in a fresh folder it runs first, and finds what the others made."""
-    root = make_repository(tmp_path)
-    (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text().replace("params: [left]", "params: [left.value]"))
-    ledger = Ledger(root)
-    run_all(ledger)
-    (root / "params.yaml").write_text("seed: 0\nleft:\n  items: [a, b, c]\n  value: 1\n")
-    shutil.rmtree(root / "left")
-    (root / "dvc.lock").unlink()
-    assert ledger.take_up("first") is not Outcome.CHANGED
-    assert ledger.take_up("left@c") is Outcome.CHANGED
-    assert sorted(path.name for path in (root / "left").iterdir()) == ["a", "b"]
-    assert [ledger.take_up(f"left@{item}") for item in "ab"] == [Outcome.UNCHANGED] * 2
-
-
 def test_another_machine_takes_up_what_was_pushed(tmp_path):
     root = make_repository(tmp_path)
     run_all(Ledger(root))

@@ -48,7 +48,8 @@ def git(root: Path, *arguments: str) -> None:
 
 def push(root: Path, folder: str, prefix: str) -> dict[str, str]:
     """Put a folder's files and listing where DVC puts them; its entry in `dvc.lock`."""
-    entries = [{"md5": file_md5(p), "relpath": p.name} for p in sorted((root / folder).iterdir())]
+    files = sorted(path for path in (root / folder).rglob("*") if path.is_file())
+    entries = [{"md5": file_md5(path), "relpath": path.relative_to(root / folder).as_posix()} for path in files]
     held = {entry["md5"]: (root / folder / entry["relpath"]).read_bytes() for entry in entries}
     held[folder_id(root / folder)] = json.dumps(entries).encode()
     for md5, data in held.items():
@@ -67,9 +68,12 @@ def write_weights(root: Path, path: str, digest: str, **config: Any) -> None:
     (root / path / "model.safetensors").write_bytes(path.encode())
 
 
-@pytest.fixture(scope="module")
-def case(stack, tmp_path_factory) -> Case:
-    """A run's commit and what it pushed and registered; its folder then holds no data any more."""
+@pytest.fixture(scope="module", params=["distill", "distill@small"])
+def case(request, stack, tmp_path_factory) -> Case:
+    """A run's commit and what it pushed and registered; its folder then holds no data any more.
+
+    The last stage is one over all students, or, as in old runs, one of this student alone.
+    """
     root, prefix = tmp_path_factory.mktemp("seen"), f"seen-{uuid.uuid4().hex[:10]}"
     curated = write_set(root / "data/curated")
     digest, drawn = ImageStream(curated, STREAM, 0).digest, {}
@@ -82,12 +86,14 @@ def case(stack, tmp_path_factory) -> Case:
     write_weights(root, PRETRAINED, digest, init=None)
     write_weights(root, ADAPTED, digest)
     write_weights(root, STUDENT, digest, teacher_weights=ADAPTED)
-    outs = {path: push(root, path, prefix) for path in ("data/curated", *TRAININGS)}
+    made = STUDENT if "@" in request.param else "models/students"
+    outs = {path: push(root, path, prefix) for path in ("data/curated", ADAPTED, PRETRAINED, made)}
     stages = {
         "curate": {"outs": [outs["data/curated"]]},
         "pretrain": {"deps": [outs["data/curated"]], "outs": [outs[PRETRAINED]]},
         "adapt": {"deps": [outs["data/curated"], outs[PRETRAINED]], "outs": [outs[ADAPTED]]},
-        "distill@small": {"deps": [outs["data/curated"], outs[ADAPTED]], "outs": [outs[STUDENT]]},
+        request.param: {"deps": [outs["data/curated"], outs[ADAPTED]], "outs": [outs[made]]},
+        "evaluate@small": {"deps": [{"path": STUDENT, "md5": folder_id(root / STUDENT)}]},
     }
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     (root / ".dvc").mkdir()

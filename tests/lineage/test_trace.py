@@ -308,6 +308,24 @@ def test_upstream_follows_nested_paths():
     assert upstream(stages, "models/c") == ["c"]
 
 
+@pytest.mark.parametrize("stage", ["distill", "distill@small"])
+def test_a_student_is_found_in_a_lock_of_one_stage_and_in_an_old_one_of_its_own(tmp_path: Path, stage: str):
+    adapted, small = {"path": "models/adapted", "md5": "1.dir"}, {"path": "models/students/small", "md5": "2.dir"}
+    made = small if "@" in stage else {"path": "models/students", "md5": "3.dir"}
+    stages = {
+        "adapt": {"outs": [adapted]},
+        stage: {"deps": [adapted], "outs": [made]},
+        "evaluate@small": {"deps": [small], "outs": [{"path": "reports/evaluate/small/report.html", "md5": "4"}]},
+    }
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+    record = Record(tmp_path)
+    assert (record.output("models/students/small"), record.output("models/adapted")) == ("2.dir", "1.dir")
+    assert record.holder("models/students/small") == (("2.dir", "") if "@" in stage else ("3.dir", "small/"))
+    assert record.output("models/students/big") is None  # no stage read it
+    assert record.output("models") is None
+    assert upstream(stages, "models/students/small") == [stage, "adapt"]
+
+
 def test_no_lock_file(tmp_path: Path):
     with pytest.raises(RecordError, match=r"dvc\.lock: no such file"):
         Record(tmp_path).stages()

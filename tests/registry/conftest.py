@@ -93,9 +93,9 @@ def record(root: Path) -> None:
     stages = {
         "curate": {"cmd": "python -m components curate", "outs": curated},
         "adapt": {"cmd": "python -m components adapt", "deps": curated, "outs": teacher},
-        "distill@small": {"cmd": "python -m components distill small", "deps": teacher},
+        "distill": {"cmd": "python -m components distill", "deps": teacher, "outs": [out("models/students")]},
+        "evaluate@small": {"cmd": "python -m components evaluate small", "deps": [out("models/students/small")]},
     }
-    stages["distill@small"]["outs"] = [out("models/students/small")]
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     snapshot = {"md5": folder_id(root / "data/pool/photos/ab12"), "hash": "md5", "path": "ab12"}
     (root / "data/pool/photos/ab12.dvc").write_text(yaml.safe_dump({"outs": [snapshot]}))

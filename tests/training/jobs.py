@@ -17,11 +17,14 @@ from components.core.config import validate
 from components.data.manifest import CURATED_SCHEMA, MANIFEST, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.data.stream import ImageStream
+from components.model.export import save_weights
 from components.pretraining.config import PretrainConfig
+from components.training.checkpoint import Checkpoints
 from components.training.initial import draw_network
-from components.training.loop import Job
+from components.training.loop import Job, Run, train
+from components.training.loss_table import Row
 from components.training.networks import self_distillation
-from components.training.parallelize import place
+from components.training.step import TrainingStep
 
 TILE = 64
 
@@ -67,8 +70,21 @@ def make_job(values: dict[str, Any], curated: Path) -> Job:
     student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
     stream = ImageStream(curated, config.stream, seed=0)
     networks = self_distillation(student, anchored=config.gram is not None)
-    place(networks, config, torch.device("cpu"))
     return Job("pretrain", config, networks, stream, config.masking, seed=0)
+
+
+def write_teacher(values: dict[str, Any], curated: Path, folder: Path) -> None:
+    """Write the weights with which such a job begins, for students to learn from."""
+    job = make_job(values, curated)
+    job.training_step()
+    save_weights(folder, job.networks.student.backbone, job.networks.student.heads, {})
+
+
+def train_job(job: Job, checkpoints: Checkpoints, training: TrainingStep | None = None) -> list[Row]:
+    """Train a job, as it is prepared or as it begins, from its newest checkpoint; return the monitor's rows."""
+    run = Run(job, training or job.training_step(), checkpoints)
+    train(run)
+    return run.rows
 
 
 def at_call(job: Job, number: int, action: Callable[[], None]) -> None:

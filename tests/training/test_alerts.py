@@ -12,8 +12,7 @@ from components.data.batch import TrainingBatches
 from components.training.alerts import Alert, Alerts, Watch, read_alerts
 from components.training.checkpoint import Checkpoints
 from components.training.config import AlertConfig
-from components.training.loop import train
-from tests.training.jobs import make_job
+from tests.training.jobs import make_job, train_job
 
 
 def test_collapse_is_told_once_with_step_rank_term_and_cause(curated, pretrain_values, tmp_path, caplog):
@@ -21,12 +20,13 @@ def test_collapse_is_told_once_with_step_rank_term_and_cause(curated, pretrain_v
     optimizer = {"base_lr": 1e-12, "min_lr": 0.0, "warmup_steps": 1, "freeze_last_layer_steps": 0}
     monitor = {"alerts": {"max_wait_share": 1.0}}  # loading in the trainer counts as waiting
     job = make_job(pretrain_values(steps=4, optimizer=optimizer, monitor=monitor), curated)
+    training = job.training_step()
     with torch.no_grad():
         for network in (job.networks.student, job.networks.ema):
             network.backbone.norm.weight.zero_()
             network.backbone.norm.bias.fill_(1.0)
     with caplog.at_level(logging.WARNING, "components"):
-        rows = train(job, Checkpoints(tmp_path))
+        rows = train_job(job, Checkpoints(tmp_path), training)
     assert [row["feature_std"] for row in rows] == [pytest.approx(0, abs=1e-6)] * 4
     assert [row["cls_patch_cosine"] for row in rows] == [pytest.approx(1.0)] * 4
     assert [row["prototypes_used"] for row in rows] == [1 / 64] * 4
@@ -47,7 +47,7 @@ def test_starvation_is_told_from_the_second_row_on(curated, pretrain_values, tmp
         return made(self, step)
 
     monkeypatch.setattr(TrainingBatches, "__getitem__", slow)
-    train(make_job(pretrain_values(steps=4), curated), Checkpoints(tmp_path))
+    train_job(make_job(pretrain_values(steps=4), curated), Checkpoints(tmp_path))
     starved = [alert for alert in read_alerts(tmp_path) if alert.kind == "starvation"]
     assert len(starved) == 1
     assert starved[0].step in (2, 3)  # the second row in a row; the first batch may come late too

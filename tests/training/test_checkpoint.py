@@ -24,12 +24,11 @@ from components.training.alerts import Alert, read_alerts
 from components.training.checkpoint import Checkpoints, Progress, only_trainer, run_key
 from components.training.checkpoint_store import INDEX, CheckpointError, LocalStore
 from components.training.config import TrainingConfig
-from components.training.loop import train
 from components.training.loss_table import LOSSES, read_rows, write_rows
 from components.training.networks import Network, self_distillation
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
-from tests.training.jobs import at_call, make_job
+from tests.training.jobs import at_call, make_job, train_job
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -224,7 +223,7 @@ def test_a_signal_waits_for_the_last_checkpoint_too(curated, pretrain_values, tm
     monkeypatch.setattr(LocalStore, "commit", interrupted)
     before = signal.signal(signal.SIGTERM, lambda *_: ended.append(None))  # what would end the process
     try:
-        train(make_job(pretrain_values(), curated), Checkpoints(tmp_path))
+        train_job(make_job(pretrain_values(), curated), Checkpoints(tmp_path))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended == []
@@ -247,5 +246,5 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_at_once(curated, pretrain
     at_call(job, 4, wait)
     line = rf"not written to {re.escape(str(tmp_path))}, those before it stand: \[Errno 28\] No space left"
     with pytest.raises(CheckpointError, match=line):
-        train(job, checkpoints)
+        train_job(job, checkpoints)
     assert [row["step"] for row in read_rows(tmp_path / LOSSES)] == [1, 2, 3, 4, 5]

@@ -12,8 +12,7 @@ from components.core.storage import StorageError, s3_client
 from components.training import checkpoint_store
 from components.training.checkpoint import Checkpoints
 from components.training.checkpoint_store import INDEX, CheckpointError
-from components.training.loop import train
-from tests.training.jobs import at_call, make_job
+from tests.training.jobs import at_call, make_job, train_job
 
 BUCKET = "checkpoints"
 
@@ -35,7 +34,7 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     """The second checkpoint is refused: one line, the first stands; elsewhere it goes on to the same bits."""
     values = pretrain_values(monitor={"alerts": {"after_steps": 6, "max_wait_share": 1.0}})  # none are raised
     straight = make_job(values, curated)
-    train(straight, Checkpoints(tmp_path / "straight"))
+    train_job(straight, Checkpoints(tmp_path / "straight"))
 
     client = s3_client()
 
@@ -47,7 +46,7 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     job = make_job(values, curated)
     at_call(job, 3, expire)
     with pytest.raises(StorageError) as error:
-        train(job, Checkpoints(tmp_path / "here", uri))
+        train_job(job, Checkpoints(tmp_path / "here", uri))
     line = f"checkpoint not written, those before it stand: {uri}/step_4/"
     assert str(error.value).startswith(line)
     assert "access denied (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID and AWS_SECRET" in str(error.value)
@@ -56,7 +55,7 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     assert names(uri) == [f"step_2/{name}" for name in (INDEX, "loss.csv", shard)]
 
     elsewhere = make_job(values, curated)
-    rows = train(elsewhere, Checkpoints(tmp_path / "there", uri))
+    rows = train_job(elsewhere, Checkpoints(tmp_path / "there", uri))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     expected, found = (job.networks.ema.state_dict() for job in (straight, elsewhere))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -68,12 +67,12 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     # A shard that was exchanged is seen before anything is loaded; one without an index is not there.
     s3_client().put_object(Bucket=BUCKET, Key=f"{prefix}/step_6/{shard}", Body=b"other")
     with pytest.raises(CheckpointError, match=rf"{uri}/step_6: cannot be read \({shard} is not what was written\)"):
-        train(make_job(values, curated), Checkpoints(tmp_path / "there", uri))
+        train_job(make_job(values, curated), Checkpoints(tmp_path / "there", uri))
     s3_client().delete_object(Bucket=BUCKET, Key=f"{prefix}/step_6/{INDEX}")
     left = tmp_path / "again" / f".fetched.{socket.gethostname()}.1"  # by a try that was killed meanwhile
     left.mkdir(parents=True)
     again = make_job(values, curated)
-    assert len(train(again, Checkpoints(tmp_path / "again", uri))) == 6
+    assert len(train_job(again, Checkpoints(tmp_path / "again", uri))) == 6
     assert torch.equal(again.networks.ema.state_dict()["backbone.pos_embed"], expected["backbone.pos_embed"])
     assert not left.exists()
     client, deleted = s3_client(), []
@@ -87,4 +86,4 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
 
 def test_no_bucket(storage, curated, pretrain_values, tmp_path):
     with pytest.raises(StorageError, match="s3://no-such-bucket/run: no such bucket; check its name"):
-        train(make_job(pretrain_values(), curated), Checkpoints(tmp_path, "s3://no-such-bucket/run"))
+        train_job(make_job(pretrain_values(), curated), Checkpoints(tmp_path, "s3://no-such-bucket/run"))

@@ -13,10 +13,10 @@ from components.pretraining.config import PretrainConfig
 from components.training.alerts import read_alerts
 from components.training.checkpoint import Checkpoints, Progress
 from components.training.divergence import read_dumped_batch
-from components.training.loop import Job, train
+from components.training.loop import Job
 from components.training.schedules import Schedules
 from components.training.step import DivergedError, TrainingStep
-from tests.training.jobs import at_call, break_call, make_job
+from tests.training.jobs import at_call, break_call, make_job, train_job
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp
     job = make_job(values, curated)
     break_call(job, 2)
     with caplog.at_level(logging.WARNING, "components"):
-        rows = train(job, Checkpoints(tmp_path))
+        rows = train_job(job, Checkpoints(tmp_path))
     assert [row["step"] for row in rows] == [1, 2, 4, 5]
     assert [(alert.step, alert.kind) for alert in read_alerts(tmp_path)] == [(3, "not_finite")]
     assert len([record for record in caplog.records if record.name.startswith("components")]) == 1
@@ -73,10 +73,10 @@ def test_a_skipped_step_that_is_taken_again_is_told_once(curated, pretrain_value
         break_call(killed, number)
     at_call(killed, 5, kill)
     with pytest.raises(KeyboardInterrupt):
-        train(killed, Checkpoints(tmp_path))
+        train_job(killed, Checkpoints(tmp_path))
     assert [alert.step for alert in read_alerts(tmp_path)] == [2, 5]
     again = make_job(values, curated)
-    train(again, Checkpoints(tmp_path))  # this time it does not break
+    train_job(again, Checkpoints(tmp_path))  # this time it does not break
     assert [alert.step for alert in read_alerts(tmp_path)] == [2]
 
 

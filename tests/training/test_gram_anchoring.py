@@ -8,10 +8,10 @@ import torch
 from components.data.batch import TrainingBatches
 from components.objective.gram import to_grid
 from components.training.checkpoint import Checkpoints
-from components.training.loop import Job, train
+from components.training.loop import Job
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
-from tests.training.jobs import at_call, make_job
+from tests.training.jobs import at_call, make_job, train_job
 
 GRAM = {"weight": 3.0, "teacher_scale": 1, "after_steps": 2, "snapshot_every_steps": 2, "max_snapshots": 2}
 
@@ -70,10 +70,10 @@ def test_the_term_at_twice_the_resolution(pretrain_values, curated):
         batch = batch.normalize(torch.device("cpu"))
         assert batch.anchor_crops is not None
         assert batch.anchor_crops.shape[-1] == 2 * batch.global_crops.shape[-1]
+        training = job.training_step()
         student = job.networks.student.backbone(batch.global_crops, batch.masks).patch_tokens.detach()
         anchor = to_grid(job.networks.ema.patch_tokens(batch.anchor_crops), student.shape[1])
         grams = [(u := torch.nn.functional.normalize(t, dim=-1)) @ u.transpose(1, 2) for t in (student, anchor)]
-        training = TrainingStep(job.networks, job.config, job.seed, torch.device("cpu"))
         term = float(training(batch, 0, Schedules(job.config).at(0)).losses["gram"])
         assert term == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
 
@@ -95,7 +95,7 @@ def test_crops_are_as_without_anchoring_until_the_first_snapshot(pretrain_values
 
 def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
     whole = make_job(values, curated)
-    train(whole, Checkpoints(tmp_path / "whole"))
+    train_job(whole, Checkpoints(tmp_path / "whole"))
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -103,8 +103,8 @@ def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
     stopped = make_job(values, curated)
     at_call(stopped, 6, stop)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, Checkpoints(tmp_path / "stopped"))
+        train_job(stopped, Checkpoints(tmp_path / "stopped"))
     resumed = make_job(values, curated)
-    train(resumed, Checkpoints(tmp_path / "stopped"))
+    train_job(resumed, Checkpoints(tmp_path / "stopped"))
     for name in ("student", "ema", "anchor"):
         assert equal(state(resumed, name), state(whole, name))

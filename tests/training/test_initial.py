@@ -19,7 +19,7 @@ from components.model.vit import VisionTransformer
 from components.pretraining.config import PretrainConfig
 from components.training.initial import draw_network, load_network, start_backbone_from
 from components.training.networks import Network, Networks, distillation, self_distillation
-from components.training.parallelize import gather, launch, place
+from components.training.parallelize import gather, launch, parallelize
 
 SEED = 7
 SHAPE = ViTConfig(patch_size=8, dim=96, depth=8, num_heads=2, num_registers=1, image_size=16, ffn="swiglu")
@@ -65,7 +65,7 @@ def on_each_rank(folder: Path) -> dict[str, list[int]]:
     mapped = {path.stat().st_size for path in folder.rglob("*")}
     for make in (drawn, loaded, given, distilled):
         networks, peak_before = peak_bytes(lambda make=make: make(folder), mapped)
-        _, peak = peak_bytes(lambda networks=networks: place(networks, config, torch.device("cpu")), mapped)
+        _, peak = peak_bytes(lambda networks=networks: parallelize(networks, config, torch.device("cpu")), mapped)
         distinct = networks.distinct()
         parts = sum(own_part(p).nbytes for network in distinct for p in network.parameters())
         blocks = [block for network in distinct for block in network.backbone.blocks]

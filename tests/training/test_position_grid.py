@@ -16,7 +16,7 @@ from components.recipe import load_recipe, recipe_names
 from components.training.config import TrainingConfig
 from components.training.initial import load_network
 from components.training.networks import self_distillation
-from components.training.parallelize import place
+from components.training.parallelize import parallelize
 
 WAYS = {"antialias": {}, "offset": {"interpolate_antialias": False, "interpolate_offset": 0.1}}
 CHANNELS = 32
@@ -77,7 +77,7 @@ def test_adaptation_starts_from_what_was_pretrained(tmp_path, way):
     heads = {name: ProjectionHead(32, HeadConfig(num_prototypes=8, hidden_dim=8)) for name in ("dino", "ibot")}
     save_weights(tmp_path / "weights", VisionTransformer(shape), heads, {})
     network = load_network(tmp_path / "weights", image_size=72)
-    place(self_distillation(network), TrainingConfig(), torch.device("cpu"))
+    parallelize(self_distillation(network), TrainingConfig(), torch.device("cpu"))
     assert network.backbone.config == shape.model_copy(update={"image_size": 72})
     assert network.backbone.pos_embed.shape == (1, 1 + 9 * 9, 32)
     images = torch.randn(2, 3, 72, 72)

@@ -13,9 +13,8 @@ from components.core.config import validate
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
 from components.training.checkpoint import Checkpoints
-from components.training.loop import train
 from components.training.precision import has_bfloat16, resolve_precision
-from tests.training.jobs import make_job
+from tests.training.jobs import make_job, train_job
 
 
 def provenance(workspace: Path) -> dict[str, object]:
@@ -48,7 +47,7 @@ def test_a_run_begun_in_the_other_precision_is_told_of(workspace, curated, pretr
     begun = validate(PretrainConfig, values["bfloat16"], "test")
     pretraining.run(begun, workspace, seed=0)
     key = provenance(workspace)["run_key"]
-    train(make_job(values["bfloat16"], curated), Checkpoints(workspace / ".pedigree/checkpoints" / str(key)))
+    train_job(make_job(values["bfloat16"], curated), Checkpoints(workspace / ".pedigree/checkpoints" / str(key)))
     assert "starts anew" not in caplog.text
     pretraining.run(validate(PretrainConfig, values["float32"], "test"), workspace, seed=0)
     told = "starts anew in float32, although step 4 of 4 is done in bfloat16"

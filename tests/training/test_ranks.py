@@ -15,16 +15,14 @@ from components.core.distributed import rank
 from components.core.storage import s3_client, write_json
 from components.data.batch import Batch, TrainingBatches
 from components.distillation.config import DistillConfig
-from components.distillation.stage import distill
-from components.model.export import save_weights
+from components.distillation.stage import REPORTS, distill
 from components.training.checkpoint import Checkpoints
 from components.training.checkpoint_store import INDEX
-from components.training.loop import train
 from components.training.loss_table import read_rows
 from components.training.parallelize import gather, launch
 from components.training.schedules import Schedules
 from components.training.step import TrainingStep
-from tests.training.jobs import break_call, make_job
+from tests.training.jobs import break_call, make_job, train_job, write_teacher
 
 # As far apart as float32 sums in another order come in 4 steps; AdamW's first steps enlarge what is near 0.
 LOSS = {"rtol": 2e-5}
@@ -40,7 +38,7 @@ def run(
     job = make_job(values, curated)
     if broken is not None and rank() == 1:
         break_call(job, broken)
-    rows = train(job, Checkpoints(folder, uri))
+    rows = train_job(job, Checkpoints(folder, uri))
     if network := gather(job.networks.ema):
         save_file(network.state_dict(), folder / "ema.safetensors")
     return rows
@@ -65,12 +63,23 @@ def run_in_parts_of_two_ranks(values: dict[str, Any], curated: Path, folder: Pat
     return losses
 
 
-def distil(root: Path, changes: dict[str, Any], *students: str) -> None:
-    """Distil the teacher of a workspace into two students together, or into those that are named, each alone."""
-    values = json.loads((root / "values.json").read_text()) | changes
-    config = validate(DistillConfig, values | {"share_teacher": not students}, "test")
-    for student in students or ("small",):
-        distill(config, root, 0, student, root / "models" / "adapted")
+def distil(root: Path, **changes: Any) -> None:
+    """Distill the teacher of a workspace into its two students."""
+    config = validate(DistillConfig, json.loads((root / "values.json").read_text()) | changes, "test")
+    distill(config, root, 0, "tiny", root / "models" / "adapted")
+
+
+def compiled(values: dict[str, Any], curated: Path, folder: Path) -> dict[str, Any]:
+    """Train with compiled blocks; rows, and how many graphs were traced. The C++ code, minutes of g++, is left out."""
+    from torch._dynamo.utils import counters
+
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")
+    try:
+        rows = run(values | {"compile": True}, curated, folder)
+    finally:
+        torch.nn.Module.compile = plain
+    return {"rows": rows, "graphs": counters["stats"]["unique_graphs"]}
 
 
 def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str, Any]:
@@ -83,11 +92,12 @@ def on_each_rank(values: dict[str, Any], curated: Path, root: Path) -> dict[str,
         rows[f"{sharding} goes on"] = run(changed, curated, root / f"{sharding}_from_one")
         parts = changed | {"accumulation_steps": 2}
         rows[f"{sharding} parts"] = run(parts, curated, root / f"{sharding}_parts")
-        distil(root / f"{sharding}_distilled", {"sharding": sharding})
+        distil(root / f"{sharding}_distilled", sharding=sharding)
         # The second part of step 1 breaks, when the gradient of its first part is there already.
         rows[f"{sharding} broken"] = run(parts, curated, root / f"{sharding}_broken", broken=3)
     half = values | {"sharding": "fsdp", "precision": "bfloat16"}
     rows["half"] = run(half, curated, root / "half")
+    rows["compiled"] = compiled(values | {"sharding": "fsdp"}, curated, root / "compiled")
     # On S3: the first run's newest checkpoint is lost, the second goes on in another folder.
     sharded, uri = values | {"sharding": "fsdp"}, f"s3://{BUCKET}/{root.name}"
     rows["s3"] = run(sharded, curated, root / "s3", uri=uri)
@@ -119,7 +129,6 @@ def curated_runs(storage, curated, tmp_path_factory):
         shutil.copytree(root / "one", root / name)
         shutil.rmtree(root / name / NEWEST)
     rows["parts"] = run_in_parts_of_two_ranks(values, curated, root / "parts")
-    teacher = make_job(values, curated).networks.student
     students = {name: {"backbone": shape | {"layer_scale_init": 1.0, "dim": dim}} for name, dim in STUDENTS.items()}
     common = {k: v for k, v in values.items() if k not in ("backbone", "dino_head", "ibot_head")}
     for name in ("one", "ddp", "fsdp"):
@@ -127,8 +136,8 @@ def curated_runs(storage, curated, tmp_path_factory):
         write_json(workspace / "values.json", common | {"students": students})
         (workspace / "data").mkdir()
         (workspace / "data" / "curated").symlink_to(curated)
-        save_weights(workspace / "models" / "adapted", teacher.backbone, teacher.heads, {})
-    distil(root / "one_distilled", {}, *STUDENTS)
+        write_teacher(values, curated, workspace / "models" / "adapted")
+    distil(root / "one_distilled", share_teacher=False)
     s3_client().create_bucket(Bucket=BUCKET)
     before = torch.get_num_threads()
     torch.set_num_threads(7)
@@ -214,19 +223,17 @@ def test_parts_of_two_ranks_are_accumulated_as_on_one(curated_runs, sharding):
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_students_with_one_teacher_on_two_ranks_are_what_each_is_alone_on_one(curated_runs, sharding):
     root = curated_runs[2]
-    one, two = root / "one_distilled", root / f"{sharding}_distilled"
-    kept = {json.loads((path / "config.json").read_text())["provenance"]["stage"]: path for path in trained(two)}
+    places = (root / "one_distilled", root / f"{sharding}_distilled")
     for name in STUDENTS:
-        alone = read_rows(one / "reports" / "distill" / name / "loss.csv")
-        found = kept[f"distill/{name}"]
-        np.testing.assert_allclose(losses(read_rows(found.parent / "loss.csv")), losses(alone), **LOSS)
-        expected, weights = (
-            load_file(path / "model.safetensors") for path in (one / "models" / "students" / name, found)
-        )
+        alone, together = (read_rows(place / REPORTS / name / "loss.csv") for place in places)
+        np.testing.assert_allclose(losses(together), losses(alone), **LOSS)
+        expected, weights = (load_file(place / "models" / "students" / name / "model.safetensors") for place in places)
         for key, tensor in expected.items():
             torch.testing.assert_close(weights[key], tensor, **WEIGHTS, msg=lambda m, n=key: f"{n}: {m}")
 
 
-def trained(root: Path) -> list[Path]:
-    """Weights that are kept for the stages of a workspace."""
-    return sorted((root / ".pedigree" / "cache" / "trained").glob("*/weights"))
+def test_blocks_that_are_compiled_and_sharded_train_the_same(curated_runs):
+    _, _, root, rows = curated_runs
+    assert rows["compiled"]["graphs"] >= 2  # a block of the student and of the teacher, which all others share
+    np.testing.assert_allclose(losses(rows["compiled"]["rows"]), losses(rows["fsdp"]), **LOSS)
+    assert_same_weights(root / "fsdp", root / "compiled")

@@ -8,12 +8,10 @@ from components.data.masking import sample_masks
 from components.model.config import HeadConfig, ViTConfig
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
-from components.objective import total
-from components.objective.centering import sinkhorn_knopp
 from components.training.config import TrainingConfig
 from components.training.networks import Network, distillation, self_distillation
 from components.training.schedules import StepValues
-from components.training.step import DivergedError, TrainingStep, split_images, take_step
+from components.training.step import DivergedError, TrainingStep, split_images
 from tests.benchmarks.ibot_baseline import PlainStep
 
 CPU = torch.device("cpu")
@@ -92,19 +90,6 @@ def test_distillation_hides_nothing_and_leaves_the_teacher():
     assert len(same(teacher, networks.teacher)) == len(teacher)
     assert "backbone.pos_embed" not in same(average, networks.ema)
     assert "backbone.mask_token" in same(snapshot(networks.student), networks.student)
-
-
-def test_students_share_targets_by_sinkhorn_and_keep_centres_of_their_own(monkeypatch):
-    asked = []
-    monkeypatch.setattr(total, "sinkhorn_knopp", lambda *given: asked.append(len(given[0])) or sinkhorn_knopp(*given))
-    teacher = network(2)
-    for centering, calls in (("sinkhorn", [8, 8 * 16]), ("softmax", [])):
-        changed = config(objective={"centering": centering})
-        both = [TrainingStep(distillation(network(seed), teacher), changed, 0, CPU) for seed in (1, 3)]
-        asked.clear()
-        take_step(both, make_batch(masked=False), 0, VALUES)
-        assert asked == calls
-    assert all(training.objective.dino_centering.center.any() for training in both)
 
 
 def test_stochastic_depth_depends_on_seed_step_rank_and_part_only(monkeypatch):

@@ -1,0 +1,146 @@
+"""Students trained side by side on the same batches, so that their frozen teacher looks at each image once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from torch import Tensor
+
+from components.core.distributed import rank
+from components.core.tracking import StageRun, reporting_to
+from components.data.batch import Batch
+from components.data.crops import NUM_GLOBAL
+from components.model.vit import VisionTransformer, ViTOutput
+from components.training.cost import backbone_flops, training_flops
+from components.training.delivery import Begun
+from components.training.loop import Job, Run, note
+from components.training.step import DivergedError
+
+logger = logging.getLogger(__name__)
+
+
+class Student(Run):
+    """The training of one student, which logs to a run of its own."""
+
+    def __init__(self, begun: Begun, tracked: StageRun, flops_per_image: float) -> None:
+        """Take up its newest checkpoint, if there is one.
+
+        Args:
+            begun: the training.
+            tracked: its run of the tracker.
+            flops_per_image: of all students that are trained with it.
+        """
+        self._tracked = tracked
+        with reporting_to(tracked):
+            super().__init__(begun.job, begun.step, begun.checkpoints, begun.probes, lambda _: flops_per_image)
+
+    def step(self, batch: Batch, step: int, *, together: int = 1) -> None:
+        """Take a step, as `Run.step`."""
+        with reporting_to(self._tracked):
+            super().step(batch, step, together=together)
+
+
+class Together:
+    """Several students in training, step by step on the same batches, for the training loop.
+
+    Each is what it is alone. One whose checkpoint is ahead takes no step until the others are there; one that diverges
+    stops, and the others go on.
+
+    Attributes:
+        start: steps that all of them have done before.
+        diverged: why a student stopped, by its name.
+    """
+
+    def __init__(self, students: Mapping[str, Run]) -> None:
+        self.students, self.job = students, next(iter(students.values())).job
+        self.name = ", ".join(run.name for run in students.values())
+        self.start = min(run.start for run in students.values())
+        self.diverged: dict[str, DivergedError] = {}
+        self._look = OneLook(self.job.networks.teacher.backbone)
+        self._checkpoints = ExitStack()
+
+    def waited(self, seconds: float, step: int) -> None:
+        """Count time in which the step waited for its batch."""
+        for run in self._stepping(step).values():
+            run.waited(seconds, step)
+
+    def step(self, batch: Batch, step: int) -> None:
+        """Let each student take the step.
+
+        Raises:
+            DivergedError: no student is left; it is the first one's.
+        """
+        stepping = self._stepping(step)
+        for number, (student, run) in enumerate(stepping.items()):
+            self._look.turn(first=number == 0, last=number + 1 == len(stepping))
+            try:
+                run.step(batch, step, together=len(stepping))
+            except DivergedError as error:
+                self.diverged[student] = error
+        if len(self.diverged) == len(self.students):
+            raise next(iter(self.diverged.values()))
+        for student in stepping.keys() & self.diverged.keys() if rank() == 0 else ():
+            logger.error("%s. The others go on", self.diverged[student])
+
+    def save(self, steps_done: int) -> None:
+        """Begin a checkpoint of each; one that diverged goes on from before its last step."""
+        for run in self._stepping(steps_done - 1).values():
+            run.save(steps_done)
+
+    def failed(self) -> bool:
+        """Whether a checkpoint begun last cannot be written."""
+        return any(run.failed() for run in self.students.values())
+
+    def wait(self) -> None:
+        """Return once the last checkpoints stand."""
+        for run in self.students.values():
+            run.wait()
+
+    def note(self) -> str:
+        """Loss of each student and speed, as last measured; empty before."""
+        return note([run.rows[-1] for run in self.students.values() if run.rows])
+
+    def __enter__(self) -> object:
+        for run in self.students.values():
+            self._checkpoints.enter_context(run)
+        return self
+
+    def __exit__(self, *raised: object) -> bool | None:
+        return self._checkpoints.__exit__(*raised)  # pyright: ignore[reportArgumentType]
+
+    def _stepping(self, step: int) -> dict[str, Run]:
+        return {s: run for s, run in self.students.items() if run.start <= step and s not in self.diverged}
+
+
+class OneLook:
+    """Takes the place of a frozen backbone's forward: runs it for the first student of a step, and keeps what it gives.
+
+    Features are kept, not logits: of K prototypes for each patch, those of all parts of a batch would not fit.
+    """
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        self._forward = backbone.forward
+        self._kept: deque[ViTOutput] = deque()  # of the parts of a batch, in order
+        self._first = self._last = True
+        backbone.forward = self  # pyright: ignore[reportAttributeAccessIssue]
+
+    def turn(self, *, first: bool, last: bool) -> None:
+        """The next student's parts come, those of the first and of the last one of the step."""
+        self._first, self._last = first, last
+
+    def __call__(self, images: Tensor) -> ViTOutput:
+        """Features of one part's global crops."""
+        seen = self._forward(images) if self._first else self._kept.popleft()
+        if not self._last:
+            self._kept.append(seen)
+        return seen
+
+
+def joint_flops(jobs: Sequence[Job]) -> float:
+    """`training_flops` of students whose teacher looks at the images once; its heads run for each."""
+    config, teacher = jobs[0].config, jobs[0].networks.teacher.backbone.config
+    shared = NUM_GLOBAL * backbone_flops(teacher, config.crops.global_size)
+    return sum(training_flops(job.networks, config.crops, None) for job in jobs) - (len(jobs) - 1) * shared
