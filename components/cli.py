@@ -27,6 +27,7 @@ from components.core.errors import (
     show_tracebacks,
     tracebacks_shown,
 )
+from components.core.layout import Layout
 from components.core.log_levels import ERROR, LevelFormatter
 from components.core.stage_runs import stage_run, where_logged
 from components.core.storage import recover_dirs, write_json
@@ -35,7 +36,6 @@ from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advic
 
 NAMED_STAGES = ("distill", "register")  # they log or register by the model's name
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
-REPLACED_IN = ("data", "models", "reports/distill", "reports/evaluate")  # where stages replace whole folders
 
 # Of each command that works on shards, here and in `flows`.
 EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
@@ -91,8 +91,10 @@ def run(
     choose_engine(engine, address)
     root = Path.cwd()
     recipe = load_recipe(root, None)
-    for folder in REPLACED_IN:  # a killed stage may have moved away what this one reads
-        recover_dirs(root / folder)
+    layout = Layout(root)
+    # Where stages replace whole folders: a killed one may have moved away what this one reads.
+    for folder in (layout.data, layout.models, layout.report("distill"), layout.report("evaluate")):
+        recover_dirs(folder)
     extra, function = _extra(recipe, stage, item), _function(stage)
     _seed(recipe.seed)
     if stage in TRAINING_STAGES:
@@ -105,8 +107,7 @@ def run(
         return
     with stage_run(stage, item, params, root) as tracked:
         result = function(section, root, recipe.seed, **extra)
-        folder = root / "reports" / stage / (item or "")
-        write_json(folder / "result.json", result)
+        write_json(layout.result(stage, item), result)
         # A training's last row is in MLflow already, as the end of each curve.
         tracked.log_result(_without_last(result))
     if "run_key" in result:  # a training; what is kept of students stays for runs that change another one

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from components.adaptation.config import AdaptConfig
 from components.core.config import Config, ConfigError, apply_overrides, load_yaml, validate
+from components.core.layout import RELATIVE
 from components.curation.config import CurateConfig, EmbedConfig
 from components.distillation.config import DistillConfig
 from components.evaluation.config import EvaluateConfig
@@ -19,7 +20,8 @@ from components.pretraining.config import PretrainConfig
 from components.training.config import TrainingConfig, check_crops_fit, check_divisible
 
 RECIPES = Path(__file__).parent / "recipes"
-PARAMS_FILE = "params.yaml"
+PARAMS_FILE = str(RELATIVE.params)
+PRETRAINED, ADAPTED = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
 STEPS = ("pretrain.steps=", "adapt.steps=", "distill.steps=")
 
 logger = logging.getLogger(__name__)
@@ -39,11 +41,11 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        made = {"teacher": "models/adapted", **{name: f"models/students/{name}" for name in self.distill.students}}
+        made = {"teacher": ADAPTED, **{name: str(RELATIVE.students / name) for name in self.distill.students}}
         models = self.evaluate.models
         if any(models.get(name) != folder for name, folder in made.items()):
             raise ValueError(f"evaluate.models must hold all that is registered, {made}, but is {models}")
-        unknown = sorted(set(models.values()) - {"models/pretrained", *made.values()})
+        unknown = sorted(set(models.values()) - {PRETRAINED, *made.values()})
         if unknown:
             raise ValueError(f"evaluate.models: this recipe makes no {unknown[0]}")
         patches = {"pretrain": self.pretrain.backbone.patch_size}
@@ -58,7 +60,7 @@ class Recipe(Config):
         patch = self.pretrain.backbone.patch_size
         check_crops_fit(self.adapt.crops, patch, "pretrain.backbone", "adapt.")
         for name, student in self.distill.students.items():
-            if self.distill.teacher_weights == "models/adapted" and student.backbone.patch_size != patch:
+            if self.distill.teacher_weights == ADAPTED and student.backbone.patch_size != patch:
                 raise ValueError(
                     f"distill.students.{name}.backbone.patch_size is {student.backbone.patch_size}, that of the "
                     f"teacher (pretrain.backbone) is {patch}: patches are compared one to one, so they must be equal"

@@ -25,6 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.urls import url_for
 
 from components.core.errors import ServiceError
+from components.core.layout import RELATIVE
 from components.core.storage import write_bytes
 from components.data.manifest import MANIFEST
 from flows.health import online_workers, start_worker
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
 LISTENER = "retrain/on-new-images"  # the deployment that waits for it
-UNANNOUNCED, ANNOUNCED = Path(".pedigree/unannounced"), Path(".pedigree/announced")
+UNANNOUNCED, ANNOUNCED = RELATIVE.state / "unannounced", RELATIVE.state / "announced"
 WAIT_SECONDS = 30.0  # for the run that an enabled trigger makes: 1 to 2 s on a machine that is not busy
 
 

@@ -5,14 +5,15 @@ A run holds the lock from before its first commit to its end, so a gc never sees
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from components.lineage.runs import ask_git, find_runs
+from components.core.git import git
+from components.core.locks import try_lock, wait_for_lock
+from components.lineage.runs import find_runs
 from flows.git import WorkspaceError
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,9 @@ log = logging.getLogger(__name__)
 def no_gc_beside(checkout: Path) -> Iterator[None]:
     """Hold off `pedigree gc` until a run has ended; wait for one that works."""
     with _lock_file(checkout) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file, shared=True):
             log.warning("`pedigree gc` is working; the run starts when it has ended")
-            fcntl.flock(file, fcntl.LOCK_SH)
+            wait_for_lock(file, shared=True)
         yield
 
 
@@ -38,11 +37,7 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
         WorkspaceError: a run goes on, or another gc.
     """
     with _lock_file(checkout) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
+        free = try_lock(file)
         running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
         if running or not free:
             who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
@@ -51,5 +46,5 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
 
 
 def _lock_file(checkout: Path) -> IO[str]:
-    folder = Path(checkout, ask_git(checkout, "rev-parse", "--git-common-dir"))
+    folder = Path(checkout, git(checkout, "rev-parse", "--git-common-dir"))
     return (folder / "pedigree-gc.lock").open("a")

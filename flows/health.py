@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.core.errors import PedigreeError, ServiceError, sentence
+from components.core.layout import Layout
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
 
@@ -235,7 +236,7 @@ def mlflow(checkout: Path) -> Iterator[Finding]:
     """Store an artifact with these credentials, and remove it."""
     from components.core.mlflow_client import probe_artifacts, shown_server
 
-    name = (yaml.safe_load((checkout / "params.yaml").read_text()) or {}).get("name", "pedigree")
+    name = (yaml.safe_load(Layout(checkout).params.read_text()) or {}).get("name", "pedigree")
     probe_artifacts(str(name))
     yield Finding("MLflow", GREEN, f"{shown_server()} takes these credentials and stores artifacts")
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from components.core.layout import Layout
 from components.core.storage import write_json
 from flows import live
 from infra.local import supervisor
@@ -102,7 +103,7 @@ class Keeper:
 
     def _save(self) -> None:
         state = {key: value for key, value in asdict(self).items() if key in ("restarts", "failure", "next_try")}
-        write_json(self.root / ".pedigree" / KEEPER_STATE, state)
+        write_json(Layout(self.root).state / KEEPER_STATE, state)
 
 
 def close_lost_runs(root: Path) -> None:
@@ -134,7 +135,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     keeper, closed = Keeper(root), 0.0
     logger.info("keeping the stack of %s", root)
-    while (root / ".pedigree" / "stack.json").exists():
+    while (Layout(root).state / "stack.json").exists():
         try:
             keeper.look()
             rotate_logs(Site.load(root))

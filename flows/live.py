@@ -6,7 +6,6 @@ ends. `python -m flows.live` closes what is lost; the keeper of the local stack 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -21,9 +20,11 @@ import psutil
 
 from components.core import stage_runs
 from components.core.errors import PedigreeError, ServiceError
+from components.core.layout import RELATIVE, Layout
+from components.core.locks import try_lock, wait_for_lock
 from flows.workspace import close_branch
 
-FOLDER = Path(".pedigree") / "flow-runs"
+FOLDER = RELATIVE.state / "flow-runs"
 STOP_SECONDS = 60.0
 LOST = "its process was killed, or the machine went down"
 
@@ -40,7 +41,7 @@ def begin(checkout: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{flow_run.id}.new"
     _held[flow_run.id] = file = path.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
+    wait_for_lock(file)
     begun = {"process": os.getpid(), "since": time.time(), "flow": flow_run.flow_name, "try": flow_run.run_count}
     _write(file, begun)
     path.rename(folder / f"{flow_run.id}.json")  # never seen without being locked
@@ -128,11 +129,10 @@ def close_lost(checkout: Path) -> list[str]:
     closed = []
     for path in lost(checkout):
         with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                closed.append(_close(checkout, UUID(path.stem), _read(path)))
-            except BlockingIOError:  # somebody else closes it
+            if not try_lock(file):  # somebody else closes it
                 continue
+            try:
+                closed.append(_close(checkout, UUID(path.stem), _read(path)))
             except (OSError, PedigreeError) as error:
                 logger.warning("flow run %s of a dead process is not closed yet: %s", path.stem, error)
                 continue
@@ -144,7 +144,7 @@ def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
     name = noted.get("run") or str(flow_run)
     if noted.get("run"):
         stage_runs.close_lost(noted["run"], noted["model"])
-        root = checkout / ".pedigree" / "runs" / noted["run"]
+        root = Layout(checkout).runs / noted["run"]
         if root.exists():
             close_branch(root, f"Run interrupted: {LOST}")
     _crash(flow_run, noted)
@@ -176,12 +176,9 @@ def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
 def _is_free(path: Path) -> bool:
     try:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+            return try_lock(file)
     except FileNotFoundError:  # it ended meanwhile
         return False
-    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from components.core.layout import RELATIVE
+from components.core.locks import exclusive
 
-LOCK = Path(".pedigree/pool.lock")
+LOCK = RELATIVE.state / "pool.lock"
 
 
 @contextmanager
@@ -23,16 +23,7 @@ def pool_held(source: str, logger: logging.Logger | logging.LoggerAdapter[Any]) 
     holder.
     """
     path = LOCK.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, is_singleton=True, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("waiting for %s", path.read_text().strip() or "another ingest")
-        lock.acquire()
-    try:
+    with exclusive(path, lambda holder: logger.info("waiting for %s", holder or "another ingest"), reentrant=True):
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         path.write_text(f"the ingest of {source} (process {os.getpid()}, since {since})")
         yield
-    finally:
-        lock.release()

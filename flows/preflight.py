@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.core.config import ConfigError
+from components.core.git import git
+from components.core.layout import RELATIVE, Layout
+from components.core.references import is_registered
 from flows.snapshot import CODE_FOLDERS
 from flows.sources import EVALUATION, POOL, Snapshot, num_images, snapshots, source_names
 from infra.local.site import HOST
@@ -55,10 +58,10 @@ def check(checkout: Path, recipe: Recipe, entries: Sequence[str]) -> None:
 
 def _missing_files(checkout: Path, recipe: Recipe) -> Iterator[str]:
     """Files and folders that the recipe names and the run would not find; relative paths are of the run's folder."""
-    made = {"models/pretrained", *recipe.evaluate.models.values()}
+    made = {str(RELATIVE.weights("pretrained")), *recipe.evaluate.models.values()}
     for key, value in named_files(recipe.model_dump(mode="json", by_alias=True)):
         is_made = key == "distill.teacher_weights" and value.rstrip("/") in made
-        if is_made or (key in VERSIONED and value.startswith("models:/")):
+        if is_made or (key in VERSIONED and is_registered(value)):
             continue
         if not (checkout / value).exists():
             yield f"{key}: {checkout / value} does not exist; give the path of a file or folder that does"
@@ -80,10 +83,8 @@ def named_files(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
 
 def _in_the_run(checkout: Path, path: str) -> bool:
     """Whether a run's folder has what lies at this relative path of the checkout."""
-    from flows.git import git
-
     top = Path(path).parts[0]
-    if top in {".pedigree", *CODE_FOLDERS}:  # the first is linked
+    if top in {str(RELATIVE.state), *CODE_FOLDERS}:  # the first is linked
         return True
     return bool(git(checkout, "--literal-pathspecs", "ls-files", "--", path))
 
@@ -159,8 +160,8 @@ def _needs(checkout: Path, recipe: Recipe, pool: Sequence[Snapshot]) -> dict[Pat
     embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
     made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
     return {
-        checkout / ".dvc": made,
-        checkout / ".pedigree": {
+        Layout(checkout).dvc: made,
+        Layout(checkout).state: {
             **{f"{name} in S3": size for name, size in made.items() if _local_storage()},
             "checkpoints": CHECKPOINTS * TRAINING_BYTES * max(models) if local else 0,
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,15 @@ from pathlib import Path
 
 import yaml
 
+from components.core.git import git, try_git
+from components.core.layout import RELATIVE, Layout
+from components.core.locks import exclusive
 from components.lineage.changes import Change, changes
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Foreseen, Ledger, Outcome
 from components.lineage.lock_file import Record, RecordError
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.git import git
 from flows.snapshot import snapshot
 from flows.sources import COLLECTIONS
 from flows.workspace import ENDS, params_text
@@ -72,10 +73,10 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
         WorkspaceError: not a git repository, or one without a commit.
         LedgerError: data of the pool is not on this machine, or the code cannot be read.
     """
-    folder = checkout / ".pedigree" / "preview"
+    layout = Layout(checkout)
+    folder = layout.state / "preview"
     folder.parent.mkdir(exist_ok=True)
-    with no_gc_beside(checkout), folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with no_gc_beside(checkout), exclusive(folder.with_suffix(".lock")):
         _remove(checkout, folder)  # what a killed one left
         commit = snapshot(checkout, params_text(checkout, recipe), sources, "Preview of a run")
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
@@ -102,7 +103,7 @@ def _finished(record: Record, name: str) -> bool:
     params = yaml.safe_load(record.read(PARAMS_FILE) or b"") or {}
     if params.get("name") != name:
         return False
-    named = (yaml.safe_load(record.read("dvc.yaml") or b"") or {}).get("stages", {})
+    named = (yaml.safe_load(record.read(str(RELATIVE.pipeline)) or b"") or {}).get("stages", {})
     try:
         return named.keys() <= {stage.partition("@")[0] for stage in record.stages()}
     except RecordError:
@@ -135,6 +136,6 @@ def _outcome(seen: Foreseen, told: list[Change]) -> str:
 
 
 def _remove(checkout: Path, folder: Path) -> None:
-    git(checkout, "worktree", "remove", "--force", os.fspath(folder), check=False)
+    try_git(checkout, "worktree", "remove", "--force", os.fspath(folder))
     shutil.rmtree(folder, ignore_errors=True)
-    git(checkout, "worktree", "prune", check=False)
+    try_git(checkout, "worktree", "prune")

@@ -11,20 +11,22 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from components.core import stage_runs
+from components.core.layout import RELATIVE, Layout
 from flows.workspace import Workspace
 
 PICTURES = (
-    ("sample-kept", "reports/curate/kept.jpg", "A sample of the curated set"),
-    ("sample-removed", "reports/curate/removed.jpg", "Images that curation removed, and why"),
-    ("training-crops", "reports/pretrain/crops.jpg", "Crops as the student sees them"),
+    ("sample-kept", RELATIVE.report("curate") / "kept.jpg", "A sample of the curated set"),
+    ("sample-removed", RELATIVE.report("curate") / "removed.jpg", "Images that curation removed, and why"),
+    ("training-crops", RELATIVE.report("pretrain") / "crops.jpg", "Crops as the student sees them"),
 )
 MEASURES = ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")  # asked for first
 
 
 def publish(workspace: Workspace, mlflow_run: str | None) -> None:
     """Make the artifacts of whatever the run has finished, whether or not all of it went well."""
-    reports = workspace.root / "reports"
-    if (funnel := reports / "curate" / "funnel.csv").exists():
+    layout = Layout(workspace.root)
+    reports, curation = layout.reports, layout.report("curate")
+    if (funnel := curation / "funnel.csv").exists():
         with funnel.open(newline="") as file:
             create_table_artifact(list(csv.DictReader(file)), key="funnel", description="From pool to curated set")
     if rows := metric_rows(reports):
@@ -37,7 +39,7 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
         )
     pictures = [*PICTURES]
     for path in sorted(reports.glob("evaluate/*/pca.jpg")):
-        pictures.append((f"pca-{path.parent.name}", str(path.relative_to(workspace.root)), "PCA of patch features"))
+        pictures.append((f"pca-{path.parent.name}", path.relative_to(workspace.root), "PCA of patch features"))
     for key, name, title in pictures:
         if (path := workspace.root / name).exists():
             data = base64.b64encode(path.read_bytes()).decode()
@@ -46,10 +48,10 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
             )
     if url := stage_runs.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
-    if (page := reports / "curate" / "report.html").exists():
+    if (page := curation / "report.html").exists():
         told = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"
         create_markdown_artifact(f"`{page.resolve()}`", key="curation-report", description=told)
-    docs = workspace.root / ".pedigree" / "data-docs" / "curated" / "index.html"
+    docs = layout.data_docs / "curated" / "index.html"
     if docs.exists():
         told = "Data Docs of Great Expectations; they need the internet. The curation report has the same gates"
         create_markdown_artifact(f"`{docs.resolve()}`", key="data-docs", description=told)

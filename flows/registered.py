@@ -5,10 +5,10 @@ MLflow is imported when it is asked: `prefect deploy` loads the flows, and has n
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.core.references import ModelReference
 from components.recipe import Recipe
 from flows.git import WorkspaceError
 
@@ -37,7 +37,7 @@ def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
 
     def version(name: str, alias: str) -> str | None:
         found = with_alias(registry, name, alias)
-        return f"models:/{name}/{found.version}" if found else None
+        return ModelReference(name, version=str(found.version)).uri if found else None
 
     names = {model: recipe.name if model == "teacher" else f"{recipe.name}-{model}" for model in recipe.evaluate.models}
     champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}
@@ -46,16 +46,16 @@ def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
     teacher = Path(recipe.distill.teacher_weights)
     if teacher.is_absolute() and not teacher.is_dir():
         raise WorkspaceError(f"distill.teacher_weights: {teacher} is no folder; give one that holds weights")
-    if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", recipe.distill.teacher_weights):
-        if (found := version(*named.groups())) is None:
-            raise WorkspaceError(f"distill.teacher_weights: {named[0]} names no registered version")
+    if (named := ModelReference.of_uri(recipe.distill.teacher_weights)) and named.alias:
+        if (found := version(named.name, named.alias)) is None:
+            raise WorkspaceError(f"distill.teacher_weights: {named.uri} names no registered version")
         recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_weights": found})})
     exact = {}
     for key in ("embedder", "semantic"):
         config: Any = getattr(recipe.embed, key)
         weights = getattr(config, "weights", "")  # which the kind `model` has
-        if named := re.fullmatch(r"models:/([^@/]+)@([^@/]+)", weights):
-            if (found := version(*named.groups())) is None:
+        if (named := ModelReference.of_uri(weights)) and named.alias:
+            if (found := version(named.name, named.alias)) is None:
                 raise WorkspaceError(f"embed.{key}.weights: {weights} names no registered version")
             exact[key] = config.model_copy(update={"weights": found})
     if exact:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import UUID
 
 from httpx import HTTPError
@@ -22,6 +20,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.core import stage_runs
 from components.core.errors import defect, known
+from components.core.layout import Layout
+from components.core.locks import exclusive
 from components.core.mlflow_client import TrackingError
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
@@ -38,7 +38,6 @@ from flows.workspace import Workspace, close_branch, open_workspace
 
 STAGES_SIDE_BY_SIDE = 2
 MOST_TRIES = 5  # of one flow run, which is started again after a crash or a stop of its worker
-TELL_SECONDS = 600.0  # a run that waits says so this often
 
 
 @dataclass(frozen=True)
@@ -195,25 +194,12 @@ def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture
 @contextmanager
 def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
     """Hold the model's lock; a second run of the same model waits. The lock ends with the process, however it ends."""
-    path = checkout / ".pedigree" / "runs" / f"{name}.running"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logger, told = get_run_logger(), 0.0
-    with path.open("a+") as lock:
-        while not _locked(lock):
-            if time.monotonic() - told > TELL_SECONDS or not told:
-                lock.seek(0)
-                logger.info("waiting for another run of %s: %s", name, lock.read().strip() or "it has just begun")
-                told = time.monotonic()
-            time.sleep(1.0)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")
-        lock.flush()
+    path = Layout(checkout).runs / f"{name}.running"
+    logger = get_run_logger()
+
+    def tell(holder: str) -> None:
+        logger.info("waiting for another run of %s: %s", name, holder or "it has just begun")
+
+    with exclusive(path, tell):
+        path.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")
         yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

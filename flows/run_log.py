@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from components.core.errors import known
+from components.core.layout import Layout
 
 LOGGERS = ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs")
 
@@ -15,7 +16,7 @@ LOGGERS = ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_ru
 @contextmanager
 def log_file(checkout: Path, run_id: str) -> Iterator[Path]:
     """Write what the run logs inside the block, each line with its time."""
-    path = checkout / ".pedigree" / "logs" / "runs" / f"{run_id}.log"
+    path = Layout(checkout).state / "logs" / "runs" / f"{run_id}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))

@@ -16,9 +16,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from components.core.git import git
+from components.core.layout import RELATIVE
 from components.data.provenance import SUFFIX
 from components.recipe import PARAMS_FILE
-from flows.git import WorkspaceError, git, head
+from flows.git import WorkspaceError, head
 from flows.sources import COLLECTIONS
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,10 @@ _COLLECTED = tuple(f"{collection}/" for collection in COLLECTIONS)
 _OF_SNAPSHOTS = (".dvc", SUFFIX)
 CODE_FOLDERS = ("flows", "components", "infra", "tests")
 TOP_FILES = (
-    PARAMS_FILE, "dvc.yaml", "dvc.lock", "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE",
-    "README.md", ".gitignore", ".gitattributes", ".dvcignore", ".dvc/config", ".dvc/.gitignore",
+    *map(str, (RELATIVE.params, RELATIVE.pipeline, RELATIVE.dvc_lock)),
+    *map(str, (RELATIVE.dvc_settings, RELATIVE.dvc / ".gitignore")),
+    "prefect.yaml", "pyproject.toml", "requirements.lock", "Makefile", "LICENSE", "README.md", ".gitignore",
+    ".gitattributes", ".dvcignore",
 )  # fmt: skip
 MIB = 2**20
 MAX_FILE_MIB, MAX_SUM_MIB = 5, 20  # of files that git does not track; this project's own code is 3 MiB
@@ -50,7 +54,8 @@ def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) 
         message: of the commit.
 
     Raises:
-        WorkspaceError: git refuses, or an untracked file is too large for a run.
+        WorkspaceError: not a repository with a commit, or an untracked file is too large for a run.
+        GitError: git refuses.
     """
     at = head(checkout)
     with tempfile.TemporaryDirectory(prefix="pedigree-", dir=at.index.parent) as scratch:

@@ -10,9 +10,10 @@ import yaml
 from slugify import slugify
 
 from components.core.config import ConfigError
+from components.core.layout import RELATIVE
 from components.data.provenance import Provenance, read_provenance
 
-COLLECTIONS = POOL, EVALUATION = ("data/pool", "data/evaluation")
+COLLECTIONS = POOL, EVALUATION = (str(RELATIVE.pool), str(RELATIVE.evaluation))
 SAMPLE = "sample"  # the source that `pedigree run` builds when there is no other
 MAX_NAME = 63
 

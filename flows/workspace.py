@@ -6,7 +6,6 @@ the first commit of the branch; each finished stage adds one. The checkout itsel
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -19,9 +18,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from components.core.git import git, try_git
+from components.core.layout import RELATIVE, Layout
+from components.core.locks import try_lock, wait_for_lock
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
-from flows.git import git, head_commit
+from flows.git import head_commit
 from flows.snapshot import by_top_level, describe, snapshot
 from flows.sources import COLLECTIONS
 
@@ -96,17 +98,18 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
     """
     from components.lineage.ledger import Ledger
 
-    runs = checkout / ".pedigree" / "runs"
+    layout = Layout(checkout)
+    runs = layout.runs
     runs.mkdir(parents=True, exist_ok=True)
     head_commit(checkout)
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with no_gc_beside(checkout), (runs / f"{run_id}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         _remove_old(checkout, runs)
         commit = snapshot(checkout, params_text(checkout, recipe), sources, f"Run {run_id}")
         root = runs / run_id
         git(checkout, "worktree", "add", "--quiet", "-b", f"runs/{run_id}", os.fspath(root), commit)
-        (root / ".pedigree").symlink_to(checkout / ".pedigree")
+        Layout(root).state.symlink_to(layout.state)
         ledger = Ledger(root)
         ledger.share_cache(checkout)
         for collection in COLLECTIONS:
@@ -124,14 +127,14 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
 
 
 def _recorded_outputs(root: Path) -> set[str]:
-    lock = root / "dvc.lock"
+    lock = Layout(root).dvc_lock
     stages = ((yaml.safe_load(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
     return {out["path"] for stage in stages.values() for out in stage.get("outs", ())}
 
 
 def _for_git(path: str, outputs: set[str]) -> bool:
     """Whether DVC writes the file for git, or it is of outputs: those that DVC caches are ignored by git."""
-    written_by_dvc = path == "dvc.lock" or path.rpartition("/")[2] == ".gitignore"
+    written_by_dvc = path == str(RELATIVE.dvc_lock) or path.rpartition("/")[2] == ".gitignore"
     return written_by_dvc or not outputs.isdisjoint([path, *map(str, PurePosixPath(path).parents)])
 
 
@@ -140,12 +143,9 @@ def _remove_old(checkout: Path, runs: Path) -> None:
     finished = []
     for path in sorted(runs.glob("*.lock")):
         with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            finished.append(path)
+            if try_lock(lock):
+                finished.append(path)
     for path in finished[: -KEPT_FOLDERS or None]:
-        git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")), check=False)
+        try_git(checkout, "worktree", "remove", "--force", os.fspath(path.with_suffix("")))
         path.unlink()
-    git(checkout, "worktree", "prune", check=False)
+    try_git(checkout, "worktree", "prune")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from components.adaptation.config import AdaptConfig
+from components.core.layout import Layout
 from components.data.stream import ImageStream
 from components.training.config import check_crops_fit
 from components.training.delivery import Delivery, train_and_deliver
@@ -24,12 +25,13 @@ def run(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
 def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
     """What one rank does."""
     config = resolve_precision(config, "adapt")
-    pretrained = root / "models" / "pretrained"
+    layout = Layout(root)
+    pretrained = layout.weights("pretrained")
     student = load_network(pretrained, config.crops.global_size)
     check_crops_fit(config.crops, student.backbone.config.patch_size)
     # Another seed than pretraining's, or the run would begin with the same images in the same crops.
-    stream = ImageStream(root / "data" / "curated", config.stream, seed + 1)
+    stream = ImageStream(layout.curated, config.stream, seed + 1)
     networks = self_distillation(student, anchored=config.gram is not None)
     job = Job("adapt", config, networks, stream, config.masking, seed + 1)
-    outputs = Delivery(root, root / "models" / "adapted", root / "reports" / "adapt", {"initial_weights": pretrained})
+    outputs = Delivery(root, layout.weights("adapted"), layout.report("adapt"), {"initial_weights": pretrained})
     return train_and_deliver(job, outputs)

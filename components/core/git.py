@@ -1,12 +1,89 @@
-"""Ask git about a repository, without changing it."""
+"""Git, called one way: no hook, no signature, no question at a terminal, messages in English, names as they are."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
+from components.core.errors import PedigreeError
+
+# A run's commits are made by a program: hooks and signing keys are for a person's own commits.
+PLAIN = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
+
+
+class GitError(PedigreeError):
+    """Git is missing or refuses; the message has git's own words."""
+
+
+def git(root: Path, *arguments: str, extra: dict[str, str] | None = None, given: str | None = None) -> str:
+    """Return what a git command prints; commits are made as Pedigree where the user has set no identity.
+
+    Args:
+        root: folder that git works in.
+        arguments: the command and its options.
+        extra: variables added to the environment.
+        given: text for its standard input.
+
+    Raises:
+        GitError: git is missing or refuses.
+    """
+    done = call_git(root, *arguments, extra=extra, given=given)
+    if done.returncode:
+        said = " ".join(_text(done.stderr).split())
+        raise GitError(f"git {arguments[0]} in {root}: {said or f'exit {done.returncode}'}")
+    return _text(done.stdout).strip()
+
 
 def try_git(root: Path, *arguments: str) -> str | None:
-    """Return what a git command prints; None where git refuses, as it does outside of a repository."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """Return what a git command prints; None where git refuses, as it does outside of a repository.
+
+    Raises:
+        GitError: git is missing.
+    """
+    done = call_git(root, *arguments)
+    return _text(done.stdout).strip() if done.returncode == 0 else None
+
+
+def file_at(root: Path, revision: str, path: str) -> bytes | None:
+    """Return the bytes of a file of a commit, by its path below `root`; None where the commit has no such file.
+
+    Raises:
+        GitError: git is missing.
+    """
+    done = call_git(root, "show", f"{revision}:./{path}")
+    return done.stdout if done.returncode == 0 else None
+
+
+def call_git(
+    root: Path, *arguments: str, extra: dict[str, str] | None = None, given: str | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a git command, whatever it answers.
+
+    Raises:
+        GitError: git is missing.
+    """
+    variables = {**os.environ, "LC_ALL": "C", **(extra or {})}
+    if arguments[0] in {"commit", "commit-tree"}:
+        variables |= _identity(root)
+    try:
+        return subprocess.run(
+            ["git", "-C", os.fspath(root), *PLAIN, *arguments],
+            input=(given or "").encode(errors="surrogateescape"), env=variables, capture_output=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise GitError("git is not installed, and a run is a commit") from None
+
+
+def _identity(root: Path) -> dict[str, str]:
+    if os.environ.get("GIT_AUTHOR_EMAIL") or try_git(root, "config", "user.email"):
+        return {}
+    return {
+        f"GIT_{role}_{field}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for field, value in (("NAME", "Pedigree"), ("EMAIL", "pedigree@localhost"))
+    }
+
+
+def _text(said: bytes) -> str:
+    return said.decode(errors="surrogateescape")

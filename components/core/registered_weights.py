@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
+from components.core.layout import Layout
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
+from components.core.references import ModelReference
 from components.core.weights_cache import keep_weights
 
 WEIGHTS_SHA256_TAG = "pedigree.weights_sha256"  # on a model version: SHA-256 of its model.safetensors
-_MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 
 def download_weights(uri: str, root: Path = Path()) -> Path:
@@ -26,19 +26,18 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
         TrackingError: no server is set, it does not answer, the version does not exist, or its bytes are not what
             was registered.
     """
-    match = _MODEL_URI.match(uri)
-    if match is None:
+    asked = ModelReference.of_uri(uri)
+    if asked is None:
         raise TrackingError(f"{uri}: not a registered model; write models:/NAME/VERSION or models:/NAME@ALIAS")
     if not server_uri():
         raise TrackingError(f"{uri}: MLFLOW_TRACKING_URI is not set; run 'pedigree up', or set it")
     with reported():
         client = checked_client()
-        name, alias, version = match["name"], match["alias"], match["version"]
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        found = asked.find(client)
         # Two servers may both have a version 1 of the same name.
         origin = hashlib.sha256(f"{found.source} {found.creation_timestamp}".encode()).hexdigest()[:12]
-        folder = root / ".pedigree" / "cache" / "models" / f"{name}-{found.version}-{origin}"
-        model = f"models:/{name}/{found.version}"
+        folder = Layout(root).cache("models") / f"{asked.name}-{found.version}-{origin}"
+        model = ModelReference(asked.name, version=str(found.version)).uri
 
         def fetch(target: Path) -> Path:
             from mlflow.artifacts import download_artifacts

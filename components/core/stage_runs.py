@@ -15,6 +15,7 @@ from typing import Any
 
 from components.core.errors import known
 from components.core.git import try_git
+from components.core.layout import RELATIVE, Layout
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri, without_login
 from components.core.tracking import MAX_VALUE, StageRun, enabled, flatten, flatten_numbers, open_runs, valid_key
 from components.core.user import user_name
@@ -48,7 +49,7 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
         yield run
         run.metrics.add(flatten_numbers(run.result), step=0)
         run.metrics.flush()
-        reports = root / "reports" / stage / (item or "")
+        reports = Layout(root).report(stage, item)
         with reported():
             if reports.is_dir():
                 run.client.log_artifacts(run.run_id, str(reports))
@@ -212,5 +213,5 @@ def _git_facts(root: Path) -> tuple[str, str, bool]:
     """(pipeline run, commit, whether tracked files other than dvc.lock differ from it)."""
     commit = try_git(root, "rev-parse", "HEAD") or "none"
     branch = try_git(root, "symbolic-ref", "--short", "HEAD") or commit[:12]
-    dirty = bool(try_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
+    dirty = bool(try_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RELATIVE.dvc_lock}"))
     return branch.removeprefix("runs/"), commit, dirty

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
+from components.core.locks import try_lock, wait_for_lock
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
@@ -62,7 +62,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with disk_errors(path), (scratch / f"{LOCK}.new").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
             (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never seen without being held
             aside = scratch / "new"
             aside.mkdir()
@@ -83,11 +83,11 @@ def recover_dirs(parent: Path) -> None:
     """
     for lock in parent.glob(f".*/{LOCK}"):
         scratch = SCRATCH.fullmatch(lock.parent.name)
-        with suppress(OSError):  # held, gone by now, or of another user
+        with suppress(OSError):  # gone by now, or of another user
             if scratch:
                 with lock.open("r+") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _settle(lock.parent, parent / scratch["name"])
+                    if try_lock(file):
+                        _settle(lock.parent, parent / scratch["name"])
 
 
 def _settle(scratch: Path, path: Path) -> None:

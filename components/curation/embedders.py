@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from components.core.references import is_registered
 from components.core.storage import sha256_file
 from components.core.weights_cache import FILES as WEIGHTS_FILES
 from components.curation import descriptor
@@ -108,7 +109,7 @@ def _locate(config: EmbedderConfig, root: Path, key: str) -> Path | None:
 
 
 def _locate_weights(weights: str, root: Path, key: str) -> Path:
-    if weights.startswith("models:/"):
+    if is_registered(weights):
         from components.core.registered_weights import download_weights
 
         return download_weights(weights, root)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.core.layout import RELATIVE, Layout
 from components.curation.config import CurationError
 from components.curation.decontaminate import References
 from components.curation.embed import COPIES, SCORES, SEMANTIC, images_digest, read_embeddings, read_scores
@@ -18,8 +19,8 @@ from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
 
-POOL, EVALUATION = Path("data/pool"), Path("data/evaluation")
-EMBEDDINGS, EMBEDDER = Path("data/embeddings"), "embedder.json"
+POOL, EVALUATION = RELATIVE.pool, RELATIVE.evaluation
+EMBEDDER = "embedder.json"  # among the embeddings
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ def read_inputs(root: Path) -> Inputs:
         CurationError: there are no embeddings, or they belong to other images.
     """
     pool, evaluation = read_collections(root)
-    path = root / EMBEDDINGS / EMBEDDER
+    path = Layout(root).embeddings / EMBEDDER
     if not path.is_file():
         raise CurationError(f"{path}: no embeddings yet; run the stage embed first")
     made_for = json.loads(path.read_text())
     for folder, images in ((POOL, pool), (EVALUATION, evaluation)):
         if made_for.get(folder.name) != images_digest(images):
             raise CurationError(f"{path}: {folder} changed after it was embedded; run the stage embed again")
-    folder = root / EMBEDDINGS
+    folder = Layout(root).embeddings
     copies = read_embeddings(folder / COPIES / f"{POOL.name}.npy", pool)
     references = References(evaluation, read_embeddings(folder / COPIES / f"{EVALUATION.name}.npy", evaluation))
     semantic = copies

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from components.core.layout import Layout
 from components.core.storage import write_json
 from components.curation.config import CurateConfig, CurationError
 from components.curation.gates import Drift
 from components.curation.rejections import value_counts
 from components.data.manifest import read_manifest
-
-KEPT = Path(".pedigree/curation")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def find_previous(config: CurateConfig, pool: pa.Table, root: Path) -> Previous:
     """
     sources = sorted(set(pool["source"].to_pylist()))
     key = json.dumps([config.model_dump(mode="json", exclude={"gates", "workers"}), sources], sort_keys=True)
-    path = root / KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = Layout(root).state / "curation" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if config.gates.previous is not None:
         named = root / config.gates.previous
         if not named.is_file():

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from components.core.layout import Layout
 from components.core.storage import atomic_dir, write_json
 from components.curation import gates
 from components.curation.config import CurateConfig, EmbedConfig
@@ -26,7 +27,6 @@ from components.curation.embedders import resolve
 from components.curation.filters import filter_images
 from components.curation.inputs import (
     EMBEDDER,
-    EMBEDDINGS,
     EVALUATION,
     POOL,
     Inputs,
@@ -46,10 +46,7 @@ from components.data.manifest import FINDINGS
 
 log = logging.getLogger(__name__)
 
-CURATED = Path("data/curated")
-CACHE = Path(".pedigree/cache/embeddings")
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
-REPORTS, DATA_DOCS = Path("reports/curate"), Path(".pedigree/data-docs/curated")
 
 
 def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
@@ -66,11 +63,12 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
     if config.semantic is not None:
         parts[SEMANTIC] = resolve(config.semantic, root, "embed.semantic")
     asked = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
+    cache = Layout(root).cache("embeddings")
     done = {
-        folder.name: embed_collection(root / folder, images, its_parts, root / CACHE, config.workers)
+        folder.name: embed_collection(root / folder, images, its_parts, cache, config.workers)
         for folder, images, its_parts in asked
     }
-    with atomic_dir(root / EMBEDDINGS) as folder:
+    with atomic_dir(Layout(root).embeddings) as folder:
         shapes = {name: write_parts(shards, folder, name) for name, shards in done.items()}
         dims = {part: shape[1] for part, shape in shapes[POOL.name].items() if part != SCORES}
         definition = {
@@ -94,7 +92,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     """
     inputs, licenses = read_inputs(root), config.filters.allowed_licenses
     previous = find_previous(config, inputs.pool, root)
-    with DataDocs(root / DATA_DOCS) as docs:
+    with DataDocs(Layout(root).data_docs / "curated") as docs:
         filtered = filter_images(inputs.pool, config.filters, inputs.scores)
         rows = remaining(np.arange(len(inputs.pool)), filtered, "loosen curate.filters")
         gates.after_filter(docs, _images(inputs, rows), config.filters.min_side, licenses)
@@ -111,7 +109,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
 
         rejected = pa.concat_tables([filtered, unique.rejected, selection.rejected])
         pool = _with_findings(root, inputs, unique, selection)
-        with atomic_dir(root / CURATED) as folder:
+        with atomic_dir(Layout(root).curated) as folder:
             pack(pool, selection.chosen, rejected, folder, config.max_shard_mib * 2**20, config.workers)
             gates.all_accounted(docs, folder, inputs.pool)
             gates.validate_curated(docs, folder, licenses, previous.drift)
@@ -121,7 +119,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *asked]
     funnel = [*first, *unique.funnel, ("curated", len(kept))]
     result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
-    write_report(result, root, root / REPORTS)
+    write_report(result, root, Layout(root).report("curate"))
     for line in left_out_lines(config, inputs, rejected):
         log.info(line)
     return _figures(result)

@@ -6,7 +6,6 @@ The metadata of all files of one ingest is held in memory (about 1 KB a file); t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from components.core.engine import map_shards
+from components.core.locks import try_lock
 from components.core.progress import track
 from components.core.storage import atomic_dir, recover_dirs
 from components.core.text import one_line
@@ -193,10 +193,8 @@ def _exclusive(collection: Path) -> Iterator[None]:
     collection.mkdir(parents=True, exist_ok=True)
     handle = os.open(collection, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IngestError(f"{collection}: another ingest is writing here; wait until it has ended") from None
+        if not try_lock(handle):
+            raise IngestError(f"{collection}: another ingest is writing here; wait until it has ended")
         for folder in collection.glob(".ingest-*"):
             shutil.rmtree(folder, ignore_errors=True)
         for source in collection.glob("*/"):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from components.core.config import Config, ConfigError, validate
 from components.core.errors import PedigreeError
+from components.core.layout import RELATIVE
 from components.core.text import one_line
 from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
@@ -42,8 +43,8 @@ class IngestRequest(Config):
     ]  # folder, s3://bucket/prefix, .tar or .parquet, or a folder of these
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the source: small letters, digits and hyphens
     license: Annotated[str, AfterValidator(_stripped)]  # under which the images may be used, such as CC-BY-4.0
-    pool: Path = Path("data/pool")
-    evaluation: Path = Path("data/evaluation")
+    pool: Path = RELATIVE.pool
+    evaluation: Path = RELATIVE.evaluation
     holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share held out into the evaluation set, by content
     as_evaluation: bool = False  # the whole source is an evaluation set
     one_run: bool = False  # for one run, which takes exactly what the source holds now; no later run takes it unasked
@@ -52,7 +53,7 @@ class IngestRequest(Config):
     ingested_at: Annotated[datetime, AfterValidator(_whole_seconds_utc)] | None = None  # None: now
     shard_bytes: int = Field(GIB, gt=0)
     workers: int | None = Field(None, ge=1)  # processes; None: one a core, or this one if the source is small
-    docs_folder: Path = Path(".pedigree/data-docs")
+    docs_folder: Path = RELATIVE.data_docs
 
     @classmethod
     def parse(cls, **values: Any) -> IngestRequest:

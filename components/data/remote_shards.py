@@ -6,7 +6,6 @@ processes of the machine; the block that was not used for longest goes first.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
 from components.core.errors import DatasetError
+from components.core.locks import try_lock, wait_for_lock
 from components.core.storage import ATTEMPTS, StorageError, s3_client, s3_errors, split_s3_uri
 
 BLOCK = 8 * 2**20  # bytes fetched at once
@@ -173,7 +173,10 @@ class RemoteShards:
         folder = self._cache / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if wait:
+                wait_for_lock(file)
+            elif not try_lock(file):
+                raise BlockingIOError(f"{folder / name} is held")
             yield
 
     def _address(self, shard: str) -> str:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from components.core.errors import DatasetError
+from components.core.layout import Layout
 from components.core.storage import sha256_file
 from components.data.config import ORIGINS, StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
@@ -25,9 +26,8 @@ from components.data.order import Order, Shuffle, Window
 from components.data.remote_shards import RemoteShards
 from components.data.shards import ImageError, ShardReader, decode_image
 
-# In the workspace. A curated set that is not on disk: its manifest, and the S3 address of each shard.
-STREAMED, ADDRESSES = Path(".pedigree/streamed"), "shards.json"
-CACHE = Path(".pedigree/cache/shards")
+# Of a curated set that is not on disk: the S3 address of each shard, beside its manifest.
+ADDRESSES = "shards.json"
 WHOLE = "all"  # the one part of a set that is not mixed
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class ImageStream:
 
     def __init__(self, root: Path, config: StreamConfig, seed: int) -> None:
         self._workspace = root.parents[1]
-        streamed = self._workspace / STREAMED
+        streamed = Layout(self._workspace).streamed
         root = root if (root / MANIFEST).is_file() or not streamed.is_dir() else streamed
         table = read_manifest(root / MANIFEST)
         if table.num_rows == 0:
@@ -226,7 +226,7 @@ class ImageStream:
                 f"(a window and the next one), but stream.cache_gib is {self._config.cache_gib:g}: "
                 "raise it, or lower stream.window_shards"
             )
-        return RemoteShards(json.loads(addresses.read_bytes()), self._workspace / CACHE, limit)
+        return RemoteShards(json.loads(addresses.read_bytes()), Layout(self._workspace).cache("shards"), limit)
 
 
 def _sha256(data: bytes) -> str:

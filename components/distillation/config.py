@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from components.core.config import Config
+from components.core.layout import RELATIVE
 from components.model.config import ViTConfig
 from components.training.config import OptimizerConfig, TrainingConfig, check_crops_fit
 
@@ -34,7 +35,8 @@ class DistillOptimizerConfig(OptimizerConfig):
 class DistillConfig(TrainingConfig):
     """A frozen teacher with its heads; no masking; the moving average of the student ships."""
 
-    teacher_weights: str = Field(default="models/adapted", min_length=1)  # a folder, or models:/NAME/VERSION
+    # A folder, or models:/NAME/VERSION.
+    teacher_weights: str = Field(default=str(RELATIVE.weights("adapted")), min_length=1)
 
     students: dict[str, StudentConfig] = Field(min_length=1)
     share_teacher: bool = True  # students that are to be trained step together; False: one by one, for less memory

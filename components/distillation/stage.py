@@ -6,7 +6,6 @@ cache.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +14,9 @@ from typing import Any
 
 from components.core.config import ConfigError
 from components.core.distributed import barrier, rank
+from components.core.layout import RELATIVE, Layout
+from components.core.locks import exclusive
+from components.core.references import ModelReference, is_registered
 from components.core.registered_weights import download_weights
 from components.core.stage_runs import stage_run
 from components.core.storage import atomic_dir, sha256_file, write_bytes
@@ -46,8 +48,8 @@ from components.training.step import DivergedError
 
 logger = logging.getLogger(__name__)
 
-REPORTS = Path("reports/distill/students")
-CODE = Path("reports/code/distill.txt")  # the stage's code as parsed, which DVC writes before the stage runs
+REPORTS = RELATIVE.report("distill", "students")
+CODE = RELATIVE.code_lists / "distill.txt"  # the stage's code as parsed, which DVC writes before the stage runs
 REPORTED = "code.txt"  # beside what is kept of a student that was delivered: which code trained it
 
 
@@ -73,16 +75,14 @@ def find_teacher(weights: str, root: Path) -> Path:
         ConfigError: an alias, or weights that were registered without heads.
         TrackingError: the registry does not answer, or has no such version.
     """
-    if not weights.startswith("models:/"):
+    if not is_registered(weights):
         return root / weights
-    if "@" in weights:
+    if (named := ModelReference.of_uri(weights)) and named.alias:
         raise ConfigError(
             f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
             "it has today, or give models:/NAME/VERSION"
         )
-    (root / ".pedigree").mkdir(exist_ok=True)
-    with (root / ".pedigree" / "teacher.lock").open("w") as lock:  # ranks of one machine fetch it once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(Layout(root).state / "teacher.lock"):  # ranks of one machine fetch it once
         folder = download_weights(weights, root)
     if not (folder / HEADS_FILE).is_file():
         raise ConfigError(
@@ -97,7 +97,7 @@ def distill(config: DistillConfig, root: Path, seed: int, name: str, teacher_wei
     config = resolve_precision(config, "distill")
     teacher = load_network(teacher_weights)
     check_patch_sizes(config, teacher)
-    stream, parents = ImageStream(root / "data" / "curated", config.stream, seed), digests({"teacher": teacher_weights})
+    stream, parents = ImageStream(Layout(root).curated, config.stream, seed), digests({"teacher": teacher_weights})
     jobs = {student: student_job(student, config, teacher, stream, seed) for student in config.students}
     trainings = {student: describe_training(job, root, parents) for student, job in jobs.items()}
     with ExitStack() as held:
@@ -197,7 +197,7 @@ def _report(training: Training, tracked: StageRun) -> None:
 
 def _deliver(trainings: Mapping[str, Training], root: Path) -> None:
     """Put all students and their reports in place, whole; what is there of others goes."""
-    with atomic_dir(root / "models" / "students") as models, atomic_dir(root / REPORTS) as reports:
+    with atomic_dir(Layout(root).students) as models, atomic_dir(root / REPORTS) as reports:
         for student, training in trainings.items():
             copy_weights(training, models / student)
             copy_report(training, reports / student)

@@ -7,13 +7,14 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from components.core.config import Config
+from components.core.references import EXACT_URI
 from components.model.config import Preprocessing
 
 # 10^-6 to 10^5 in 45 steps: C_POWER_RANGE of dinov2/eval/log_regression.py.
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
 
 
-Version = Annotated[str, Field(pattern=r"^models:/[^/@]+/\d+$")]  # never an alias: an input must not move
+Version = Annotated[str, Field(pattern=EXACT_URI)]  # never an alias: an input must not move
 
 
 class KnnConfig(Config):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from components.core.errors import DatasetError
+from components.core.layout import Layout
 from components.core.pictures import draw_pca, jpeg, pca_colors
 from components.core.registered_weights import download_weights
 from components.core.storage import atomic_dir, write_bytes
@@ -45,7 +46,8 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     Raises:
         DatasetError: no evaluation images, no test images, or a crop that does not fit a model.
     """
-    images = read_evaluation_set(root / "data" / "evaluation")
+    layout = Layout(root)
+    images = read_evaluation_set(layout.evaluation)
     backbones = _backbones(config, root, seed, model)
     extractors = {name: backbone_extractor(backbone) for name, backbone in backbones.items()}
     measured = measure(config, images, {**extractors, DESCRIPTOR: descriptor_extractor}, seed)
@@ -53,7 +55,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     compared = differences(measured.scores, model, config.bootstrap_resamples, seed)
     counts = _counts(images)
 
-    with atomic_dir(root / "reports" / "evaluate" / model) as folder:
+    with atomic_dir(layout.report("evaluate", model)) as folder:
         pixels = EvaluationImages(images, config.preprocessing)
         queries = choose_queries(images, config.num_pictures, seed)
         shown = torch.stack([pixels[index] for index in queries])

@@ -13,19 +13,18 @@ import datetime
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from botocore.exceptions import ClientError
 
+from components.core.references import MODEL_NAME
 from components.core.storage import s3_client, s3_errors
 from components.lineage.lock_file import RecordError
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
 GENESIS = "0" * 64
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ATTEMPTS = 20
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
 RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
@@ -217,7 +216,7 @@ def _canonical(values: Mapping[str, Any]) -> bytes:
 
 
 def _checked(name: str) -> str:
-    if not NAME_PATTERN.fullmatch(name):
+    if not MODEL_NAME.fullmatch(name):
         raise RecordError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
     return name
 

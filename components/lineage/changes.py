@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.lineage.code import LISTS, read_list
+from components.core.layout import RELATIVE
+from components.lineage.code import read_list
 from components.lineage.lock_file import Record
 
 Kind = Literal["command", "parameter", "code", "data", "record"]
@@ -36,10 +37,10 @@ def changes(entry: Mapping[str, Any], inputs: Mapping[str, Any], before: Record,
     found += [Change("parameter", line) for line in _parameters(old_params, inputs["params"])]
     old, new = {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}, inputs["deps"]
     for path in sorted(old.keys() | new.keys()):
-        if path not in new or (path not in old and not path.startswith(f"{LISTS}/")):
+        if path not in new or (path not in old and not path.startswith(f"{RELATIVE.code_lists}/")):
             found.append(Change("command", f"dvc.yaml: {path} is {'a new' if path in new else 'no'} input"))
         elif new[path] is not None and old.get(path) != new[path]:
-            code = path.startswith(f"{LISTS}/")
+            code = path.startswith(f"{RELATIVE.code_lists}/")
             lines = [f"{file} {how}" for file, how in changed_files(path, before, now).items()] if code else []
             lines = lines or _sources(path, before, now) or [f"{path} has other bytes"]
             found += [Change("code" if code else "data", line) for line in lines]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from components.core.mlflow_client import reported
+from components.core.references import COMMIT, DATA_ID, RUN_ID
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.lock_file import RecordError
-from components.lineage.needs import OBJECT_ID
 from components.lineage.provenance import Tag, data_versions
-from components.lineage.runs import RUN_ID
 
-COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 REMOVED_TAG = "pedigree.removed"  # on the MLflow runs of a run that `pedigree gc` removed: when
 DATA_TAGS = (Tag.CURATED, Tag.POOL, Tag.EVALUATION)
 PAGE = 200
@@ -81,7 +78,7 @@ def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
         if tags is None:
             notes.append(f"{by} names the MLflow run {entry.details['run']}, which MLflow does not have any more")
         text += json.dumps(tags or {})
-        ids = frozenset(id_ for id_ in OBJECT_ID.findall(text) if id_.endswith(".dir"))
+        ids = frozenset(id_ for id_ in DATA_ID.findall(text) if id_.endswith(".dir"))
         claims.append(Claim("audited", by, frozenset(RUN_ID.findall(text)), frozenset(COMMIT.findall(text)), ids))
     return claims, notes
 

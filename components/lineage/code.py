@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from components.core.errors import InputError
+from components.core.layout import RELATIVE
 from components.core.storage import write_bytes
 from components.stages import STAGES
 
 STAGE = "code"  # in dvc.yaml; bookkeeping, no work
-LISTS = "reports/code"
 PACKAGE = "components"
 COMMAND_LINE = "components.__main__"
 # They name every stage. What a stage needs of `recipe` are its own config models, which the stage imports itself.
@@ -157,7 +157,7 @@ def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> N
 
 def list_of(stage: str) -> str:
     """Path of the list of a stage of `dvc.yaml`, such as `evaluate@small`."""
-    return f"{LISTS}/{stage.partition('@')[0]}.txt"
+    return str(RELATIVE.code_lists / f"{stage.partition('@')[0]}.txt")
 
 
 def read_list(text: str) -> dict[str, str]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.core.git import git, try_git
+from components.core.layout import RELATIVE
+from components.core.references import RUN_ID
 from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.needs import Needs, read_yaml
-from components.lineage.runs import BRANCHES, RUN_ID, Run, ask_git, worktrees
+from components.lineage.runs import BRANCHES, Run, worktrees
 
 if TYPE_CHECKING:
     from components.lineage.claims import Claim
 
-PARAMS = "params.yaml"
+PARAMS = str(RELATIVE.params)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,14 @@ def _commits_of_runs(root: Path, branches: Sequence[str]) -> set[str]:
     """Commits of runs, one a stage, so that also what a later one replaced is there."""
     if not branches:
         return set()
-    return set(ask_git(root, "rev-list", *branches, "--not", f"--exclude={BRANCHES}*", "--all", "--").split())
+    return set(git(root, "rev-list", *branches, "--not", f"--exclude={BRANCHES}*", "--all", "--").split())
 
 
 def _commits_of_refs(root: Path) -> list[tuple[str, str]]:
     """(name, commit) of each reference that is a commit, or a tag of one."""
     form = "--format=%(refname) %(objecttype) %(objectname) %(*objecttype) %(*objectname)"
     found = []
-    for line in ask_git(root, "for-each-ref", form).splitlines():
+    for line in git(root, "for-each-ref", form).splitlines():
         name, *facts = line.split()
         found += [(name, sha) for kind, sha in zip(facts[::2], facts[1::2], strict=True) if kind == "commit"]
     return found
@@ -157,5 +159,4 @@ def _commits_of_refs(root: Path) -> list[tuple[str, str]]:
 
 def _absent(root: Path, commits: Iterable[str]) -> set[str]:
     """Those of the commits that the repository does not have."""
-    asked = ["git", "-C", str(root), "cat-file", "-e"]
-    return {sha for sha in commits if subprocess.run([*asked, sha], capture_output=True, check=False).returncode}
+    return {sha for sha in commits if try_git(root, "cat-file", "-e", sha) is None}

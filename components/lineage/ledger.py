@@ -34,8 +34,8 @@ from dvc.stage.cache import RunCacheNotFoundError, _can_hash, _get_stage_hash
 from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
+from components.core.layout import Layout
 from components.lineage.lock_file import overlap
-from components.lineage.stored import CACHE
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
 # No bars and spinners of its own on a terminal: the door shows what goes on.
@@ -262,7 +262,7 @@ class Ledger:
 
     def share_cache(self, checkout: Path) -> None:
         """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
-        settings, local = (root / ".dvc" / "config.local" for root in (checkout, self.root))
+        settings, local = (Layout(root).dvc_local_settings for root in (checkout, self.root))
         local.parent.mkdir(exist_ok=True)
         if settings.exists():
             shutil.copy(settings, local)
@@ -270,7 +270,7 @@ class Ledger:
             config: Any = ConfigObj(os.fspath(local), encoding="utf-8", interpolation=False)
         except ConfigObjError as error:
             raise LedgerError(f"{settings} cannot be read ({error}); mend or delete it") from None
-        config.setdefault("cache", {})["dir"] = os.fspath(checkout / CACHE)
+        config.setdefault("cache", {})["dir"] = os.fspath(Layout(checkout).dvc_cache)
         config.write()
 
     @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from components.core.layout import Layout
+from components.core.locks import record_holder, try_record_lock
 from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
 
-CHECKPOINTS, CACHES = Path(".pedigree") / "checkpoints", Path(".pedigree") / "cache"
-TRAINED = "trained"  # the cache whose entries are named as their training's folder of checkpoints is
 LOCK = "lock"  # in a training's folder: a record lock of the process that trains
 LOCKS = "locks"  # in a cache: no content
 
@@ -23,7 +22,7 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
         The removal, and a line on trainings with checkpoints on S3: their folders say where, so they stay.
     """
     going, left, on_s3 = {}, 0, []
-    for folder in sorted((root / CHECKPOINTS).glob("[!.]*")):
+    for folder in sorted(Layout(root).checkpoints().glob("[!.]*")):
         begun = _begun(folder)
         size = own_bytes(folder)
         if uri := begun.get("config", {}).get("checkpoint_uri"):
@@ -46,9 +45,9 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
 def caches_removal(root: Path, before: float) -> Removal:
     """Entries of caches that nobody touched since `before`; what is being written has a hidden name."""
     going, left = {}, 0
-    for entry in sorted((root / CACHES).glob("*/[!.]*")):
-        training = root / CHECKPOINTS / entry.name
-        held = entry.parent.name == TRAINED and _is_held(training)
+    for entry in sorted(Layout(root).cache().glob("*/[!.]*")):
+        training = Layout(root).checkpoints(entry.name)
+        held = entry.parent == Layout(root).trained and _is_held(training)
         size = own_bytes(entry) if entry.is_dir() else entry.lstat().st_size
         if entry.name == LOCKS or held or last_use(entry) > before:
             left += size
@@ -66,23 +65,16 @@ def _begun(folder: Path) -> Mapping[str, dict]:
 
 
 def _is_held(folder: Path) -> bool:
-    try:
-        with (folder / LOCK).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return record_holder(folder / LOCK) is not None
 
 
 def _delete_unheld(folder: Path) -> None:
     """Delete a training's folder while holding it; a trainer that waits for it finds it gone and makes a new one."""
     try:
         with (folder / LOCK).open("a") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            delete(folder)
-    except (FileNotFoundError, BlockingIOError):  # gone, or one began since the plan was made
+            if try_record_lock(file):  # else one began since the plan was made
+                delete(folder)
+    except FileNotFoundError:  # gone
         return
 
 

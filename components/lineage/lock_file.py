@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from configparser import ConfigParser
 from configparser import Error as ConfigParserError
@@ -18,9 +17,10 @@ from typing import Any
 import yaml
 
 from components.core.errors import PedigreeError
-from components.core.git import try_git
+from components.core.git import file_at, try_git
+from components.core.layout import RELATIVE
 
-LOCK = "dvc.lock"
+LOCK = str(RELATIVE.dvc_lock)
 REGISTER_STAGE = "register"
 
 
@@ -40,10 +40,7 @@ class Record:
         if self.revision is None:
             file = self.root / path
             return file.read_bytes() if file.is_file() else None
-        done = subprocess.run(
-            ["git", "-C", str(self.root), "show", f"{self.revision}:./{path}"], capture_output=True, check=False
-        )
-        return done.stdout if done.returncode == 0 else None
+        return file_at(self.root, self.revision, path)
 
     def stages(self) -> dict[str, Any]:
         """The stages of `dvc.lock`: name -> {cmd, deps, params, outs}.
@@ -97,7 +94,8 @@ class Record:
         """Address of the default DVC remote: `.dvc/config` at the revision, overridden by this machine's settings."""
         parser = ConfigParser(interpolation=None)
         try:
-            for text in (self.read(".dvc/config"), Record(self.root).read(".dvc/config.local")):
+            own = Record(self.root).read(str(RELATIVE.dvc_local_settings))
+            for text in (self.read(str(RELATIVE.dvc_settings)), own):
                 parser.read_string((text or b"").decode())
             section = f'remote "{parser["core"]["remote"]}"'
             found = next(name for name in parser.sections() if name.strip("'") == section)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from components.core.git import git
+from components.core.references import DATA_ID
 from components.lineage.lock_file import LOCK, RecordError
-from components.lineage.runs import ask_git
 
-OBJECT_ID = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 FOLDER = ".dir"  # how the id of a folder's listing ends
 
 
@@ -38,7 +37,7 @@ class Needs:
 
     def of_commit(self, revision: str) -> set[str]:
         """Ids of the objects that a commit needs."""
-        lines = ask_git(self.root, "ls-tree", "-r", revision).splitlines()
+        lines = git(self.root, "ls-tree", "-r", revision).splitlines()
         entries = [line.partition("\t") for line in lines]
         blobs = [facts.split()[2] for facts, _, path in entries if _names_data(path)]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
@@ -46,14 +45,14 @@ class Needs:
     def of_folder(self, folder: Path) -> set[str]:
         """Ids of the objects that a worktree's files need as they are now, committed or not."""
         asked = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-        paths = {folder / name for name in ask_git(folder, *asked).split("\0") if _names_data(name)} | {folder / LOCK}
+        paths = {folder / name for name in git(folder, *asked).split("\0") if _names_data(name)} | {folder / LOCK}
         texts = {path: path.read_bytes() for path in paths if path.is_file()}
         return self.whole(id_ for path, text in texts.items() for id_ in _ids(text, str(path)))
 
     def of_history(self, revisions: Iterable[str]) -> set[str]:
         """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
         asked = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
-        lines = ask_git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
+        lines = git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
         changed = {sha for line in lines for sha in line.split()[2:4]}  # the file before and after each change
         blobs = [sha for sha in changed if set(sha) != {"0"}]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
@@ -64,7 +63,7 @@ class Needs:
         return found.union(*(self._files(id_) for id_ in found if id_.endswith(FOLDER)))
 
     def _named_by(self, blob: str) -> tuple[str, ...]:
-        return tuple(_ids(ask_git(self.root, "cat-file", "blob", blob).encode(), f"git object {blob[:12]}"))
+        return tuple(_ids(git(self.root, "cat-file", "blob", blob).encode(), f"git object {blob[:12]}"))
 
     def _listed(self, folder: str) -> tuple[str, ...]:
         data = self._read(folder)
@@ -79,7 +78,7 @@ class Needs:
 
 def ids_of(outputs: Iterable[Any]) -> list[str]:
     """DVC ids of the outputs of a stage, a `.dvc` file or a run-cache entry."""
-    return [out["md5"] for out in outputs if OBJECT_ID.fullmatch(str(out.get("md5")))]
+    return [out["md5"] for out in outputs if DATA_ID.fullmatch(str(out.get("md5")))]
 
 
 def read_yaml(text: bytes, where: str) -> Any:

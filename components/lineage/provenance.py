@@ -10,15 +10,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from components.core.git import try_git
+from components.core.layout import RELATIVE, Layout
 from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
 from components.data.manifest import MANIFEST
 from components.lineage.lock_file import Record, RecordError, folder_id
 
-CURATED = "data/curated"
-POOL = "data/pool"
-EVALUATION = "data/evaluation"
-OUTPUTS = ("dvc.lock", "params.yaml", "reports")  # what a run writes into files that git tracks
+CURATED, POOL, EVALUATION = str(RELATIVE.curated), str(RELATIVE.pool), str(RELATIVE.evaluation)
+# What a run writes into files that git tracks.
+OUTPUTS = tuple(str(path) for path in (RELATIVE.dvc_lock, RELATIVE.params, RELATIVE.reports))
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -129,7 +129,9 @@ def data_versions(tags: Mapping[str, str], tag: Tag) -> tuple[DataVersion, ...]:
 def _recorded(record: Record, path: str) -> str:
     dvc_id = record.output(path)
     if dvc_id is None:
-        raise RecordError(f"{record.root / 'dvc.lock'}: no stage has the output {path}; run the stage that makes it")
+        raise RecordError(
+            f"{Layout(record.root).dvc_lock}: no stage has the output {path}; run the stage that makes it"
+        )
     return dvc_id
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.lineage.lock_file import Record, RecordError
+from components.core.git import git
+from components.core.layout import RELATIVE, Layout
+from components.core.locks import is_locked
+from components.lineage.lock_file import Record
 
-RUNS = Path(".pedigree") / "runs"  # of the checkout: a folder and a lock file for each run
 BRANCHES = "refs/heads/runs/"
-RESULT = "reports/register/result.json"
-RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
 _ENDS = {"Run finished": FINISHED, "Run failed": FAILED, "Run interrupted": INTERRUPTED}
 
@@ -104,7 +101,7 @@ def find_runs(root: Path) -> list[Run]:
     branches = set(refs(root, BRANCHES))
     names = {ref.removeprefix(BRANCHES) for ref in branches}
     folders = {tree.branch: tree.folder for tree in worktrees(root) if tree.branch and tree.folder.is_dir()}
-    locks = {path.stem: path for path in (root / RUNS).glob("*.lock")}
+    locks = {path.stem: path for path in Layout(root).runs.glob("*.lock")}
     locks |= {name: folders[ref].with_name(f"{name}.lock") for name in names if (ref := f"{BRANCHES}{name}") in folders}
     names |= {name for name, path in locks.items() if is_locked(path)}  # one that starts has no branch yet
     found = []
@@ -119,15 +116,15 @@ def registered(root: Path, run: Run) -> list[dict[str, Any]]:
     """The versions that a run registered (or found registered), each with `name` and `version`."""
     if not any(commit.subject.startswith("register: ") for commit in run.commits):
         return []  # what is there was in the checkout
-    found = json.loads(Record(root, run.tip).read(RESULT) or b"{}")
+    found = json.loads(Record(root, run.tip).read(str(RELATIVE.result("register"))) or b"{}")
     return [version for version in found.values() if isinstance(version, dict) and "version" in version]
 
 
 def worktrees(root: Path) -> list[Worktree]:
     """The folders of this repository that git knows; each at where the project begins in it."""
-    prefix = ask_git(root, "rev-parse", "--show-prefix")
+    prefix = git(root, "rev-parse", "--show-prefix")
     found = []
-    for block in ask_git(root, "worktree", "list", "--porcelain").split("\n\n"):
+    for block in git(root, "worktree", "list", "--porcelain").split("\n\n"):
         facts = {key: value for key, _, value in (line.partition(" ") for line in block.splitlines())}
         if set(facts.get("HEAD", "0")) != {"0"}:  # else it is bare, or has no commit yet
             found.append(Worktree(Path(facts["worktree"], prefix), facts["HEAD"], facts.get("branch")))
@@ -136,44 +133,19 @@ def worktrees(root: Path) -> list[Worktree]:
 
 def refs(root: Path, *patterns: str) -> list[str]:
     """Names of git's references below the patterns."""
-    return ask_git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
-
-
-def ask_git(root: Path, *arguments: str) -> str:
-    """What a git command prints.
-
-    Raises:
-        RecordError: git refuses; the message is its own.
-    """
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join(done.stderr.split())
-        raise RecordError(f"git {arguments[0]} in {root}: {said or f'exit {done.returncode}'}")
-    return done.stdout.strip()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock file; the file is left as it is."""
-    try:
-        with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
 
 
 def _own_commits(root: Path, name: str) -> list[Commit]:
     """Commits of the branch back to the one that a run begins with; of a foreign branch, those that no other has."""
     branch, form = f"{BRANCHES}{name}", "--format=%H%x1f%ct%x1f%s"
     found = []
-    for line in ask_git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():
+    for line in git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():
         found.append(_commit(line))
         if found[-1].subject == f"Run {name}":
             return found
     others = ["--not", f"--exclude={BRANCHES}*", "--all"]
-    lines = ask_git(root, "log", form, branch, *others, "--").splitlines()
+    lines = git(root, "log", form, branch, *others, "--").splitlines()
     return [_commit(line) for line in lines] or found[:1]
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.core.layout import RELATIVE
+from components.core.references import is_registered
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.dvc_remote import Remote
@@ -23,7 +25,6 @@ from components.lineage.provenance import CURATED, Tag
 from components.lineage.streaming import stream_from
 from components.lineage.trace import find_version
 
-PRETRAINED = "models/pretrained"
 ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
 
 
@@ -110,10 +111,10 @@ def read_history(reference: str, root: Path) -> History:
         if teacher := config.get("teacher_weights"):
             relation, parent = "taught by", teacher
         elif training.provenance["stage"] == "adapt":
-            relation, parent = "started from", PRETRAINED
+            relation, parent = "started from", str(RELATIVE.weights("pretrained"))
         else:
             return History(trainings)
-        if parent.startswith("models:/"):
+        if is_registered(parent):
             version = find_version(parent, root)
             name, path = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, "")
             record = _record(name, version.tags, root)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from components.core.layout import Layout
 from components.core.storage import MissingInStorageError, StorageError, s3_client, s3_errors, split_s3_uri
 from components.lineage.lock_file import Record, RecordError
 
-CACHE = Path(".dvc") / "cache"  # of a checkout
 OBJECT = re.compile(r"files/md5/([0-9a-f]{2})/([0-9a-f]{30}(?:\.dir)?)")
 ENTRY = re.compile(r"runs/[0-9a-f]{2}/[0-9a-f]{64}/[0-9a-f]{64}")
 PARTS = ("files/md5/", "runs/")
@@ -165,13 +165,14 @@ def cached_files(checkout: Path, revision: str, path: str) -> dict[str, Path]:
 
     Empty where the revision's `dvc.lock` does not name the folder, or the cache lacks its listing.
     """
-    cache = DiskStore(checkout / CACHE)
+    folder = Layout(checkout).dvc_cache
+    cache = DiskStore(folder)
     try:
         found = Record(checkout, revision).output(path)
         listing = json.loads(cache.read(object_path(found)) or b"[]") if found else []
     except (RecordError, OSError, ValueError):
         return {}
-    return {entry["relpath"]: checkout / CACHE / object_path(entry["md5"]) for entry in listing}
+    return {entry["relpath"]: folder / object_path(entry["md5"]) for entry in listing}
 
 
 def objects(listing: Mapping[str, Stored]) -> dict[str, Stored]:

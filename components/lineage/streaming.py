@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from components.core.layout import RELATIVE, Layout
 from components.core.storage import write_bytes, write_json
 from components.data.manifest import MANIFEST
-from components.data.stream import ADDRESSES, STREAMED
+from components.data.stream import ADDRESSES
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import LOCK, Record, RecordError
 
-CURATED = "data/curated"
+CURATED = str(RELATIVE.curated)
 
 log = logging.getLogger(__name__)
 
@@ -53,5 +54,6 @@ def stream_from(remote: Remote, version: str, root: Path) -> None:
     files = remote.listing(version)
     if MANIFEST not in files:
         raise RecordError(f"{CURATED} of dvc.lock ({version}) has no {MANIFEST}; curate again")
-    write_json(root / STREAMED / ADDRESSES, {n: remote.address(m) for n, m in files.items() if n.endswith(".tar")})
-    write_bytes(root / STREAMED / MANIFEST, remote.read(files[MANIFEST]))
+    streamed = Layout(root).streamed
+    write_json(streamed / ADDRESSES, {n: remote.address(m) for n, m in files.items() if n.endswith(".tar")})
+    write_bytes(streamed / MANIFEST, remote.read(files[MANIFEST]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ from pydantic import ValidationError
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
 from components.core.git import try_git
+from components.core.layout import RELATIVE
 from components.core.mlflow_client import checked_client, server_uri, shown_server
+from components.core.references import URI, ModelReference
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
@@ -29,10 +30,9 @@ from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record, RecordError, find_record, upstream
 from components.lineage.provenance import CURATED, POOL, Tag, data_versions
 
-_REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 CHAMPION = "champion"
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
-DATA_FOLDERS = ("data/", "models/", "reports/")
+DATA_FOLDERS = tuple(f"{folder}/" for folder in (RELATIVE.data, RELATIVE.models, RELATIVE.reports))
 
 
 @dataclass
@@ -107,14 +107,14 @@ def find_version(reference: str, root: Path) -> Any:
     Raises:
         RecordError: as for `trace`.
     """
-    match = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
-    if match is None:
+    asked = ModelReference.parse(reference.removeprefix(URI))
+    if asked is None:
         raise ConfigError(f"{reference!r}: not a model; write NAME@ALIAS (such as pedigree@champion) or NAME/NUMBER")
     tracer = _Tracer(root)
-    version = tracer.version(match["name"], match["alias"], match["version"])
+    version = tracer.version(asked)
     if isinstance(version, str):
         reason = version.partition(": ")[2].rstrip(".") or version
-        raise RecordError(f"{reference}: {reason}; the registry has {_found(lambda: tracer.known(match['name']))}")
+        raise RecordError(f"{reference}: {reason}; the registry has {_found(lambda: tracer.known(asked.name))}")
     return version
 
 
@@ -125,15 +125,9 @@ class _Tracer:
         self.client = checked_client()
         self.root = root
 
-    def version(self, name: str, alias: str | None, number: str | None) -> Any:
+    def version(self, asked: ModelReference) -> Any:
         """The MLflow version, or a sentence that says why there is none."""
-        return _found(
-            lambda: (
-                self.client.get_model_version_by_alias(name, alias)
-                if alias
-                else self.client.get_model_version(name, str(number))
-            )
-        )
+        return _found(lambda: asked.find(self.client))
 
     def known(self, name: str) -> str:
         """Versions and aliases of the model; without such a model, the names of those that there are."""
@@ -189,8 +183,8 @@ class _Tracer:
 
     def _candidate(self, tags: dict[str, str]) -> Node:
         reference = tags[Tag.CANDIDATE]
-        name, number = reference.rsplit("/", 1)
-        version = self.version(name, None, number)
+        candidate = ModelReference.parse(reference)
+        version = self.version(candidate) if candidate else "what the version names as its candidate is no version"
         if not isinstance(version, str):
             node = self.version_node(version)
             if node.facts.get("digest") != tags.get(Tag.DIGEST):
@@ -227,9 +221,9 @@ class _Tracer:
         if not reference:
             return [Node("parent", "(none)", missing=["the version names no parent"])]
         node = Node("parent", reference, {"weights_sha256": tags.get(Tag.PARENT_SHA256)})
-        if _REFERENCE.fullmatch(reference) and not reference.startswith("models/"):
-            name, number = reference.rsplit("/", 1)
-            version = self.version(name, None, number)
+        teacher = ModelReference.parse(reference)
+        if teacher and not reference.startswith(f"{RELATIVE.models}/"):
+            version = self.version(teacher)
             if isinstance(version, str):
                 node.missing.append(version)
             elif version.tags.get(Tag.WEIGHTS_SHA256) != tags.get(Tag.PARENT_SHA256):
@@ -257,7 +251,7 @@ class _Tracer:
 
     def _acceptances(self, node: Node, record: Record) -> None:
         """Put below a stage the event by which a person took its outputs for code that did not make them."""
-        name = (yaml.safe_load(record.read("params.yaml") or b"") or {}).get("name")
+        name = (yaml.safe_load(record.read(str(RELATIVE.params)) or b"") or {}).get("name")
         try:
             events = [e for e in AuditLog.from_environment().read(name) if e.action == ACCEPTED] if name else []
         except (RecordError, StorageError) as error:

@@ -13,6 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.core.git import git
+from components.core.layout import Layout
+from components.core.locks import is_locked
+from components.core.references import RUN_ID
 from components.core.stage_runs import PARENT_STAGE
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
@@ -22,7 +26,7 @@ from components.lineage.lock_file import Record
 from components.lineage.mlflow_files import failed_files_removal
 from components.lineage.needs import Needs, ids_of, read_yaml
 from components.lineage.removal import Removal, delete, own_bytes
-from components.lineage.runs import BRANCHES, RUN_ID, RUNS, Run, ask_git, find_runs, is_locked, refs
+from components.lineage.runs import BRANCHES, Run, find_runs, refs
 from components.lineage.stored import UNFINISHED, DiskStore, S3Store, Store, Stored, entries, object_path, objects
 
 READERS = 10  # threads that read run-cache entries from S3
@@ -110,24 +114,25 @@ def _unknown_runs(root: Path, client: Any, models: Iterable[str]) -> list[str]:
 def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
     """Folders of the runs, then their branches and lock files; also what a gc that was killed left of others."""
     branches = {ref.removeprefix(BRANCHES) for ref in refs(root, BRANCHES)}
-    names = {path.name.removesuffix(".lock") for path in (root / RUNS).glob("*") if RUN_ID.match(path.name)}
-    stale = sorted(name for name in names - branches if not is_locked(root / RUNS / f"{name}.lock"))
-    folders = {run.folder for run in gone if run.folder} | {root / RUNS / name for name in stale}
+    runs = Layout(root).runs
+    names = {path.name.removesuffix(".lock") for path in runs.glob("*") if RUN_ID.match(path.name)}
+    stale = sorted(name for name in names - branches if not is_locked(runs / f"{name}.lock"))
+    folders = {run.folder for run in gone if run.folder} | {runs / name for name in stale}
     sizes = {str(folder): own_bytes(folder) for folder in sorted(folders) if folder.is_dir()}
 
     def remove_folders() -> None:
-        ask_git(root, "worktree", "prune")
+        git(root, "worktree", "prune")
         for name in sizes:
             if name in {str(run.folder) for run in gone}:
-                ask_git(root, "worktree", "remove", "--force", "--force", name)
+                git(root, "worktree", "remove", "--force", "--force", name)
             delete(Path(name))
 
     def remove_branches() -> None:
-        ask_git(root, "worktree", "prune")
+        git(root, "worktree", "prune")
         for run in gone:
-            ask_git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
+            git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
         for name in [*(run.id for run in gone), *stale]:
-            delete(root / RUNS / f"{name}.lock")
+            delete(runs / f"{name}.lock")
 
     return [
         Removal("run folders", sizes, 0, remove_folders),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from components.core.layout import Layout
 from components.data.stream import ImageStream
 from components.model.export import BACKBONE_FILE
 from components.model.published import check_sha256, published_tensors
@@ -25,7 +26,8 @@ def run(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
 def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
     """What one rank does."""
     config = resolve_precision(config, "pretrain")
-    stream = ImageStream(root / "data" / "curated", config.stream, seed)
+    layout = Layout(root)
+    stream = ImageStream(layout.curated, config.stream, seed)
     shape = config.backbone.trained_at(config.crops.global_size)
     student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed)
     parents = {}
@@ -37,5 +39,5 @@ def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
         start_backbone_from(student, published_tensors(path, shape))
     networks = self_distillation(student, anchored=config.gram is not None)
     job = Job("pretrain", config, networks, stream, config.masking, seed)
-    outputs = Delivery(root, root / "models" / "pretrained", root / "reports" / "pretrain", parents)
+    outputs = Delivery(root, layout.weights("pretrained"), layout.report("pretrain"), parents)
     return train_and_deliver(job, outputs)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -18,6 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
+from components.core.references import CANDIDATES, ModelReference
 from components.core.user import user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
 from components.lineage.provenance import WEIGHTS_FILE, Tag
@@ -35,10 +35,6 @@ from components.registry.release import Released
 CHAMPION = "champion"
 PREVIOUS = "previous"
 ACTION = "promote"
-CANDIDATES = "-candidates"
-_REFERENCE = re.compile(
-    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*?)(?:-candidates)?(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))"
-)
 
 
 @dataclass(frozen=True)
@@ -107,14 +103,13 @@ def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
 
 def resolve_candidate(client: MlflowClient, reference: str) -> tuple[str, ModelVersion]:
     """(NAME, version of NAME-candidates) that `NAME@alias` or `NAME/number` means."""
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
+    asked = ModelReference.parse(reference)
+    if asked is None:
         raise ConfigError(f"{reference!r}: not a candidate; write NAME@latest or NAME/NUMBER")
-    name, registered = match["name"], match["name"] + CANDIDATES
+    name = asked.name.removesuffix(CANDIDATES)
+    registered = name + CANDIDATES
     try:
-        if match["alias"]:
-            return name, client.get_model_version_by_alias(registered, match["alias"])
-        return name, client.get_model_version(registered, match["version"])
+        return name, replace(asked, name=registered).find(client)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise

@@ -27,6 +27,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
+from components.core.references import CANDIDATES
 from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
@@ -39,6 +40,7 @@ CODE = (
     "components/core/__init__.py",
     "components/core/config.py",
     "components/core/errors.py",
+    "components/core/locks.py",
     "components/core/storage.py",
     "components/data/__init__.py",
     "components/data/pixels.py",
@@ -124,7 +126,7 @@ def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVer
     The version appears with all its tags in one request, so a version without its origin cannot exist. MLflow itself
     keeps the alias `latest`: it is the newest version, and nobody can move it.
     """
-    model = candidate.name.removesuffix("-candidates")
+    model = candidate.name.removesuffix(CANDIDATES)
     released = f"What each run made; `pedigree promote {model}@latest --reason TEXT` releases the newest."
     ensure_registered_model(client, candidate.name, released)
     version = _existing(client, candidate)

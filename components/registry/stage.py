@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from components.core.errors import DatasetError
+from components.core.layout import RELATIVE, Layout
+from components.core.references import CANDIDATES, ModelReference
 from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
 from components.core.tracking import log_input
@@ -27,9 +29,7 @@ from components.registry.publish import Candidate, RegistryError, one_line_error
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = "models/pretrained"
-TEACHER = "models/adapted"
-STUDENTS = "models/students"
+PRETRAINED, TEACHER = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
 SUMMARY = "summary.html"
 
 
@@ -51,13 +51,13 @@ def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[
     register = _Register(client, preprocessing, root, seed, os.environ["MLFLOW_RUN_ID"])
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
-        teacher = register(f"{name}-candidates", TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
+        teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
         parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
         done = {"teacher": teacher}
-        for folder in sorted(p for p in (root / STUDENTS).glob("[!.]*") if p.is_dir()):
-            path = f"{STUDENTS}/{folder.name}"
+        for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
+            path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
-            done[folder.name] = register(f"{name}-{folder.name}-candidates", path, folder.name, taught_by)
+            done[folder.name] = register(f"{name}-{folder.name}{CANDIDATES}", path, folder.name, taught_by)
     return {item: _summary(version) for item, version in done.items()}
 
 
@@ -116,10 +116,9 @@ def teacher_of(client: MlflowClient, root: Path, student: Path) -> tuple[str, st
     teacher = trained_with.get("teacher_weights", TEACHER)
     if not isinstance(teacher, str) or teacher == TEACHER:
         return None
-    if not teacher.startswith("models:/"):
+    if (taught_by := ModelReference.of_uri(teacher)) is None:
         return teacher, _sha256(root / teacher / WEIGHTS_FILE)
-    name, _, version = teacher.removeprefix("models:/").rpartition("/")
-    return f"{name}/{version}", client.get_model_version(name, version).tags[Tag.WEIGHTS_SHA256]
+    return str(taught_by), taught_by.find(client).tags[Tag.WEIGHTS_SHA256]
 
 
 def log_inputs(root: Path, origin: Origin) -> None:
@@ -136,7 +135,7 @@ def _summary(version: ModelVersion) -> dict[str, str]:
     return {
         "name": version.name,
         "version": str(version.version),
-        "uri": f"models:/{version.name}/{version.version}",
+        "uri": ModelReference(version.name, version=str(version.version)).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
     }
@@ -149,7 +148,7 @@ def _sha256(path: Path) -> str:
 
 
 def _evaluation(root: Path, item: str) -> dict[str, Any]:
-    path = root / "reports" / "evaluate" / item / "result.json"
+    path = Layout(root).result("evaluate", item)
     if not path.is_file():
         raise RegistryError(f"{path}: no such file; a candidate is registered with its evaluation: run `dvc repro`")
     return json.loads(path.read_text())

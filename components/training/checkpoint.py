@@ -8,7 +8,6 @@ because every draw is seeded by (seed, step or position, rank); nor is the strea
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
+from components.core.locks import try_record_lock
 from components.core.storage import StorageError, write_bytes
 from components.training.alerts import FILE as ALERTS
 from components.training.checkpoint_store import CheckpointError, LocalStore, S3Store, Store, WholeWriter, read_index
@@ -107,12 +107,12 @@ def agreed(answer: bool) -> bool:
 
 
 def _lock(folder: Path, held: ExitStack) -> bool:
-    with ExitStack() as opened, suppress(BlockingIOError, FileNotFoundError):  # held, or removed just now
+    with ExitStack() as opened, suppress(FileNotFoundError):  # removed just now
         folder.mkdir(parents=True, exist_ok=True)
         file = opened.enter_context((folder / LOCK).open("w"))
         # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:  # else its folder was removed meanwhile
+        # Else another process holds it, or its folder was removed meanwhile.
+        if try_record_lock(file) and os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
             held.enter_context(opened.pop_all())
             return True
     return False

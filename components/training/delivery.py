@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from components.core.distributed import barrier, rank
+from components.core.git import try_git
+from components.core.layout import Layout
 from components.core.pictures import draw_pca
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
@@ -44,14 +45,13 @@ from components.training.pictures import (
     save_picture,
     show_progress,
 )
-from components.training.run_folder import CHECKPOINTS, CONFIG
+from components.training.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
 CROPS, PCA = "crops.jpg", "pca.jpg"
 REPORT = (LOSSES, CROPS, PCA)
 WEIGHTS, DIGEST = "weights", "sha256.json"
-TRAINED = Path(".pedigree/cache/trained")  # by run key: what was trained and is not yet reported, and students
 KEPT_SECONDS = 30 * 86_400.0  # since its last use
 
 
@@ -85,12 +85,12 @@ class Training:
     @property
     def folder(self) -> Path:
         """Where its checkpoints and reports are while it trains."""
-        return self.root / CHECKPOINTS / self.key
+        return Layout(self.root).checkpoints(self.key)
 
     @property
     def kept(self) -> Path:
         """Where its results are kept once it is trained."""
-        return self.root / TRAINED / self.key
+        return Layout(self.root).trained / self.key
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Begun:
         self._before = patch_colors(job.networks.ema, self._images)
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
-            begun = {**training.provenance, "git_commit": _git_commit(training.root)}
+            begun = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
             write_json(training.folder / CONFIG, begun)
             told = (training.name, job.config.steps, job.config.batch_size, training.folder / CONFIG)
             logger.info("%s: %d steps of %d images; all settings are in %s", *told)
@@ -187,7 +187,7 @@ class Begun:
 
 def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
     uri = f"{config.checkpoint_uri.rstrip('/')}/{key}" if config.checkpoint_uri else None
-    return Checkpoints(root / CHECKPOINTS / key, uri)
+    return Checkpoints(Layout(root).checkpoints(key), uri)
 
 
 def _tell_of_other_precision(training: Training) -> None:
@@ -212,12 +212,12 @@ def _probes(job: Job, training: Training, images: NDArray[np.uint8]) -> Probes:
 def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     if config.monitor.knn is None:
         return None
-    return load_probe(root / "data" / "evaluation", config.monitor.knn, config.crops.global_size, half=config.half)
+    return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, half=config.half)
 
 
 def forget(root: Path, key: str) -> None:
     """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
-    shutil.rmtree(root / TRAINED / key, ignore_errors=True)
+    shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
 def _keep(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
@@ -294,9 +294,3 @@ def _draw_first_batch(job: Job, path: Path) -> None:
     if isinstance(batch, Exception):
         raise batch
     save_picture(draw_crops(batch, plan.patch_size), path)
-
-
-def _git_commit(root: Path) -> str | None:
-    """Commit of the workspace; None outside of a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.core.layout import Layout
+from components.core.locks import record_holder
 from components.training.alerts import read_alerts
 from components.training.loss_table import LOSSES, Row, read_rows
 
-CHECKPOINTS = Path(".pedigree/checkpoints")  # by run key
 CONFIG, LOCK = "config.json", "lock"
 _STEP = re.compile(r"step_(\d+)")
-_FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
         now: time in seconds since 1970, which ages are counted to.
     """
     found = []
-    for path in (root / CHECKPOINTS).glob(f"*/{CONFIG}"):
+    for path in Layout(root).checkpoints().glob(f"*/{CONFIG}"):
         with suppress(FileNotFoundError):  # it is being delivered: its checkpoints go
             found.append(_read(path.parent, now))
     return sorted(found, key=lambda status: (status.process is None, status.stage, status.run_key))
@@ -65,7 +62,7 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
 
 def _read(folder: Path, now: float) -> TrainStatus:
     begun = json.loads((folder / CONFIG).read_text())
-    rows, config, process = read_rows(folder / LOSSES), begun["config"], _trainer(folder / LOCK)
+    rows, config, process = read_rows(folder / LOSSES), begun["config"], record_holder(folder / LOCK)
     last: Row = rows[-1] if rows else {}
     step, rate = int(last.get("step") or 0), last.get("images_per_second")
     left = (config["steps"] - step) * config["batch_size"] / rate if rate and process is not None else None
@@ -85,13 +82,3 @@ def _read(folder: Path, now: float) -> TrainStatus:
         checkpoint_uri=config.get("checkpoint_uri"),
         alerts=[alert.message for alert in read_alerts(folder)],
     )
-
-
-def _trainer(lock: Path) -> int | None:
-    """The process that holds a run's lock, asked without taking it: a trainer that starts meanwhile must get it."""
-    if not lock.exists():
-        return None
-    with lock.open() as file:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
-    return None if kind == fcntl.F_UNLCK else process

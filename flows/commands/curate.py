@@ -10,14 +10,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from components.core.git import try_git
+from components.core.layout import RELATIVE, Layout
 from components.core.text import one_line
 from flows.commands.decorators import Answer, command
-from flows.git import WorkspaceError, git
+from flows.git import WorkspaceError
 
 if TYPE_CHECKING:
     from components.curation.explain import CuratedTables, Explanation, Mention
 
-CURATED = "data/curated"
+CURATED = str(RELATIVE.curated)
 TABLES = ("manifest.parquet", "rejected.parquet")
 MAX_SHOWN = 8
 LABEL = 14  # characters
@@ -83,13 +85,13 @@ def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
 
 def run_ids(checkout: Path) -> list[str]:
     """Ids of the runs of this checkout, newest first."""
-    folders = {path.name for path in (checkout / ".pedigree" / "runs").glob("*/") if path.is_dir()}
-    refs = git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs", check=False)
+    folders = {path.name for path in Layout(checkout).runs.glob("*/") if path.is_dir()}
+    refs = try_git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs") or ""
     return sorted(folders | set(refs.split()), reverse=True)
 
 
 def _tables_of_run(checkout: Path, run: str) -> CuratedTables | None:
-    return _in_folder(checkout / ".pedigree" / "runs" / run) or _in_cache(checkout, f"runs/{run}")
+    return _in_folder(Layout(checkout).runs / run) or _in_cache(checkout, f"runs/{run}")
 
 
 def _in_folder(root: Path) -> CuratedTables | None:
@@ -98,7 +100,7 @@ def _in_folder(root: Path) -> CuratedTables | None:
     manifest, rejected = (root / CURATED / name for name in TABLES)
     if not (manifest.is_file() and rejected.is_file()):
         return None
-    return CuratedTables(manifest, rejected, root / "data/evaluation")
+    return CuratedTables(manifest, rejected, Layout(root).evaluation)
 
 
 def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
@@ -110,7 +112,7 @@ def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
     if not all(name in paths and paths[name].is_file() for name in TABLES):
         return None
     manifest, rejected = (paths[name] for name in TABLES)
-    return CuratedTables(manifest, rejected, checkout / "data/evaluation")
+    return CuratedTables(manifest, rejected, Layout(checkout).evaluation)
 
 
 def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:

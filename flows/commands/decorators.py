@@ -18,6 +18,7 @@ from rich.console import Console
 
 from components.core.config import ConfigError
 from components.core.errors import TRY_AGAIN, PedigreeError, defect, known, print_traceback, tracebacks_shown
+from components.core.layout import Layout
 from flows import interrupt
 from infra.local import supervisor
 
@@ -95,7 +96,7 @@ def _give(answer: Answer, as_json: bool) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is not Pedigree's; in another, `up` would start a stack that knows no flow."""
-    if not (folder / "dvc.yaml").exists():
+    if not Layout(folder).pipeline.exists():
         raise ConfigError(f"no dvc.yaml in {folder}: run this in Pedigree's own folder")
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from components.core.config import ConfigError
-from components.lineage.stored import CACHE
+from components.core.layout import RELATIVE, Layout
 from flows.commands.decorators import Answer, command
 from flows.commands.runs import in_words, wide_console
 from flows.gc_lock import no_run_beside
@@ -60,9 +60,9 @@ def gc(
         client, log = registry_client(), AuditLog.from_environment()
         locks.enter_context(no_run_beside(root))
         locks.enter_context(Ledger(root).held())
-        folders = (root / ".pedigree", root / CACHE)
+        folders = (Layout(root).state, Layout(root).dvc_cache)
         before = disk_bytes(*folders)
-        plan = make_plan(root, root / CACHE, rule, client, log)
+        plan = make_plan(root, Layout(root).dvc_cache, rule, client, log)
         if not dry_run:
             plan.carry_out()
             compact_storage(root)
@@ -101,7 +101,7 @@ def _show(plan: Plan, dry_run: bool, before: int, after: int) -> None:
         table.add_row(*_cells(removal))
     console.print(table)
     freed = sum(removal.freed for removal in plan.removals)
-    on_disk = f"disk ({', '.join(('.pedigree', str(CACHE)))}): {in_words(before)} before"
+    on_disk = f"disk ({RELATIVE.state}, {RELATIVE.dvc_cache}): {in_words(before)} before"
     console.print(f"would free {in_words(freed)}; {on_disk}" if dry_run else
                   f"freed {in_words(freed)}; {on_disk}, {in_words(after)} after")  # fmt: skip
     for kind, count in Counter(why.split(": ")[0] for why in plan.kept.values()).items():

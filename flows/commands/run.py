@@ -17,6 +17,7 @@ from rich.text import Text
 from components.cli import AddressOption, EngineOption
 from components.core.cluster import choose_engine
 from components.core.config import ConfigError
+from components.core.layout import Layout
 from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
@@ -128,7 +129,7 @@ def _make_sample(checkout: Path) -> None:
             return
         from components.data.sample_pool import PHOTOGRAPHS, build_sample_pool
 
-        folder = checkout / ".pedigree" / SAMPLE
+        folder = Layout(checkout).state / SAMPLE
         build_sample_pool(folder)
         counts = [sum(path.is_file() for path in (folder / part).rglob("*")) for part in ("pool", "evaluation")]
         logging.getLogger(__name__).info(
@@ -167,7 +168,7 @@ def _fill_pool(checkout: Path, images: Path | None, name: str | None, license_: 
 
             if not made:
                 _make_sample(checkout)
-            folder = checkout / ".pedigree" / SAMPLE
+            folder = Layout(checkout).state / SAMPLE
             for part, as_evaluation in (("evaluation", True), ("pool", False)):
                 request = IngestRequest.parse(
                     source=str(folder / part), name=SAMPLE, license=SAMPLE_LICENSE, as_evaluation=as_evaluation
@@ -195,7 +196,8 @@ def _closing(result: RunResult, name: str) -> Answer:
     """Say what was made, how good it is, where to look and what to type next."""
     from flows.published import metric_rows
 
-    rows, found = metric_rows(result.folder / "reports"), verdicts(result.folder / "reports")
+    reports = Layout(result.folder).reports
+    rows, found = metric_rows(reports), verdicts(reports)
     data = {"run": result.run_id, "branch": result.branch, "commit": result.commit, "outcomes": result.outcomes,
             "metrics": rows, "mlflow": result.mlflow_url}  # fmt: skip
     return Answer(data, partial(_show, result, name, rows, found))
@@ -217,7 +219,7 @@ def _show(result: RunResult, name: str, rows: list[dict[str, str]], found: list[
         ("Computed", ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"),
         *(("" if number else "Measured", verdict.text) for number, verdict in enumerate(found)),
         ("Registered", _registered(result.folder)),
-        ("Pictures", f"{result.folder}/reports"),
+        ("Pictures", str(Layout(result.folder).reports)),
         ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
         ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
         ("", ""),
@@ -243,6 +245,6 @@ def _next_steps(found: list[Verdict], name: str) -> list[tuple[str, str]]:
 
 
 def _registered(folder: Path) -> str:
-    path = folder / "reports" / "register" / "result.json"
+    path = Layout(folder).result("register")
     versions = json.loads(path.read_text()) if path.exists() else {}
     return ", ".join(f"{version['name']} version {version['version']}" for version in versions.values()) or "nothing"

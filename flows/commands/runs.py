@@ -14,12 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from components.core.layout import Layout
 from components.core.mlflow_client import TrackingError, checked_client, server_uri
 from components.lineage.keeping import only_needed_by
 from components.lineage.needs import Needs
 from components.lineage.removal import own_bytes
 from components.lineage.runs import FINISHED, Run, find_runs, registered
-from components.lineage.stored import CACHE, DiskStore, object_path, objects
+from components.lineage.stored import DiskStore, object_path, objects
 from flows.commands.decorators import Answer, command
 from infra.local import supervisor
 from infra.local.site import StackError
@@ -115,7 +116,7 @@ def _champions(root: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _sizes(root: Path, found: Sequence[Run]) -> dict[str, int]:
-    disk = DiskStore(root / CACHE)
+    disk = DiskStore(Layout(root).dvc_cache)
     there = objects(disk.listing())
     needs = Needs(root, lambda id_: disk.read(object_path(id_)))
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.core.config import ConfigError
+from components.core.references import IMAGE_ID
 from components.core.storage import sha256_file
 from flows.commands.decorators import Answer, command
 
@@ -72,7 +72,7 @@ def seen(
 def _image_id(image: str) -> str:
     if Path(image).is_file():
         return sha256_file(Path(image))
-    if re.fullmatch("[0-9a-f]{64}", image):
+    if IMAGE_ID.fullmatch(image):
         return image
     raise ConfigError(f"--image {image}: neither a file nor an id; an id is the SHA-256 of an image's bytes, 64 digits")
 

@@ -14,6 +14,7 @@ from typing import Any
 from configobj import ConfigObj, ConfigObjError
 
 from components.core.errors import PedigreeError
+from components.core.layout import Layout
 from components.core.storage import write_bytes, write_json
 
 DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET = "pedigree-data", "pedigree-models", "pedigree-audit"
@@ -52,7 +53,7 @@ class Site:
     @classmethod
     def load(cls, root: Path) -> Site:
         """Read what is remembered of the stack of `root`; a stack that never ran has no ports and no credentials."""
-        folder = (root / ".pedigree").resolve()
+        folder = Layout(root).state.resolve()
         site = cls(folder.parent, folder)  # the worktree of a run links to the checkout's folder, and shares its stack
         try:
             if (folder / "stack.json").exists():
@@ -199,13 +200,13 @@ def _write_client_files(site: Site) -> None:
     }
     lines = [f"{key} = {value}".replace("%", "%%") for key, value in auth.items()]
     _write_private(site.folder / "basic_auth.ini", "\n".join(["[mlflow]", *lines, ""]))
-    if (site.root / ".dvc").is_dir():
+    if Layout(site.root).dvc.is_dir():
         _write_dvc_settings(site, credentials)
 
 
 def _write_dvc_settings(site: Site, credentials: Path) -> None:
     """Name the storage in DVC's local settings, beside whatever else they hold."""
-    file = site.root / ".dvc" / "config.local"
+    file = Layout(site.root).dvc_local_settings
     try:
         local = ConfigObj(os.fspath(file), encoding="utf-8", interpolation=False)  # quotes paths as DVC reads them
     except ConfigObjError as error:

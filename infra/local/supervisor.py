@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from components.core.layout import Layout
+from components.core.locks import exclusive
 from infra.local.processes import MARK, blame, end, find, main_process, mark, signals, spawn, stop
 from infra.local.services import KEEPER_STATE, Service, UnhealthyError, deployment, services
 from infra.local.site import GRPC_OFFSET, QUIET, Site, StackError, settle, without_proxy
@@ -150,7 +151,7 @@ def revive(root: Path, names: tuple[str, ...], report: Report) -> tuple[str, ...
 
 def down(root: Path, report: Report = logger.info) -> list[str]:
     """Stop every process of the stack and return the names of the services that were running."""
-    if not (root / ".pedigree").exists():
+    if not Layout(root).state.exists():
         return []
     end(lambda: find(Site.load(root), ("keeper",)))  # it may hold the lock, and would start all again
     with _locked(root, report):
@@ -306,18 +307,14 @@ def _finish(site: Site, job: Service, process: subprocess.Popen[bytes]) -> str:
 @contextmanager
 def _locked(root: Path, report: Report) -> Iterator[None]:
     """Hold the stack's lock, so that two commands never start or stop the same stack at once."""
-    folder = root / ".pedigree"
+    folder = Layout(root).state
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (folder / "stack.lock").open("w")
+        (folder / "stack.lock").touch()
     except OSError as error:
         raise StackError(f"cannot write the state of the stack into {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("another command is starting or stopping the stack: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    waits = "another command is starting or stopping the stack: waiting for it"
+    with exclusive(folder / "stack.lock", lambda _: report(waits)):
         yield
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from components.adaptation import stage as adaptation
+from components.core.layout import Layout
 from components.curation import stage as curation
 from components.curation.embed import COPIES, read_embeddings
-from components.curation.inputs import EMBEDDINGS, EVALUATION
+from components.curation.inputs import EVALUATION
 from components.data.evaluation_set import read_evaluation_set
 from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
@@ -73,7 +74,7 @@ def _of_copy_detection(recipe: Recipe, root: Path) -> float:
     assert images.labels is not None
     embedded = read_collection(images.root)
     _, rows = np.unique(embedded["image_id"].to_numpy(zero_copy_only=False), return_index=True)  # as in `images`
-    embeddings = read_embeddings(root / EMBEDDINGS / COPIES / f"{EVALUATION.name}.npy", embedded)
+    embeddings = read_embeddings(Layout(root).embeddings / COPIES / f"{EVALUATION.name}.npy", embedded)
     return knn_scores(recipe.evaluate.knn, embeddings[rows], images.labels).metrics[METRIC]
 
 

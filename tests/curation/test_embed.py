@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from components.core.errors import DatasetError
+from components.core.layout import Layout
 from components.core.storage import sha256_dir
 from components.curation import embed as embed_module
 from components.curation.config import CurationError, EmbedConfig, ModelConfig
 from components.curation.descriptor import describe
 from components.curation.embed import read_embeddings, read_scores
-from components.curation.stage import CACHE, embed
+from components.curation.stage import embed
 from components.data.manifest import MANIFEST, read_collection, read_manifest, write_manifest
 from components.data.shards import BLOCK, ShardReader, decode_image
 from components.model.config import Preprocessing
@@ -40,7 +41,7 @@ def embeddings(root, part, name):
 
 
 def cached(root):
-    return {path: path.stat().st_mtime_ns for path in (root / CACHE).rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in Layout(root).cache("embeddings").rglob("*") if path.is_file()}
 
 
 def pool_images(root):

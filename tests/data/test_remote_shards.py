@@ -17,6 +17,7 @@ import torch
 from botocore.exceptions import IncompleteReadError, ReadTimeoutError
 
 from components.core.errors import DatasetError
+from components.core.layout import Layout
 from components.core.storage import MissingInStorageError, StorageError
 from components.data import remote_shards
 from components.data.batch import TrainingBatches, iterate_batches
@@ -24,7 +25,7 @@ from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST, read_manifest
 from components.data.remote_shards import RemoteShards
 from components.data.shards import ShardReader
-from components.data.stream import CACHE, STREAMED, ImageStream
+from components.data.stream import ImageStream
 from tests.data.test_stream import batch, plan, write_set
 
 BLOCK = 4096
@@ -43,9 +44,9 @@ class Remote:
 
     def workspace(self, root: Path, addresses: dict[str, str] | None = None) -> Path:
         """The curated set of a new workspace."""
-        (root / STREAMED).mkdir(parents=True)
-        (root / STREAMED / MANIFEST).write_bytes((self.local / MANIFEST).read_bytes())
-        (root / STREAMED / "shards.json").write_text(json.dumps(addresses or self.addresses))
+        Layout(root).streamed.mkdir(parents=True)
+        (Layout(root).streamed / MANIFEST).write_bytes((self.local / MANIFEST).read_bytes())
+        (Layout(root).streamed / "shards.json").write_text(json.dumps(addresses or self.addresses))
         return root / "data" / "curated"
 
 
@@ -77,7 +78,7 @@ def test_batches_are_those_of_local_shards(remote, tmp_path):
     for ours, step in zip(iterate_batches(streamed, config, steps), steps, strict=True):
         assert torch.equal(ours.global_crops, batch(local, step).global_crops)
         assert torch.equal(ours.local_crops, batch(local, step).local_crops)
-    assert len(blocks(tmp_path / CACHE)) >= 15
+    assert len(blocks(Layout(tmp_path).cache("shards"))) >= 15
 
 
 def test_reads_are_right_and_the_cache_stays_in_its_bounds(remote, tmp_path, monkeypatch):
@@ -199,7 +200,7 @@ def test_a_damaged_cache_heals_and_a_damaged_object_stops(remote, tmp_path):
     stream = ImageStream(remote.workspace(tmp_path), StreamConfig(window_shards=2), seed=0)
     right = stream.image(0).image.tobytes()
     for bad in (bytes(BLOCK), b""):  # the second is what a machine leaves that lost its power
-        for path in (tmp_path / CACHE).glob("*-*"):
+        for path in Layout(tmp_path).cache("shards").glob("*-*"):
             path.write_bytes(bad)
         assert stream.image(0).image.tobytes() == right
     key = f"damaged-{uuid.uuid4().hex[:8]}"

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from components.core.git import git
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.ledger import Outcome
 from components.lineage.lock_file import Record
@@ -28,7 +29,7 @@ from components.lineage.trace import trace
 from flows import workspace
 from flows.cli import app
 from flows.gc_lock import no_gc_beside, no_run_beside
-from flows.git import WorkspaceError, git
+from flows.git import WorkspaceError
 from infra.local.compaction import compact_storage
 from tests.flows.repository import DVC, git_lines
 from tests.lineage.short_runs import STAGES, ShortRuns, do_stage, make_short_runs, open_mlflow_run, sh

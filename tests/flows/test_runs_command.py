@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from components.core.git import git
 from components.lineage.runs import find_runs, registered
 from flows import workspace
 from flows.cli import app
-from flows.git import git
 from tests.lineage.short_runs import ShortRuns, make_short_runs, write_result
 
 pytestmark = pytest.mark.stack

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from components.core.git import git
 from components.lineage.ledger import Ledger
 from flows import snapshot as snapshot_module
-from flows.git import WorkspaceError, git, head_commit
+from flows.git import WorkspaceError, head_commit
 from flows.snapshot import looks_secret, snapshot
 from flows.workspace import Workspace
 from tests.flows.repository import git_lines

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.core.git import git
 from components.recipe import Recipe, load_recipe
 from flows import workspace
 from flows.git import WorkspaceError
 from flows.workspace import (
-    git,
     open_workspace,
     params_text,
     snapshot,
@@ -157,15 +157,6 @@ def test_no_repository_and_no_commit(tmp_path, recipe):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     with pytest.raises(WorkspaceError, match="has no commit yet, and a run is a commit"):
         snapshot(tmp_path, PARAMS, [], "Run")
-
-
-def test_git_that_is_missing_or_refuses(tmp_path, monkeypatch):
-    root = make_repository(tmp_path)
-    with pytest.raises(WorkspaceError, match=r"^git worktree: fatal: .*nowhere"):
-        git(root, "worktree", "add", str(tmp_path / "x"), "nowhere")
-    monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    with pytest.raises(WorkspaceError, match="git is not installed"):
-        git(root, "status")
 
 
 def test_no_git_identity_works(tmp_path, recipe, monkeypatch):

@@ -14,11 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
+from components.core.git import git
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.lineage.ledger import Ledger, Outcome
 from components.lineage.provenance import Tag, collect_origin
 from components.recipe import Recipe, load_recipe
-from flows.git import git
 from flows.workspace import Workspace, open_workspace
 from tests.flows.repository import PROJECT
 

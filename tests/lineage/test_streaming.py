@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from components.core.layout import Layout
 from components.data.config import StreamConfig
 from components.data.manifest import MANIFEST
-from components.data.stream import CACHE, STREAMED, ImageStream
+from components.data.stream import ImageStream
 from components.lineage.ledger import Ledger, Outcome
 from components.lineage.lock_file import RecordError
 from components.lineage.streaming import prepare_stream
@@ -61,11 +62,11 @@ def test_a_clone_streams_the_curated_set_of_its_commit(checkout, tmp_path):
     assert ours.digest == theirs.digest
     for position in range(50):
         np.testing.assert_array_equal(np.asarray(ours.image(position).image), np.asarray(theirs.image(position).image))
-    assert list((clone / CACHE).glob("*-0"))
+    assert list(Layout(clone).cache("shards").glob("*-0"))
     assert not here.exists()
-    (clone / STREAMED / MANIFEST).write_bytes(b"of another version")
+    (Layout(clone).streamed / MANIFEST).write_bytes(b"of another version")
     assert prepare_stream(clone)  # each start asks for the version of dvc.lock
-    assert (clone / STREAMED / MANIFEST).read_bytes() == (there / MANIFEST).read_bytes()
+    assert (Layout(clone).streamed / MANIFEST).read_bytes() == (there / MANIFEST).read_bytes()
     assert Ledger(clone).take_up("curate") is Outcome.RESTORED  # DVC can still bring the set itself
     assert not prepare_stream(clone)
 

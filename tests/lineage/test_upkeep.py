@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.core.git import git
 from components.lineage.claims import Claim
 from components.lineage.keeping import Rule, kept_runs, needed_objects
 from components.lineage.local_state import caches_removal, checkpoints_removal
@@ -18,7 +19,6 @@ from components.lineage.lock_file import RecordError
 from components.lineage.needs import Needs
 from components.lineage.removal import disk_bytes, own_bytes
 from components.lineage.runs import find_runs
-from flows.git import git
 
 LISTING = json.dumps([{"md5": "c" * 32, "relpath": "x"}, {"md5": "d" * 32, "relpath": "y"}]).encode()
 OLD, NOW = 1_000_000_000, 2_000_000_000
