@@ -37,7 +37,7 @@ _MASKS = 1_000_000  # third number of the masks' generators, out of the way of t
 class Batch:
     """What one rank trains on in one step: B images; crop-major, so that row g * B + i is crop g of image i."""
 
-    global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalised
+    global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalized
     local_crops: Tensor  # [L*B, 3, h, w] likewise
     masks: Tensor | None  # [G*B, P] bool, True where the student sees the mask token; None: nothing is masked
     skipped: list[BadImage]

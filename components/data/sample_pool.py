@@ -1,7 +1,7 @@
 """An honest uncurated pool of real photographs that wheels carry, for a first run without images of one's own.
 
 Tiles of each photograph at several scales, a long tail over the photographs, and what real pools have: copies,
-tiny images and broken files. A labelled evaluation set comes from a region of each photograph of which the pool has no
+tiny images and broken files. A labeled evaluation set comes from a region of each photograph of which the pool has no
 pixel, but for a few planted leaks. `ground_truth.json` says what was planted; only tests read it.
 """
 

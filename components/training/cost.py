@@ -79,7 +79,7 @@ def training_flops(
     With an `anchor_scale`, a Gram anchor too sees the global crops, made so many times as large.
 
     What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
-    definition of model FLOPs utilisation (arXiv 2204.02311, appendix B) that is no useful work.
+    definition of model FLOPs utilization (arXiv 2204.02311, appendix B) that is no useful work.
     """
     student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]

@@ -204,12 +204,12 @@ def _tell_of_other_precision(training: Training) -> None:
 
 def _probes(job: Job, training: Training, images: NDArray[np.uint8]) -> Probes:
     average, pictures = job.networks.ema, job.config.monitor.pictures_every_steps
-    labelled = _labelled(job.config, training.root)
-    knn = partial(labelled.top1, average) if labelled else None
+    labeled = _labeled(job.config, training.root)
+    knn = partial(labeled.top1, average) if labeled else None
     return Probes(knn, partial(show_progress, average, images, training.folder) if pictures else None)
 
 
-def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
+def _labeled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     if config.monitor.knn is None:
         return None
     return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, half=config.half)

@@ -179,7 +179,7 @@ class TargetFigures:
 
 
 def describe_targets(teacher_logits: Tensor, teacher_temp: float) -> TargetFigures:
-    """Figures of the teacher's softmax with the mean of the rank's crops as centre; every rank must call.
+    """Figures of the teacher's softmax with the mean of the rank's crops as center; every rank must call.
 
     Args:
         teacher_logits: [N, K].

@@ -19,7 +19,7 @@ EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_t
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """How the optimiser treats a parameter; parameters of one role form one group."""
+    """How the optimizer treats a parameter; parameters of one role form one group."""
 
     lr_factor: float
     decays: bool

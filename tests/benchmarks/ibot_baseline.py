@@ -1,6 +1,6 @@
 """A training step written plainly, as iBOT's code does it: the other side of the `step` benchmark.
 
-The same networks and the same objective as ours (softmax centring), but: one forward pass for each resolution,
+The same networks and the same objective as ours (softmax centering), but: one forward pass for each resolution,
 attention as two eager matrix products, stochastic depth by masks, float32, the patch head on all tokens of the global
 crops, every loss written as its formula, AdamW and the moving average one parameter after another.
 """
@@ -60,7 +60,7 @@ class PlainStep:
     center: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the optimiser and the centres."""
+        """Make the optimizer and the centers."""
         self.optimizer = torch.optim.AdamW(self.networks.student.parameters(), foreach=False)
         student = self.networks.student
         self.center = {name: torch.zeros(head.config.num_prototypes) for name, head in student.heads.items()}

@@ -110,7 +110,7 @@ def test_ranks_split_a_step_and_a_run_may_go_on_with_another_number_of_them(cura
             assert torch.equal(joined.flatten(0, 1), getattr(whole, name)), name
 
 
-def test_rows_are_crop_major_and_normalised(curated):
+def test_rows_are_crop_major_and_normalized(curated):
     stream = ImageStream(curated, CONFIG, seed=0)
     made = batch(TrainingBatches(stream, plan(masking=None)), 0)
     assert made.global_crops.shape == (16, 3, 16, 16)

@@ -65,7 +65,7 @@ def test_weights_scale_their_terms():
     assert weighted.koleo == 0
 
 
-def test_softmax_centring_keeps_its_centres_in_the_state():
+def test_softmax_centering_keeps_its_centers_in_the_state():
     assert Objective(ObjectiveConfig(), 32, 32).state_dict() == {}
     _, objective = losses_of(ObjectiveConfig(centering="softmax"), student_logits())
     state = objective.state_dict()

@@ -35,7 +35,7 @@ def write_curated(folder: Path) -> None:
     _write_tiles(folder, CURATED_SCHEMA, lambda _: facts)
 
 
-def write_labelled(folder: Path) -> None:
+def write_labeled(folder: Path) -> None:
     """Write the same tiles as an evaluation set of data/evaluation, each with its column of the photograph as class."""
     snapshot = folder / "astronaut" / "0123456789ab"
     _write_tiles(snapshot, POOL_SCHEMA, lambda box: {"label": f"column {box[0] // 128}"})

@@ -39,9 +39,9 @@ def test_snapshots_and_the_term(values, curated):
         averages.append(state(job, "ema"))
         batch = batches[step]
         assert not isinstance(batch, Exception)
-        normalised = batch.normalize(torch.device("cpu"))
-        student = job.networks.student.backbone(normalised.global_crops, normalised.masks).patch_tokens.detach()
-        losses = training(normalised, step, schedules.at(step)).losses
+        normalized = batch.normalize(torch.device("cpu"))
+        student = job.networks.student.backbone(normalized.global_crops, normalized.masks).patch_tokens.detach()
+        losses = training(normalized, step, schedules.at(step)).losses
         terms.append(float(losses["gram"]))
         total = float(losses.pop("total"))
         assert total == pytest.approx(sum(map(float, losses.values())))  # the term is trained on
@@ -52,7 +52,7 @@ def test_snapshots_and_the_term(values, curated):
             assert anchor is not None
             grams = [
                 (unit := torch.nn.functional.normalize(tokens, dim=-1)) @ unit.transpose(1, 2)
-                for tokens in (student, anchor.patch_tokens(normalised.global_crops))
+                for tokens in (student, anchor.patch_tokens(normalized.global_crops))
             ]
             assert terms[-1] == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
     assert terms[:2] == [0.0, 0.0]
