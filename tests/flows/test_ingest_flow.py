@@ -16,6 +16,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
+from prefect.client.orchestration import get_client
 from skimage import data
 
 from components.data.ingest_config import IngestRequest
@@ -28,9 +29,9 @@ from tests.flows.repository import DVC, PROJECT, make_repository, pedigree, pedi
 pytestmark = pytest.mark.stack
 
 
-def prefect(path: str, body: Any, method: str = "POST") -> Any:
+def prefect(path: str, body: Any) -> Any:
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
-    return request(url, f"/api{path}", os.environ["PREFECT_API_AUTH_STRING"], method, body)
+    return request(url, f"/api{path}", os.environ["PREFECT_API_AUTH_STRING"], "POST", body)
 
 
 def grown(source: str) -> list[dict[str, Any]]:
@@ -150,8 +151,9 @@ def listener(stack, tmp_path) -> Iterator[str]:
     subprocess.run(deploy, cwd=PROJECT, check=True, capture_output=True, text=True)
     (found,) = prefect("/deployments/filter", {"deployments": {"name": {"any_": ["on-new-images"]}}})
     yield found["id"]
-    prefect(f"/deployments/{found['id']}", None, "DELETE")
-    prefect(f"/work_pools/{pool}", None, "DELETE")
+    with get_client(sync_client=True) as client:  # which asks again where the server's database is busy
+        client.delete_deployment(found["id"])
+        client.delete_work_pool(pool)
 
 
 def test_the_retraining_that_new_images_start_is_named(stack, listener, tmp_path, photos):
