@@ -375,8 +375,8 @@ def _write_snapshot(
     if not taken:
         return None
     folder = collection / request.name / _snapshot_name(taken, request.license)
-    aside = stack.enter_context(atomic_dir(folder))
-    with ShardWriter(aside, request.shard_bytes) as shards:
+    staging = stack.enter_context(atomic_dir(folder))
+    with ShardWriter(staging, request.shard_bytes) as shards:
         places = [
             shards.add(str(finding.image_id), EXTENSIONS[finding.format], _read_again(finding))
             for finding in track(taken, "store", len(taken))
@@ -391,11 +391,11 @@ def _write_snapshot(
         "source_uri": [finding.uri for finding in taken],
         "license": [request.license] * len(taken),
     }
-    write_manifest(pa.table(columns, schema=POOL_SCHEMA), aside / MANIFEST)
-    _write_rejected(aside, account.rejected, request.name)
+    write_manifest(pa.table(columns, schema=POOL_SCHEMA), staging / MANIFEST)
+    _write_rejected(staging, account.rejected, request.name)
     title = f"{collection.name}-{request.name}-{folder.name}"
-    validation = expectations.validate_snapshot(aside, account.facts, request.docs_folder / title)
-    summary.write_summary(aside, title, account.facts, validation)
+    validation = expectations.validate_snapshot(staging, account.facts, request.docs_folder / title)
+    summary.write_summary(staging, title, account.facts, validation)
     return folder
 
 

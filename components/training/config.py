@@ -124,7 +124,7 @@ class TrainingConfig(Config):
     ema: EmaConfig = EmaConfig()
 
     @property
-    def half(self) -> bool:
+    def bfloat16(self) -> bool:
         """Whether networks compute in bfloat16; not to be asked before `resolve_precision`."""
         assert self.precision != "auto", "precision is not resolved yet"
         return self.precision == "bfloat16"

@@ -89,11 +89,11 @@ class PlainStep:
         seen_cls, seen_patches = encode(student.backbone, batch.global_crops, masks)
         local_cls, _ = encode(student.backbone, batch.local_crops, None)
         num_local = CROPS * len(batch.local_crops) // len(batch.global_crops)
-        views = student.dino_head(seen_cls).chunk(CROPS) + student.dino_head(local_cls).chunk(num_local)
+        crops = student.dino_head(seen_cls).chunk(CROPS) + student.dino_head(local_cls).chunk(num_local)
         hidden = student.ibot_head(seen_patches).chunk(CROPS)
         dino = ibot = torch.zeros(())
         for t in range(CROPS):
-            for s, logits in enumerate(views):
+            for s, logits in enumerate(crops):
                 if s != t:
                     dino = dino - (cls[t] * torch.log_softmax(logits / 0.1, dim=-1)).sum(dim=-1).mean()
             each = -(patches[t] * torch.log_softmax(hidden[t] / 0.1, dim=-1)).sum(dim=-1)  # [B, P]

@@ -163,8 +163,8 @@ def test_the_anchors_crops_are_the_global_ones_at_twice_the_resolution():
     plain = CropConfig(**PLAIN)
     colored = CropConfig(**(PLAIN | {"color_jitter_probability": 1.0, "grayscale_probability": 0.5}))
     for position in range(4):
-        crops, again = (sample_crops(FILE, config, 0, position, anchor_scale=2) for config in (plain, colored))
-        large = crops.anchor_crops
+        crops, again = (sample_crops(FILE, config, 0, position, gram_scale=2) for config in (plain, colored))
+        large = crops.gram_crops
         assert large is not None
         for number, found in enumerate(large):
             box = crop_box(96, 96, plain.global_scale, np.random.default_rng([0, position, number]))
@@ -174,6 +174,6 @@ def test_the_anchors_crops_are_the_global_ones_at_twice_the_resolution():
             assert difference.max() <= 3
         averaged = large.reshape(2, 3, 32, 2, 32, 2).astype(float).mean(axis=(3, 5))
         assert np.abs(averaged - crops.global_crops).mean() < 5  # gray levels; a bicubic kernel is no square
-        np.testing.assert_array_equal(again.anchor_crops, large)
+        np.testing.assert_array_equal(again.gram_crops, large)
         assert (again.global_crops != crops.global_crops).mean() > 0.5
-        assert sample_crops(FILE, plain, 0, position).anchor_crops is None
+        assert sample_crops(FILE, plain, 0, position).gram_crops is None

@@ -250,7 +250,7 @@ def test_batches_are_copied_to_a_gpu_from_pinned_memory(curated, monkeypatch):
     made = pin_memory(plain)
     assert [id(tensor) for tensor in (made.global_crops, made.local_crops, made.masks)] == [id(p) for p in pinned]
     assert torch.equal(made.global_crops, plain.global_crops)
-    assert made.anchor_crops is None
+    assert made.gram_crops is None
 
 
 def test_a_part_that_is_not_there_is_named(curated):

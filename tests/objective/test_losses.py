@@ -33,8 +33,8 @@ def close(actual, expected):
 
 
 def test_dino_equals_the_released_code():
-    views = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
-    local, swapped = of_logits(dino_loss(as_targets(TEACHER_PROBS), 1.0, 0.1), views)
+    crops = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
+    local, swapped = of_logits(dino_loss(as_targets(TEACHER_PROBS), 1.0, 0.1), crops)
     close(local / 16, REFERENCE["dino/loss_local_mean_over_16_pairs"][0])
     close(swapped / 2, REFERENCE["dino/loss_global_mean_over_2_pairs"][0])
 

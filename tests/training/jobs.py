@@ -69,7 +69,7 @@ def make_job(values: dict[str, Any], curated: Path) -> Job:
     shape = config.backbone.trained_at(config.crops.global_size)
     student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
     stream = ImageStream(curated, config.stream, seed=0)
-    networks = self_distillation(student, anchored=config.gram is not None)
+    networks = self_distillation(student, with_gram_teacher=config.gram is not None)
     return Job("pretrain", config, networks, stream, config.masking, seed=0)
 
 

@@ -333,8 +333,8 @@ def test_defaults_are_the_papers():
         625_000, 3_072, 24, 131_072,
     )  # fmt: skip
     assert AdaptConfig().crops.global_size == 518
-    anchored = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
-    assert anchored == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
+    gram = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
+    assert gram == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
     assert DistillConfig(students={"s": {}}).batch_size == 2_048  # pyright: ignore[reportArgumentType]
 
 
