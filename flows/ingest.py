@@ -38,7 +38,7 @@ def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[An
     """Store what is new of a source, validated and tracked by DVC.
 
     Args:
-        request: what to read, its name and its licence.
+        request: what to read, its name and its license.
         announce: emit the event that starts retraining when images were added to the pool, also by an earlier ingest of
             this source that did not end; if false, no later ingest emits it for them either.
     """

@@ -31,7 +31,7 @@ def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
     check_crops_fit(config.crops, student.backbone.config.patch_size)
     # Another seed than pretraining's, or the run would begin with the same images in the same crops.
     stream = ImageStream(layout.curated, config.stream, seed + 1)
-    networks = self_distillation(student, anchored=config.gram is not None)
+    networks = self_distillation(student, with_gram_teacher=config.gram is not None)
     job = Job("adapt", config, networks, stream, config.masking, seed + 1)
     outputs = Delivery(root, layout.weights("adapted"), layout.report("adapt"), {"initial_weights": pretrained})
     return train_and_deliver(job, outputs)

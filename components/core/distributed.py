@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to an initialised process group."""
+    """Whether this process belongs to an initialized process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -42,17 +42,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor whose parts the ranks share (every rank must call); any other tensor itself."""
     return tensor.full_tensor() if _is_shared(tensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor whose parts the ranks share, without a copy; any other tensor itself."""
     return tensor.to_local() if _is_shared(tensor) else tensor
 
 
-def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Of a whole tensor, which every rank has, the part that this rank has of `other`."""
     if not _is_shared(other):
         return tensor

@@ -1,4 +1,4 @@
-"""Classification by the weighted vote of nearest neighbours."""
+"""Classification by the weighted vote of nearest neighbors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 1024  # test images compared at once
 
 @dataclass(frozen=True)
 class Nearest:
-    """Neighbours of each query, nearest first: cosines and gallery rows, [Q, count] each."""
+    """Neighbors of each query, nearest first: cosines and gallery rows, [Q, count] each."""
 
     similarities: NDArray[np.float64]
     indices: NDArray[np.int64]
@@ -28,11 +28,11 @@ def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count:
     Args:
         queries: [Q, D].
         gallery: [N, D], N >= count.
-        count: neighbours of each query.
+        count: neighbors of each query.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = _normalised(gallery).to(device)  # [N, D]
-    parts = [torch.topk(part.to(device) @ base.T, count, dim=1) for part in _normalised(queries).split(_CHUNK)]
+    base = _normalized(gallery).to(device)  # [N, D]
+    parts = [torch.topk(part.to(device) @ base.T, count, dim=1) for part in _normalized(queries).split(_CHUNK)]
     similarities = torch.cat([part.values.cpu() for part in parts])
     return Nearest(similarities.numpy(), torch.cat([part.indices.cpu() for part in parts]).numpy())
 
@@ -40,18 +40,18 @@ def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count:
 def knn_predictions(
     nearest_similarities: NDArray[np.float64],
     nearest_targets: NDArray[np.int64],
-    neighbours: Collection[int],
+    neighbors: Collection[int],
     temperature: float,
 ) -> dict[int, NDArray[np.int64]]:
     """Class of each test image by the vote of its k nearest train images, for several k.
 
-    dinov2/eval/knn.py: a vote weighs softmax(similarity / temperature), over the most neighbours of all k; the votes of
+    dinov2/eval/knn.py: a vote weighs softmax(similarity / temperature), over the most neighbors of all k; the votes of
     the first k are added for each class. The weights of a smaller k so add up to less than 1, which moves no maximum.
 
     Args:
         nearest_similarities: [T, K] cosines, nearest first.
         nearest_targets: [T, K] classes of these train images.
-        neighbours: values of k, each at most K.
+        neighbors: values of k, each at most K.
         temperature: of the softmax.
 
     Returns:
@@ -63,12 +63,12 @@ def knn_predictions(
     votes = np.zeros((len(weights), int(nearest_targets.max()) + 1))
     rows = np.arange(len(weights))
     predictions: dict[int, NDArray[np.int64]] = {}
-    for rank in range(max(neighbours)):
+    for rank in range(max(neighbors)):
         votes[rows, nearest_targets[:, rank]] += weights[:, rank]
-        if rank + 1 in neighbours:
+        if rank + 1 in neighbors:
             predictions[rank + 1] = votes.argmax(axis=1)
     return predictions
 
 
-def _normalised(features: NDArray[np.floating]) -> torch.Tensor:
+def _normalized(features: NDArray[np.floating]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(np.asarray(features, dtype=np.float64)), dim=1)

@@ -27,9 +27,9 @@ def top1_accuracy(predictions: NDArray[np.integer], labels: NDArray[np.integer])
 
 
 def effective_rank(features: NDArray[np.floating]) -> float:
-    """Number of directions that features use: exp of the entropy of their normalised singular values.
+    """Number of directions that features use: exp of the entropy of their normalized singular values.
 
-    Roy and Vetterli (2007); on frozen features as RankMe (arXiv:2210.02885), but of the centred features, so that a
+    Roy and Vetterli (2007); on frozen features as RankMe (arXiv:2210.02885), but of the centered features, so that a
     mean that all images share does not count as a direction.
 
     Args:
@@ -39,8 +39,8 @@ def effective_rank(features: NDArray[np.floating]) -> float:
         Between 1 and min(N - 1, D); 0 where all rows are equal.
     """
     values = np.asarray(features, dtype=np.float64)
-    centred = values - values.mean(axis=0)  # [N, D]
-    singular = np.linalg.svd(centred, compute_uv=False)
+    centered = values - values.mean(axis=0)  # [N, D]
+    singular = np.linalg.svd(centered, compute_uv=False)
     # Rounding alone leaves singular values of this size where all rows are equal.
     floor = np.finfo(np.float64).eps * max(values.shape) * np.linalg.norm(values)
     singular = singular[singular > floor]
@@ -51,7 +51,7 @@ def effective_rank(features: NDArray[np.floating]) -> float:
 
 
 def feature_std(features: NDArray[np.floating]) -> float:
-    """Mean over dimensions of the standard deviation of L2-normalised features, times sqrt(D).
+    """Mean over dimensions of the standard deviation of L2-normalized features, times sqrt(D).
 
     The collapse monitor of SimSiam (arXiv:2011.10566, sec. 4.1): about 1 for features spread over the sphere, 0 for
     features that are all the same.
@@ -60,8 +60,8 @@ def feature_std(features: NDArray[np.floating]) -> float:
         features: [N, D], no zero rows.
     """
     values = np.asarray(features, dtype=np.float64)
-    normalised = values / np.linalg.norm(values, axis=1, keepdims=True)
-    return float(normalised.std(axis=0).mean() * np.sqrt(values.shape[1]))
+    normalized = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return float(normalized.std(axis=0).mean() * np.sqrt(values.shape[1]))
 
 
 def bootstrap_interval(

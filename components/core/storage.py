@@ -64,14 +64,14 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         with disk_errors(path), (scratch / f"{LOCK}.new").open("w") as lock:
             wait_for_lock(lock)
             (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never seen without being held
-            aside = scratch / "new"
-            aside.mkdir()
-            aside.chmod(0o755)
-            yield aside
+            staging = scratch / "new"
+            staging.mkdir()
+            staging.chmod(0o755)
+            yield staging
             # Moved away, not deleted first: a large folder takes long, and a kill would leave neither.
             if path.exists():
                 path.rename(scratch / OLD)
-            aside.rename(path)
+            staging.rename(path)
     finally:
         _settle(scratch, path)
 

@@ -37,11 +37,11 @@ def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: s
                 raise TrackingError(f"holds {len(found)} folders with {' and '.join(FILES)}; expected one")
             digest = sha256_file(found[0] / FILES[0])
             _check(digest, expected_sha256)
-            with atomic_dir(folder) as aside:
+            with atomic_dir(folder) as staging:
                 names = [*FILES, HEADS] if (found[0] / HEADS).is_file() else FILES
                 for name in names:
-                    shutil.copyfile(found[0] / name, aside / name)
-                write_json(aside / "sha256.json", {name: sha256_file(aside / name) for name in names})
+                    shutil.copyfile(found[0] / name, staging / name)
+                write_json(staging / "sha256.json", {name: sha256_file(staging / name) for name in names})
     _check(digest, expected_sha256)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BARS = 2000
-BLUE, GREY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
+BLUE, GRAY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
 
 
 def similarity_histogram(values: NDArray[np.float32], threshold: float, what: str) -> bytes:
@@ -67,7 +67,7 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
     order = np.argsort(-before, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, min(BARS, len(order))).astype(int))]
     edges = np.linspace(0.5, len(order) + 0.5, len(shown) + 1)
-    for sizes, color, label in ((before, GREY, "what could be drawn"), (after, BLUE, "the balanced sample")):
+    for sizes, color, label in ((before, GRAY, "what could be drawn"), (after, BLUE, "the balanced sample")):
         shares = 100 * sizes[shown] / max(sizes.sum(), 1)
         axes.stairs(shares, edges, fill=True, color=color, alpha=0.45, linewidth=0)
         axes.stairs(shares, edges, color=color, linewidth=1.5, label=label)
@@ -84,7 +84,7 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
 
 
 def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: NDArray[np.float64]) -> bytes:
-    """Images on a plane: what was left out in grey, what stays in blue over it.
+    """Images on a plane: what was left out in gray, what stays in blue over it.
 
     Args:
         points: [n, 2].
@@ -93,7 +93,7 @@ def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: ND
     """
     figure, axes = _figure(10, 5)
     size = float(np.clip(20_000 / max(len(points), 1), 2, 12))
-    for chosen, color, label in ((~kept, GREY, "left out"), (kept, BLUE, "kept")):
+    for chosen, color, label in ((~kept, GRAY, "left out"), (kept, BLUE, "kept")):
         axes.scatter(*points[chosen].T, s=size, color=color, linewidths=0, label=f"{label} ({chosen.sum():,} shown)")
     axes.set_xlabel(f"first principal component, {explained[0]:.0%} of the variance")
     axes.set_ylabel(f"second, {explained[1]:.0%}")

@@ -134,7 +134,7 @@ class FilterConfig(Config):
 
 
 class IndexConfig(Config):
-    """How nearest neighbours are searched: exactly in small sets, else by an inverted file of coded vectors."""
+    """How nearest neighbors are searched: exactly in small sets, else by an inverted file of coded vectors."""
 
     flat_below: Annotated[int, Field(ge=256)] = 100_000  # vectors; fewer are searched exactly
     num_lists: PositiveInt | None = None  # cells of the inverted file; None: twice the square root of the vectors

@@ -54,7 +54,7 @@ def find_contamination(
         embeddings: [N, D].
         references: the evaluation images.
         threshold: cosine, exclusive.
-        index: how neighbours are searched in each evaluation set.
+        index: how neighbors are searched in each evaluation set.
 
     Raises:
         CurationError: the index of a set misses too many pairs.

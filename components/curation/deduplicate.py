@@ -1,6 +1,6 @@
-"""Near-duplicates: connected components of the k-nearest-neighbour graph, and who stays of each.
+"""Near-duplicates: connected components of the k-nearest-neighbor graph, and who stays of each.
 
-DINOv2 (arXiv 2304.07193), section 3 and appendix A.3: k = 64 neighbours, edges above 0.6, one image a component.
+DINOv2 (arXiv 2304.07193), section 3 and appendix A.3: k = 64 neighbors, edges above 0.6, one image a component.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def group_duplicates(
         images: manifest rows.
         num_neighbors: of each image, that may become edges.
         threshold: cosine, exclusive.
-        index: how neighbours are searched.
+        index: how neighbors are searched.
         first: [N] images that stay before all others, such as seeds that are taken as they are.
 
     Raises:

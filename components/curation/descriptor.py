@@ -6,7 +6,7 @@ Coefficients of unrelated photographs are as good as independent, which puts the
 resizing hardly touch low frequencies, which leaves copies near 1. The parameters are chosen so that the paper's
 thresholds (0.6 among the pool, 0.45 to evaluation images) lie between the two; README.md has the numbers.
 
-A picture with (almost) no structure is described by its mean colour instead, so that it too equals its copies.
+A picture with (almost) no structure is described by its mean color instead, so that it too equals its copies.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from scipy.ndimage import gaussian_filter
 
 VERSION = 1  # raise it whenever a change here changes a vector
 SIDE = 64  # pixels; the image is squeezed to this square
-CONTRAST_SIGMA = 3.0  # pixels of that square, the neighbourhood whose contrast is evened out
+CONTRAST_SIGMA = 3.0  # pixels of that square, the neighborhood whose contrast is evened out
 CONTRAST_FLOOR = 0.01  # local deviation below this, of 1, is noise and stays small
 LUMA_BAND = (2, 22)  # radius in DCT index: below is shading, above is what a copy of half the size loses
 CHROMA_CUTOFF = 4
-CHROMA_WEIGHT = 0.25  # small: a gray copy of a colour image keeps 0.97 of its cosine
+CHROMA_WEIGHT = 0.25  # small: a gray copy of a color image keeps 0.97 of its cosine
 CHROMA_FLOOR = 0.05  # chroma energy below this counts in proportion, so that gray images have no random hue
 STRUCTURE_FLOOR = 0.03  # luma energy, weighted by frequency, that 8-bit and JPEG noise alone can reach
-COLOUR_BANDWIDTH = 3 / 255  # mean colours this far apart begin to differ
-NUM_COLOUR_FEATURES = 64
+COLOR_BANDWIDTH = 3 / 255  # mean colors this far apart begin to differ
+NUM_COLOR_FEATURES = 64
 
 
 def describe(images: list[Image.Image]) -> NDArray[np.float32]:
@@ -47,11 +47,11 @@ def _describe(image: Image.Image) -> NDArray[np.float32]:
     luma = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
     detail = _unit(np.cbrt(_dct(_even_contrast(luma))[band.luma]))
     structure = _unit(np.concatenate([detail, _chroma(pixels, luma)]))
-    angles = pixels.mean(axis=(0, 1)) @ _colour_projection()
-    colour = np.concatenate([np.cos(angles), np.sin(angles)]) / np.sqrt(NUM_COLOUR_FEATURES)
+    angles = pixels.mean(axis=(0, 1)) @ _color_projection()
+    color = np.concatenate([np.cos(angles), np.sin(angles)]) / np.sqrt(NUM_COLOR_FEATURES)
     energy = float(np.sum((_dct(luma)[band.luma] * band.luma_radius) ** 2))
     share = energy / (energy + STRUCTURE_FLOOR**2)
-    return _unit(np.concatenate([share * structure, np.sqrt(1 - share**2) * colour])).astype(np.float32)
+    return _unit(np.concatenate([share * structure, np.sqrt(1 - share**2) * color])).astype(np.float32)
 
 
 def _square(image: Image.Image) -> NDArray[np.float64]:
@@ -68,7 +68,7 @@ def _even_contrast(luma: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _chroma(pixels: NDArray[np.float64], luma: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The coarse layout of colour, of norm CHROMA_WEIGHT at most."""
+    """The coarse layout of color, of norm CHROMA_WEIGHT at most."""
     band = _band()
     parts = [_dct(pixels[..., channel] - luma)[band.chroma] * band.chroma_radius for channel in (0, 2)]
     hue = np.concatenate(parts)
@@ -103,6 +103,6 @@ def _band() -> _Band:
 
 
 @lru_cache(maxsize=1)
-def _colour_projection() -> NDArray[np.float64]:
+def _color_projection() -> NDArray[np.float64]:
     """[3, F] random Fourier features (Rahimi and Recht 2007) of the kernel exp(-distance² / 2 bandwidth²)."""
-    return np.random.default_rng(0).standard_normal((3, NUM_COLOUR_FEATURES)) / COLOUR_BANDWIDTH
+    return np.random.default_rng(0).standard_normal((3, NUM_COLOR_FEATURES)) / COLOR_BANDWIDTH

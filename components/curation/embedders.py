@@ -75,7 +75,7 @@ def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> 
 
 @lru_cache(maxsize=2)  # one for copies, one for meaning
 def load(embedder: Embedder) -> Embed:
-    """Load an embedder once a process; it maps B RGB images to [B, D] float32, not yet normalised."""
+    """Load an embedder once a process; it maps B RGB images to [B, D] float32, not yet normalized."""
     config, location = embedder.config, embedder.location
     if isinstance(config, DescriptorConfig):
         return descriptor.describe
@@ -85,8 +85,8 @@ def load(embedder: Embedder) -> Embed:
     return _load_onnx(config, location) if isinstance(config, OnnxConfig) else _load_torchscript(config, location)
 
 
-def normalised_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.float32]:
-    """Resize and normalise one RGB image as SSCD does (facebookresearch/sscd-copy-detection, README).
+def normalized_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.float32]:
+    """Resize and normalize one RGB image as SSCD does (facebookresearch/sscd-copy-detection, README).
 
     Returns:
         [3, H, W] float32: H = W = size for "square", else the shorter side = size and the ratio kept.
@@ -148,7 +148,7 @@ def _load_torchscript(config: TorchScriptConfig, path: Path) -> Embed:
         raise CurationError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
-        batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
+        batch = np.stack([normalized_pixels(image, config.resize, config.size) for image in images])
         with _one_torch_thread(), torch.inference_mode():
             try:
                 vectors = module(torch.from_numpy(batch))
@@ -173,7 +173,7 @@ def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
     name = session.get_inputs()[0].name
 
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
-        batch = np.stack([normalised_pixels(image, config.resize, config.size) for image in images])
+        batch = np.stack([normalized_pixels(image, config.resize, config.size) for image in images])
         try:
             vectors = session.run(None, {name: batch})[0]
         except Exception as error:  # as above
@@ -199,7 +199,7 @@ def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> Curati
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """One thread an embedding process: parallelism is over shards, and sums do not depend on the thread count."""
+    """One thread an embedding process: parallelizm is over shards, and sums do not depend on the thread count."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Where faces are in an image, and how they are made unrecognisable.
+"""Where faces are in an image, and how they are made unrecognizable.
 
 Default detector: the frontal-face LBP cascade that scikit-image carries (OpenCV's). It does not see faces in profile,
 turned by more than a few degrees, or smaller than 24 pixels at the working size; README.md has its recall.
@@ -19,7 +19,7 @@ from components.curation.score_models import find_file, open_onnx, run_onnx
 CASCADE_WINDOW = 24  # pixels, the cascade's smallest face
 SCALE_FACTOR = 1.1  # from one size of window to the next
 MARGIN = 0.3  # of a box's side, on each of its sides: hair, chin and what the detector cut off
-CELLS = 4  # a blurred face is what 4 x 4 averages of colour can say
+CELLS = 4  # a blurred face is what 4 x 4 averages of color can say
 
 Box = dict[str, int]  # x, y, w, h in pixels of the image
 FindFaces = Callable[[Image.Image], list[Box]]

@@ -92,12 +92,12 @@ def blocked_path(uris: pa.ChunkedArray, globs: tuple[str, ...]) -> pa.Table:
 
 
 def blocked_license(licenses: pa.ChunkedArray, blocked: tuple[str, ...]) -> pa.Table:
-    """Images under one of the `blocked` licences: `license`."""
+    """Images under one of the `blocked` licenses: `license`."""
     return _licensed(licenses, _matches(licenses, _any_of(blocked)), "is blocked")
 
 
 def not_allowed_license(licenses: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table:
-    """Images under none of the `allowed` licences; an expression must be listed as it stands: `license`."""
+    """Images under none of the `allowed` licenses; an expression must be listed as it stands: `license`."""
     return _licensed(licenses, ~_matches(licenses, _any_of(allowed)), "is not among those allowed")
 
 

@@ -80,7 +80,7 @@ class Drift:
 
 
 def after_filter(docs: DataDocs, images: pa.Table, min_side: int, licenses: Sequence[str] | None) -> None:
-    """Each image once, large enough, and under a licence that is allowed (None: any that is stated).
+    """Each image once, large enough, and under a license that is allowed (None: any that is stated).
 
     Raises:
         DatasetError: with the failing rows; so do all gates.

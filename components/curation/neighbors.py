@@ -1,6 +1,6 @@
-"""Nearest neighbours by cosine: FAISS proposes, an exact product decides.
+"""Nearest neighbors by cosine: FAISS proposes, an exact product decides.
 
-Below `IndexConfig.flat_below` vectors every product is computed. Above, an inverted file with product quantisation
+Below `IndexConfig.flat_below` vectors every product is computed. Above, an inverted file with product quantization
 (IVF-PQ, as in DINOv2, arXiv 2304.07193, section 3) proposes candidates, which the original vectors put in order; how
 many pairs it misses is measured in every run. Vectors may be memory-mapped: they are read in chunks and never copied
 whole; `VectorRows` leaves out some without a copy. Each chunk is computed by one thread alone, so the result does not
@@ -30,7 +30,7 @@ BLOCK_BYTES = 2**24  # of vectors gathered at once
 EXACT_BLOCK_BYTES = 2**27  # of vectors that all products are computed of at once
 MARGIN = 1e-4  # float32 products are off by less
 DECIMALS = 6  # of a similarity: the same on machines that add in another order
-MIN_CANDIDATES = 128  # that the index proposes of each query; at least twice the neighbours asked for
+MIN_CANDIDATES = 128  # that the index proposes of each query; at least twice the neighbors asked for
 TRAINING_VECTORS = 40  # of each list, drawn with seed 0; FAISS warns below 39
 KMEANS_ITERATIONS = 10  # FAISS's own default for an inverted file
 
@@ -61,7 +61,7 @@ Vectors = NDArray[np.float32] | VectorRows  # [N, D] of unit norm, in memory or 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Pairs above a threshold, and how near each query's nearest neighbour is; nearest first for each query."""
+    """Pairs above a threshold, and how near each query's nearest neighbor is; nearest first for each query."""
 
     query: NDArray[np.int64]  # [E] ascending
     neighbor: NDArray[np.int64]  # [E]
@@ -74,7 +74,7 @@ class Neighbors:
 class _Task:
     queries: Vectors  # [Q, D]
     others: Vectors  # [N, D]
-    among: bool  # the queries are the others, and none is its own neighbour
+    among: bool  # the queries are the others, and none is its own neighbor
     num_neighbors: int
     threshold: float | None
 
@@ -90,7 +90,7 @@ def find_neighbors(
 
     Args:
         queries: [Q, D].
-        database: [N, D]; None searches among the queries themselves, where none is its own neighbour.
+        database: [N, D]; None searches among the queries themselves, where none is its own neighbor.
         num_neighbors: considered for each query.
         threshold: cosine, exclusive; None: all `num_neighbors` nearest are pairs.
         index: how to search.
@@ -111,7 +111,7 @@ def find_neighbors(
         else:
             propose = _approximate(task, index)
             recall = _measure_recall(task, propose, index, threads)
-        with progress("neighbours", len(queries)) as advance:
+        with progress("neighbors", len(queries)) as advance:
             found = _search(task, propose, np.arange(len(queries)), threads, advance)
     return Neighbors(found.query, found.neighbor, found.similarity, found.nearest, recall)
 

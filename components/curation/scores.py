@@ -24,7 +24,7 @@ SCORES_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("gray_share", pa.float32(), nullable=False),  # of the pixels
-        pa.field("entropy", pa.float32(), nullable=False),  # bits, of the luma histogram: 0 is one flat colour
+        pa.field("entropy", pa.float32(), nullable=False),  # bits, of the luma histogram: 0 is one flat color
         pa.field("nsfw", pa.float32()),  # probability; null where no classifier is configured
         pa.field("faces", pa.list_(BOX)),  # pixels; null where no detector is configured
     ]
@@ -71,7 +71,7 @@ def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
 
 
 def sample_pixels(image: Image.Image) -> Image.Image:
-    """The image itself up to SAMPLE_SIDE, else pixels of it on a regular grid; none are mixed, so colours stay."""
+    """The image itself up to SAMPLE_SIDE, else pixels of it on a regular grid; none are mixed, so colors stay."""
     scale = SAMPLE_SIDE / max(image.size)
     if scale >= 1:
         return image
@@ -89,7 +89,7 @@ def gray_share(image: Image.Image) -> float:
 
 
 def entropy(image: Image.Image) -> float:
-    """Shannon entropy of the histogram of an RGB image's luma (ITU-R 601), in bits: 0 (one flat colour) to 8."""
+    """Shannon entropy of the histogram of an RGB image's luma (ITU-R 601), in bits: 0 (one flat color) to 8."""
     return image.convert("L").entropy()
 
 

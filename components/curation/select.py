@@ -94,7 +94,7 @@ def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: Cura
         seed: of k-means and of the draws.
 
     Raises:
-        CurationError: no part brings anything in, or the index finds too few of the exact neighbours.
+        CurationError: no part brings anything in, or the index finds too few of the exact neighbors.
     """
     taken, asking = np.intersect1d(unique, rows_of(seeds, as_is=True)), rows_of(seeds, as_is=False)
     vectors, hierarchy, sample = inputs.semantic, None, None

@@ -37,11 +37,11 @@ _MASKS = 1_000_000  # third number of the masks' generators, out of the way of t
 class Batch:
     """What one rank trains on in one step: B images; crop-major, so that row g * B + i is crop g of image i."""
 
-    global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalised
+    global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalized
     local_crops: Tensor  # [L*B, 3, h, w] likewise
     masks: Tensor | None  # [G*B, P] bool, True where the student sees the mask token; None: nothing is masked
     skipped: list[BadImage]
-    anchor_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the anchor sees the global crops
+    gram_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the anchor sees the global crops
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for copies that the GPU makes beside its work; torch's loader calls this."""
@@ -51,8 +51,8 @@ class Batch:
         """The batch on `device`, with ImageNet's mean and standard deviation."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         crops = [to_input(c.to(device, non_blocking=True)) for c in (self.global_crops, self.local_crops)]
-        anchor = None if self.anchor_crops is None else to_input(self.anchor_crops.to(device, non_blocking=True))
-        return replace(self, global_crops=crops[0], local_crops=crops[1], masks=masks, anchor_crops=anchor)
+        gram = None if self.gram_crops is None else to_input(self.gram_crops.to(device, non_blocking=True))
+        return replace(self, global_crops=crops[0], local_crops=crops[1], masks=masks, gram_crops=gram)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class BatchPlan:
     masking: MaskingConfig | None
     rank: int = 0
     num_ranks: int = 1
-    anchor_scale: int = 1  # of the anchor's crops; 1: it sees the global ones
-    anchored_from: int = 0  # the step before which there is no anchor, and no crops for it
+    gram_scale: int = 1  # of the anchor's crops; 1: it sees the global ones
+    gram_after_steps: int = 0  # the step before which there is no anchor, and no crops for it
 
 
 class TrainingBatches(Dataset[Batch | Exception]):
@@ -92,7 +92,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
         """Raise EngineError unless batches of the ranks on this machine fit into what is free of /dev/shm."""
         plan = self._plan
         on_this_machine = plan.batch_size // plan.num_ranks * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        size = crop_bytes(plan.crops, on_this_machine, plan.anchor_scale)
+        size = crop_bytes(plan.crops, on_this_machine, plan.gram_scale)
         check_shared_memory("stream.num_workers", num_workers, size)
 
     def _batch(self, step: int) -> Batch:
@@ -102,18 +102,18 @@ class TrainingBatches(Dataset[Batch | Exception]):
         if get_worker_info() is not None:  # not in the trainer itself, which will fork: threads do not survive that
             for position in range(first, first + share):
                 self._stream.fetch_ahead(position)
-        anchor_scale = plan.anchor_scale if step >= plan.anchored_from else 1
-        crop = partial(sample_crops, config=plan.crops, seed=plan.seed, anchor_scale=anchor_scale)
+        gram_scale = plan.gram_scale if step >= plan.gram_after_steps else 1
+        crop = partial(sample_crops, config=plan.crops, seed=plan.seed, gram_scale=gram_scale)
         found = [
             self._stream.find(position, partial(crop, position=position)) for position in range(first, first + share)
         ]
-        anchor = [item.image.anchor_crops for item in found if item.image.anchor_crops is not None]
+        gram = [item.image.gram_crops for item in found if item.image.gram_crops is not None]
         return Batch(
             global_crops=_stack([item.image.global_crops for item in found]),
             local_crops=_stack([item.image.local_crops for item in found]),
             masks=self._masks(step, share),
             skipped=[bad for item in found for bad in item.skipped],
-            anchor_crops=_stack(anchor) if anchor else None,
+            gram_crops=_stack(gram) if gram else None,
         )
 
     def _masks(self, step: int, share: int) -> Tensor | None:

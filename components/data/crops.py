@@ -5,7 +5,7 @@ mean that global crops are blurred never and in 90 % of cases, and local ones in
 10 % and 50 % (dinov3 issue 286). All released weights were trained so, and so are ours by default;
 `crops.blur_probability` holds what is really done: {global1: 1.0, global2: 0.1, local: 0.5} is DINO's intent.
 
-Fast path: a JPEG is decoded at 1/2, 1/4 or 1/8 where no crop needs more; crop and resize are one call on bytes; colours
+Fast path: a JPEG is decoded at 1/2, 1/4 or 1/8 where no crop needs more; crop and resize are one call on bytes; colors
 are changed for all crops of a size at once (`photometrics.py`).
 """
 
@@ -25,7 +25,7 @@ from components.data.photometrics import Jitter, Photometrics, change_colors
 from components.data.shards import load_image, open_image, upright_size
 
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
-CROP_TRIES = 10  # then the largest centred crop, as torchvision's RandomResizedCrop does
+CROP_TRIES = 10  # then the largest centered crop, as torchvision's RandomResizedCrop does
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -35,7 +35,7 @@ class Crops:
 
     global_crops: NDArray[np.uint8]  # [G, 3, H, W]
     local_crops: NDArray[np.uint8]  # [L, 3, h, w]
-    anchor_crops: NDArray[np.uint8] | None = None  # [G, 3, sH, sW], the global ones before their colours were changed
+    gram_crops: NDArray[np.uint8] | None = None  # [G, 3, sH, sW], the global ones before their colors were changed
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Draw:
     photometrics: Photometrics
 
 
-def sample_crops(data: bytes, config: CropConfig, seed: int, position: int, anchor_scale: int = 1) -> Crops:
+def sample_crops(data: bytes, config: CropConfig, seed: int, position: int, gram_scale: int = 1) -> Crops:
     """Crops of the encoded image at `position` of the stream; crop i draws from its own generator (seed, position, i).
 
-    With `anchor_scale` s above 1 the global crops also come s times as large, without changes of colour, as DINOv3's
+    With `gram_scale` s above 1 the global crops also come s times as large, without changes of color, as DINOv3's
     Gram teacher sees them (`crops.gram_teacher_no_distortions` of its released configurations).
 
     Raises:
@@ -68,15 +68,15 @@ def sample_crops(data: bytes, config: CropConfig, seed: int, position: int, anch
     opened = open_image(data)
     width, height = upright_size(opened)
     draws = draw_crops(width, height, config, seed, position)
-    anchor = [Draw(d.box, d.size * anchor_scale, d.flip, Photometrics()) for d in draws[:NUM_GLOBAL]]
-    image = load_image(opened, shrink=shrinking([*draws, *anchor]))
+    gram = [Draw(d.box, d.size * gram_scale, d.flip, Photometrics()) for d in draws[:NUM_GLOBAL]]
+    image = load_image(opened, shrink=shrinking([*draws, *gram]))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
     scale = (image.width / width, image.height / height)
     global_crops = _make(pixels, scale, draws[:NUM_GLOBAL])
     local_crops = np.empty((0, 3, config.local_size, config.local_size), np.uint8)
     if config.num_local:
         local_crops = _make(pixels, scale, draws[NUM_GLOBAL:])
-    return Crops(global_crops, local_crops, _make(pixels, scale, anchor) if anchor_scale > 1 else None)
+    return Crops(global_crops, local_crops, _make(pixels, scale, gram) if gram_scale > 1 else None)
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], generator: np.random.Generator) -> Box:
@@ -136,7 +136,7 @@ def shrinking(draws: Sequence[Draw]) -> float:
 
 
 def _make(pixels: torch.Tensor, scale: tuple[float, float], draws: Sequence[Draw]) -> NDArray[np.uint8]:
-    """Cut crops of one size out of an image, then change their colours.
+    """Cut crops of one size out of an image, then change their colors.
 
     Args:
         pixels: [1, 3, H, W] uint8.

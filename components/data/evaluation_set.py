@@ -16,12 +16,12 @@ from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
 
-TEST_SHARE = 5  # without given splits, one labelled image in five is a test image
+TEST_SHARE = 5  # without given splits, one labeled image in five is a test image
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes of the labelled images, as indices into the evaluation set's images."""
+    """Classes of the labeled images, as indices into the evaluation set's images."""
 
     classes: tuple[str, ...]
     targets: NDArray[np.int64]  # [N] class of each image; -1 where it has none
@@ -61,14 +61,14 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
     return EvaluationSet(root, table, _read_labels(root, table, names))
 
 
-def _warn_of_mixture(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> None:
+def _warn_of_mixture(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) -> None:
     """Say what the measures of classes cover, where several sets lie in `root`: they are measured as one."""
     sources = table["source"].to_numpy(zero_copy_only=False)
-    sets, bare = np.unique(sources[labelled]), np.unique(sources[~labelled])
+    sets, bare = np.unique(sources[labeled]), np.unique(sources[~labeled])
     if len(sets) > 1:
         log.warning("%s: %s are measured as one set; classes of the same name are one class", root, ", ".join(sets))
     if len(bare):
-        count = (~labelled).sum()
+        count = (~labeled).sum()
         log.warning("%s: %d images without label (%s) are not in the measures of classes", root, count, ", ".join(bare))
 
 
@@ -94,9 +94,9 @@ def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels
     return Labels(tuple(str(name) for name in classes), targets, train, test)
 
 
-def _splits(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> NDArray[np.str_]:
+def _splits(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) -> NDArray[np.str_]:
     given = np.array([split or "" for split in table["split"].to_pylist()])
-    present = set(given[labelled]) - {""}
+    present = set(given[labeled]) - {""}
     if not present:
         log.info("%s has labels and no splits: one image in %d is a test image, by its hash", root, TEST_SHARE)
         digits = [int(image_id[:8], 16) for image_id in table["image_id"].to_pylist()]
@@ -104,7 +104,7 @@ def _splits(root: Path, table: pa.Table, labelled: NDArray[np.bool_]) -> NDArray
     missing = {"train", "test"} - present
     if missing:
         raise DatasetError(
-            f"{root}: labelled images with split {sorted(present)}, none with {sorted(missing)}; "
+            f"{root}: labeled images with split {sorted(present)}, none with {sorted(missing)}; "
             "ingest both splits, or leave the split empty to have one made"
         )
     return given

@@ -85,7 +85,7 @@ class IngestReport:
     rejected: dict[str, int]  # reason -> files
     ignored: int  # hidden files and the like
     labels: dict[str, int]  # label -> images, those that were present included
-    unlabelled: int  # images without
+    unlabeled: int  # images without
     notes: tuple[str, ...]  # lines: which labels were taken, and what was guessed, followed or left out
     bytes_stored: int
     source_version: str
@@ -113,7 +113,7 @@ class _Account:
     all_evaluation: list[Finding]  # those that were present included
     rejected: list[Finding]
     copies: list[tuple[Finding, Finding]]  # the image that is kept, and its copy
-    relabelled: list[tuple[Finding, str | None]]  # present, and the other label that it has there
+    relabeled: list[tuple[Finding, str | None]]  # present, and the other label that it has there
     used: list[Path]  # of an ingest for one run: the snapshots that hold what is present
     facts: expectations.SnapshotFacts
 
@@ -151,7 +151,7 @@ def ingest(request: IngestRequest) -> IngestReport:
         *ingest_lines.one_run_lines(account.images, request),
         *ingest_lines.label_lines(account.images, placed, origin, not request.as_evaluation),
         *ingest_lines.evaluation_lines(account.images, account.all_evaluation, account.copies),
-        *ingest_lines.relabelled_lines(account.relabelled),
+        *ingest_lines.relabeled_lines(account.relabeled),
         *ingest_lines.source_lines(listing, findings, account.rejected),
     ]
     report = _report(account, request, listing, provenance, (pool, evaluation), notes)
@@ -177,7 +177,7 @@ def _report(
         rejected=dict(sorted(Counter(str(finding.reason) for finding in account.rejected).items())),
         ignored=listing.ignored.counts.total(),
         labels=dict(sorted(Counter(image.label for image in account.images if image.label is not None).items())),
-        unlabelled=sum(image.label is None for image in account.images),
+        unlabeled=sum(image.label is None for image in account.images),
         notes=tuple(notes),
         bytes_stored=sum(finding.length for finding in (*account.pool, *account.evaluation)),
         source_version=provenance.source_version,
@@ -274,8 +274,8 @@ def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
     stored = len(new_pool) + len(new_evaluation)
     facts = expectations.SnapshotFacts(request.name, len(findings), stored, already_present=len(first) - stored)
     seen = ((image, present.get(str(image.image_id), image.label)) for image in images)
-    relabelled = [(image, label) for image, label in seen if label != image.label]
-    return _Account(images, new_pool, new_evaluation, evaluation, rejected, copies, relabelled, used, facts)
+    relabeled = [(image, label) for image, label in seen if label != image.label]
+    return _Account(images, new_pool, new_evaluation, evaluation, rejected, copies, relabeled, used, facts)
 
 
 def _is_held_out(image: Finding, request: IngestRequest) -> bool:
@@ -285,8 +285,8 @@ def _is_held_out(image: Finding, request: IngestRequest) -> bool:
 
 def _with_splits(evaluation: list[Finding]) -> list[Finding]:
     """Images of an evaluation set with the splits of the source, or by content where it has not both of them."""
-    labelled = [image for image in evaluation if image.label is not None]
-    if {"train", "test"} <= {image.split for image in labelled or evaluation}:
+    labeled = [image for image in evaluation if image.label is not None]
+    if {"train", "test"} <= {image.split for image in labeled or evaluation}:
         return [image if image.split else replace(image, split=_split_by_content(image)) for image in evaluation]
     return [replace(image, split=_split_by_content(image)) for image in evaluation]
 
@@ -299,7 +299,7 @@ def _split_by_content(image: Finding) -> str:
 def _present(request: IngestRequest) -> dict[str, str | None]:
     """Ids of what the source brought before to stay, with labels: it need not be stored again.
 
-    What two sources bring is in both: each has its licence, and can be used alone.
+    What two sources bring is in both: each has its license, and can be used alone.
     """
     home = request.evaluation if request.as_evaluation else request.pool
     present: dict[str, str | None] = {}
@@ -375,8 +375,8 @@ def _write_snapshot(
     if not taken:
         return None
     folder = collection / request.name / _snapshot_name(taken, request.license)
-    aside = stack.enter_context(atomic_dir(folder))
-    with ShardWriter(aside, request.shard_bytes) as shards:
+    staging = stack.enter_context(atomic_dir(folder))
+    with ShardWriter(staging, request.shard_bytes) as shards:
         places = [
             shards.add(str(finding.image_id), EXTENSIONS[finding.format], _read_again(finding))
             for finding in track(taken, "store", len(taken))
@@ -391,11 +391,11 @@ def _write_snapshot(
         "source_uri": [finding.uri for finding in taken],
         "license": [request.license] * len(taken),
     }
-    write_manifest(pa.table(columns, schema=POOL_SCHEMA), aside / MANIFEST)
-    _write_rejected(aside, account.rejected, request.name)
+    write_manifest(pa.table(columns, schema=POOL_SCHEMA), staging / MANIFEST)
+    _write_rejected(staging, account.rejected, request.name)
     title = f"{collection.name}-{request.name}-{folder.name}"
-    validation = expectations.validate_snapshot(aside, account.facts, request.docs_folder / title)
-    summary.write_summary(aside, title, account.facts, validation)
+    validation = expectations.validate_snapshot(staging, account.facts, request.docs_folder / title)
+    summary.write_summary(staging, title, account.facts, validation)
     return folder
 
 

@@ -35,7 +35,7 @@ def label_findings(findings: Sequence[Finding], listing: Listing) -> tuple[list[
         origin = " and ".join(sorted(tables))
     else:
         origin = f"folder names ({len(placed.links)} are links)" if placed.links else "folder names"
-    labelled = [
+    labeled = [
         replace(
             finding,
             label=finding.label if given else placed.labels.get(finding.folder),
@@ -43,7 +43,7 @@ def label_findings(findings: Sequence[Finding], listing: Listing) -> tuple[list[
         )
         for finding in findings
     ]
-    return labelled, placed, origin
+    return labeled, placed, origin
 
 
 def one_run_lines(images: Sequence[Finding], request: IngestRequest) -> Iterator[str]:
@@ -94,13 +94,13 @@ def evaluation_lines(
         )
 
 
-def relabelled_lines(relabelled: Sequence[tuple[Finding, str | None]]) -> Iterator[str]:
+def relabeled_lines(relabeled: Sequence[tuple[Finding, str | None]]) -> Iterator[str]:
     """A line on images that the pool holds under another label than the source gives them now."""
-    if relabelled:
-        image, label = relabelled[0]
+    if relabeled:
+        image, label = relabeled[0]
         there, here = (one_line(str(name)) for name in (label, image.label))
         yield (
-            f"{len(relabelled)} images were there already under another label, which they keep, such as "
+            f"{len(relabeled)} images were there already under another label, which they keep, such as "
             f"{one_line(image.uri)} ({there}, here {here}); to take the new labels, ingest under another --name"
         )
 

@@ -67,8 +67,8 @@ def place(folders: Collection[str], links: Collection[str] = ()) -> Placement:
             placed.labels[folder] = names[0]
             if "/".join(parts[folder][: len(parts[folder]) - len(names) + 1]) in links:
                 placed.links.add(names[0])
-    labelled = [folder for folder, label in placed.labels.items() if label is not None] or list(parts)
-    if not {TRAIN, TEST} <= {placed.splits[folder] for folder in labelled}:  # one split alone divides nothing
+    labeled = [folder for folder, label in placed.labels.items() if label is not None] or list(parts)
+    if not {TRAIN, TEST} <= {placed.splits[folder] for folder in labeled}:  # one split alone divides nothing
         placed.splits = dict.fromkeys(parts)
     return placed
 
@@ -86,26 +86,26 @@ def placement_lines(placed: Placement) -> Iterator[str]:
         taken = "; ".join(f"{name} as {split}" for split, name in names.items())
         yield f"folders taken as splits, not as classes: {taken}"
         if not any(placed.splits.values()):
-            yield "only one split has images (labelled ones, where there are labels), so it divides nothing"
+            yield "only one split has images (labeled ones, where there are labels), so it divides nothing"
     if placed.beside:
         yield f"images of {some_of(sorted(placed.beside))} have no label: these folders stand beside the splits"
     if odd := sorted({label for label in placed.labels.values() if label and split_of(label)}):
         yield f"{some_of(odd)}: the name of a split, taken as a class because of the folders beside it"
 
 
-def label_line(counts: Mapping[str, int], unlabelled: Sequence[str], origin: str) -> str:
+def label_line(counts: Mapping[str, int], unlabeled: Sequence[str], origin: str) -> str:
     """The line that says which labels were taken, from where, and how many images have none.
 
     Args:
         counts: label -> images.
-        unlabelled: images without one.
+        unlabeled: images without one.
         origin: where labels come from, such as `folder names`.
     """
-    bare = f"{len(unlabelled)} images without label"
+    bare = f"{len(unlabeled)} images without label"
     if not counts:
         return f"labels: none; {bare}"
-    if unlabelled:
-        bare += f", for example {one_line(unlabelled[0])}"
+    if unlabeled:
+        bare += f", for example {one_line(unlabeled[0])}"
     few_first = sorted(counts, key=lambda label: (counts[label], label))
     shown = sorted(counts) if len(counts) <= SHOWN_CLASSES else few_first[:SHOWN_CLASSES]
     listed = ", ".join(f"{one_line(label)} {counts[label]}" for label in shown)

@@ -129,13 +129,13 @@ def write_table(table: pa.Table, schema: pa.Schema, path: Path) -> None:
     """Write rows of a known schema as zstd Parquet; the file appears whole, and equal rows give equal bytes."""
     conformed = _conform(table, schema, path).combine_chunks()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    staging = path.with_name(f".{path.name}.partial")
     try:
         with disk_errors(path):
-            pq.write_table(conformed, aside, compression="zstd")
-        aside.replace(path)
+            pq.write_table(conformed, staging, compression="zstd")
+        staging.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Colour and blur of training crops, for a stack of crops at once, in float32.
+"""Color and blur of training crops, for a stack of crops at once, in float32.
 
 The operations and their order are torchvision's (`ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize`),
 as dinov2/data/augmentations.py uses them. Only NumPy's elementwise operations and row sums are used, which round each
@@ -29,12 +29,12 @@ class Jitter:
 
     order: tuple[int, ...]  # a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE
     factors: tuple[float, float, float]  # of brightness, contrast and saturation; 1 changes nothing
-    turns: float  # of the hue, in colour circles
+    turns: float  # of the hue, in color circles
 
 
 @dataclass(frozen=True)
 class Photometrics:
-    """What happens to the colours of one crop, in this order; None or False: not this one."""
+    """What happens to the colors of one crop, in this order; None or False: not this one."""
 
     jitter: Jitter | None = None
     gray: bool = False
@@ -97,7 +97,7 @@ def _jitter(crops: Levels, jitters: Sequence[Jitter]) -> Levels:
 
 
 def _enhance(crop: Floats, kind: int, factor: float, work: Floats) -> None:
-    """Blend [3, P] in place with black (brightness), its mean grey (contrast) or its own grey (saturation)."""
+    """Blend [3, P] in place with black (brightness), its mean gray (contrast) or its own gray (saturation)."""
     if kind == CONTRAST:
         mean = float(np.dot(LUMA, crop.sum(axis=1) / crop.shape[1]))
     gray = luma(crop, work) if kind == SATURATION else None
@@ -107,12 +107,12 @@ def _enhance(crop: Floats, kind: int, factor: float, work: Floats) -> None:
     elif gray is not None:
         gray *= np.float32(1 - factor)
         crop += gray
-    if factor > 1:  # else it lies between two colours
+    if factor > 1:  # else it lies between two colors
         np.clip(crop, 0, 255, out=crop)
 
 
 def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
-    """Turn the hue in place by a share of the colour circle; the largest and smallest channel keep their values.
+    """Turn the hue in place by a share of the color circle; the largest and smallest channel keep their values.
 
     HSV by sorting the channels, without a case for each of the six sectors of the hue.
 
@@ -156,7 +156,7 @@ def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
 
 
 def luma(planes: Floats, work: Floats | None = None) -> Floats:
-    """Grey of [3, ...] planes, as PIL's mode L but not rounded; in the first of the two planes of `work`, if given."""
+    """Gray of [3, ...] planes, as PIL's mode L but not rounded; in the first of the two planes of `work`, if given."""
     if work is None:
         work = np.empty((2, *planes.shape[1:]), np.float32)
     gray, part = work[0], work[1]
@@ -182,7 +182,7 @@ def blur(crop: Levels, sigma: float) -> None:
     once, twice, pair = np.empty((3, height * row), np.uint16)
     kept = as_strided(twice, (height, width), (row * twice.itemsize, twice.itemsize))
     for plane in crop:
-        # Both passes run over flat arrays: a row's neighbours beyond its ends are its own mirrored margin.
+        # Both passes run over flat arrays: a row's neighbors beyond its ends are its own mirrored margin.
         _mirror(plane, padded, radius)
         _weigh(padded.ravel(), weights[: radius + 1], row, once, pair)
         _weigh(once, weights[: radius + 1], 1, twice[: once.size - 2 * radius], pair)
@@ -213,12 +213,12 @@ def _weigh(
     total: NDArray[np.uint16],
     work: NDArray[np.uint16],
 ) -> None:
-    """Symmetric kernel over neighbours `stride` apart, rounded to whole levels.
+    """Symmetric kernel over neighbors `stride` apart, rounded to whole levels.
 
     Args:
         values: [n + 2 * radius * stride] in 0 to 255.
         weights: [radius + 1] in 256ths, from the kernel's middle outwards.
-        stride: distance of neighbours in `values`.
+        stride: distance of neighbors in `values`.
         total: [n], written.
         work: [n or more], overwritten.
     """

@@ -127,9 +127,9 @@ class RemoteShards:
             data = self._fetch(shard, block)
             with self._locked("write"):
                 self._make_room(len(data))
-                aside = path.with_suffix(".partial")
-                aside.write_bytes(data)
-                aside.replace(path)
+                staging = path.with_suffix(".partial")
+                staging.write_bytes(data)
+                staging.replace(path)
         return data
 
     def _fetch(self, shard: str, block: int) -> bytes:

@@ -1,7 +1,7 @@
 """An honest uncurated pool of real photographs that wheels carry, for a first run without images of one's own.
 
 Tiles of each photograph at several scales, a long tail over the photographs, and what real pools have: copies,
-tiny images and broken files. A labelled evaluation set comes from a region of each photograph of which the pool has no
+tiny images and broken files. A labeled evaluation set comes from a region of each photograph of which the pool has no
 pixel, but for a few planted leaks. `ground_truth.json` says what was planted; only tests read it.
 """
 
@@ -100,13 +100,13 @@ def build_sample_pool(folder: Path, seed: int = 0) -> None:
         for tile in _evaluation(name, photo, generator)
     ]
     pool = [tile for name, photo in photographs.items() for tile in _pool(name, photo, generator)]
-    with atomic_dir(folder) as aside:
+    with atomic_dir(folder) as staging:
         for tile in track([*evaluation, *pool], "sample pool", len(evaluation) + len(pool)):
-            _write(aside / tile.path, _encode(_view(photographs, tile), "JPEG", quality=tile.quality))
-        planted = _plant(aside, pool, evaluation, generator)
+            _write(staging / tile.path, _encode(_view(photographs, tile), "JPEG", quality=tile.quality))
+        planted = _plant(staging, pool, evaluation, generator)
         boxes = {tile.path: [tile.photograph, *tile.box] for tile in [*pool, *evaluation]}
         truth = {"seed": seed, "planted": [asdict(item) for item in planted], "boxes": boxes}
-        write_json(aside / "ground_truth.json", truth)
+        write_json(staging / "ground_truth.json", truth)
 
 
 def load_photographs() -> dict[str, Image.Image]:

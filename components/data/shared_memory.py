@@ -13,9 +13,9 @@ PREFETCH = 2  # batches that each process prepares ahead
 MIB = 2**20
 
 
-def crop_bytes(crops: CropConfig, num_images: int, anchor_scale: int = 1) -> int:
+def crop_bytes(crops: CropConfig, num_images: int, gram_scale: int = 1) -> int:
     """Bytes of the crops of one batch, as uint8 RGB."""
-    global_area = crops.global_size**2 * NUM_GLOBAL * (1 if anchor_scale == 1 else 1 + anchor_scale**2)
+    global_area = crops.global_size**2 * NUM_GLOBAL * (1 if gram_scale == 1 else 1 + gram_scale**2)
     return 3 * num_images * (global_area + crops.num_local * crops.local_size**2)
 
 

@@ -18,16 +18,16 @@ Version = Annotated[str, Field(pattern=EXACT_URI)]  # never an alias: an input m
 
 
 class KnnConfig(Config):
-    """Nearest-neighbour classification (dinov2/eval/knn.py)."""
+    """Nearest-neighbor classification (dinov2/eval/knn.py)."""
 
-    neighbours: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
+    num_neighbors: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
     reported: PositiveInt = 20  # its accuracy is `knn_top1`; "20 usually works best", says the code's help text
     temperature: PositiveFloat = 0.07
 
     @model_validator(mode="after")
     def _reported_is_measured(self) -> Self:
-        if self.reported not in self.neighbours:
-            raise ValueError(f"reported must be one of neighbours {list(self.neighbours)}, not {self.reported}")
+        if self.reported not in self.num_neighbors:
+            raise ValueError(f"reported must be one of num_neighbors {list(self.num_neighbors)}, not {self.reported}")
         return self
 
 

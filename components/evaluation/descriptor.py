@@ -1,4 +1,4 @@
-"""A descriptor that nothing was trained for: what colours and edges alone can tell of an image."""
+"""A descriptor that nothing was trained for: what colors and edges alone can tell of an image."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from skimage.color import rgb2hsv
 from skimage.feature import hog
 
 CELLS = 4  # a side; blocks of 2 x 2 cells, 9 orientations (Dalal and Triggs 2005)
-COLOUR_BINS = (8, 4, 4)  # hue, saturation, value
+COLOR_BINS = (8, 4, 4)  # hue, saturation, value
 
 
 def describe(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Histogram of oriented gradients beside a joint colour histogram, each with unit length.
+    """Histogram of oriented gradients beside a joint color histogram, each with unit length.
 
     Args:
         image: [S, S, 3] RGB, 8 bits.
 
     Returns:
-        [452]: 324 of gradients, 128 of colours (square roots of shares, so that cosine is the Bhattacharyya overlap).
+        [452]: 324 of gradients, 128 of colors (square roots of shares, so that cosine is the Bhattacharyya overlap).
     """
     cell = (image.shape[0] // CELLS, image.shape[1] // CELLS)
     gradients = hog(image.mean(axis=2), orientations=9, pixels_per_cell=cell, cells_per_block=(2, 2))
-    colours, _ = np.histogramdd(rgb2hsv(image).reshape(-1, 3), bins=COLOUR_BINS, range=[(0, 1)] * 3)
-    shares = np.sqrt(colours.ravel() / colours.sum())
+    colors, _ = np.histogramdd(rgb2hsv(image).reshape(-1, 3), bins=COLOR_BINS, range=[(0, 1)] * 3)
+    shares = np.sqrt(colors.ravel() / colors.sum())
     return np.concatenate([gradients / max(np.linalg.norm(gradients), 1e-12), shares]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: which images are shown, and their nearest neighbours."""
+"""Pictures of an evaluation: which images are shown, and their nearest neighbors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from components.data.evaluation_set import EvaluationSet
 from components.evaluation.features import EvaluationImages
 
 FRAME = 4  # pixels
-NUM_NEIGHBOURS = 6
+NUM_NEIGHBORS = 6
 RIGHT, WRONG, PLAIN = "#1c8c48", "#d0342c", "#bec2c8"
-SPACE = Tile(Image.new("RGB", (TILE // 8, 1), "white"))  # between a query and its neighbours
+SPACE = Tile(Image.new("RGB", (TILE // 8, 1), "white"))  # between a query and its neighbors
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """One query, its class, and its nearest images with their classes; classes are None without labels."""
 
     query: Image.Image
@@ -41,13 +41,13 @@ def choose_queries(images: EvaluationSet, count: int, seed: int) -> list[int]:
     return [int(order[place]) for place in spread[:count]]
 
 
-def neighbour_rows(
+def neighbor_rows(
     images: EvaluationSet, pixels: EvaluationImages, features: NDArray[np.floating], queries: Sequence[int]
-) -> list[Neighbours]:
+) -> list[Neighbors]:
     """Each query with its nearest train images, or nearest other images where there are no classes."""
     labels = images.labels
     gallery = np.arange(len(features)) if labels is None else labels.train
-    count = min(NUM_NEIGHBOURS + 1, len(gallery))
+    count = min(NUM_NEIGHBORS + 1, len(gallery))
     found = gallery[nearest(features[list(queries)], features[gallery], count).indices]  # [Q, count]
 
     def picture(index: int) -> Image.Image:
@@ -58,12 +58,12 @@ def neighbour_rows(
 
     rows = []
     for query, row in zip(queries, found.tolist(), strict=True):
-        others = [index for index in row if index != query][:NUM_NEIGHBOURS]
-        rows.append(Neighbours(picture(query), name(query), [*map(picture, others)], [*map(name, others)]))
+        others = [index for index in row if index != query][:NUM_NEIGHBORS]
+        rows.append(Neighbors(picture(query), name(query), [*map(picture, others)], [*map(name, others)]))
     return rows
 
 
-def draw_neighbours(rows: Sequence[Neighbours]) -> Image.Image:
+def draw_neighbors(rows: Sequence[Neighbors]) -> Image.Image:
     """A row for each query: the query, then its nearest images, framed green where the class is right and red else."""
     sheet = []
     for row in rows:
@@ -74,7 +74,7 @@ def draw_neighbours(rows: Sequence[Neighbours]) -> Image.Image:
 
 
 def _verdict(query_class: str | None, name: str | None) -> str:
-    """Color of a neighbour's frame."""
+    """Color of a neighbor's frame."""
     return PLAIN if query_class is None else RIGHT if name == query_class else WRONG
 
 

@@ -40,7 +40,7 @@ def write_report(
     differences: Mapping[str, Mapping[str, Interval]],
     intervals: Mapping[str, Mapping[str, Interval]],
 ) -> None:
-    """Write the HTML report; the pictures `pca.jpg` and `neighbours.jpg` beside `path` are put inside it.
+    """Write the HTML report; the pictures `pca.jpg` and `neighbors.jpg` beside `path` are put inside it.
 
     Args:
         path: the HTML file.
@@ -60,7 +60,7 @@ def write_report(
         scores=_score_rows(scores, intervals),
         differences={other: _difference_rows(found) for other, found in differences.items()},
         pca=Picture((path.parent / "pca.jpg").read_bytes(), "Patch features", "jpeg"),
-        neighbours=Picture((path.parent / "neighbours.jpg").read_bytes(), "Nearest neighbours", "jpeg"),
+        neighbors=Picture((path.parent / "neighbors.jpg").read_bytes(), "Nearest neighbors", "jpeg"),
     )
     write_bytes(path, page)
 

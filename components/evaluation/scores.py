@@ -59,8 +59,8 @@ def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[s
 
 
 def knn_scores(config: KnnConfig, features: NDArray[np.float32], labels: Labels) -> Scores:
-    """Accuracy of nearest neighbours for every k; in a train set of fewer than k images all of them vote."""
-    counts = {k: min(k, len(labels.train)) for k in config.neighbours}
+    """Accuracy of nearest neighbors for every k; in a train set of fewer than k images all of them vote."""
+    counts = {k: min(k, len(labels.train)) for k in config.num_neighbors}
     found = nearest(features[labels.test], features[labels.train], max(counts.values()))
     votes = labels.targets[labels.train][found.indices]  # [T, K]
     predictions = knn_predictions(found.similarities, votes, set(counts.values()), config.temperature)

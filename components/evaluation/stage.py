@@ -19,7 +19,7 @@ from components.core.storage import atomic_dir, write_bytes
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
-from components.evaluation.pictures import choose_queries, draw_neighbours, neighbour_rows
+from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import write_comparison, write_report
 from components.evaluation.scores import differences, measure
 from components.model.export import load_backbone
@@ -61,8 +61,8 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         shown = torch.stack([pixels[index] for index in queries])
         colors = {name: pca_colors(patch_features(backbone, shown)) for name, backbone in backbones.items()}
         write_bytes(folder / "pca.jpg", jpeg(draw_pca(shown.numpy(), colors)))
-        rows = neighbour_rows(images, pixels, measured.features[model], queries)
-        write_bytes(folder / "neighbours.jpg", jpeg(draw_neighbours(rows)))
+        rows = neighbor_rows(images, pixels, measured.features[model], queries)
+        write_bytes(folder / "neighbors.jpg", jpeg(draw_neighbors(rows)))
         write_comparison(folder / "comparison.csv", metrics)
         title, certain = f"Evaluation of {model}", {name: s.intervals() for name, s in measured.scores.items()}
         write_report(folder / "report.html", title, _facts(config, counts), metrics, compared, certain)
@@ -107,6 +107,6 @@ def _facts(config: EvaluateConfig, counts: Mapping[str, int]) -> list[str]:
     facts = [
         ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in counts.items()),
         f"Frozen class tokens after the last norm, {config.preprocessing.crop_size} pixel center crops.",
-        f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and colour histograms, no network.",
+        f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and color histograms, no network.",
     ]
     return facts + [f"{CHAMPION} of {name}: {version}." for name, version in config.champions.items()]

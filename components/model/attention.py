@@ -20,7 +20,7 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
     """Scaled dot-product attention within each sequence: packed [T, 3 D] to [T, D].
 
     By torch's fused kernels: one for all groups where the device has it, otherwise one for each group; or on a CPU in
-    bfloat16 by matrix products, which are 2.5 times as fast there (components/training/README.md).
+    bfloat16 by matrix products, which are 2.5 times as fast there (components/LOG.md).
     """
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         mixed = _ProductAttention.apply(qkv, layout, num_heads)

@@ -83,12 +83,12 @@ def save_weights(
     validate(_WeightsDescription, description, str(folder / CONFIG_FILE))
     for name, state in states.items():
         check_finite(state, f"{folder / name}: not written", "training has diverged, export an earlier checkpoint")
-    with atomic_dir(folder) as aside:
+    with atomic_dir(folder) as staging:
         for name, state in states.items():
-            save_file(state, aside / name)
-            (aside / name).chmod(0o644)  # save_file lets only the owner read
+            save_file(state, staging / name)
+            (staging / name).chmod(0o644)  # save_file lets only the owner read
         try:
-            write_json(aside / CONFIG_FILE, description)
+            write_json(staging / CONFIG_FILE, description)
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{folder}: not written: provenance must be plain JSON values: {error}") from None
 

@@ -19,7 +19,7 @@ LayerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows have a direction `weight_v` and a trainable length `weight_g`.
 
-    Weight normalisation (arXiv 1602.07868). DINOv2, unlike DINO, leaves the length trainable.
+    Weight normalization (arXiv 1602.07868). DINOv2, unlike DINO, leaves the length trainable.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -42,7 +42,7 @@ class WeightNormLinear(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes (`dinov2/layers/dino_head.py`)."""
+    """MLP to a bottleneck, L2 normalization, weight-normalized prototypes (`dinov2/layers/dino_head.py`)."""
 
     def __init__(self, in_dim: int, config: HeadConfig) -> None:
         super().__init__()

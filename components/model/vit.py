@@ -115,7 +115,7 @@ class VisionTransformer(nn.Module):
         """Encode images into class, register and patch tokens after the last norm.
 
         Args:
-            images: [B, 3, H, W], normalised; H and W multiples of the patch size.
+            images: [B, 3, H, W], normalized; H and W multiples of the patch size.
             masks: [B, P] bool; true patches are replaced by the mask token before the first block.
 
         Raises:

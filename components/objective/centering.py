@@ -73,7 +73,7 @@ def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: 
 
     The scaled matrix is diag(u) E diag(v), so only u [M] and v [K] are computed: u = 1 / (E v), v = 1 / (u E), over E
     made in pieces. Two things more differ from the released code without changing its values. Its divisions by K and by
-    the global number of rows, and its first normalisation, cancel, so they are left out. It overflows once a logit
+    the global number of rows, and its first normalization, cancel, so they are left out. It overflows once a logit
     exceeds 88 * temp: here the largest logit of all ranks is subtracted first (cancels too) and exponents below -75 are
     raised to that, so that finite logits always give finite targets.
 
@@ -100,7 +100,7 @@ def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: 
 class SoftmaxCentering(nn.Module):
     """Softmax of logits less their running mean (`softmax_center_teacher` of `dinov2/loss/`; DINO eq. 4).
 
-    A batch is centred with the centre from before it; then the centre moves towards the mean of the rows of all ranks,
+    A batch is centered with the center from before it; then the center moves toward the mean of the rows of all ranks,
     in training mode only. Ranks with different numbers of masked patches count by rows; the released code averages
     the ranks' means, which is the same where the numbers are equal.
     """
@@ -114,7 +114,7 @@ class SoftmaxCentering(nn.Module):
 
     @torch.no_grad()
     def forward(self, teacher_logits: Tensor, teacher_temp: float) -> Targets:
-        """Centre and sharpen rows [M, K], which the result keeps. Every rank must call."""
+        """Center and sharpen rows [M, K], which the result keeps. Every rank must call."""
         shift = (self.center / teacher_temp)[0]
         if self.training:
             self._update(teacher_logits)
@@ -123,7 +123,7 @@ class SoftmaxCentering(nn.Module):
     def _update(self, logits: Tensor) -> None:
         rows = distributed.all_reduce_sum(self.center.new_tensor(float(len(logits))))
         total = distributed.all_reduce_sum(logits.sum(dim=0, keepdim=True, dtype=torch.float32))  # [1, K]
-        # Without a row anywhere the mean would be 0 / 0, and the centre stays. No branch: it would wait for the device.
+        # Without a row anywhere the mean would be 0 / 0, and the center stays. No branch: it would wait for the device.
         moved = self.center * self.momentum + total / rows.clamp(min=1) * (1 - self.momentum)
         self.center.copy_(torch.where(rows > 0, moved, self.center))
 

@@ -13,14 +13,14 @@ class GramConfig(Config):
     """Gram anchoring to frozen snapshots of the average. Defaults: DINOv3's `dinov3_vit7b16_gram_anchor.yaml`."""
 
     weight: float = Field(default=2.0, gt=0)
-    teacher_scale: Literal[1, 2] = 2  # 2: the snapshot sees the crops at twice the resolution, without colour changes
+    teacher_scale: Literal[1, 2] = 2  # 2: the snapshot sees the crops at twice the resolution, without color changes
     after_steps: int = Field(default=0, ge=0)  # of this run; the first snapshot is taken then
     snapshot_every_steps: int = Field(default=10_000, ge=1)
     max_snapshots: int = Field(default=4, ge=1)  # the first, and three that replace it
 
 
 class ObjectiveConfig(Config):
-    """DINO + iBOT + KoLeo. Defaults: DINOv2's `ssl_default_config.yaml`, centring as in its L/14 and g/14 recipes."""
+    """DINO + iBOT + KoLeo. Defaults: DINOv2's `ssl_default_config.yaml`, centering as in its L/14 and g/14 recipes."""
 
     dino_weight: float = Field(default=1.0, ge=0)
     ibot_weight: float = Field(default=1.0, ge=0)
@@ -28,4 +28,4 @@ class ObjectiveConfig(Config):
     student_temp: float = Field(default=0.1, gt=0)  # DINO and iBOT alike
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"  # softmax in the ImageNet-1k recipe
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100)
-    center_momentum: float = Field(default=0.9, ge=0, lt=1)  # of the softmax centring's running mean
+    center_momentum: float = Field(default=0.9, ge=0, lt=1)  # of the softmax centering's running mean

@@ -16,7 +16,7 @@ def dino_loss(targets: Targets, weight: float, student_temp: float) -> Prototype
         for each student crop s, for each teacher crop t != s:
             loss -= weight * mean over b of (probs[t, b] * log_softmax(logits[s, b] / temp)).sum()
 
-    The student's first G views are the teacher's crops, the others are local. Cross-entropy is linear in the target, so
+    The student's first G crops are the teacher's crops, the others are local. Cross-entropy is linear in the target, so
     the teacher crops paired with a student crop are summed first; with two of them, global crops swap targets.
 
     Args:
@@ -25,7 +25,7 @@ def dino_loss(targets: Targets, weight: float, student_temp: float) -> Prototype
         student_temp: positive.
 
     Returns:
-        A loss of two terms, local and global, over G + L views of B rows.
+        A loss of two terms, local and global, over G + L crops of B rows.
     """
     crops, batch = targets.logits.shape[:2]
 

@@ -20,18 +20,18 @@ class GramLoss:
     images, as in the released code (the paper writes a sum).
 
     Attributes:
-        anchor: [N, P, D'] patch features of the frozen network.
+        teacher: [N, P, D'] patch features of the frozen network.
         weight: of the term.
     """
 
-    anchor: Tensor
+    teacher: Tensor
     weight: float
 
     def __call__(self, patch_tokens: Tensor) -> Tensor:
         """The term for the student's patches [N, P, D] of the same images; [] float32, whatever the autocast dtype."""
         with torch.autocast(patch_tokens.device.type, enabled=False):
             unit = F.normalize(patch_tokens.float(), dim=-1)
-            loss: Any = _GramDifference.apply(unit, F.normalize(self.anchor.float(), dim=-1))
+            loss: Any = _GramDifference.apply(unit, F.normalize(self.teacher.float(), dim=-1))
             return self.weight * loss
 
 
@@ -54,10 +54,10 @@ class _GramDifference(torch.autograd.Function):
     """The mean squared difference, and its gradient with it: one image's matrices exist at a time."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, unit: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, unit: Tensor, teacher: Tensor) -> Tensor:
         images, patches, _ = unit.shape
         total, gradient = unit.new_zeros(()), torch.empty_like(unit)
-        for mine, theirs, into in zip(unit, anchor, gradient, strict=True):
+        for mine, theirs, into in zip(unit, teacher, gradient, strict=True):
             difference = mine @ mine.T - theirs @ theirs.T  # [P, P]
             total += difference.square().mean()
             torch.mm(difference, mine, out=into)

@@ -23,7 +23,7 @@ def ibot_loss(targets: Targets, masks: Tensor, weight: float, student_temp: floa
         student_temp: positive.
 
     Returns:
-        A loss of one term over one view of M rows.
+        A loss of one term over one crop of M rows.
 
     Raises:
         ValueError: `masks` does not have one true entry for each row of targets.

@@ -18,9 +18,9 @@ LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 @dataclass(frozen=True)
 class Term:
-    """One term's part for some rows: the cross-entropy of `views` of these rows with `target`."""
+    """One term's part for some rows: the cross-entropy of `crops` of these rows with `target`."""
 
-    views: slice  # of the student's V; each view belongs to one term
+    crops: slice  # of the student's V; each crop belongs to one term
     target: Tensor  # [V' or 1, n, K] float32, changed by nobody
     mass: int  # what a row of `target` sums to
 
@@ -29,7 +29,7 @@ class Term:
 class PrototypeLoss:
     """Weighted sum over rows of -(target * log_softmax(features . prototypes / temp)), for one head.
 
-    It is called with what the head's last layer has, [V * M, d] features of V student views of M rows, view-major, and
+    It is called with what the head's last layer has, [V * M, d] features of V student crops of M rows, crop-major, and
     the layer's weights, so that pieces of the logits can be made, used and forgotten, and the gradients with them.
 
     Attributes:
@@ -70,9 +70,9 @@ class _PrototypeLoss(torch.autograd.Function):
             prototypes = torch.empty_like(weight_v, dtype=dtype)
             for some in _blocks(weight_v):
                 prototypes[some] = weight_v[some] * scale[some]
-            views = max(1, len(features) // max(1, len(loss.weights)))
-            by_view = features.detach().to(dtype).view(views, len(loss.weights), features.shape[1])  # [V, M, d]
-            terms, into_features, into_v = _walk(by_view, prototypes, loss)
+            crops = max(1, len(features) // max(1, len(loss.weights)))
+            by_crop = features.detach().to(dtype).view(crops, len(loss.weights), features.shape[1])  # [V, M, d]
+            terms, into_features, into_v = _walk(by_crop, prototypes, loss)
             into_g = torch.empty_like(length)
             for some in _blocks(
                 weight_v
@@ -92,16 +92,16 @@ class _PrototypeLoss(torch.autograd.Function):
 
 def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
-    views, num_rows, _ = features.shape
+    crops, num_rows, _ = features.shape
     terms = torch.zeros(loss.num_terms, device=features.device)
     into_features = torch.empty_like(features)
     into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-    row_bytes = views * len(prototypes) * features.element_size()
+    row_bytes = crops * len(prototypes) * features.element_size()
     for rows in pieces(num_rows, row_bytes, LOGITS_BYTES.get(features.device.type, 2**25)):
         seen = features[:, rows].flatten(0, 1)
         logits = seen @ prototypes.T  # [V * n, K]
-        terms += _to_gradient(logits.unflatten(0, (views, -1)), rows.start, loss)
-        into_features[:, rows] = (logits @ prototypes).unflatten(0, (views, -1))
+        terms += _to_gradient(logits.unflatten(0, (crops, -1)), rows.start, loss)
+        into_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
         for some in _blocks(prototypes):
             into_prototypes[some] += logits[:, some].T @ seen
     return terms, into_features, into_prototypes
@@ -114,7 +114,7 @@ def _to_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
         of_loss = slice(start + rows.start, start + rows.stop)
         weights = loss.weights[of_loss, None]  # [n, 1]
         for number, term in enumerate(loss.terms(of_loss)):
-            part = logits[term.views, rows]  # [V', n, K]
+            part = logits[term.crops, rows]  # [V', n, K]
             if not part.numel():
                 continue
             scores = part.float().div_(loss.student_temp)

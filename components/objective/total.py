@@ -90,7 +90,7 @@ class Objective(nn.Module):
     dino_local and dino_global are dino_weight / T times the sum over their pairs; ibot is ibot_weight times the mean
     over all G B crops; koleo is koleo_weight times the sum over the G crops.
 
-    The centres of the softmax centring are buffers and belong into checkpoints.
+    The centers of the softmax centering are buffers and belong into checkpoints.
     """
 
     def __init__(self, config: ObjectiveConfig, dino_prototypes: int, ibot_prototypes: int) -> None:
@@ -101,7 +101,7 @@ class Objective(nn.Module):
             self.ibot_centering = SoftmaxCentering(ibot_prototypes, config.center_momentum)
 
     def targets(self, teacher: TeacherLogits, teacher_temp: float) -> TeacherTargets:
-        """Targets by the configured centring, which keep the logits. Every rank must call.
+        """Targets by the configured centering, which keep the logits. Every rank must call.
 
         Args:
             teacher: no gradient flows into its logits.

@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
         parents = {"initial_weights": path}
         check_sha256(path, config.init.sha256)
         start_backbone_from(student, published_tensors(path, shape))
-    networks = self_distillation(student, anchored=config.gram is not None)
+    networks = self_distillation(student, with_gram_teacher=config.gram is not None)
     job = Job("pretrain", config, networks, stream, config.masking, seed)
     outputs = Delivery(root, layout.weights("pretrained"), layout.report("pretrain"), parents)
     return train_and_deliver(job, outputs)

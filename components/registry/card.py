@@ -67,7 +67,7 @@ def render_card(facts: CardFacts) -> str:
         f"Data checks: {facts.validation}.",
         _table(("", ""), [_row(v) for v in (origin.curated, *origin.pool)]),
         f"Trained on {facts.curated.num_rows} images:",
-        _table(("source", "licence", "images"), sources(facts.curated)),
+        _table(("source", "license", "images"), sources(facts.curated)),
         "## Evaluation",
         _evaluation(facts.evaluation),
         "Measured on: "
@@ -78,7 +78,7 @@ def render_card(facts: CardFacts) -> str:
 
 
 def sources(manifest: pa.Table) -> list[tuple[str, str, str]]:
-    """(source, licence, number of images), by source."""
+    """(source, license, number of images), by source."""
     counts = manifest.group_by(["source", "license"]).aggregate([("image_id", "count")]).to_pylist()
     return sorted((row["source"], row["license"], str(row["image_id_count"])) for row in counts)
 

@@ -25,7 +25,7 @@ BATCH = 32
 
 
 class EmbeddingModel(PythonModel):
-    """Class token of the backbone after its last norm, not normalised to unit length."""
+    """Class token of the backbone after its last norm, not normalized to unit length."""
 
     def load_context(self, context: Any) -> None:
         """Read the weights; called once by MLflow."""

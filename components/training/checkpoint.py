@@ -159,12 +159,12 @@ class Checkpoints:
         """
         self.wait()
         step = progress.steps_done
-        aside = self._store.aside(step)
+        staging = self._store.staging(step)
         if rank() == 0:
-            for left in aside.parent.glob(".step_*"):  # by a try that was killed
+            for left in staging.parent.glob(".step_*"):  # by a try that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            aside.mkdir(parents=True)
-            _copy_reports(self.folder, aside)  # a run that goes on elsewhere has its first rows too
+            staging.mkdir(parents=True)
+            _copy_reports(self.folder, staging)  # a run that goes on elsewhere has its first rows too
         barrier()
         writer = WholeWriter(self._store, step, asdict(progress))
         writing = async_save(_tensors(training), storage_writer=writer, process_group=self._group)
@@ -261,8 +261,8 @@ def _tensors(training: TrainingStep) -> dict[str, Tensor]:
     """The tensors themselves, by name: all that changes in a run. A frozen teacher's digest is in the run's key."""
     networks = training.networks
     modules = {"student": networks.student, "ema": networks.ema, "objective": training.objective}
-    if networks.anchor is not None:
-        modules["anchor"] = networks.anchor
+    if networks.gram_teacher is not None:
+        modules["gram_teacher"] = networks.gram_teacher
     tensors = {
         f"{prefix}/{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
     }

@@ -56,7 +56,7 @@ class Store(Protocol):
         """Where a checkpoint lies, for a person."""
         ...
 
-    def aside(self, step: int) -> Path:
+    def staging(self, step: int) -> Path:
         """The folder in which its files are written first."""
         ...
 
@@ -95,7 +95,7 @@ class LocalStore:
         """Its folder."""
         return str(self._path(step))
 
-    def aside(self, step: int) -> Path:
+    def staging(self, step: int) -> Path:
         """A hidden folder beside it."""
         return self._folder / f".step_{step}"
 
@@ -104,9 +104,9 @@ class LocalStore:
 
     def commit(self, step: int, index: Mapping[str, Any]) -> None:
         """Rename the folder into place; drop the oldest."""
-        write_json(self.aside(step) / INDEX, index)
+        write_json(self.staging(step) / INDEX, index)
         shutil.rmtree(self._path(step), ignore_errors=True)
-        self.aside(step).rename(self._path(step))
+        self.staging(step).rename(self._path(step))
         for old in self.steps()[:-KEEP]:
             shutil.rmtree(self._path(old))
 
@@ -145,7 +145,7 @@ class S3Store:
         """Its address."""
         return f"{self._uri}/step_{step}"
 
-    def aside(self, step: int) -> Path:
+    def staging(self, step: int) -> Path:
         """A hidden folder in the scratch folder."""
         return self._scratch / f".step_{step}"
 
@@ -160,7 +160,7 @@ class S3Store:
         with s3_errors(f"{self.describe(step)}/{INDEX}"):
             body = json.dumps(index, indent=2, sort_keys=True).encode()
             self._connect(step).put_object(Bucket=self._bucket, Key=self._key(step, INDEX), Body=body)
-        shutil.rmtree(self.aside(step), ignore_errors=True)
+        shutil.rmtree(self.staging(step), ignore_errors=True)
         for old in self.steps()[:-KEEP]:
             self._delete(f"step_{old}/")
 
@@ -215,7 +215,7 @@ class WholeWriter(HuggingFaceStorageWriter):
     """Writes each rank's shards as safetensors, and hands them to a store, which shows them once all are there."""
 
     def __init__(self, store: Store, step: int, progress: Mapping[str, int]) -> None:
-        super().__init__(str(store.aside(step)), save_distributed=True)
+        super().__init__(str(store.staging(step)), save_distributed=True)
         self._store, self._step, self._progress = store, step, progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

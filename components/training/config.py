@@ -1,4 +1,4 @@
-"""What every kind of training shares: length, batch, optimiser, schedules, crops and objective.
+"""What every kind of training shares: length, batch, optimizer, schedules, crops and objective.
 
 Defaults are those of ViT-L/14 on ImageNet-22k: dinov2/configs/train/vitl14.yaml at commit b8931f7, and
 arXiv:2304.07193, Table 16.
@@ -63,11 +63,11 @@ class EmaConfig(Config):
 
 
 class KnnProbeConfig(Config):
-    """Accuracy of nearest neighbours on some labelled images of data/evaluation, while training goes on."""
+    """Accuracy of nearest neighbors on some labeled images of data/evaluation, while training goes on."""
 
     every_steps: PositiveInt
     num_images: int = Field(default=1_000, ge=2)  # held in memory; a fifth of them are test images
-    num_neighbours: PositiveInt = 20
+    num_neighbors: PositiveInt = 20
 
 
 class AlertConfig(Config):
@@ -84,7 +84,7 @@ class EnergyConfig(Config):
     """Energy = power x hours x PUE; CO2e = energy x intensity. Defaults: arXiv:2304.07193, Table 14."""
 
     device_watts: PositiveFloat | None = None  # of a GPU, or a CPU's rank; None: a known GPU's limit (A100: 400)
-    pue: float = Field(default=1.1, ge=1.0)  # power usage effectiveness of the data centre
+    pue: float = Field(default=1.1, ge=1.0)  # power usage effectiveness of the data center
     kg_co2e_per_kwh: float = Field(default=0.385, ge=0.0)
 
 
@@ -92,7 +92,7 @@ class MonitorConfig(Config):
     """What is watched beside the losses. Nothing here changes what is trained."""
 
     knn: KnnProbeConfig | None = None
-    pictures_every_steps: PositiveInt | None = None  # colours of patch features, to the tracker; None: at the ends only
+    pictures_every_steps: PositiveInt | None = None  # colors of patch features, to the tracker; None: at the ends only
     alerts: AlertConfig = AlertConfig()
     energy: EnergyConfig = EnergyConfig()
 
@@ -124,7 +124,7 @@ class TrainingConfig(Config):
     ema: EmaConfig = EmaConfig()
 
     @property
-    def half(self) -> bool:
+    def bfloat16(self) -> bool:
         """Whether networks compute in bfloat16; not to be asked before `resolve_precision`."""
         assert self.precision != "auto", "precision is not resolved yet"
         return self.precision == "bfloat16"
@@ -147,7 +147,7 @@ class TrainingConfig(Config):
         check_divisible("batch_size", self.batch_size, name, num_ranks, least)
         if self.batch_size < least:
             raise ValueError(
-                f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbour: "
+                f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbor: "
                 f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to 0"
             )
 

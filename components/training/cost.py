@@ -72,21 +72,21 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
 
 
 def training_flops(
-    networks: Networks, crops: CropConfig, masking: MaskingConfig | None, anchor_scale: int | None = None
+    networks: Networks, crops: CropConfig, masking: MaskingConfig | None, gram_scale: int | None = None
 ) -> float:
     """Operations that one image costs in training: its crops through the student and back, and through the teacher.
 
-    With an `anchor_scale`, a Gram anchor too sees the global crops, made so many times as large.
+    With an `gram_scale`, a Gram teacher too sees the global crops, made so many times as large.
 
     What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
-    definition of model FLOPs utilisation (arXiv 2204.02311, appendix B) that is no useful work.
+    definition of model FLOPs utilization (arXiv 2204.02311, appendix B) that is no useful work.
     """
     student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
     total = NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, crops.global_size)
     total += _heads(networks.teacher, NUM_GLOBAL, patches)
-    if anchor_scale is not None:
-        total += NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, anchor_scale * crops.global_size)
+    if gram_scale is not None:
+        total += NUM_GLOBAL * backbone_flops(networks.teacher.backbone.config, gram_scale * crops.global_size)
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)

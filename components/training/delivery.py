@@ -117,7 +117,7 @@ def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Train
     config = job.config
     facts = {"seed": job.seed, "dataset_sha256": job.stream.digest}
     facts |= {f"{name}_sha256": digest for name, digest in parents.items()}
-    other = config.model_copy(update={"precision": "float32" if config.half else "bfloat16"})
+    other = config.model_copy(update={"precision": "float32" if config.bfloat16 else "bfloat16"})
     key = run_key(job.name, config, facts)
     known = {"stage": job.name, "config": config.model_dump(mode="json"), **facts, "run_key": key}
     return Training(root, job.name, config, known, key, run_key(job.name, other, facts))
@@ -195,7 +195,7 @@ def _tell_of_other_precision(training: Training) -> None:
     config = training.config
     steps = _checkpoints(training.root, training.other_key, config).newest()
     if steps is not None and rank() == 0:
-        stage, other = training.name.partition("/")[0], "float32" if config.half else "bfloat16"
+        stage, other = training.name.partition("/")[0], "float32" if config.bfloat16 else "bfloat16"
         logger.warning(
             "%s: starts anew in %s, although step %d of %d is done in %s; to go on from there, stop it and set %s",
             *(training.name, config.precision, steps, config.steps, other, f"{stage}.precision={other}"),
@@ -204,15 +204,15 @@ def _tell_of_other_precision(training: Training) -> None:
 
 def _probes(job: Job, training: Training, images: NDArray[np.uint8]) -> Probes:
     average, pictures = job.networks.ema, job.config.monitor.pictures_every_steps
-    labelled = _labelled(job.config, training.root)
-    knn = partial(labelled.top1, average) if labelled else None
+    labeled = _labeled(job.config, training.root)
+    knn = partial(labeled.top1, average) if labeled else None
     return Probes(knn, partial(show_progress, average, images, training.folder) if pictures else None)
 
 
-def _labelled(config: TrainingConfig, root: Path) -> KnnProbe | None:
+def _labeled(config: TrainingConfig, root: Path) -> KnnProbe | None:
     if config.monitor.knn is None:
         return None
-    return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, half=config.half)
+    return load_probe(Layout(root).evaluation, config.monitor.knn, config.crops.global_size, bfloat16=config.bfloat16)
 
 
 def forget(root: Path, key: str) -> None:
@@ -226,12 +226,12 @@ def _keep(training: Training, shipped: Network, provenance: dict[str, Any], pca:
     Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
     """
     folder = training.folder
-    with atomic_dir(training.kept) as aside:
-        save_weights(aside / WEIGHTS, shipped.backbone, shipped.heads, provenance)
-        save_picture(pca, aside / PCA)
+    with atomic_dir(training.kept) as staging:
+        save_weights(staging / WEIGHTS, shipped.backbone, shipped.heads, provenance)
+        save_picture(pca, staging / PCA)
         for path in (folder / LOSSES, folder / CROPS, *folder.glob(ALERTS), *folder.glob(PROGRESS)):
-            shutil.copyfile(path, aside / path.name)
-        write_json(aside / DIGEST, {WEIGHTS: sha256_dir(aside / WEIGHTS)})
+            shutil.copyfile(path, staging / path.name)
+        write_json(staging / DIGEST, {WEIGHTS: sha256_dir(staging / WEIGHTS)})
     for old in training.kept.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may forget it just now
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:

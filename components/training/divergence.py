@@ -55,7 +55,7 @@ class Dump:
         path = folder / f"diverged_step_{self.step}"
         path.mkdir(parents=True, exist_ok=True)
         tensors = {"global_crops": batch.global_crops, "local_crops": batch.local_crops}
-        optional = {"masks": batch.masks, "anchor_crops": batch.anchor_crops}
+        optional = {"masks": batch.masks, "gram_crops": batch.gram_crops}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         save_file(tensors, _tensors(path, rank()))
         values = {name: repr(value) for name, value in self.error.values.items()}  # JSON has no NaN
@@ -71,7 +71,7 @@ def read_dumped_batch(path: Path, number: int = 0) -> tuple[int, Batch]:
     """The step of a dump, and what rank `number` trained on in it, for looking at it and for taking the step again."""
     tensors = load_file(_tensors(path, number))
     step = int(json.loads((path / "dump.json").read_text())["step"])
-    optional = tensors.get("masks"), [], tensors.get("anchor_crops")
+    optional = tensors.get("masks"), [], tensors.get("gram_crops")
     return step, Batch(tensors["global_crops"], tensors["local_crops"], *optional)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.core.distributed import own_part, part_like
+from components.core.distributed import local_shard, shard_like
 from components.model.config import HeadConfig, ViTConfig
 from components.model.export import WeightsError, open_backbone, open_heads
 from components.model.head import ProjectionHead
@@ -115,7 +115,7 @@ def fill(networks: Sequence[Network]) -> None:
         missing = set(parameters[0])
         for name, value in values():
             for own in parameters:
-                own_part(own[name]).copy_(part_like(value, own[name]))
+                local_shard(own[name]).copy_(shard_like(value, own[name]))
             missing.discard(name)
         assert not missing, f"no initial values for {sorted(missing)}"
         for network in alike:

@@ -1,4 +1,4 @@
-"""How well the average tells a small labelled set's classes apart while it trains, by its nearest neighbours."""
+"""How well the average tells a small labeled set's classes apart while it trains, by its nearest neighbors."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ CHUNK = 64  # images at once
 
 
 class KnnProbe:
-    """Some labelled images in memory, as the evaluation crops them; nothing learns from them."""
+    """Some labeled images in memory, as the evaluation crops them; nothing learns from them."""
 
-    def __init__(self, images: Tensor, labels: Labels, num_neighbours: int, half: bool) -> None:
+    def __init__(self, images: Tensor, labels: Labels, num_neighbors: int, bfloat16: bool) -> None:
         """Labels are those of the images: train and test are indices into [N, 3, S, S] uint8."""
-        self._images, self._labels, self._half = images, labels, half
-        self._neighbours = min(num_neighbours, len(labels.train))
+        self._images, self._labels, self._bfloat16 = images, labels, bfloat16
+        self._neighbors = min(num_neighbors, len(labels.train))
 
     def top1(self, network: Network) -> float:
         """Accuracy in [0, 1]; every rank must call, since they may share the weights."""
         device = next(network.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
             parts = [network.class_tokens(to_input(part.to(device))) for part in self._images.split(CHUNK)]
         features = torch.cat([part.float().cpu() for part in parts]).numpy()  # [N, D]
         labels = self._labels
-        found = nearest(features[labels.test], features[labels.train], self._neighbours)
+        found = nearest(features[labels.test], features[labels.train], self._neighbors)
         votes = labels.targets[labels.train][found.indices]
-        predictions = knn_predictions(found.similarities, votes, [self._neighbours], TEMPERATURE)
-        return top1_accuracy(predictions[self._neighbours], labels.targets[labels.test])
+        predictions = knn_predictions(found.similarities, votes, [self._neighbors], TEMPERATURE)
+        return top1_accuracy(predictions[self._neighbors], labels.targets[labels.test])
 
 
-def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, half: bool) -> KnnProbe | None:
-    """A probe of at most `num_images` of the labelled images of `folder`; None, and a warning, where it has none.
+def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, bfloat16: bool) -> KnnProbe | None:
+    """A probe of at most `num_images` of the labeled images of `folder`; None, and a warning, where it has none.
 
     Args:
         folder: data/evaluation.
-        config: how many images and neighbours.
+        config: how many images and neighbors.
         crop_size: pixels.
-        half: whether the network runs in bfloat16.
+        bfloat16: whether the network runs in bfloat16.
     """
     found = read_evaluation_set(folder) if snapshot_manifests(folder) else None
     if found is None or found.labels is None:
-        logger.warning("%s holds no labelled images: no kNN while training (monitor.knn)", folder)
+        logger.warning("%s holds no labeled images: no kNN while training (monitor.knn)", folder)
         return None
     # Images are in the order of their SHA-256, so the first of them are drawn at random, and always the same.
     test = found.labels.test[: max(config.num_images // TEST_SHARE, 1)]
@@ -67,7 +67,7 @@ def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, half: bo
     rows = np.concatenate([train, test])
     places = np.arange(len(rows))
     labels = Labels(found.labels.classes, found.labels.targets[rows], places[: len(train)], places[len(train) :])
-    return KnnProbe(_read(found, rows, crop_size), labels, config.num_neighbours, half)
+    return KnnProbe(_read(found, rows, crop_size), labels, config.num_neighbors, bfloat16)
 
 
 def _read(images: EvaluationSet, rows: NDArray[np.int64], crop_size: int) -> Tensor:

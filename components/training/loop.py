@@ -61,7 +61,7 @@ class Job:
         plan = BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
         if config.gram is None:
             return plan
-        return replace(plan, anchor_scale=config.gram.teacher_scale, anchored_from=config.gram.after_steps)
+        return replace(plan, gram_scale=config.gram.teacher_scale, gram_after_steps=config.gram.after_steps)
 
     def training_step(self) -> TrainingStep:
         """The networks prepared for training, with their initial values; called once."""
@@ -228,8 +228,8 @@ def note(rows: Sequence[Row]) -> str:
 
 def _flops_per_image(job: Job, steps_done: int) -> float:
     plan = job.batch_plan()
-    anchored = job.networks.anchor is not None and steps_done > plan.anchored_from
-    return training_flops(job.networks, job.config.crops, job.masking, plan.anchor_scale if anchored else None)
+    gram_active = job.networks.gram_teacher is not None and steps_done > plan.gram_after_steps
+    return training_flops(job.networks, job.config.crops, job.masking, plan.gram_scale if gram_active else None)
 
 
 def _instruments(job: Job, alerts: Alerts, probes: Probes, flops_per_image: Callable[[int], float]) -> Instruments:

@@ -139,7 +139,7 @@ class Monitor:
     def _speed(self, seconds: float, steps_done: int) -> Row:
         rate = self._steps * self._config.batch_size / seconds
         tools, device = self._instruments, self._sums["total"].device
-        peak = tools.peak_flops if self._config.half else None  # it is of bfloat16
+        peak = tools.peak_flops if self._config.bfloat16 else None  # it is of bfloat16
         peaks = _of_ranks({"gib": _peak_memory_gib(device)}, device)["gib"]
         return {
             "images_per_second": rate,
@@ -179,7 +179,7 @@ class TargetFigures:
 
 
 def describe_targets(teacher_logits: Tensor, teacher_temp: float) -> TargetFigures:
-    """Figures of the teacher's softmax with the mean of the rank's crops as centre; every rank must call.
+    """Figures of the teacher's softmax with the mean of the rank's crops as center; every rank must call.
 
     Args:
         teacher_logits: [N, K].

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from components.core.distributed import own_part
+from components.core.distributed import local_shard
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer, ViTOutput
 from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
@@ -44,7 +44,7 @@ class Network(nn.Module):
         loss_masks: Tensor,
         losses: HeadLosses,
     ) -> StudentOutput:
-        """The student's view, masked global crops and local crops in one pass, up to the losses of its heads.
+        """Student forward: masked global crops and local crops in one pass, up to the losses of its heads.
 
         Args:
             global_crops: [G*B, 3, H, W].
@@ -62,7 +62,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
-        """The teacher's view: whole global crops.
+        """Teacher forward: unmasked global crops.
 
         Args:
             global_crops: [G*B, 3, H, W].
@@ -82,10 +82,10 @@ class Network(nn.Module):
         return self.backbone(images).patch_tokens
 
     @torch.no_grad()
-    def follow(self, student: Network, momentum: float) -> None:
+    def update_ema(self, student: Network, momentum: float) -> None:
         """Move every parameter to momentum * own + (1 - momentum) * the student's."""
-        own = [own_part(parameter) for parameter in self.parameters()]  # sharded alike, so part goes to part
-        theirs = [own_part(parameter) for parameter in student.parameters()]
+        own = [local_shard(parameter) for parameter in self.parameters()]  # sharded alike, so part goes to part
+        theirs = [local_shard(parameter) for parameter in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -109,24 +109,25 @@ class Networks:
         student: is trained.
         teacher: sets the targets.
         ema: moving average of the student, which ships.
-        anchor: a snapshot of `ema` that Gram anchoring compares patches with; None without it.
+        gram_teacher: a snapshot of `ema` that Gram anchoring compares patches with; None without it.
     """
 
     student: Network
     teacher: Network
     ema: Network
-    anchor: Network | None = None
+    gram_teacher: Network | None = None
 
     def distinct(self) -> list[Network]:
         """Each network once."""
-        named = (self.student, self.teacher, self.ema, self.anchor)
+        named = (self.student, self.teacher, self.ema, self.gram_teacher)
         return list({id(network): network for network in named if network is not None}.values())
 
 
-def self_distillation(student: Network, *, anchored: bool = False) -> Networks:
-    """A student taught by its own moving average, which starts as its copy; `anchored` if Gram anchoring is used."""
+def self_distillation(student: Network, *, with_gram_teacher: bool = False) -> Networks:
+    """Return a student taught by its own moving average, which starts as its copy."""
     ema = _frozen(copy.deepcopy(student))
-    return Networks(student.train(), teacher=ema, ema=ema, anchor=copy.deepcopy(ema) if anchored else None)
+    gram_teacher = copy.deepcopy(ema) if with_gram_teacher else None
+    return Networks(student.train(), teacher=ema, ema=ema, gram_teacher=gram_teacher)
 
 
 def distillation(student: Network, teacher: Network) -> Networks:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from components.core.distributed import whole
+from components.core.distributed import full_tensor
 from components.training.config import OptimizerConfig
 from components.training.networks import Network
 from components.training.schedules import StepValues
@@ -19,7 +19,7 @@ EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_t
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """How the optimiser treats a parameter; parameters of one role form one group."""
+    """How the optimizer treats a parameter; parameters of one role form one group."""
 
     lr_factor: float
     decays: bool
@@ -99,5 +99,5 @@ def clip_gradients(network: nn.Module, max_norm: float | None) -> dict[str, Tens
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        norms[name] = whole(norm)
+        norms[name] = full_tensor(norm)
     return norms

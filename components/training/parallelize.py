@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from components.core.distributed import is_distributed, rank, whole
+from components.core.distributed import full_tensor, is_distributed, rank
 from components.core.errors import EngineError, OutOfMemoryError, known
 from components.core.mlflow_client import TrackingError
 from components.core.storage import StorageError
@@ -87,7 +87,7 @@ def parallelize(networks: Networks, config: TrainingConfig, device: torch.device
     if is_distributed() and config.sharding == "fsdp":
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for network in new:
-            _shard(network, mesh, config.half)
+            _shard(network, mesh, config.bfloat16)
     _set_initial_values(new, device)
     if is_distributed() and config.sharding == "ddp":
         return DistributedDataParallel(networks.student, [device.index] if device.type == "cuda" else None)
@@ -111,7 +111,7 @@ def gather(network: Network) -> Network | None:
         return network if rank() == 0 else None
     tensors = {}
     for name, tensor in network.state_dict().items():
-        value = whole(tensor)
+        value = full_tensor(tensor)
         if rank() == 0:
             tensors[name] = value.cpu()
     if rank() > 0:
@@ -123,8 +123,8 @@ def gather(network: Network) -> Network | None:
     return gathered.eval().requires_grad_(False)
 
 
-def _shard(network: Network, mesh: DeviceMesh, half: bool) -> None:
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+def _shard(network: Network, mesh: DeviceMesh, bfloat16: bool) -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
     # torch warns of in-place changes to what a module returns, which nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in (*network.backbone.blocks, network.dino_head, network.ibot_head, network):

@@ -1,4 +1,4 @@
-"""Pictures of a training run: the crops that it really trains on, and the colours of its patch features."""
+"""Pictures of a training run: the crops that it really trains on, and the colors of its patch features."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def resolve_precision(config: ConfigT, stage: str) -> ConfigT:
     device = training_device()
     if config.precision == "auto":
         lacking = float(not has_bfloat16(device))
-        half = not all_reduce_sum(torch.tensor(lacking, device=device))
-        config = config.model_copy(update={"precision": "bfloat16" if half else "float32"})
+        bfloat16 = not all_reduce_sum(torch.tensor(lacking, device=device))
+        config = config.model_copy(update={"precision": "bfloat16" if bfloat16 else "float32"})
         if rank() == 0:
-            found = "has" if half else "does not have"
+            found = "has" if bfloat16 else "does not have"
             logger.info("%s: precision is %s: %s %s bfloat16", stage, config.precision, device.type.upper(), found)
     tag_run({"pedigree.precision": config.precision})
     return config

@@ -65,9 +65,9 @@ class TrainingStep:
         self.accumulation_steps = config.accumulation_steps
         self._clip_norm = config.optimizer.clip_grad_norm
         self._device_type = device.type
-        self._half = config.half
+        self._bfloat16 = config.bfloat16
         self._seed = seed
-        self._gram, self._anchored = config.gram, False
+        self._gram, self._gram_active = config.gram, False
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
         """Train on a normalized batch, in `accumulation_steps` parts of equally many images.
@@ -102,7 +102,7 @@ class TrainingStep:
         set_values(self.optimizer, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.networks.ema.follow(self.networks.student, values.ema_momentum)
+        self.networks.ema.update_ema(self.networks.student, values.ema_momentum)
         return _joined(outputs, terms, grad_norms)
 
     def _loss_masks(self, batch: Batch) -> Tensor:
@@ -146,12 +146,12 @@ class TrainingStep:
         return losses.total, StepOutput(terms, {}, tokens, targets.global_cls.logits, student.cls_patch_cosine)
 
     def _gram_loss(self, batch: Batch, num_patches: int) -> GramLoss | None:
-        if self._gram is None or self.networks.anchor is None or not self._anchored:
+        if self._gram is None or self.networks.gram_teacher is None or not self._gram_active:
             return None
-        if batch.anchor_crops is None:
-            return GramLoss(self.networks.anchor.patch_tokens(batch.global_crops), self._gram.weight)
-        anchor = self.networks.anchor.patch_tokens(batch.anchor_crops)
-        return GramLoss(to_grid(anchor, num_patches), self._gram.weight)
+        if batch.gram_crops is None:
+            return GramLoss(self.networks.gram_teacher.patch_tokens(batch.global_crops), self._gram.weight)
+        gram = self.networks.gram_teacher.patch_tokens(batch.gram_crops)
+        return GramLoss(to_grid(gram, num_patches), self._gram.weight)
 
     @contextmanager
     def _reduced(self, *, last: bool) -> Iterator[None]:
@@ -163,16 +163,16 @@ class TrainingStep:
             yield
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device_type, torch.bfloat16, enabled=self._half)
+        return torch.autocast(self._device_type, torch.bfloat16, enabled=self._bfloat16)
 
     def _take_snapshot(self, step: int) -> None:
         """Set the anchor to the average where this step is due to, and say whether the step is anchored."""
-        if self._gram is None or self.networks.anchor is None:
+        if self._gram is None or self.networks.gram_teacher is None:
             return
         number, rest = divmod(step - self._gram.after_steps, self._gram.snapshot_every_steps)
-        self._anchored = number >= 0
+        self._gram_active = number >= 0
         if rest == 0 and 0 <= number < self._gram.max_snapshots:
-            self.networks.anchor.follow(self.networks.ema, 0.0)
+            self.networks.gram_teacher.update_ema(self.networks.ema, 0.0)
 
 
 def _joined(parts: list[StepOutput], terms: dict[str, Tensor], grad_norms: dict[str, Tensor]) -> StepOutput:
@@ -191,9 +191,9 @@ def split_images(batch: Batch, parts: int) -> list[Batch]:
         by_crop = rows.unflatten(0, (-1, images)) if len(rows) else rows.unsqueeze(1).expand(0, images, *rows.shape[1:])
         return [part.flatten(0, 1) for part in by_crop.tensor_split(parts, dim=1)]
 
-    optional = [[None] * parts if rows is None else cut(rows) for rows in (batch.masks, batch.anchor_crops)]
+    optional = [[None] * parts if rows is None else cut(rows) for rows in (batch.masks, batch.gram_crops)]
     cuts = zip(cut(batch.global_crops), cut(batch.local_crops), *optional, strict=True)
-    return [Batch(large, small, hidden, batch.skipped, anchor) for large, small, hidden, anchor in cuts]
+    return [Batch(large, small, hidden, batch.skipped, gram) for large, small, hidden, gram in cuts]
 
 
 def _check_losses(terms: dict[str, Tensor], step: int) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     source: Annotated[str, typer.Argument(help="Folder, s3://bucket/prefix, tar shards or Parquet with image bytes.")],
     name: Annotated[str, typer.Option(help="Name of the source in the pool: small letters, digits, hyphens.")],
-    license_: Annotated[str, typer.Option("--license", help="Licence under which the images may be used.")],
+    license_: Annotated[str, typer.Option("--license", help="License under which the images may be used.")],
     holdout: Annotated[float | None, typer.Option(help="Share held out for evaluation, such as 0.2.")] = None,
     evaluation: Annotated[bool, typer.Option(help="The whole source is an evaluation set.")] = False,
     max_pixels: Annotated[int | None, typer.Option(help="Largest image that is decoded; default 50 million.")] = None,
@@ -64,7 +64,7 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
 def _as_dict(done: Ingested) -> dict[str, Any]:
     report = done.report
     fields = ("seen", "stored", "held_out", "already_present", "rejected", "bytes_stored", "source_version")
-    fields += ("ignored", "labels", "unlabelled")
+    fields += ("ignored", "labels", "unlabeled")
     snapshots = {key: str(getattr(report, key) or "") or None for key in ("pool_snapshot", "evaluation_snapshot")}
     started = [asdict(each) for each in done.retraining]
     found = {key: getattr(report, key) for key in fields}

@@ -44,7 +44,7 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
     images: Annotated[
         Path | None, typer.Option(help="A folder of your own images, instead of the sample pool.")
     ] = None,
-    license_: Annotated[str, typer.Option("--license", help="Licence of those images.")] = NOT_STATED,
+    license_: Annotated[str, typer.Option("--license", help="License of those images.")] = NOT_STATED,
     name: Annotated[
         str | None, typer.Option(help="Name of those images as a source; default: the folder's name.")
     ] = None,
@@ -134,7 +134,7 @@ def _make_sample(checkout: Path) -> None:
         counts = [sum(path.is_file() for path in (folder / part).rglob("*")) for part in ("pool", "evaluation")]
         logging.getLogger(__name__).info(
             "the pool is empty, so the run takes the sample: %d files, tiles of %d photographs with copies and broken "
-            "files among them, and %d labelled images to evaluate on; look at them in %s",
+            "files among them, and %d labeled images to evaluate on; look at them in %s",
             *(counts[0], len(PHOTOGRAPHS), counts[1], folder),
         )
 

@@ -41,7 +41,7 @@ class Row:
 
 @command()
 def list_sources() -> Answer:
-    """List the sources: images, licence, where from, and which runs take them.
+    """List the sources: images, license, where from, and which runs take them.
 
     `every run`: it was ingested to stay. `its own run`: it was given by `pedigree run --images`, and no other run takes
     it. Works without the services.
@@ -137,7 +137,7 @@ def _licenses(one: Snapshot) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("source", "taken by", "training", "evaluation", "size", "licence", "ingested", "by", "from"):
+    for column in ("source", "taken by", "training", "evaluation", "size", "license", "ingested", "by", "from"):
         table.add_column(column, overflow="fold", no_wrap=column == "source")
     for row in rows:
         counts = ("?" if count is None else f"{count:,}" for count in (row.training_images, row.evaluation_images))

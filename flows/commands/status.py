@@ -14,7 +14,7 @@ from flows.commands.decorators import Answer, command
 from infra.local import supervisor
 from infra.local.site import Site, StackError
 
-COLOURS = {"healthy": "green", "unhealthy": "yellow", "dead": "red", "stopped": "dim"}
+COLORS = {"healthy": "green", "unhealthy": "yellow", "dead": "red", "stopped": "dim"}
 
 
 @command()
@@ -32,7 +32,7 @@ def status(
 def _show(found: list[supervisor.Status], credentials: bool) -> None:
     table = Table("service", "state", "address", "pid", "log", box=None, pad_edge=False)
     for service in found:
-        state = f"[{COLOURS[service.state]}]{service.state}[/]"
+        state = f"[{COLORS[service.state]}]{service.state}[/]"
         log = Path(service.log)
         shown = log.relative_to(Path.cwd()) if log.is_relative_to(Path.cwd()) else log
         table.add_row(service.service, state, service.url, str(service.pid or ""), str(shown))

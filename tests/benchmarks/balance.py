@@ -77,8 +77,8 @@ def describe(image: Image.Image) -> NDArray[np.float32]:
     return descriptor.describe([image])[0]
 
 
-def shape_and_colour(image: Image.Image) -> NDArray[np.float32]:
-    """Histograms of gradients, of the picture on a white square, beside one of its colours."""
+def shape_and_color(image: Image.Image) -> NDArray[np.float32]:
+    """Histograms of gradients, of the picture on a white square, beside one of its colors."""
     small = image.copy()
     small.thumbnail((64, 64))
     square = Image.new("RGB", (64, 64), "white")
@@ -86,9 +86,9 @@ def shape_and_colour(image: Image.Image) -> NDArray[np.float32]:
     pixels = np.asarray(square) / 255
     gradients = hog(pixels, 9, (16, 16), (2, 2), channel_axis=2)
     ranges = ((0, 100.01), (-90, 90), (-90, 90))
-    colours = np.histogramdd(rgb2lab(pixels).reshape(-1, 3), bins=(4, 5, 5), range=ranges)[0].ravel()
+    colors = np.histogramdd(rgb2lab(pixels).reshape(-1, 3), bins=(4, 5, 5), range=ranges)[0].ravel()
     shape = gradients / max(float(np.linalg.norm(gradients)), 1e-9)
-    return np.concatenate([shape, 0.7 * np.sqrt(colours / colours.sum())]).astype(np.float32)
+    return np.concatenate([shape, 0.7 * np.sqrt(colors / colors.sum())]).astype(np.float32)
 
 
 def network_features() -> Embed:
@@ -201,7 +201,7 @@ def run(
 ) -> None:
     """Print a Markdown table of class entropies, in bits: mean of three seeds, and their range."""
     images, classes = read_pictures(folder)
-    embedders = {"descriptor": describe, "shape and colour": shape_and_colour, "network": network_features()}
+    embedders = {"descriptor": describe, "shape and color": shape_and_color, "network": network_features()}
     if weights is not None:
         embedders[weights.stem] = torchscript_features(weights)
     pools = [digits()]

@@ -1,7 +1,7 @@
 """Images a second of the stage `embed` against the plain loop that one would write with Pillow and torch; one core.
 
 Ours reads shards by offset, checks every image's hash, refuses bombs, scores each image (gray share, entropy) and keeps
-its results whole or not at all; the plain loop opens files, decodes, resizes, normalises and runs the same network.
+its results whole or not at all; the plain loop opens files, decodes, resizes, normalizes and runs the same network.
 """
 
 from __future__ import annotations

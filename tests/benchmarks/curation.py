@@ -80,7 +80,7 @@ def dedup(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
 
 
 def exact(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
-    """The same neighbours by plain FAISS: a flat index in memory, every product."""
+    """The same neighbors by plain FAISS: a flat index in memory, every product."""
     import faiss
 
     queries = vectors[:: max(1, len(vectors) // EXACT_QUERIES)]
@@ -128,7 +128,7 @@ def retrieval(vectors: NDArray[np.float32], folder: Path, clock: Clock) -> str:
         "clusters": SeedSet(np.arange(500, 1000), SeedSetConfig(retrieve="cluster")),
     }
     everything = np.ones(len(vectors), np.bool_)
-    index = IndexConfig(min_recall=0)  # random vectors have no near neighbours but copies
+    index = IndexConfig(min_recall=0)  # random vectors have no near neighbors but copies
     with clock():
         found = retrieve(vectors, everything, labels, sets, index, np.random.default_rng(0))
     return ", ".join(f"{row.mode} {row.final:,}" for row in found.composition)

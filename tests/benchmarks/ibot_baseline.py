@@ -1,6 +1,6 @@
 """A training step written plainly, as iBOT's code does it: the other side of the `step` benchmark.
 
-The same networks and the same objective as ours (softmax centring), but: one forward pass for each resolution,
+The same networks and the same objective as ours (softmax centering), but: one forward pass for each resolution,
 attention as two eager matrix products, stochastic depth by masks, float32, the patch head on all tokens of the global
 crops, every loss written as its formula, AdamW and the moving average one parameter after another.
 """
@@ -60,7 +60,7 @@ class PlainStep:
     center: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the optimiser and the centres."""
+        """Make the optimizer and the centers."""
         self.optimizer = torch.optim.AdamW(self.networks.student.parameters(), foreach=False)
         student = self.networks.student
         self.center = {name: torch.zeros(head.config.num_prototypes) for name, head in student.heads.items()}
@@ -89,11 +89,11 @@ class PlainStep:
         seen_cls, seen_patches = encode(student.backbone, batch.global_crops, masks)
         local_cls, _ = encode(student.backbone, batch.local_crops, None)
         num_local = CROPS * len(batch.local_crops) // len(batch.global_crops)
-        views = student.dino_head(seen_cls).chunk(CROPS) + student.dino_head(local_cls).chunk(num_local)
+        crops = student.dino_head(seen_cls).chunk(CROPS) + student.dino_head(local_cls).chunk(num_local)
         hidden = student.ibot_head(seen_patches).chunk(CROPS)
         dino = ibot = torch.zeros(())
         for t in range(CROPS):
-            for s, logits in enumerate(views):
+            for s, logits in enumerate(crops):
                 if s != t:
                     dino = dino - (cls[t] * torch.log_softmax(logits / 0.1, dim=-1)).sum(dim=-1).mean()
             each = -(patches[t] * torch.log_softmax(hidden[t] / 0.1, dim=-1)).sum(dim=-1)  # [B, P]

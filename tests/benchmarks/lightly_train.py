@@ -6,7 +6,7 @@
 
 By hand, since it needs that environment. lightly-train is AGPL: it is run by its public `pretrain`, telemetry off, with
 random weights, so that nothing is downloaded. Both train ViT-S/14 (no registers, drop path 0.1) on 2 x 224 + 8 x 98
-pixels with 65,536 prototypes, softmax centring, batch 8, bfloat16, 2 threads and one data worker. Ours always has two
+pixels with 65,536 prototypes, softmax centering, batch 8, bfloat16, 2 threads and one data worker. Ours always has two
 heads; theirs too where it is not said otherwise (its default is one that class tokens and patches share).
 
 Seconds of a step are the median of what each side's own log says of its steps but the first two, waiting for data

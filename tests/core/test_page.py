@@ -67,7 +67,7 @@ def test_a_fact_that_is_missing_is_an_error():
 
 
 def test_the_evaluation_marks_the_best_and_what_is_surely_better(tmp_path):
-    for name in ("pca", "neighbours"):
+    for name in ("pca", "neighbors"):
         (tmp_path / f"{name}.jpg").write_bytes(jpeg(Image.new("RGB", (8, 8))))
     scores = {"small": {"knn_top1": 0.75, "linear_c": 1.0}, "champion": {"knn_top1": 0.5, "linear_c": 10.0}}
     differences = {"champion": {"knn_top1": Interval(0.25, 0.1, 0.4), "linear_top1": Interval(-0.2, -0.3, -0.1)}}

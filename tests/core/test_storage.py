@@ -48,9 +48,9 @@ with atomic_dir(folder) as aside:
 
 
 def write(folder, text):
-    with atomic_dir(folder) as aside:
-        (aside / "file").write_text(text)
-        (aside / "second").write_text(text)
+    with atomic_dir(folder) as staging:
+        (staging / "file").write_text(text)
+        (staging / "second").write_text(text)
 
 
 def test_a_folder_is_whole_whenever_another_is_deleted(tmp_path, monkeypatch):
@@ -100,8 +100,8 @@ def test_a_failed_replacement_gives_the_old_folder_back_and_a_living_writer_is_l
     folder, other = tmp_path / "set", tmp_path / "set.more"
     write(folder, "old")
     with atomic_dir(other) as living:
-        with pytest.raises(FileNotFoundError), atomic_dir(folder) as aside:
-            shutil.rmtree(aside)  # what makes the second rename fail
+        with pytest.raises(FileNotFoundError), atomic_dir(folder) as staging:
+            shutil.rmtree(staging)  # what makes the second rename fail
         assert (folder / "file").read_text() == "old"
         (living / "file").write_text("other")
     assert (other / "file").read_text() == "other"

@@ -18,7 +18,7 @@ from components.core.user import user_name
 PARAMS = {
     "name": "tiny",
     "seed": 3,
-    "knn": {"neighbours": [10, 20]},
+    "knn": {"num_neighbors": [10, 20]},
     "long": "x" * 7000,
 }
 
@@ -89,7 +89,7 @@ def test_a_stage_is_a_run_nested_in_its_pipeline_run(client, workspace, request)
     head = subprocess.run(["git", "-C", workspace, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert child.data.tags["pedigree.commit"] == head.stdout.strip()
     assert child.data.tags["pedigree.dirty"] == "false"
-    assert child.data.params["knn.neighbours"] == "[10, 20]"
+    assert child.data.params["knn.num_neighbors"] == "[10, 20]"
     assert len(child.data.params["long"]) == 6000
     assert child.data.params["seed"] == "3"
     assert child.data.metrics == {"loss": 1.0, "knn_top1": 0.5, "random.knn_top1": 0.25}

@@ -43,7 +43,7 @@ def test_a_chain_is_one_group_and_says_so(images):
     assert rejected[1]["detail"] == "group of 3, linked through other images of it"
 
 
-def test_more_copies_than_neighbours_are_still_one_group(images):
+def test_more_copies_than_neighbors_are_still_one_group(images):
     vectors = np.repeat(at_degrees(0, 120), 100, axis=0)
     vectors += np.random.default_rng(0).normal(0, 1e-3, vectors.shape).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -43,7 +43,7 @@ def test_other_pictures_are_near_zero(photos):
     assert between.max() < 0.3
 
 
-def test_neighbouring_and_overlapping_views_of_one_photograph_are_not_copies(photos):
+def test_neighboring_and_overlapping_views_of_one_photograph_are_not_copies(photos):
     for photo in photos:
         left, right = photo.crop((0, 0, 80, 160)), photo.crop((80, 0, 160, 160))
         shifted, whole = photo.crop((0, 0, 112, 112)), photo.crop((48, 48, 160, 160))
@@ -51,15 +51,15 @@ def test_neighbouring_and_overlapping_views_of_one_photograph_are_not_copies(pho
         assert cosine(shifted, whole) < 0.45
 
 
-def test_plain_pictures_are_told_apart_by_colour():
-    def plain(*colour: int) -> Image.Image:
-        return Image.new("RGB", (50, 40), colour)
+def test_plain_pictures_are_told_apart_by_color():
+    def plain(*color: int) -> Image.Image:
+        return Image.new("RGB", (50, 40), color)
 
     assert cosine(plain(120, 130, 200), plain(120, 131, 200)) > 0.9
     assert cosine(plain(120, 130, 200), plain(140, 130, 200)) < 0.3
     assert cosine(plain(0, 0, 0), plain(255, 255, 255)) < 0.3
 
 
-def test_a_plain_picture_is_no_copy_of_a_structured_one_of_its_colour(photos):
-    colour = tuple(int(x) for x in np.asarray(photos[0]).mean(axis=(0, 1)))
-    assert cosine(photos[0], Image.new("RGB", (160, 160), colour)) < 0.1
+def test_a_plain_picture_is_no_copy_of_a_structured_one_of_its_color(photos):
+    color = tuple(int(x) for x in np.asarray(photos[0]).mean(axis=(0, 1)))
+    assert cosine(photos[0], Image.new("RGB", (160, 160), color)) < 0.1

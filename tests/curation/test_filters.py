@@ -23,7 +23,7 @@ def pool_with(images):
 
 
 def no_nsfw(table: pa.Table) -> pa.Table:
-    """Scores of colourful images that no classifier was asked about."""
+    """Scores of colorful images that no classifier was asked about."""
     count = len(table)
     columns = {"gray_share": [0.1] * count, "entropy": [5.0] * count, "nsfw": [None] * count, "faces": [None] * count}
     return pa.table({"image_id": table["image_id"]} | columns, schema=SCORES_SCHEMA)

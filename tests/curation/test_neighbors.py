@@ -17,7 +17,7 @@ def as_set(pairs: Neighbors) -> set[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def planted() -> np.ndarray:
-    """4,000 vectors of 64 numbers around 40 centres; the last 400 are copies of the first at cosines above 0.77."""
+    """4,000 vectors of 64 numbers around 40 centers; the last 400 are copies of the first at cosines above 0.77."""
     generator = np.random.default_rng(5)
     vectors = generator.standard_normal((4000, 64)) + generator.standard_normal((40, 64))[np.arange(4000) % 40]
     noise = generator.standard_normal((400, 64)) * np.linspace(0, 0.8, 400)[:, None]

@@ -38,7 +38,7 @@ def test_photographs_score_low_and_as_the_package_itself_says(tmp_path):
 
 
 def test_the_model_sees_what_its_publisher_describes(tmp_path, photos, monkeypatch):
-    """Shorter: 256 square, centre 224, JPEG, BGR less the means of yahoo/open_nsfw's classify_nsfw.py."""
+    """Shorter: 256 square, center 224, JPEG, BGR less the means of yahoo/open_nsfw's classify_nsfw.py."""
     seen = []
 
     class Session:

@@ -42,7 +42,7 @@ def test_crop_box_has_the_asked_area_and_aspect():
     assert np.log(aspect).std() == pytest.approx(np.log(16 / 9) / 12**0.5, rel=0.05)
 
 
-def test_impossible_crop_falls_back_to_the_centre():
+def test_impossible_crop_falls_back_to_the_center():
     assert crop_box(1_000, 10, (1.0, 1.0), np.random.default_rng(0)) == (493, 0, 506, 10)  # aspect at most 4/3
     assert crop_box(10, 1_000, (1.0, 1.0), np.random.default_rng(0)) == (0, 493, 10, 506)  # and at least 3/4
 
@@ -132,7 +132,7 @@ def test_flip_mirrors():
 
 
 def test_all_that_is_random_is_drawn_as_often_and_as_strongly_as_asked():
-    """Mean colours of jittered crops of an even grey picture: brightness alone moves it, uniformly."""
+    """Mean colors of jittered crops of an even gray picture: brightness alone moves it, uniformly."""
     gray = encode(Image.new("RGB", (32, 32), (100, 100, 100)), "PNG")
     config = CropConfig(**(PLAIN | {"color_jitter_probability": 0.8, "num_local": 8}))
     levels = np.array([sample_crops(gray, config, 0, p).local_crops.mean(axis=(1, 2, 3)) for p in range(250)]).ravel()
@@ -159,12 +159,12 @@ def test_refuses(values, message):
 
 
 def test_the_anchors_crops_are_the_global_ones_at_twice_the_resolution():
-    """Against PIL; averaged over squares of 2 x 2 pixels they are the student's, whose colours alone are changed."""
+    """Against PIL; averaged over squares of 2 x 2 pixels they are the student's, whose colors alone are changed."""
     plain = CropConfig(**PLAIN)
     colored = CropConfig(**(PLAIN | {"color_jitter_probability": 1.0, "grayscale_probability": 0.5}))
     for position in range(4):
-        crops, again = (sample_crops(FILE, config, 0, position, anchor_scale=2) for config in (plain, colored))
-        large = crops.anchor_crops
+        crops, again = (sample_crops(FILE, config, 0, position, gram_scale=2) for config in (plain, colored))
+        large = crops.gram_crops
         assert large is not None
         for number, found in enumerate(large):
             box = crop_box(96, 96, plain.global_scale, np.random.default_rng([0, position, number]))
@@ -173,7 +173,7 @@ def test_the_anchors_crops_are_the_global_ones_at_twice_the_resolution():
             assert difference.mean() < 0.5
             assert difference.max() <= 3
         averaged = large.reshape(2, 3, 32, 2, 32, 2).astype(float).mean(axis=(3, 5))
-        assert np.abs(averaged - crops.global_crops).mean() < 5  # grey levels; a bicubic kernel is no square
-        np.testing.assert_array_equal(again.anchor_crops, large)
+        assert np.abs(averaged - crops.global_crops).mean() < 5  # gray levels; a bicubic kernel is no square
+        np.testing.assert_array_equal(again.gram_crops, large)
         assert (again.global_crops != crops.global_crops).mean() > 0.5
-        assert sample_crops(FILE, plain, 0, position).anchor_crops is None
+        assert sample_crops(FILE, plain, 0, position).gram_crops is None

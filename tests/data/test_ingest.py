@@ -188,10 +188,10 @@ def test_an_ingest_for_one_run_holds_exactly_what_the_source_holds_now(tmp_path:
     assert (stay.stored, stay.already_present, stay.holds) == (12, 0, ())
     assert not read_provenance(stay.pool_snapshot).one_run
     (source / "cat/00.jpg").rename(source / "dog/0.jpg")
-    relabelled = take(tmp_path, source, license="CC-BY-4.0")
-    assert relabelled.stored == 0
+    relabeled = take(tmp_path, source, license="CC-BY-4.0")
+    assert relabeled.stored == 0
     assert "1 images were there already under another label, which they keep, such as dog/0.jpg (cat, here dog)" in str(
-        relabelled.notes
+        relabeled.notes
     )
 
 
@@ -481,7 +481,7 @@ def test_copies_keep_the_test_image_and_a_label(tmp_path: Path) -> None:
     assert rows[sha(CLASSES["dog/0.jpg"])] == ("test", "dog")
     assert rows[sha(CLASSES["cat/3.jpg"])] == ("train", "cat")
     assert rows[sha(image(99))] == ("train", "None")
-    assert (report.labels, report.unlabelled) == ({"None": 1, "cat": 6, "dog": 6}, 0)
+    assert (report.labels, report.unlabeled) == ({"None": 1, "cat": 6, "dog": 6}, 0)
     notes = "\n".join(report.notes)
     assert "folders taken as splits, not as classes: train as train; val as test" in notes
     assert "1 of 3 classes cannot be evaluated" in notes
@@ -566,7 +566,7 @@ def test_parquet_without_image_bytes_names_what_it_found(tmp_path: Path) -> None
         ({"holdout": 0.2, "as_evaluation": True}, "holdout is for a pool"),
         ({"max_pixels": 0}, "ingest: max_pixels"),
         ({"max_pixels": PIXEL_CEILING + 1}, "ingest: max_pixels: .*less than or equal to 1073741824"),
-        ({"colour": "red"}, "ingest: colour: unknown key"),
+        ({"color": "red"}, "ingest: color: unknown key"),
     ],
 )
 def test_requests_are_checked_before_anything_is_read(tmp_path: Path, options, message: str) -> None:
@@ -651,8 +651,8 @@ def test_s3_prefixes_and_archives_give_what_the_folder_gives(tmp_path: Path) -> 
     local = take(tmp_path / "local", write(tmp_path / "in", files))
     remote = take(tmp_path / "remote", "s3://ingest-test/photos", workers=2)
     assert remote.rejected == local.rejected == {"exact_copy": 1, "not_an_image": 1}
-    assert (remote.ignored, remote.labels, remote.unlabelled) == (2, {"cat": 7, "dog": 7}, 1)
-    assert (local.ignored, local.labels, local.unlabelled) == (2, {"cat": 7, "dog": 7}, 1)
+    assert (remote.ignored, remote.labels, remote.unlabeled) == (2, {"cat": 7, "dog": 7}, 1)
+    assert (local.ignored, local.labels, local.unlabeled) == (2, {"cat": 7, "dog": 7}, 1)
     assert (remote.pool_snapshot / "00000.tar").read_bytes() == (local.pool_snapshot / "00000.tar").read_bytes()
     rows = read_collection(tmp_path / "remote" / "pool").to_pylist()
     assert {(row["source_uri"], row["label"]) for row in rows} >= {("cat/1.jpg", "cat")}

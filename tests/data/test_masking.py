@@ -34,8 +34,8 @@ def test_count_is_exact(ratio, grid):
 
 def test_masks_are_blocks_not_scattered_patches():
     masks = masks_of(50, (16, 16), mask_probability=1.0, mask_ratio_min=0.3, mask_ratio_max=0.3).reshape(50, 16, 16)
-    with_right_neighbour = (masks[:, :, :-1] & masks[:, :, 1:]).sum() / masks[:, :, :-1].sum()
-    assert with_right_neighbour > 0.6  # scattered patches would have 0.3
+    with_right_neighbor = (masks[:, :, :-1] & masks[:, :, 1:]).sum() / masks[:, :, :-1].sum()
+    assert with_right_neighbor > 0.6  # scattered patches would have 0.3
 
 
 def test_every_patch_is_masked_about_equally_often_in_the_middle():

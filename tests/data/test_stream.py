@@ -110,7 +110,7 @@ def test_ranks_split_a_step_and_a_run_may_go_on_with_another_number_of_them(cura
             assert torch.equal(joined.flatten(0, 1), getattr(whole, name)), name
 
 
-def test_rows_are_crop_major_and_normalised(curated):
+def test_rows_are_crop_major_and_normalized(curated):
     stream = ImageStream(curated, CONFIG, seed=0)
     made = batch(TrainingBatches(stream, plan(masking=None)), 0)
     assert made.global_crops.shape == (16, 3, 16, 16)
@@ -250,7 +250,7 @@ def test_batches_are_copied_to_a_gpu_from_pinned_memory(curated, monkeypatch):
     made = pin_memory(plain)
     assert [id(tensor) for tensor in (made.global_crops, made.local_crops, made.masks)] == [id(p) for p in pinned]
     assert torch.equal(made.global_crops, plain.global_crops)
-    assert made.anchor_crops is None
+    assert made.gram_crops is None
 
 
 def test_a_part_that_is_not_there_is_named(curated):

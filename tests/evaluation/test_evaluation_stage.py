@@ -29,7 +29,7 @@ CONFIG = EvaluateConfig(
     preprocessing=Preprocessing(resize_size=36, crop_size=32),
     batch_size=16,
     num_workers=0,
-    knn=KnnConfig(neighbours=(3, 200), reported=3),
+    knn=KnnConfig(num_neighbors=(3, 200), reported=3),
     linear=LinearConfig(c_grid=(0.1, 10.0), max_iterations=100, tolerance=1e-4),
     instance=InstanceConfig(num_queries=20),
     bootstrap_resamples=100,
@@ -71,7 +71,7 @@ def workspace(tmp_path):
     return tmp_path
 
 
-def test_labelled_set(workspace):
+def test_labeled_set(workspace):
     write_set(workspace, tiles())
     before = torch.random.get_rng_state()
     result = run(CONFIG, workspace, 0, "small")
@@ -81,7 +81,7 @@ def test_labelled_set(workspace):
     for values in (result, result["random"], result["descriptor"]):
         assert 0 <= values["knn_top1"] == values["knn_top1_k3"] <= 1
         assert {"linear_top1", "effective_rank", "knn_top1_k200"} <= set(values)
-    assert result["descriptor"]["linear_top1"] > 0.8  # colours tell these three photographs apart
+    assert result["descriptor"]["linear_top1"] > 0.8  # colors tell these three photographs apart
     difference = result["minus_random"]["knn_top1"]
     assert difference["mean"] == pytest.approx(result["knn_top1"] - result["random"]["knn_top1"])
     assert difference["low"] <= difference["mean"] <= difference["high"]
@@ -89,7 +89,7 @@ def test_labelled_set(workspace):
     folder = workspace / "reports" / "evaluate" / "small"
     assert sorted(path.name for path in folder.iterdir()) == [
         "comparison.csv",
-        "neighbours.jpg",
+        "neighbors.jpg",
         "pca.jpg",
         "report.html",
     ]
@@ -115,7 +115,7 @@ def test_set_without_labels(workspace, caplog):
     assert 0 < result["instance_recall_at_1"] <= result["instance_map"] <= 1
     by_chance = (1 / np.arange(1, 37)).mean()
     assert result["descriptor"]["instance_map"] > 2 * by_chance
-    assert (workspace / "reports" / "evaluate" / "small" / "neighbours.jpg").is_file()
+    assert (workspace / "reports" / "evaluate" / "small" / "neighbors.jpg").is_file()
 
 
 def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):

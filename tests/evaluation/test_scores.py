@@ -20,9 +20,9 @@ MODELS = {"teacher": "models/adapted"}
 def blobs():
     """Overlapping classes: train [200, 16] and test [90, 16] with their classes."""
     generator = np.random.default_rng(0)
-    centres = generator.standard_normal((5, 16))
+    centers = generator.standard_normal((5, 16))
     targets = generator.integers(5, size=290)
-    features = (centres[targets] + 1.2 * generator.standard_normal((290, 16))).astype(np.float32)
+    features = (centers[targets] + 1.2 * generator.standard_normal((290, 16))).astype(np.float32)
     return features[:200], targets[:200], features[200:], targets[200:]
 
 
@@ -38,7 +38,7 @@ def test_knn_equals_scikit_learn_with_the_papers_weights(blobs, k):
 
 
 def test_knn_by_hand():
-    # Two far neighbours of class 1 outvote one near neighbour of class 0 at T = 1, and not at T = 0.07.
+    # Two far neighbors of class 1 outvote one near neighbor of class 0 at T = 1, and not at T = 0.07.
     similarities, classes = np.array([[0.9, 0.6, 0.6]]), np.array([[0, 1, 1]])
     assert knn_predictions(similarities, classes, (1, 3), 1.0) == {1: [0], 3: [1]}
     assert knn_predictions(similarities, classes, (3,), 0.07)[3] == [0]
@@ -97,14 +97,14 @@ def test_differences_are_paired():
 
 def test_defaults_are_the_papers():
     config = EvaluateConfig(models=MODELS)
-    assert config.knn.neighbours == (10, 20, 100, 200)
+    assert config.knn.num_neighbors == (10, 20, 100, 200)
     np.testing.assert_allclose(config.linear.c_grid, 10 ** np.linspace(-6, 5, 45))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KnnConfig(neighbours=(5,), reported=20), "one of neighbours"),
+        (lambda: KnnConfig(num_neighbors=(5,), reported=20), "one of num_neighbors"),
         (lambda: Preprocessing(crop_size=257), "crop_size 257 is larger than resize_size 256"),
         (lambda: EvaluateConfig(models=MODELS, champions={"teacher": "models:/tiny@champion"}), "pattern"),
     ],

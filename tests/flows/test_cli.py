@@ -165,7 +165,7 @@ def test_a_source_that_is_not_there(folder, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["--license", "--name"])
-def test_ingest_needs_a_name_and_a_licence(folder, images, missing):
+def test_ingest_needs_a_name_and_a_license(folder, images, missing):
     given = {"--license": "CC0-1.0", "--name": "photos"}
     del given[missing]
     done = pedigree(folder, "ingest", str(images), *(part for pair in given.items() for part in pair))

@@ -36,7 +36,7 @@ def test_a_folder_comes_into_the_pool_once(stack, tmp_path):
     report = json.loads(done.stdout)
     assert "labels: none" not in done.stderr  # it is in the report
     assert (report["seen"], report["stored"], report["rejected"]) == (4, 3, {"truncated": 1})
-    assert (report["labels"], report["unlabelled"], report["ignored"]) == ({}, 3, 0)
+    assert (report["labels"], report["unlabeled"], report["ignored"]) == ({}, 3, 0)
     assert report["notes"][0] == "labels: none; 3 images without label"
     assert report["notes"][1].startswith("rejected, truncated 1, such as broken.jpg: begins like an image")
     snapshot = root / report["pool_snapshot"]

@@ -56,7 +56,7 @@ def test_lines_of_both_streams_are_handed_on(tmp_path):
     assert run("echo one; echo two >&2; pwd", tmp_path) == ["one", "two", str(tmp_path)]
 
 
-def test_what_a_stage_says_is_labelled_and_has_a_level(caplog):
+def test_what_a_stage_says_is_labeled_and_has_a_level(caplog):
     caplog.set_level("INFO")
     shown: list[float] = []
     for line in (

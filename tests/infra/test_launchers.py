@@ -95,7 +95,7 @@ def test_kubernetes_starts_the_same_command_on_every_machine():
     assert container["command"][:3] == ["python", "-m", "components.training.torchrun"]
     told = parse_args(container["command"][3:])
     assert (told.module, told.training_script, told.training_script_args) == (True, "components", ["pretrain"])
-    assert int(told.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert int(told.nnodes) == job["spec"]["completions"] == job["spec"]["parallelizm"]
     assert int(told.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
     # Pod 0 of an indexed job is named <job>-0 in the domain of the service that selects the job's pods.
     name = job["metadata"]["name"]

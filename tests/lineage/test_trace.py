@@ -183,7 +183,7 @@ def test_an_accepted_change_of_code_is_shown_below_its_stage(case: Case):
     assert curate.children == []
 
 
-def test_data_down_to_s3_objects_and_licences(case: Case):
+def test_data_down_to_s3_objects_and_licenses(case: Case):
     found = trace(f"{case.name}-candidates@latest", case.root)
     assert found.missing == []
     (pool,) = kinds(found, "pool")

@@ -67,7 +67,7 @@ def test_sinkhorn_in_bfloat16_autocast_is_float32():
     assert torch.equal(inside, sinkhorn_knopp(logits, 0.06).rows())
 
 
-def test_softmax_centring_equals_the_released_code():
+def test_softmax_centering_equals_the_released_code():
     centering = SoftmaxCentering(32, 0.9)
     centering.center.copy_(REFERENCE["dino/center"])
     probs = centering(REFERENCE["dino/teacher_logits"], 0.06).rows()
@@ -75,7 +75,7 @@ def test_softmax_centring_equals_the_released_code():
     torch.testing.assert_close(centering.center, REFERENCE["dino/center_after_update"], rtol=1e-5, atol=1e-7)
 
 
-def test_centre_moves_in_training_only_and_not_without_rows():
+def test_center_moves_in_training_only_and_not_without_rows():
     centering = SoftmaxCentering(2, 0.9)
     centering(torch.tensor([[1.0, 3.0], [3.0, 5.0]]), 0.04)
     torch.testing.assert_close(centering.center, torch.tensor([[0.2, 0.4]]))

@@ -33,8 +33,8 @@ def close(actual, expected):
 
 
 def test_dino_equals_the_released_code():
-    views = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
-    local, swapped = of_logits(dino_loss(as_targets(TEACHER_PROBS), 1.0, 0.1), views)
+    crops = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
+    local, swapped = of_logits(dino_loss(as_targets(TEACHER_PROBS), 1.0, 0.1), crops)
     close(local / 16, REFERENCE["dino/loss_local_mean_over_16_pairs"][0])
     close(swapped / 2, REFERENCE["dino/loss_global_mean_over_2_pairs"][0])
 
@@ -139,7 +139,7 @@ def test_koleo_by_hand():
     assert koleo_loss(tokens).item() == pytest.approx(-math.log(math.sqrt(3)) / 3, abs=1e-6)
 
 
-def test_koleo_pushes_neighbours_apart_and_survives_duplicates():
+def test_koleo_pushes_neighbors_apart_and_survives_duplicates():
     tokens = torch.tensor([[1.0, 0.0], [1.0, 0.1]], requires_grad=True)
     before = koleo_loss(tokens)
     (gradient,) = torch.autograd.grad(before, tokens)
@@ -152,11 +152,11 @@ def test_koleo_pushes_neighbours_apart_and_survives_duplicates():
 
 
 def test_koleo_opposite_pair():
-    # The dot product is -1, with which the released code blanks the diagonal: the neighbour is still the other one.
+    # The dot product is -1, with which the released code blanks the diagonal: the neighbor is still the other one.
     assert koleo_loss(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item() == pytest.approx(-math.log(2), rel=1e-6)
 
 
-def test_koleo_needs_a_neighbour():
+def test_koleo_needs_a_neighbor():
     with pytest.raises(ValueError, match="at least 2 images per rank, got 1"):
         koleo_loss(torch.ones(1, 4))
 

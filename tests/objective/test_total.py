@@ -18,8 +18,8 @@ CLASS_TOKENS = torch.cat([REFERENCE["koleo/class_tokens"], REFERENCE["koleo/clas
 
 def student_logits():
     """Of class tokens, global crops first, and of masked patches."""
-    views = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
-    return views, REFERENCE["ibot/student_logits"].clone()
+    crops = torch.cat([REFERENCE["dino/student_global_logits"], REFERENCE["dino/student_local_logits"]])
+    return crops, REFERENCE["ibot/student_logits"].clone()
 
 
 def masks():
@@ -65,7 +65,7 @@ def test_weights_scale_their_terms():
     assert weighted.koleo == 0
 
 
-def test_softmax_centring_keeps_its_centres_in_the_state():
+def test_softmax_centering_keeps_its_centers_in_the_state():
     assert Objective(ObjectiveConfig(), 32, 32).state_dict() == {}
     _, objective = losses_of(ObjectiveConfig(centering="softmax"), student_logits())
     state = objective.state_dict()
@@ -76,16 +76,16 @@ def test_softmax_centring_keeps_its_centres_in_the_state():
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_no_local_crops_and_nothing_masked(centering):
-    views = student_logits()[0][:12].clone().requires_grad_()
+    crops = student_logits()[0][:12].clone().requires_grad_()
     teacher = replace(TEACHER, masked_patches=torch.zeros(0, 32))
     config = ObjectiveConfig(centering=centering)
     hidden = torch.zeros(12, 9, dtype=torch.bool)
-    losses, _ = losses_of(config, (views, torch.zeros(0, 32)), teacher, hidden=hidden, num_local=0)
+    losses, _ = losses_of(config, (crops, torch.zeros(0, 32)), teacher, hidden=hidden, num_local=0)
     losses.total.backward()
     assert losses.dino_local == 0
     assert losses.ibot == 0
     assert torch.isfinite(losses.total)
-    assert torch.isfinite(views.grad).all()
+    assert torch.isfinite(crops.grad).all()
 
 
 def test_gradient_reaches_the_student_and_never_the_teacher():
@@ -100,16 +100,16 @@ def test_gradient_reaches_the_student_and_never_the_teacher():
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_untied_heads_may_have_other_numbers_of_prototypes(centering):
-    views, patches = student_logits()
+    crops, patches = student_logits()
     teacher = replace(TEACHER, masked_patches=TEACHER.masked_patches[:, :20])
-    losses, _ = losses_of(ObjectiveConfig(centering=centering), (views, patches[:, :20]), teacher)
+    losses, _ = losses_of(ObjectiveConfig(centering=centering), (crops, patches[:, :20]), teacher)
     assert torch.isfinite(losses.total)
 
 
 def test_non_finite_logits_reach_the_total():
-    views, patches = student_logits()
-    views[15, 3] = torch.inf
-    assert not torch.isfinite(losses_of(ObjectiveConfig(), (views, patches))[0].total)
+    crops, patches = student_logits()
+    crops[15, 3] = torch.inf
+    assert not torch.isfinite(losses_of(ObjectiveConfig(), (crops, patches))[0].total)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def write_curated(folder: Path) -> None:
     _write_tiles(folder, CURATED_SCHEMA, lambda _: facts)
 
 
-def write_labelled(folder: Path) -> None:
+def write_labeled(folder: Path) -> None:
     """Write the same tiles as an evaluation set of data/evaluation, each with its column of the photograph as class."""
     snapshot = folder / "astronaut" / "0123456789ab"
     _write_tiles(snapshot, POOL_SCHEMA, lambda box: {"label": f"column {box[0] // 128}"})
@@ -69,7 +69,7 @@ def make_job(values: dict[str, Any], curated: Path) -> Job:
     shape = config.backbone.trained_at(config.crops.global_size)
     student = draw_network(shape, {"dino": config.dino_head, "ibot": config.ibot_head}, seed=0)
     stream = ImageStream(curated, config.stream, seed=0)
-    networks = self_distillation(student, anchored=config.gram is not None)
+    networks = self_distillation(student, with_gram_teacher=config.gram is not None)
     return Job("pretrain", config, networks, stream, config.masking, seed=0)
 
 

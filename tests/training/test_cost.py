@@ -47,9 +47,9 @@ def test_operations_of_pretraining_and_distillation(ffn):
     masking = MaskingConfig(mask_probability=0.5, mask_ratio_min=0.25, mask_ratio_max=0.75)  # 4 of 16 on average
     assert training_flops(networks, CROPS, masking) == counted(networks.student, networks.teacher, 4)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        networks.teacher.backbone(torch.randn(2, 3, 64, 64))  # as a Gram anchor sees the crops, at twice their size
-    anchored = training_flops(networks, CROPS, masking, anchor_scale=2) - training_flops(networks, CROPS, masking)
-    assert anchored == counter.get_total_flops()
+        networks.teacher.backbone(torch.randn(2, 3, 64, 64))  # as a Gram teacher sees the crops, at twice their size
+    gram = training_flops(networks, CROPS, masking, gram_scale=2) - training_flops(networks, CROPS, masking)
+    assert gram == counter.get_total_flops()
     networks = distillation(network("mlp", 16), network(ffn, 32))
     alone = counted(networks.student, networks.teacher, 16)
     assert training_flops(networks, CROPS, None) == alone

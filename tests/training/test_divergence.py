@@ -33,7 +33,7 @@ def everything(training: TrainingStep) -> list[torch.Tensor]:
 
 
 def test_a_step_that_is_not_finite_changes_nothing(curated, pretrain_values, tmp_path, caplog):
-    """A run in which step 2 breaks ends in the bits of one that never takes it: weights, average, centres, moments."""
+    """A run in which step 2 breaks ends in the bits of one that never takes it: weights, average, centers, moments."""
     # A network with small LayerScale looks like a collapse at its start, and loading in the trainer like starvation.
     quiet = {"alerts": {"after_steps": 5, "max_wait_share": 1.0}}
     values = pretrain_values(steps=5, objective={"centering": "softmax"}, monitor=quiet)

@@ -39,20 +39,20 @@ def test_snapshots_and_the_term(values, curated):
         averages.append(state(job, "ema"))
         batch = batches[step]
         assert not isinstance(batch, Exception)
-        normalised = batch.normalize(torch.device("cpu"))
-        student = job.networks.student.backbone(normalised.global_crops, normalised.masks).patch_tokens.detach()
-        losses = training(normalised, step, schedules.at(step)).losses
+        normalized = batch.normalize(torch.device("cpu"))
+        student = job.networks.student.backbone(normalized.global_crops, normalized.masks).patch_tokens.detach()
+        losses = training(normalized, step, schedules.at(step)).losses
         terms.append(float(losses["gram"]))
         total = float(losses.pop("total"))
         assert total == pytest.approx(sum(map(float, losses.values())))  # the term is trained on
         if step >= 2:
             taken = 2 if step < 4 else 4  # after that there are no more
-            assert equal(state(job, "anchor"), averages[taken])
-            anchor = job.networks.anchor
+            assert equal(state(job, "gram_teacher"), averages[taken])
+            anchor = job.networks.gram_teacher
             assert anchor is not None
             grams = [
                 (unit := torch.nn.functional.normalize(tokens, dim=-1)) @ unit.transpose(1, 2)
-                for tokens in (student, anchor.patch_tokens(normalised.global_crops))
+                for tokens in (student, anchor.patch_tokens(normalized.global_crops))
             ]
             assert terms[-1] == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
     assert terms[:2] == [0.0, 0.0]
@@ -68,11 +68,11 @@ def test_the_term_at_twice_the_resolution(pretrain_values, curated):
         batch = TrainingBatches(job.stream, job.batch_plan())[0]
         assert not isinstance(batch, Exception)
         batch = batch.normalize(torch.device("cpu"))
-        assert batch.anchor_crops is not None
-        assert batch.anchor_crops.shape[-1] == 2 * batch.global_crops.shape[-1]
+        assert batch.gram_crops is not None
+        assert batch.gram_crops.shape[-1] == 2 * batch.global_crops.shape[-1]
         training = job.training_step()
         student = job.networks.student.backbone(batch.global_crops, batch.masks).patch_tokens.detach()
-        anchor = to_grid(job.networks.ema.patch_tokens(batch.anchor_crops), student.shape[1])
+        anchor = to_grid(job.networks.ema.patch_tokens(batch.gram_crops), student.shape[1])
         grams = [(u := torch.nn.functional.normalize(t, dim=-1)) @ u.transpose(1, 2) for t in (student, anchor)]
         term = float(training(batch, 0, Schedules(job.config).at(0)).losses["gram"])
         assert term == pytest.approx(3.0 * float((grams[0] - grams[1]).square().mean()), rel=1e-4)
@@ -83,12 +83,12 @@ def test_crops_are_as_without_anchoring_until_the_first_snapshot(pretrain_values
     values = pretrain_values(crops={"global_size": 16, "local_size": 8, "num_local": 2})
     gram = {"weight": 1.0, "teacher_scale": 2, "after_steps": 2}
     jobs = [make_job(changed, curated) for changed in (values, values | {"gram": gram})]
-    plain, anchored = (TrainingBatches(job.stream, job.batch_plan()) for job in jobs)
+    plain, with_gram_teacher = (TrainingBatches(job.stream, job.batch_plan()) for job in jobs)
     for step in range(4):
-        one, other = plain[step], anchored[step]
+        one, other = plain[step], with_gram_teacher[step]
         assert not isinstance(one, Exception)
         assert not isinstance(other, Exception)
-        assert (other.anchor_crops is None) == (step < 2)
+        assert (other.gram_crops is None) == (step < 2)
         pairs = ((one.global_crops, other.global_crops), (one.local_crops, other.local_crops))
         assert [torch.equal(*pair) for pair in pairs] == [step < 2] * 2
 
@@ -106,5 +106,5 @@ def test_a_run_that_goes_on_keeps_its_anchor(values, curated, tmp_path):
         train_job(stopped, Checkpoints(tmp_path / "stopped"))
     resumed = make_job(values, curated)
     train_job(resumed, Checkpoints(tmp_path / "stopped"))
-    for name in ("student", "ema", "anchor"):
+    for name in ("student", "ema", "gram_teacher"):
         assert equal(state(resumed, name), state(whole, name))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.core.config import validate
-from components.core.distributed import own_part
+from components.core.distributed import local_shard
 from components.model.config import HeadConfig, ViTConfig
 from components.model.export import load_backbone, load_heads, save_weights, to_dinov2
 from components.model.head import ProjectionHead
@@ -45,7 +45,7 @@ def loaded(folder: Path) -> Networks:
 def given(folder: Path) -> Networks:
     network = draw_network(SHAPE, HEADS, SEED)
     start_backbone_from(network, published_tensors(folder / "given.pth", SHAPE))
-    return self_distillation(network, anchored=True)
+    return self_distillation(network, with_gram_teacher=True)
 
 
 def distilled(folder: Path) -> Networks:
@@ -67,7 +67,7 @@ def on_each_rank(folder: Path) -> dict[str, list[int]]:
         networks, peak_before = peak_bytes(lambda make=make: make(folder), mapped)
         _, peak = peak_bytes(lambda networks=networks: parallelize(networks, config, torch.device("cpu")), mapped)
         distinct = networks.distinct()
-        parts = sum(own_part(p).nbytes for network in distinct for p in network.parameters())
+        parts = sum(local_shard(p).nbytes for network in distinct for p in network.parameters())
         blocks = [block for network in distinct for block in network.backbone.blocks]
         largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)  # of whole blocks
         name = make.__name__

@@ -10,12 +10,12 @@ from components.model.config import Preprocessing
 from components.model.preprocessing import center_crop, to_input
 from components.training.config import KnnProbeConfig
 from components.training.knn_probe import load_probe
-from tests.training.jobs import make_job, write_labelled
+from tests.training.jobs import make_job, write_labeled
 
 
 def test_knn_is_scikit_learns(curated, pretrain_values, tmp_path):
-    write_labelled(tmp_path)
-    probe = load_probe(tmp_path, KnnProbeConfig(every_steps=1, num_images=40, num_neighbours=5), 32, half=False)
+    write_labeled(tmp_path)
+    probe = load_probe(tmp_path, KnnProbeConfig(every_steps=1, num_images=40, num_neighbors=5), 32, bfloat16=False)
     assert probe is not None
     job = make_job(pretrain_values(), curated)
     found = read_evaluation_set(tmp_path)
@@ -37,5 +37,5 @@ def test_knn_is_scikit_learns(curated, pretrain_values, tmp_path):
 
 def test_without_labels_there_is_no_probe(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        assert load_probe(tmp_path / "evaluation", KnnProbeConfig(every_steps=1), 32, half=False) is None
-    assert "holds no labelled images: no kNN while training" in caplog.text
+        assert load_probe(tmp_path / "evaluation", KnnProbeConfig(every_steps=1), 32, bfloat16=False) is None
+    assert "holds no labeled images: no kNN while training" in caplog.text

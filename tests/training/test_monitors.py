@@ -16,7 +16,7 @@ from components.training.step import StepOutput
 
 
 def test_targets_that_say_nothing_and_targets_that_say_all():
-    """One row in 32 for each prototype; then all rows alike, whose centre takes everything away."""
+    """One row in 32 for each prototype; then all rows alike, whose center takes everything away."""
     sharp = describe_targets(torch.eye(32) * 1e3, 0.05)
     assert sharp.entropy == pytest.approx(0.0, abs=1e-6)
     assert (sharp.used, sharp.perplexity) == (1.0, pytest.approx(32))

@@ -68,7 +68,7 @@ def test_average_follows_the_student():
     with torch.no_grad():
         for parameter in networks.student.parameters():
             parameter.add_(torch.randn_like(parameter))
-    networks.ema.follow(networks.student, 0.75)
+    networks.ema.update_ema(networks.student, 0.75)
     for old, new, theirs in zip(before, networks.ema.parameters(), networks.student.parameters(), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * theirs)
         assert not new.requires_grad

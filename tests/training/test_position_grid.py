@@ -23,7 +23,7 @@ CHANNELS = 32
 
 
 def smooth_table(side: int) -> Tensor:
-    """A table [P, D] of smooth functions of the place in the image, read at the centres of the grid's cells."""
+    """A table [P, D] of smooth functions of the place in the image, read at the centers of the grid's cells."""
     generator = torch.Generator().manual_seed(1)
     waves = torch.cos(torch.pi * torch.arange(4).unsqueeze(1) * (torch.arange(side) + 0.5) / side).double()  # [4, side]
     u, v = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
@@ -60,7 +60,7 @@ def test_a_table_fitted_at_the_crops_own_grid_is_right_at_518_pixels(way):
 
 
 def test_a_resampled_ramp_is_the_ramp():
-    """Bicubic interpolation keeps what is linear: the cell in column j of 37 has its centre at (j + 1/2) / 37."""
+    """Bicubic interpolation keeps what is linear: the cell in column j of 37 has its center at (j + 1/2) / 37."""
     ramp = ((torch.arange(16) + 0.5) / 16).expand(16, 16).reshape(1, 256, 1)
     table = resample_positions(torch.cat([torch.full((1, 1, 1), 7.0), ramp], 1), ViTConfig(), 37, 37)
     assert table.shape == (1, 1 + 37 * 37, 1)

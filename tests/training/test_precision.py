@@ -54,4 +54,4 @@ def test_a_run_begun_in_the_other_precision_is_told_of(workspace, curated, pretr
     assert f"pretrain: {told}; to go on from there, stop it and set pretrain.precision=bfloat16" in caplog.text
     assert provenance(workspace)["config"]["precision"] == "float32"
     with pytest.raises(AssertionError, match="not resolved"):
-        _ = validate(PretrainConfig, pretrain_values(precision="auto"), "test").half
+        _ = validate(PretrainConfig, pretrain_values(precision="auto"), "test").bfloat16

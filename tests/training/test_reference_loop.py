@@ -53,7 +53,7 @@ def reference(networks: Networks, config: TrainingConfig, stream: ImageStream, m
         set_values(optimizer, values)
         optimizer.step()
         optimizer.zero_grad()
-        networks.ema.follow(student, values.ema_momentum)
+        networks.ema.update_ema(student, values.ema_momentum)
     return networks
 
 

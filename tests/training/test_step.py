@@ -172,10 +172,10 @@ def test_accumulated_parts_are_batches_of_their_own():
         torch.testing.assert_close(loss, (one_losses[name] + other_losses[name]) / 2)
 
 
-def test_accumulation_needs_whole_parts_with_neighbours():
+def test_accumulation_needs_whole_parts_with_neighbors():
     with pytest.raises(ValueError, match=r"batch_size 4 is not a multiple of num_processes \* accumulation_steps 3"):
         config(accumulation_steps=3)
-    with pytest.raises(ValueError, match="KoLeo needs a neighbour: use 8 or a larger multiple of 4"):
+    with pytest.raises(ValueError, match="KoLeo needs a neighbor: use 8 or a larger multiple of 4"):
         config(accumulation_steps=4)
 
 
@@ -204,7 +204,7 @@ def test_checkpointed_steps_equal_others(mode):
 
 
 def test_losses_and_gradients_are_those_of_a_plainly_written_step():
-    """The other side of the `step` benchmark: a pass for each size, plain formulas, all logits, centring by softmax."""
+    """The other side of benchmark `step`: a pass for each size, plain formulas, all logits, softmax centering."""
     batch = make_batch()
     gradients, losses = gradients_of(batch, objective={"centering": "softmax"})
     networks = self_distillation(network(1))

@@ -35,7 +35,7 @@ from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
 from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, launch
-from tests.training.jobs import broken, write_labelled
+from tests.training.jobs import broken, write_labeled
 
 ONE_STEP = {
     "optimizer": {"warmup_steps": 0, "freeze_last_layer_steps": 0},
@@ -235,14 +235,14 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(workspace, curated, pretra
 
 
 def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_factory, monkeypatch):
-    """Same batch over all ranks, which share the weights. KoLeo seeks its neighbours on each rank: it is left out."""
+    """Same batch over all ranks, which share the weights. KoLeo seeks its neighbors on each rank: it is left out."""
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
-    monitor = {"knn": {"every_steps": 2, "num_neighbours": 3}, "pictures_every_steps": 3}
+    monitor = {"knn": {"every_steps": 2, "num_neighbors": 3}, "pictures_every_steps": 3}
     values = pretrain_values(
         steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor,
         gram={"weight": 1.0, "teacher_scale": 1, "after_steps": 0},
     )  # fmt: skip
-    write_labelled(workspace / "data" / "evaluation")
+    write_labeled(workspace / "data" / "evaluation")
     shown = []
     monkeypatch.setattr(pictures, "log_file", lambda path, folder: shown.append((path.name, Image.open(path).size)))
     pretraining.run(validate(PretrainConfig, values, "test"), workspace, seed=0)
@@ -277,7 +277,7 @@ def test_a_rank_that_fails_says_why(workspace, pretrain_values):
     [
         (3, "batch_size 8 is not a multiple of number of ranks 3; use for example 9"),
         (16, "batch_size 8 is not a multiple of number of ranks 16; use for example 32"),
-        (8, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs a neighbour: use 16 or a larger multiple"),
+        (8, "batch_size 8 leaves a rank fewer than 2 images, and KoLeo needs a neighbor: use 16 or a larger multiple"),
     ],
 )
 def test_a_batch_that_the_ranks_of_torchrun_cannot_share(workspace, pretrain_values, monkeypatch, ranks, message):
@@ -333,8 +333,8 @@ def test_defaults_are_the_papers():
         625_000, 3_072, 24, 131_072,
     )  # fmt: skip
     assert AdaptConfig().crops.global_size == 518
-    anchored = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
-    assert anchored == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
+    gram = validate(AdaptConfig, {"gram": {}}, "test").gram  # DINOv3's gram_anchor.yaml
+    assert gram == GramConfig(weight=2.0, teacher_scale=2, after_steps=0, snapshot_every_steps=10_000)
     assert DistillConfig(students={"s": {}}).batch_size == 2_048  # pyright: ignore[reportArgumentType]
 
 
