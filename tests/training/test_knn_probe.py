@@ -18,6 +18,7 @@ def test_knn_is_scikit_learns(curated, pretrain_values, tmp_path):
     probe = load_probe(tmp_path, KnnProbeConfig(every_steps=1, num_images=40, num_neighbors=5), 32, bfloat16=False)
     assert probe is not None
     job = make_job(pretrain_values(), curated)
+    job.training_step()  # gives the networks their values
     found = read_evaluation_set(tmp_path)
     assert found.labels is not None
     reader, rows = ShardReader(tmp_path), found.images.to_pylist()
