@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let xdist hand out the groups in the order below, and not those of the most tests first."""
+    """Let xdist hand out the groups in the order below, not those of the most tests first, and let tests fork."""
     config.option.loadscopereorder = False
+    # Once a test has run a flow here, Prefect's events worker would fail at the end of each forked process, such as a
+    # loader's: it waits for its own thread, which is not there.
+    os.register_at_fork(after_in_child=threading._threading_atexits.clear)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

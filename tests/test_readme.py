@@ -43,7 +43,7 @@ RUN_ELSEWHERE = (
     ('eval "$(pedigree env)"', "tests/infra/test_local_stack.py", r'"env"'),
     ("prefect deploy --all", "tests/infra/test_local_stack.py", r"deploying the flows"),
     ("python -m infra.automations", "tests/infra/test_duties.py", r"automations"),  # `up` runs it with prefect.yaml
-    ("prefect work-pool create", "tests/flows/test_ingest_flow.py", r'"work-pool", "create"'),
+    ("prefect work-pool create", "tests/infra/test_duties.py", r'"work-pool", "create"'),
     ("prefect worker start", "infra/local/services.py", r'"worker", "start"'),
     ("dvc pull", "tests/flows", r'"pull"'),
     ("dvc repro", "tests/lineage/test_trace.py", r'"repro"'),

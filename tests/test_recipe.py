@@ -136,7 +136,7 @@ def test_an_unknown_recipe_names_the_known_ones():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("pretrain.optimizer.base_lr=1e-3", "pretrain.optimizer: unknown key; did you mean 'optimizer'?"),
+        ("pretrain.optimiser.base_lr=1e-3", "pretrain.optimiser: unknown key; did you mean 'optimizer'?"),
         ("pretrain.optimizer.base_lrr=1e-3", "pretrain.optimizer.base_lrr: unknown key; did you mean 'base_lr'?"),
         (
             "distill.students.small.bakbone.dim=8",

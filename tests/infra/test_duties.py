@@ -6,6 +6,7 @@ Each is seen to happen, with real flows that the stack's worker runs.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ import yaml
 
 from flows import live
 from infra.local import supervisor
-from infra.local.services import UnhealthyError, request
+from infra.local.services import UnhealthyError, program, request
 
 PROJECT = Path(__file__).parents[2]
 FLOWS = """
@@ -83,8 +84,8 @@ def started(stack, name: str, flow: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def deployed(stack) -> Iterator[Any]:
     """Deployments of small flows, with the automations of the project's own prefect.yaml."""
-    pool = {"name": "unserved", "type": "process", "base_job_template": {}}
-    call(stack, "/work_pools/", pool)
+    pool = [program("prefect"), "--no-prompt", "work-pool", "create", "unserved", "--type", "process"]
+    subprocess.run(pool, check=True, capture_output=True)
     (stack.root / "made").mkdir(exist_ok=True)
     (stack.root / "made" / "duties.py").write_text(FLOWS)
     project = yaml.safe_load((PROJECT / "prefect.yaml").read_text())

@@ -127,7 +127,7 @@ def test_a_name_that_only_a_running_program_knows_is_refused(tmp_path):
 def test_what_is_no_python_is_named_in_one_line(tmp_path):
     own = {
         name.replace("/", "__"): PROJECT / f"components/{name}.py"
-        for name in ("core/errors", "core/storage", "lineage/code", "stages")
+        for name in ("core/errors", "core/layout", "core/locks", "core/storage", "lineage/code", "stages")
     }
     package(tmp_path, __main__="x = 1\ndef f(:\n", **{name: path.read_text() for name, path in own.items()})
     done = subprocess.run(
