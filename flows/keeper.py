@@ -1,4 +1,4 @@
-"""Keeps the local stack running: restarts services that died, rotates their logs, and closes lost runs.
+"""Keeps the local stack running: restarts dead services, rotates logs, closes lost runs, starts crashed ones again.
 
 `pedigree up` starts it last and `pedigree down` stops it first. What it did is in `.pedigree/keeper.json`, which
 `pedigree status` reads.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from components.core.layout import Layout
@@ -20,7 +20,7 @@ from components.core.storage import write_json
 from flows import live
 from infra.local import supervisor
 from infra.local.processes import LOG_LIMIT_BYTES
-from infra.local.services import KEEPER_STATE
+from infra.local.services import KEEPER_STATE, UnhealthyError, request
 from infra.local.site import Site, StackError
 
 LOOK_SECONDS = 2.0  # between looks at the processes
@@ -29,6 +29,8 @@ HUNG_SECONDS = 180.0  # a service whose process lives, but that has not been hea
 CALM_SECONDS = 600.0  # after so long without a restart the waiting begins with its shortest again
 LONGEST_WAIT_SECONDS = 300.0
 CLOSE_SECONDS = 10.0
+TAG = "pedigree"  # of the deployments of prefect.yaml
+CRASHED_SECONDS = (60.0, 3600.0)  # ago: before, the automation may still come; after it, a person knows better
 
 logger = logging.getLogger("keeper")
 
@@ -116,6 +118,25 @@ def close_lost_runs(root: Path) -> None:
             logger.warning("%s", line)
 
 
+def start_crashed_again(site: Site) -> None:
+    """Start runs again that have crashed and stay so: on a busy SQLite Prefect loses events, and with them automations.
+
+    As the automation of prefect.yaml: only runs of deployments that had begun; the flow itself refuses a sixth try.
+    """
+    url, auth = site.url("prefect"), site.credentials["PREFECT_API_AUTH_STRING"]
+    crashed = {"flow_runs": {"state": {"type": {"any_": ["CRASHED"]}}, "tags": {"all_": [TAG]}}, "limit": 20}
+    crashed["sort"] = "END_TIME_DESC"
+    try:
+        for run in request(url, "/api/flow_runs/filter", auth, "POST", crashed):
+            age = (datetime.now(UTC) - datetime.fromisoformat(run["state"]["timestamp"])).total_seconds()
+            if run["deployment_id"] and run["run_count"] and CRASHED_SECONDS[0] < age < CRASHED_SECONDS[1]:
+                state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Started again after a crash."}
+                request(url, f"/api/flow_runs/{run['id']}/set_state", auth, "POST", {"state": state})
+                logger.warning("%s had crashed, and Prefect's automation did not come; started again", run["name"])
+    except UnhealthyError:  # `look` says so
+        return
+
+
 def rotate_logs(site: Site) -> None:
     """Begin each service's log anew where it is large; one earlier part is kept.
 
@@ -141,6 +162,7 @@ def main() -> None:
             rotate_logs(Site.load(root))
             if time.time() - closed > CLOSE_SECONDS:
                 close_lost_runs(root)
+                start_crashed_again(Site.load(root))
                 closed = time.time()
         except (OSError, StackError, subprocess.SubprocessError):
             logger.exception("the keeper could not look at the stack; it goes on")

@@ -5,6 +5,7 @@ Each is seen to happen, with real flows that the stack's worker runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import time
@@ -17,9 +18,10 @@ import psutil
 import pytest
 import yaml
 
-from flows import live
+from flows import keeper, live
 from infra.local import supervisor
 from infra.local.services import UnhealthyError, program, request
+from infra.local.site import Site
 
 PROJECT = Path(__file__).parents[2]
 FLOWS = """
@@ -97,7 +99,7 @@ def deployed(stack) -> Iterator[Any]:
         "deployments": [
             {"name": "clock", "entrypoint": tick, "schedules": [{"interval": 20}], **here},
             {"name": "listener", "entrypoint": tick, "triggers": [grown], **here},
-            {"name": "nobody", "entrypoint": tick, "work_pool": {"name": "unserved"}},
+            {"name": "nobody", "entrypoint": tick, "work_pool": {"name": "unserved"}, "tags": ["unwatched"]},
             {"name": "again", "entrypoint": killed, "concurrency_limit": 1, **here},
             {"name": "later", "entrypoint": stopped, "concurrency_limit": 1, **here},
         ],
@@ -169,6 +171,22 @@ def test_a_run_that_down_stops_goes_on_in_a_second_try(deployed):
     (run,) = wait_for("the end of the run", ended)
     states = [state["name"] for state in call(deployed, f"/flow_run_states/?flow_run_id={run['id']}", None, "GET")]
     assert [states.count(name) for name in ("Running", "AwaitingRetry", "Crashed")] == [2, 1, 0]
+
+
+def test_the_keeper_starts_a_crashed_run_whose_event_was_lost(deployed, monkeypatch, caplog):
+    """On a busy SQLite Prefect loses events; no automation looks at runs of this tag at all."""
+    monkeypatch.setattr(keeper, "TAG", "unwatched")
+    monkeypatch.setattr(keeper, "CRASHED_SECONDS", (0.0, 3600.0))
+    begun, never = (started(deployed, "nobody", "tick")["id"] for _ in range(2))
+    for run, state in ((begun, "RUNNING"), (begun, "CRASHED"), (never, "CRASHED")):
+        call(deployed, f"/flow_runs/{run}/set_state", {"state": {"type": state}, "force": True})
+    with caplog.at_level(logging.WARNING):
+        keeper.start_crashed_again(Site.load(deployed.root))
+    states = [call(deployed, f"/flow_runs/{run}", None, "GET")["state_name"] for run in (begun, never)]
+    assert states == ["AwaitingRetry", "Crashed"]
+    assert [message.partition(" ")[2] for message in caplog.messages] == [
+        "had crashed, and Prefect's automation did not come; started again"
+    ]
 
 
 def test_a_run_that_nobody_takes_is_late(deployed):
