@@ -118,10 +118,15 @@ def close_lost_runs(root: Path) -> None:
             logger.warning("%s", line)
 
 
-def start_crashed_again(site: Site) -> None:
+def start_crashed_again(site: Site, tries: dict[str, int]) -> None:
     """Start runs again that have crashed and stay so: on a busy SQLite Prefect loses events, and with them automations.
 
     As the automation of prefect.yaml: only runs of deployments that had begun; the flow itself refuses a sixth try.
+
+    Args:
+        site: the stack.
+        tries: run -> how often it had begun when it was started again, once for each number: a run that crashes before
+            it begins, as with a broken flow file, would crash for ever.
     """
     url, auth = site.url("prefect"), site.credentials["PREFECT_API_AUTH_STRING"]
     crashed = {"flow_runs": {"state": {"type": {"any_": ["CRASHED"]}}, "tags": {"all_": [TAG]}}, "limit": 20}
@@ -129,7 +134,9 @@ def start_crashed_again(site: Site) -> None:
     try:
         for run in request(url, "/api/flow_runs/filter", auth, "POST", crashed):
             age = (datetime.now(UTC) - datetime.fromisoformat(run["state"]["timestamp"])).total_seconds()
-            if run["deployment_id"] and run["run_count"] and CRASHED_SECONDS[0] < age < CRASHED_SECONDS[1]:
+            begun = run["deployment_id"] and run["run_count"] > tries.get(run["id"], 0)
+            if begun and CRASHED_SECONDS[0] < age < CRASHED_SECONDS[1]:
+                tries[run["id"]] = run["run_count"]
                 state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Started again after a crash."}
                 request(url, f"/api/flow_runs/{run['id']}/set_state", auth, "POST", {"state": state})
                 logger.warning("%s had crashed, and Prefect's automation did not come; started again", run["name"])
@@ -154,7 +161,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     root = Path(sys.argv[1])
-    keeper, closed = Keeper(root), 0.0
+    keeper, closed, tries = Keeper(root), 0.0, dict[str, int]()
     logger.info("keeping the stack of %s", root)
     while (Layout(root).state / "stack.json").exists():
         try:
@@ -162,7 +169,7 @@ def main() -> None:
             rotate_logs(Site.load(root))
             if time.time() - closed > CLOSE_SECONDS:
                 close_lost_runs(root)
-                start_crashed_again(Site.load(root))
+                start_crashed_again(Site.load(root), tries)
                 closed = time.time()
         except (OSError, StackError, subprocess.SubprocessError):
             logger.exception("the keeper could not look at the stack; it goes on")

@@ -181,12 +181,19 @@ def test_the_keeper_starts_a_crashed_run_whose_event_was_lost(deployed, monkeypa
     for run, state in ((begun, "RUNNING"), (begun, "CRASHED"), (never, "CRASHED")):
         call(deployed, f"/flow_runs/{run}/set_state", {"state": {"type": state}, "force": True})
     with caplog.at_level(logging.WARNING):
-        keeper.start_crashed_again(Site.load(deployed.root))
+        keeper.start_crashed_again(Site.load(deployed.root), tries := {})
+        assert tries == {begun: 1}
+        call(deployed, f"/flow_runs/{begun}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+        keeper.start_crashed_again(Site.load(deployed.root), tries)  # it has not begun again: it would crash for ever
+        call(deployed, f"/flow_runs/{begun}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+        call(deployed, f"/flow_runs/{begun}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+        keeper.start_crashed_again(Site.load(deployed.root), tries)
+    assert tries == {begun: 2}
     states = [call(deployed, f"/flow_runs/{run}", None, "GET")["state_name"] for run in (begun, never)]
     assert states == ["AwaitingRetry", "Crashed"]
     assert [message.partition(" ")[2] for message in caplog.messages] == [
         "had crashed, and Prefect's automation did not come; started again"
-    ]
+    ] * 2
 
 
 def test_a_run_that_nobody_takes_is_late(deployed):
