@@ -84,6 +84,10 @@ class Layout:
         """Figures of a stage, which DVC takes as metrics."""
         return self.report(stage, item) / "result.json"
 
+    def by_image(self, model: str) -> Path:
+        """What an evaluated model scored on each test image."""
+        return self.report("evaluate", model) / "by_image.parquet"
+
     @property
     def code_lists(self) -> Path:
         """Lists of the code that each stage can load."""

@@ -56,6 +56,16 @@ class Entry:
     hash: str
 
 
+class OvertakenError(RecordError):
+    """Another event came first, so that what was decided was decided without knowing of it."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(
+            f"event {entry.sequence} came first: {entry.action} of {entry.subject} by {entry.actor}, "
+            f"{entry.details.get('reason', '')!r}; look again, then decide again"
+        )
+
+
 class AuditLog:
     """The events of all models in one bucket.
 
@@ -81,16 +91,22 @@ class AuditLog:
             raise RecordError(f"{BUCKET_VARIABLE} is not set: name the object-locked bucket, or run `pedigree up`")
         return cls(bucket)
 
-    def append(self, event: Event) -> Entry:
+    def append(self, event: Event, after: int | None = None) -> Entry:
         """Write `event` at the end of its model's chain, after the chain before it has been verified.
 
+        Args:
+            event: what was done, or is about to be.
+            after: the number of events that the actor knew of; another one since then is an error.
+
         Raises:
-            RecordError: the chain is broken, or the bucket keeps nothing locked.
+            RecordError: the chain is broken, or the bucket keeps nothing locked; another event came first.
             StorageError: S3 refuses or does not answer; the same for `read`.
         """
         lock = self._lock()
         for _ in range(ATTEMPTS):
             entries = self.read(event.name)
+            if after is not None and len(entries) > after:
+                raise OvertakenError(entries[after])
             entry = _next_entry(event, entries[-1] if entries else None)
             if self._put(entry, lock):
                 return entry
