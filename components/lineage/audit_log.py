@@ -60,6 +60,7 @@ class OvertakenError(RecordError):
     """Another event came first, so that what was decided was decided without knowing of it."""
 
     def __init__(self, entry: Entry) -> None:
+        self.entry = entry
         super().__init__(
             f"event {entry.sequence} came first: {entry.action} of {entry.subject} by {entry.actor}, "
             f"{entry.details.get('reason', '')!r}; look again, then decide again"

@@ -28,6 +28,8 @@ from components.registry.standing import Standing
 from flows.commands.decorators import command
 from flows.commands.history import history as history_command
 from flows.commands.promote import promote as promote_command
+from flows.commands.promote import reject as reject_command
+from flows.commands.promote import rollback as rollback_command
 from flows.commands.review import review as review_command
 
 pytestmark = pytest.mark.stack
@@ -243,11 +245,13 @@ def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(finished, name:
     original = AuditLog.append
 
     def overtaken(log: AuditLog, event: Event, after: int | None = None):
-        original(log, Event(name, "reject", f"{name}-candidates/1", "Bob", {"reason": "fails at night"}))
+        for number in (2, 1):
+            if after == 0:
+                original(log, Event(name, "reject", f"{name}-candidates/{number}", "Bob", {"reason": "at night"}))
         return original(log, event, after)
 
     monkeypatch.setattr(AuditLog, "append", overtaken)
-    with pytest.raises(OvertakenError, match=r"event 1 came first: reject of .* by Bob, 'fails at night'; look"):
+    with pytest.raises(OvertakenError, match=r"event 2 came first: reject of .*/1 by Bob, 'at night'; look again"):
         decide(finished, f"{name}-candidates/1", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
 
@@ -299,7 +303,7 @@ def test_bad_requests_have_one_clear_line(finished, name: str, monkeypatch):
 def test_commands(finished, name: str, monkeypatch):
     monkeypatch.chdir(finished["latest"])
     app = typer.Typer()
-    for function in (promote_command, review_command, history_command):
+    for function in (promote_command, reject_command, rollback_command, review_command, history_command):
         app.command(function.__name__)(command(checkout=False)(function.__wrapped__))
     invoke = CliRunner().invoke
     chosen = ["promote", f"{name}-candidates/1", "--reason", "good", "--waive", "lineage=made up"]
@@ -323,8 +327,12 @@ def test_commands(finished, name: str, monkeypatch):
     assert (found["version"], found["champion"]) == (f"{name}-candidates/3", f"{name}/1")
     assert f"{name}-candidates/3" in invoke(app, ["review"]).stdout
 
+    assert "is rejected" in invoke(app, ["reject", f"{name}@latest", "--reason", "blind at night"]).stdout
+    assert "no earlier champion" in invoke(app, ["rollback", name, "--reason", "x"]).stderr
+
     told = invoke(app, ["history", name])
     assert told.exit_code == 0
+    assert "1 candidates were rejected" in told.stdout
     assert "promote, event 1: good" in told.stdout
     assert "waived lineage: made up" in told.stdout
     assert "had no champion at 2020-01-01" in invoke(app, ["history", name, "--at", "2020-01-01"]).stdout
