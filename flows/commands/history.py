@@ -9,12 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.core.config import ConfigError
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.lineage.champions import Reign
@@ -73,7 +72,7 @@ def _time(text: str) -> datetime.datetime:
 
 
 def _show(name: str, found: Sequence[Reign], told: Sequence[str], rejections: int, at: str | None) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     for line in told:
         console.print(line)
     if not found:
@@ -86,6 +85,6 @@ def _show(name: str, found: Sequence[Reign], told: Sequence[str], rejections: in
             why += [f"waived {gate}: {reason}" for gate, reason in event.details.get("waived", {}).items()]
             until = reign.until[:19] if reign.until else "now"
             table.add_row(reign.version, reign.since[:19], until, Text(event.actor), Text("\n".join(why)))
-        console.print(table)
+        console.print(table, soft_wrap=False)
     if rejections:
         console.print(f"{rejections} candidates were rejected; --json has them")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from components.core.config import ConfigError
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.registry.promote import Decision
@@ -102,7 +101,7 @@ def _answer(done: Decision, notes: Sequence[str]) -> Answer:
 
 
 def _show(done: Decision, notes: Sequence[str]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     if done.settled:
         console.print("a change that was cut short is finished: the aliases are where the audit log has them")
     if done.event is None:

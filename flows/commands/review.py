@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.registry.review import Review
@@ -60,14 +59,14 @@ def review(
 
 
 def _show_waiting(rows: list[dict[str, Any]]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     if not rows:
         console.print("no candidate waits for a decision")
         return
     table = Table("candidate", "made", "score", "gates at registration", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["version"], row["made"], row["score"], Text(row["verdict"]))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for row in rows:
         if row["request"]:
             console.print(f"decide on {row['version']} in Prefect's page: {row['request']}", markup=False)
@@ -75,15 +74,15 @@ def _show_waiting(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(found: Review, page: str) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     beside = f", beside the champion {found.champion}" if found.champion else "; there is no champion yet"
     console.print(f"[bold]{found.version}[/]{beside}")
     console.print(Text(found.verdict, "bold red" if found.failed else "bold green"))
     gates = Table("gate", "", "found", box=None, pad_edge=False)
     for gate in found.gates:
         gates.add_row(gate.name, Text(gate.state, STYLES[gate.state]), Text(gate.text))
-    console.print(gates)
-    console.print(_scores(found))
+    console.print(gates, soft_wrap=False)
+    console.print(_scores(found), soft_wrap=False)
     for line in found.unexplained:
         console.print(f"not explained by any audit event: {line}", style="red", markup=False)
     console.print(f"page      {page}", markup=False)
