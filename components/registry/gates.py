@@ -76,7 +76,7 @@ def verdict(gates: Sequence[Gate]) -> str:
 def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
     if evidence.champion is None:
-        return PASSED, "there is no champion yet"
+        return PASSED, "there is no other champion to compare with"
     if evidence.differences is None:
         return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
     worse, told = [], []

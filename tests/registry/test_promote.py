@@ -140,6 +140,7 @@ def test_rollback_brings_the_bytes_of_before_without_candidate_or_run(finished, 
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame), before)
     with pytest.raises(RegistryError, match=f"{name}: no earlier champion to return to; {name}/1 is the first"):
         rollback(name, "again")
+    assert rollback(name, "fails at night").event is None  # run again, as after a crash
     again = decide(finished, f"{name}/2", "mended")  # a released version, by its released bytes
     assert (again.version, again.previous) == (f"{name}/2", f"{name}/1")
     bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], first.source.split("/", 3)[3]
