@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+TRAINING_CONFIG, TRAINING_LOCK = "config.json", "lock"  # in a folder of `Layout.checkpoints`; the lock is a record lock
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -40,6 +40,11 @@ class ModelReference:
         found = _OF_URI.fullmatch(text)
         return cls(**found.groupdict()) if found else None
 
+    @classmethod
+    def of_version(cls, version: Any) -> Self:
+        """Return the reference, by number, of a version as MLflow's client returns it."""
+        return cls(version.name, version=str(version.version))
+
     def __str__(self) -> str:
         return f"{self.name}@{self.alias}" if self.alias else f"{self.name}/{self.version}"
 

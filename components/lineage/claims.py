@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from components.core.mlflow_client import reported
-from components.core.references import COMMIT, DATA_ID, RUN_ID
+from components.core.references import COMMIT, DATA_ID, RUN_ID, ModelReference
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.lock_file import RecordError
 from components.lineage.provenance import Tag, data_versions
@@ -94,7 +94,7 @@ def mlflow_runs(client: Any, model_names: Iterable[str], query: str) -> list[Any
 
 
 def _claim(version: Any) -> Claim:
-    by, tags = f"version {version.name}/{version.version}", version.tags
+    by, tags = f"version {ModelReference.of_version(version)}", version.tags
     try:
         ids = {data.dvc for tag in DATA_TAGS for data in data_versions(tags, tag)}
     except (ValueError, TypeError):

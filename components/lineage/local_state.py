@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from components.core.layout import Layout
+from components.core.layout import TRAINING_CONFIG, TRAINING_LOCK, Layout
 from components.core.locks import record_holder, try_record_lock
 from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
 
-LOCK = "lock"  # in a training's folder: a record lock of the process that trains
 LOCKS = "locks"  # in a cache: no content
 
 
@@ -59,19 +58,19 @@ def caches_removal(root: Path, before: float) -> Removal:
 def _begun(folder: Path) -> Mapping[str, dict]:
     """What a training began with; nothing where it did not come so far."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / TRAINING_CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 
 def _is_held(folder: Path) -> bool:
-    return record_holder(folder / LOCK) is not None
+    return record_holder(folder / TRAINING_LOCK) is not None
 
 
 def _delete_unheld(folder: Path) -> None:
     """Delete a training's folder while holding it; a trainer that waits for it finds it gone and makes a new one."""
     try:
-        with (folder / LOCK).open("a") as file:
+        with (folder / TRAINING_LOCK).open("a") as file:
             if try_record_lock(file):  # else one began since the plan was made
                 delete(folder)
     except FileNotFoundError:  # gone

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.layout import RELATIVE
-from components.core.references import is_registered
+from components.core.references import ModelReference, is_registered
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.dvc_remote import Remote
@@ -100,7 +100,7 @@ def read_history(reference: str, root: Path) -> History:
         StorageError: the remote does not answer, or lacks the weights' config.json.
     """
     version = find_version(reference, root)
-    name, path, relation = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
+    name, path, relation = str(ModelReference.of_version(version)), version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
     record, trainings = _record(name, version.tags, root), []
     while True:
         training = Training(name, path, relation, _provenance(record, name, path), record)
@@ -116,7 +116,7 @@ def read_history(reference: str, root: Path) -> History:
             return History(trainings)
         if is_registered(parent):
             version = find_version(parent, root)
-            name, path = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, "")
+            name, path = str(ModelReference.of_version(version)), version.tags.get(Tag.WEIGHTS_PATH, "")
             record = _record(name, version.tags, root)
         elif record.output(parent) is None:
             return History(trainings, f"{path} was {relation} {parent}, which no stage of its dvc.lock makes")

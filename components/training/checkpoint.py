@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
+from components.core.layout import TRAINING_LOCK
 from components.core.locks import try_record_lock
 from components.core.storage import StorageError, write_bytes
 from components.training.alerts import FILE as ALERTS
@@ -42,7 +43,6 @@ from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
 from components.training.parallelize import training_device
-from components.training.run_folder import LOCK
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def only_trainer(folder: Path, name: str) -> Iterator[None]:
             waiting = True
             time.sleep(WAIT_SECONDS)
         yield
-        if rank() == 0 and [path.name for path in folder.glob("*")] == [LOCK]:
+        if rank() == 0 and [path.name for path in folder.glob("*")] == [TRAINING_LOCK]:
             shutil.rmtree(folder, ignore_errors=True)  # nothing was begun, unless another process begins just now
 
 
@@ -109,10 +109,10 @@ def agreed(answer: bool) -> bool:
 def _lock(folder: Path, held: ExitStack) -> bool:
     with ExitStack() as opened, suppress(FileNotFoundError):  # removed just now
         folder.mkdir(parents=True, exist_ok=True)
-        file = opened.enter_context((folder / LOCK).open("w"))
+        file = opened.enter_context((folder / TRAINING_LOCK).open("w"))
         # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
         # Else another process holds it, or its folder was removed meanwhile.
-        if try_record_lock(file) and os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
+        if try_record_lock(file) and os.fstat(file.fileno()).st_ino == (folder / TRAINING_LOCK).stat().st_ino:
             held.enter_context(opened.pop_all())
             return True
     return False

@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from components.core.distributed import barrier, rank
 from components.core.git import try_git
-from components.core.layout import Layout
+from components.core.layout import TRAINING_CONFIG, Layout
 from components.core.pictures import draw_pca
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
@@ -45,7 +45,6 @@ from components.training.pictures import (
     save_picture,
     show_progress,
 )
-from components.training.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +164,8 @@ class Begun:
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
             begun = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
-            write_json(training.folder / CONFIG, begun)
-            told = (training.name, job.config.steps, job.config.batch_size, training.folder / CONFIG)
+            write_json(training.folder / TRAINING_CONFIG, begun)
+            told = (training.name, job.config.steps, job.config.batch_size, training.folder / TRAINING_CONFIG)
             logger.info("%s: %d steps of %d images; all settings are in %s", *told)
             _draw_first_batch(job, training.folder / CROPS)
         self.probes = _probes(job, training, self._images)

@@ -8,12 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.core.layout import Layout
+from components.core.layout import TRAINING_CONFIG, TRAINING_LOCK, Layout
 from components.core.locks import record_holder
 from components.training.alerts import read_alerts
 from components.training.loss_table import LOSSES, Row, read_rows
 
-CONFIG, LOCK = "config.json", "lock"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -54,15 +53,15 @@ def find_trainings(root: Path, now: float) -> list[TrainStatus]:
         now: time in seconds since 1970, which ages are counted to.
     """
     found = []
-    for path in Layout(root).checkpoints().glob(f"*/{CONFIG}"):
+    for path in Layout(root).checkpoints().glob(f"*/{TRAINING_CONFIG}"):
         with suppress(FileNotFoundError):  # it is being delivered: its checkpoints go
             found.append(_read(path.parent, now))
     return sorted(found, key=lambda status: (status.process is None, status.stage, status.run_key))
 
 
 def _read(folder: Path, now: float) -> TrainStatus:
-    begun = json.loads((folder / CONFIG).read_text())
-    rows, config, process = read_rows(folder / LOSSES), begun["config"], record_holder(folder / LOCK)
+    begun = json.loads((folder / TRAINING_CONFIG).read_text())
+    rows, config, process = read_rows(folder / LOSSES), begun["config"], record_holder(folder / TRAINING_LOCK)
     last: Row = rows[-1] if rows else {}
     step, rate = int(last.get("step") or 0), last.get("images_per_second")
     left = (config["steps"] - step) * config["batch_size"] / rate if rate and process is not None else None
