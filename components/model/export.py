@@ -104,17 +104,6 @@ def load_backbone(folder: Path) -> VisionTransformer:
     return backbone
 
 
-def load_heads(folder: Path) -> dict[str, ProjectionHead]:
-    """Read the projection heads of a weights folder by name (`dino`, `ibot`), in evaluation mode, on CPU.
-
-    Raises:
-        WeightsError: the folder has no heads, or as for `load_backbone`.
-    """
-    heads, tensors = open_heads(folder)
-    nn.ModuleDict(heads).to_empty(device="cpu").load_state_dict(tensors)
-    return heads
-
-
 def open_backbone(folder: Path) -> tuple[VisionTransformer, dict[str, Tensor]]:
     """The backbone as `load_backbone`, but on the meta device; and its tensors, checked, mapped from the file.
 
@@ -127,7 +116,11 @@ def open_backbone(folder: Path) -> tuple[VisionTransformer, dict[str, Tensor]]:
 
 
 def open_heads(folder: Path) -> tuple[dict[str, ProjectionHead], dict[str, Tensor]]:
-    """The heads as `load_heads`, but on the meta device; and their tensors as those of `open_backbone`."""
+    """Return the projection heads by name (`dino`, `ibot`) on the meta device, and their validated tensors.
+
+    Raises:
+        WeightsError: the folder has no heads, or as for `load_backbone`.
+    """
     description = _read_description(folder)
     if description.heads is None:
         raise WeightsError(f"{folder}: holds no projection heads; use weights that training wrote with heads")

@@ -137,28 +137,6 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens, layout)
         return self._outputs(tokens, layout)
 
-    def intermediate(self, images: Tensor, n: int) -> list[ViTOutput]:
-        """Tokens after each of the last `n` blocks, first to last, all through the final norm.
-
-        `get_intermediate_layers(n, norm=True)` of DINOv2, which linear and dense evaluation read.
-
-        Args:
-            images: [B, 3, H, W].
-            n: 1 to depth.
-
-        Raises:
-            ValueError: `n` outside 1 to depth, or an image shape that does not fit.
-        """
-        if not 1 <= n <= self.config.depth:
-            raise ValueError(f"intermediate: n must be 1 to {self.config.depth} (the number of blocks), got {n}")
-        tokens, layout = self._pack([self._embed(images, None)])
-        outputs = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens, layout)
-            if index >= self.config.depth - n:
-                outputs += self._outputs(tokens, layout)
-        return outputs
-
     def draws(self) -> Draws:
         """Initial values of `init_weights` in DINOv2, in their order; patch convolution and norms keep torch's."""
         yield "pos_embed", partial(nn.init.trunc_normal_, std=0.02)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from components.core.distributed import barrier, rank
 from components.core.storage import write_json
@@ -57,7 +56,7 @@ class Dump:
         tensors = {"global_crops": batch.global_crops, "local_crops": batch.local_crops}
         optional = {"masks": batch.masks, "gram_crops": batch.gram_crops}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        save_file(tensors, _tensors(path, rank()))
+        save_file(tensors, path / f"rank_{rank()}.safetensors")
         values = {name: repr(value) for name, value in self.error.values.items()}  # JSON has no NaN
         write_json(path / f"rank_{rank()}.json", {"values": values})
         if rank() == 0:
@@ -65,15 +64,3 @@ class Dump:
             write_json(path / "dump.json", facts | {"error": str(self.error)})
         barrier()
         return path
-
-
-def read_dumped_batch(path: Path, number: int = 0) -> tuple[int, Batch]:
-    """The step of a dump, and what rank `number` trained on in it, for looking at it and for taking the step again."""
-    tensors = load_file(_tensors(path, number))
-    step = int(json.loads((path / "dump.json").read_text())["step"])
-    optional = tensors.get("masks"), [], tensors.get("gram_crops")
-    return step, Batch(tensors["global_crops"], tensors["local_crops"], *optional)
-
-
-def _tensors(path: Path, number: int) -> Path:
-    return path / f"rank_{number}.safetensors"

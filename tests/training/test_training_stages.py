@@ -27,7 +27,7 @@ from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
-from components.model.export import load_backbone, load_heads, to_dinov2
+from components.model.export import load_backbone, to_dinov2
 from components.model.vit import VisionTransformer, resample_positions
 from components.objective.config import GramConfig
 from components.pretraining import stage as pretraining
@@ -35,7 +35,7 @@ from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
 from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, launch
-from tests.training.jobs import broken, write_labeled
+from tests.training.jobs import broken, load_heads, write_labeled
 
 ONE_STEP = {
     "optimizer": {"warmup_steps": 0, "freeze_last_layer_steps": 0},
