@@ -33,7 +33,8 @@ class AdaptConfig(TrainingConfig):
     """The schedules of pretraining, compressed; backbone and heads are those of models/pretrained."""
 
     steps: PositiveInt = 10_000  # B.2
-    crops: AdaptCropConfig = AdaptCropConfig()
-    optimizer: AdaptOptimizerConfig = AdaptOptimizerConfig()
-    teacher: AdaptTeacherConfig = AdaptTeacherConfig()
+    # pyright takes fields of frozen models for mutable, hence invariant.
+    crops: AdaptCropConfig = AdaptCropConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: AdaptOptimizerConfig = AdaptOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: AdaptTeacherConfig = AdaptTeacherConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     masking: MaskingConfig = MaskingConfig()

@@ -6,9 +6,10 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import cast
 
 from components.core.config import ConfigError
 from components.core.errors import EngineError
@@ -52,7 +53,7 @@ def choose_engine(engine: Engine | None, address: str | None) -> None:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[int]:
+def connected(address: str) -> Generator[int]:
     """Connect to a running cluster and make it joblib's backend `ray`; yields the cluster's CPUs.
 
     Raises:
@@ -69,15 +70,15 @@ def connected(address: str) -> Iterator[int]:
     except ImportError:
         raise EngineError(_MISSING) from None
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EngineError(f"the Ray cluster at {address} cannot be used: {reason}") from None
     try:
         register_ray()
-        yield int(ray.cluster_resources().get("CPU", 0))
+        yield int(cast("dict[str, float]", ray.cluster_resources()).get("CPU", 0))
     finally:
-        ray.shutdown()
+        ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _reach(address: str) -> str:

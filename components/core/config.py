@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,14 +36,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data: Any = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
-    return data
+    return cast("dict[str, Any]", data)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     Raises:
         ConfigError: an override without `=`, or one whose path runs through something that is not a mapping.
     """
-    result = _copy(dict(values))
+    result = {key: _unshared(value) for key, value in values.items()}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -60,10 +60,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         *parents, leaf = key.strip().split(".")
         node = result
         for parent in parents:
-            child = node.setdefault(parent, {})
+            child: Any = node.setdefault(parent, {})
             if not isinstance(child, dict):
                 raise ConfigError(f"--set {override}: {parent} is a value, not a section")
-            node = child
+            node = cast("dict[str, Any]", child)
         node[leaf] = _yaml_value(text)
     return result
 
@@ -93,8 +93,11 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _copy(node: Any) -> Any:
-    return {key: _copy(value) for key, value in node.items()} if isinstance(node, dict) else node
+def _unshared(node: Any) -> Any:
+    """Return a copy in which sections that a YAML anchor shares are separate (`deepcopy` keeps them shared)."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _unshared(value) for key, value in cast("dict[str, Any]", node).items()}
 
 
 def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> str:

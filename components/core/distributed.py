@@ -32,14 +32,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if not is_distributed():
         return tensor.detach()
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    dist.all_reduce(total)  # pyright: ignore[reportUnknownMemberType]
     return total
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if is_distributed():
-        dist.barrier()
+        dist.barrier()  # pyright: ignore[reportUnknownMemberType]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Shard-parallel work: one function mapped over shards by joblib, in order, with progress."""
 
+# pyright: reportMissingTypeStubs=false
+# (joblib has none)
+
 from __future__ import annotations
 
 import os
@@ -8,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed  # pyright: ignore[reportUnknownVariableType]
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from components.core.cluster import ADDRESS, connected
@@ -62,7 +65,7 @@ class _Counted(Parallel):
     """Tells of each finished item; joblib's Ray backend gives all results at the end only."""
 
     def __init__(self, advance: Callable[[int], None], **options: Any):
-        super().__init__(**options)
+        super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
         self._advance, self._told = advance, 0
 
     def print_progress(self) -> None:

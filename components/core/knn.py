@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = _normalized(gallery).to(device)  # [N, D]
-    parts = [torch.topk(part.to(device) @ base.T, count, dim=1) for part in _normalized(queries).split(_CHUNK)]
+    split = _normalized(queries).split(_CHUNK)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    chunks = cast("tuple[torch.Tensor, ...]", split)
+    parts = [torch.topk(chunk.to(device) @ base.T, count, dim=1) for chunk in chunks]
     similarities = torch.cat([part.values.cpu() for part in parts])
     return Nearest(similarities.numpy(), torch.cat([part.indices.cpu() for part in parts]).numpy())
 
@@ -71,4 +74,5 @@ def knn_predictions(
 
 
 def _normalized(features: NDArray[np.floating]) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(features, dtype=np.float64)), dim=1)
+    values = torch.from_numpy(np.asarray(features, np.float64))  # pyright: ignore[reportUnknownMemberType]
+    return torch.nn.functional.normalize(values, dim=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, proces
 
 
 @contextmanager
-def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant: bool = False) -> Iterator[None]:
+def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant: bool = False) -> Generator[None]:
     """Hold a lock file alone; wait while another process holds it.
 
     Args:

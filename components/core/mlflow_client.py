@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,14 +99,14 @@ def probe_artifacts(name: str) -> None:
 
         experiment = client.get_experiment_by_name(name) or client.get_experiment("0")
         probe = f"doctor-{secrets.token_hex(8)}"
-        artifacts = get_artifact_repository(f"{experiment.artifact_location.rstrip('/')}/{probe}")
+        artifacts: Any = get_artifact_repository(f"{experiment.artifact_location.rstrip('/')}/{probe}")
         with tempfile.NamedTemporaryFile(prefix="probe-") as file:
             artifacts.log_artifact(file.name)
         artifacts.delete_artifacts()
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def reported() -> Generator[None]:
     """Turn what MLflow and its transport raise into one line."""
     import requests
 

@@ -65,5 +65,5 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(ROOT), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(page=PAGE, macros=MACROS)
+    environment.globals.update(page=PAGE, macros=MACROS)  # pyright: ignore[reportUnknownMemberType]
     return environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,7 +77,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Advance]:
+def progress(what: str, total: int, unit: str = "images", start: int = 0) -> Generator[Advance]:
     """Yield `advance(count, note)`; logs a line now and then, the first one and the last one always."""
     begun, done, last = time.monotonic(), start, float("-inf")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _MAX_PARAMS = 100  # of one batch; MLflow refuses larger ones
 
 
 @contextmanager
-def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Iterator[StageRun]:
+def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Generator[StageRun]:
     """Record one stage as an MLflow run nested in its pipeline run.
 
     `params` (the model's `name`, which is the experiment, and what the stage works with) is logged at the start; the

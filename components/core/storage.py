@@ -1,5 +1,8 @@
 """Where bytes go: local outputs that appear whole or not at all, and S3 by the standard AWS variables."""
 
+# pyright: reportMissingTypeStubs=false
+# (boto3 and botocore have none)
+
 from __future__ import annotations
 
 import errno
@@ -9,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ class MissingInStorageError(StorageError):
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Generator[None]:
     """Name `path`, and what to do, in an error of a full disk inside the block; few libraries name it themselves."""
     try:
         yield
@@ -52,7 +55,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Generator[Path]:
     """Yield an empty directory that replaces `path` when the block ends well, and vanishes otherwise.
 
     Whatever killed writers left in `path`'s parent is put right first, as by `recover_dirs`.
@@ -150,11 +153,12 @@ def s3_client() -> Any:
     )
     with s3_errors("S3"):
         # A session of its own: boto3's shared one is not safe between threads and keeps old credentials.
-        return boto3.Session().client("s3", config=settings)
+        session: Any = boto3.Session()
+        return session.client("s3", config=settings)
 
 
 @contextmanager
-def s3_errors(what: str) -> Iterator[None]:
+def s3_errors(what: str) -> Generator[None]:
     """Turn any error of botocore inside the block into one clear line about `what`, such as `s3://bucket/key`.
 
     Raises:
@@ -168,7 +172,8 @@ def s3_errors(what: str) -> Iterator[None]:
     except ParamValidationError as error:  # a name that no bucket can have
         raise MissingInStorageError(f"{what}: {' '.join(str(error).split())}") from error
     except ClientError as error:
-        answer = error.response.get("Error", {})
+        refused: Any = error  # its response is untyped
+        answer: dict[str, Any] = refused.response.get("Error", {})
         missing = answer.get("Code") in MISSING
         raise (MissingInStorageError if missing else StorageError)(f"{what}: {_explain_refusal(answer)}") from error
     except (BotoCoreError, Boto3Error) as error:

@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
@@ -32,7 +32,7 @@ class StageRun:
 
     run_id: str | None
     client: Any = None
-    result: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         self.metrics = MetricQueue(self._send, TrackingError)
@@ -85,7 +85,7 @@ def log_file(path: Path, folder: str) -> None:
 
 
 @contextmanager
-def reporting_to(run: StageRun) -> Iterator[None]:
+def reporting_to(run: StageRun) -> Generator[None]:
     """Report what is done inside to this one of several open runs."""
     open_runs.append(run)
     try:
@@ -135,7 +135,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -199,7 +199,8 @@ class CurateConfig(Config):
     decontamination_similarity: Similarity = 0.45  # to any evaluation image, appendix A.3
     index: IndexConfig = IndexConfig()
     seed_sets: dict[str, SeedSetConfig] = Field(default_factory=dict)  # by source of the pool; appendix A.4
-    levels: list[LevelConfig] = Field(default_factory=list)  # from the finest clusters up, where `needs_clusters`
+    # From the finest clusters up, where `needs_clusters`.
+    levels: list[LevelConfig] = Field(default_factory=list[LevelConfig])
     kmeans_iterations: PositiveInt = 50  # arXiv 2405.15613, released code
     target_images: NonNegativeInt | None = None  # of the balanced part; 0: there is none; None: all
     gates: GatesConfig = GatesConfig()

@@ -41,7 +41,7 @@ class DistillConfig(TrainingConfig):
     students: dict[str, StudentConfig] = Field(min_length=1)
     share_teacher: bool = True  # students that are to be trained step together; False: one by one, for less memory
     batch_size: PositiveInt = 2_048  # Table 16
-    optimizer: DistillOptimizerConfig = DistillOptimizerConfig()
+    optimizer: DistillOptimizerConfig = DistillOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
     def _students_fit(self) -> Self:

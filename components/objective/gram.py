@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ class GramLoss:
         """The term for the student's patches [N, P, D] of the same images; [] float32, whatever the autocast dtype."""
         with torch.autocast(patch_tokens.device.type, enabled=False):
             unit = F.normalize(patch_tokens.float(), dim=-1)
-            loss: Any = _GramDifference.apply(unit, F.normalize(self.teacher.float(), dim=-1))
-            return self.weight * loss
+            teacher = F.normalize(self.teacher.float(), dim=-1)
+            return self.weight * cast(Tensor, _GramDifference.apply(unit, teacher))  # pyright: ignore[reportUnknownMemberType]
 
 
 def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
@@ -46,25 +46,29 @@ def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
         [N, P, D] float32.
     """
     side, wanted = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
-    grid = patch_tokens.float().transpose(1, 2).unflatten(2, (side, side))  # [N, D, h', w']
+    grid = cast(Tensor, patch_tokens.float().transpose(1, 2).unflatten(2, (side, side)))  # [N, D, h', w']
     return F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
+
+
+class _GramContext(FunctionCtx):
+    gradient: Tensor  # [N, P, D]
 
 
 class _GramDifference(torch.autograd.Function):
     """The mean squared difference, and its gradient with it: one image's matrices exist at a time."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, unit: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: _GramContext, unit: Tensor, teacher: Tensor) -> Tensor:
         images, patches, _ = unit.shape
         total, gradient = unit.new_zeros(()), torch.empty_like(unit)
         for mine, theirs, into in zip(unit, teacher, gradient, strict=True):
             difference = mine @ mine.T - theirs @ theirs.T  # [P, P]
             total += difference.square().mean()
             torch.mm(difference, mine, out=into)
-        ctx.gradient = gradient.mul_(4 / (patches**2 * images))  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.gradient = gradient.mul_(4 / (patches**2 * images))
         return total / images
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.gradient * incoming, None  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: _GramContext, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.gradient * incoming, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,20 +53,24 @@ class PrototypeLoss:
             weight_v: [K, d], directions of the prototypes.
             weight_g: [K, 1], lengths of the prototypes.
         """
-        terms = _PrototypeLoss.apply(features, weight_v, weight_g, self)
-        assert isinstance(terms, Tensor)
-        return terms
+        terms = _PrototypeLoss.apply(features, weight_v, weight_g, self)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return cast(Tensor, terms)
+
+
+class _Context(FunctionCtx):
+    gradients: tuple[Tensor, Tensor, Tensor]  # of features, weight_v and weight_g
 
 
 class _PrototypeLoss(torch.autograd.Function):
     """Computes the gradients on the way forward, while a piece of the logits is at hand."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
+    def forward(ctx: _Context, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         with torch.autocast(device, enabled=False):
-            length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            length = cast(Tensor, norm)
             scale = weight_g / length
             prototypes = torch.empty_like(weight_v, dtype=dtype)
             for some in _blocks(weight_v):
@@ -74,19 +79,18 @@ class _PrototypeLoss(torch.autograd.Function):
             by_crop = features.detach().to(dtype).view(crops, len(loss.weights), features.shape[1])  # [V, M, d]
             terms, into_features, into_v = _walk(by_crop, prototypes, loss)
             into_g = torch.empty_like(length)
-            for some in _blocks(
-                weight_v
-            ):  # from the gradient by prototypes to that by directions and lengths, in place
+            # In place: from the gradient of prototypes to those of directions and lengths.
+            for some in _blocks(weight_v):
                 into_g[some] = (into_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
                 into_v[some].addcmul_(weight_v[some], into_g[some] / length[some], value=-1).mul_(scale[some])
-        ctx.gradients = (into_features.view_as(features), into_v, into_g)  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.gradients = (into_features.view_as(features), into_v, into_g)
         return terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients: tuple[Tensor, ...] = ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
-        del ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = ctx.gradients
+        del ctx.gradients
         return (*(part.mul_(gradient[0]) for part in gradients), None)
 
 
@@ -100,7 +104,8 @@ def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Te
     for rows in pieces(num_rows, row_bytes, LOGITS_BYTES.get(features.device.type, 2**25)):
         seen = features[:, rows].flatten(0, 1)
         logits = seen @ prototypes.T  # [V * n, K]
-        terms += _to_gradient(logits.unflatten(0, (crops, -1)), rows.start, loss)
+        by_crop = cast(Tensor, logits.unflatten(0, (crops, -1)))  # [V, n, K]
+        terms += _to_gradient(by_crop, rows.start, loss)
         into_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
         for some in _blocks(prototypes):
             into_prototypes[some] += logits[:, some].T @ seen

@@ -52,7 +52,7 @@ class PretrainConfig(TrainingConfig):
     init: InitConfig | None = None  # None: random weights
 
     backbone: PretrainViTConfig = PretrainViTConfig()
-    gram: PretrainGramConfig | None = None
+    gram: PretrainGramConfig | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     dino_head: DinoHeadConfig = DinoHeadConfig()
     ibot_head: IbotHeadConfig = IbotHeadConfig()
     masking: MaskingConfig = MaskingConfig()
