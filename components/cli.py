@@ -21,9 +21,9 @@ from components.core.config import ConfigError
 from components.core.errors import (
     OutOfMemoryError,
     defect,
+    error_message,
     known,
     print_traceback,
-    sentence,
     show_tracebacks,
     tracebacks_shown,
 )
@@ -130,25 +130,25 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Exception as error:
-        sys.exit(_tell(error))
+        sys.exit(_report_error(error))
 
 
-def _tell(error: Exception) -> int:
+def _report_error(error: Exception) -> int:
     """Say what went wrong, and return the exit code."""
     found = known(error)
-    told = found or defect(error, where_logged(error))
-    said = sentence(told)
+    shown = found or defect(error, where_logged(error))
+    message = error_message(shown)
     if isinstance(found, OutOfMemoryError):
-        said = f"{said}; {memory_advice(sys.argv)}"
-    if not _said_by_another_rank(said):
+        message = f"{message}; {memory_advice(sys.argv)}"
+    if not _logged_by_another_rank(message):
         if found is None or tracebacks_shown():
             print_traceback(error)
-        for line in said.splitlines():
+        for line in message.splitlines():
             log.error("%s%s", ERROR, line)
-    return told.exit_code
+    return shown.exit_code
 
 
-def _said_by_another_rank(text: str) -> bool:
+def _logged_by_another_rank(text: str) -> bool:
     """Whether another rank of this machine ends with the same words; torchrun gives them folders side by side."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if own is None:

@@ -119,11 +119,11 @@ def _shortened(values: dict[str, Any], overrides: list[str]) -> Iterator[str]:
         shorter = {key: old * steps // config.steps for key, old in phases.items()}
         changes = [f"{key} {phases[key]} -> {new}" for key, new in shorter.items() if new != phases[key]]
         if changes:
-            _tell(f"{stage}.steps is {steps} instead of {config.steps}, so in proportion: {', '.join(changes)}")
+            _log_once(f"{stage}.steps is {steps} instead of {config.steps}, so in proportion: {', '.join(changes)}")
         yield from (f"{stage}.{key}={new}" for key, new in shorter.items() if new != phases[key])
 
 
 @cache
-def _tell(line: str) -> None:
+def _log_once(line: str) -> None:
     """Log a line once in this process: a run reads its recipe several times."""
     logger.info(line)

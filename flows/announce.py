@@ -103,7 +103,7 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
         resource=Resource({"prefect.resource.id": f"pedigree.pool.{snapshot.parent.name}"}),
         payload={"images": images, "snapshot": snapshot.name},
     )
-    told = Retraining(snapshot.name, images)
+    result = Retraining(snapshot.name, images)
     try:
         with get_client(sync_client=True) as client:
             listener = _listener(client)
@@ -111,15 +111,15 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
             if client.read_events(EventFilter(id=EventIDFilter(id=[event.id])), limit=1).events:
                 _settle(note)
                 return replace(
-                    told, note=f"an ingest that was cut short had sent the event; see the runs of {LISTENER}"
+                    result, note=f"an ingest that was cut short had sent the event; see the runs of {LISTENER}"
                 )
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
             _settle(note)
-            return _found(client, listener, before, told)
+            return _found(client, listener, before, result)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
         if not note.exists():
-            return replace(told, note=f"Prefect took the event but does not say what it started ({reason})")
+            return replace(result, note=f"Prefect took the event but does not say what it started ({reason})")
         raise ServiceError(
             f"the images are stored, but Prefect did not take the event that starts a retraining ({reason}); "
             "ingest the source again to send it"
@@ -143,24 +143,24 @@ def _started(client: SyncPrefectClient, listener: DeploymentResponse | None) -> 
 
 
 def _found(
-    client: SyncPrefectClient, listener: DeploymentResponse | None, before: set[UUID], told: Retraining
+    client: SyncPrefectClient, listener: DeploymentResponse | None, before: set[UUID], result: Retraining
 ) -> Retraining:
     """Wait for the run that was not there before the event."""
     if listener is None:
-        return replace(told, note=f"Prefect has no deployment {LISTENER}; `prefect deploy --all` makes it")
+        return replace(result, note=f"Prefect has no deployment {LISTENER}; `prefect deploy --all` makes it")
     automations = client.read_resource_related_automations(f"prefect.deployment.{listener.id}")
     if not any(automation.enabled for automation in automations):
         return replace(
-            told, note=f"the trigger of {LISTENER} is off; switch it on in Prefect's page, under Automations"
+            result, note=f"the trigger of {LISTENER} is off; switch it on in Prefect's page, under Automations"
         )
     until = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < until:
         if new := [run for run in _started(client, listener) if run.id not in before]:
             run = new[-1]
             where = url_for("flow-run", obj_id=run.id)
-            return replace(told, flow_run=str(run.id), url=where, note=_missing_worker(client, listener))
+            return replace(result, flow_run=str(run.id), url=where, note=_missing_worker(client, listener))
         time.sleep(0.5)
-    return replace(told, note=f"the trigger of {LISTENER} made no run in {WAIT_SECONDS:.0f} s; look at Prefect's log")
+    return replace(result, note=f"the trigger of {LISTENER} made no run in {WAIT_SECONDS:.0f} s; look at Prefect's log")
 
 
 def _missing_worker(client: SyncPrefectClient, listener: DeploymentResponse) -> str | None:

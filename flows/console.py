@@ -90,12 +90,12 @@ class Board:
             if line.unit == "steps" and name in self._trainings:
                 self._images_per_second = line.rate * self._trainings[name][1]
             ended = line.done >= line.total
-            due = ended or now - work.logged >= LOG_EVERY_SECONDS
-            if due:
+            should_log = ended or now - work.logged >= LOG_EVERY_SECONDS
+            if should_log:
                 work.logged = now
             if ended and name not in self._stages:
                 del self._now[name]
-            return due
+            return should_log
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width // 8, BAR_WIDTH)
@@ -168,8 +168,8 @@ class Screen(logging.Handler):
         """The lines of a record; None where they are not shown."""
         progress = ProgressLine.parse(record.getMessage())  # of this process; a stage's has its name in front
         if progress is not None:
-            due = board.move(progress.what, progress)
-            return f"{progress.what}: {progress.figures}" if due and self.console is None else None
+            should_log = board.move(progress.what, progress)
+            return f"{progress.what}: {progress.figures}" if should_log and self.console is None else None
         if self.console is not None and getattr(record, "detail", False):
             return None
         if record.name == self.said_at_end and record.levelno < logging.WARNING:

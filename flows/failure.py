@@ -20,8 +20,8 @@ def failed(error: Exception) -> State[Any]:
     found = prefect_is_away(error) if isinstance(error, HTTPError) else known(error)
     if found is None or tracebacks_shown():
         get_run_logger().error("%s ended the run", type(error).__name__, exc_info=error)
-    told = found or defect(error, "in the log")
-    return Failed(message=str(told) or type(told).__name__, data=told)
+    shown = found or defect(error, "in the log")
+    return Failed(message=str(shown) or type(shown).__name__, data=shown)
 
 
 def prefect_is_away(error: Exception) -> ServiceError:

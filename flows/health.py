@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.core.errors import PedigreeError, ServiceError, sentence
+from components.core.errors import PedigreeError, ServiceError, error_message
 from components.core.layout import Layout
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
@@ -81,19 +81,19 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
             for check in checks:
                 yield from check(checkout)
         except (PedigreeError, OSError) as error:
-            yield Finding(name, RED, sentence(error).splitlines()[0], advice)
+            yield Finding(name, RED, error_message(error).splitlines()[0], advice)
 
 
 def python(checkout: Path) -> Iterator[Finding]:
     """Compare this Python with what pyproject.toml asks for."""
     from packaging.specifiers import SpecifierSet
 
-    wanted, found = _project(checkout)["requires-python"], ".".join(map(str, sys.version_info[:3]))
-    if found in SpecifierSet(wanted):
+    expected, found = _project(checkout)["requires-python"], ".".join(map(str, sys.version_info[:3]))
+    if found in SpecifierSet(expected):
         yield Finding("Python", GREEN, found)
     else:
         yield Finding(
-            "Python", RED, f"{found}, allowed: {wanted}", "make a new .venv with an allowed Python: `make run`"
+            "Python", RED, f"{found}, allowed: {expected}", "make a new .venv with an allowed Python: `make run`"
         )
 
 
@@ -255,10 +255,10 @@ def prefect(checkout: Path) -> Iterator[Finding]:
             yield Finding("Prefect", state, f"{client.api_url} answers, version {theirs} (here {__version__})", advice)
             yield _work_pool(client)
             yield _worker(client)
-            wanted = yaml.safe_load((checkout / "prefect.yaml").read_text())
-            for deployment in wanted["deployments"]:
+            expected = yaml.safe_load((checkout / "prefect.yaml").read_text())
+            for deployment in expected["deployments"]:
                 yield from _deployment(client, deployment)
-            yield from _automations(client, [automation["name"] for automation in wanted.get("automations", ())])
+            yield from _automations(client, [automation["name"] for automation in expected.get("automations", ())])
             yield _late_runs(client)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
@@ -306,11 +306,11 @@ def start_worker(pool: str) -> str:
     return f"`prefect worker start --pool {pool}` (`pedigree up` for the local stack)"
 
 
-def _deployment(client: SyncPrefectClient, wanted: dict[str, Any]) -> Iterator[Finding]:
+def _deployment(client: SyncPrefectClient, expected: dict[str, Any]) -> Iterator[Finding]:
     """One deployment of prefect.yaml: it is there, its schedules make runs, its triggers are on."""
     from prefect.exceptions import ObjectNotFound
 
-    name = f"{wanted['entrypoint'].partition(':')[2]}/{wanted['name']}"
+    name = f"{expected['entrypoint'].partition(':')[2]}/{expected['name']}"
     try:
         found = client.read_deployment_by_name(name)
     except ObjectNotFound:
@@ -320,19 +320,19 @@ def _deployment(client: SyncPrefectClient, wanted: dict[str, Any]) -> Iterator[F
         yield Finding(name, RED, "deployed, but paused", f"`prefect deployment resume {name}`, or in Prefect's page")
         return
     yield Finding(name, GREEN, f"deployed to work pool {found.work_pool_name}")
-    if wanted.get("schedules"):
+    if expected.get("schedules"):
         yield _schedule(client, name, found)
-    if wanted.get("triggers"):
+    if expected.get("triggers"):
         automations = client.read_resource_related_automations(f"prefect.deployment.{found.id}")
         on = any(automation.enabled for automation in automations)
         advice = "" if on else "switch it on in Prefect's page, under Automations, or `prefect deploy --all`"
         yield Finding(f"{name}: trigger", GREEN if on else RED, "on" if on else "off or gone", advice)
 
 
-def _automations(client: SyncPrefectClient, wanted: list[str]) -> Iterator[Finding]:
+def _automations(client: SyncPrefectClient, expected: list[str]) -> Iterator[Finding]:
     """Those of prefect.yaml, without which a run that loses its machine stays Running for ever."""
-    on = [name for name in wanted if any(found.enabled for found in client.read_automations_by_name(name))]
-    if missing := [name for name in wanted if name not in on]:
+    on = [name for name in expected if any(found.enabled for found in client.read_automations_by_name(name))]
+    if missing := [name for name in expected if name not in on]:
         advice = "`python -m infra.automations` (`pedigree up` for the local stack), or switch it on in Prefect's page"
         yield Finding("automations", RED, f"{missing[0]!r} is off or gone", advice)
     elif on:
@@ -365,8 +365,8 @@ def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -
 def _late_runs(client: SyncPrefectClient) -> Finding:
     from prefect.client.schemas.filters import FlowRunFilter
 
-    wanted = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
-    late = client.read_flow_runs(flow_run_filter=wanted, limit=50)
+    is_late = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
+    late = client.read_flow_runs(flow_run_filter=is_late, limit=50)
     if not late:
         return Finding("late runs", GREEN, "none")
     detail = f"{len(late)}{'+' if len(late) == 50 else ''}, such as {late[0].name}"

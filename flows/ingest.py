@@ -62,8 +62,8 @@ def _ingest(request: IngestRequest, announce: bool) -> Ingested:
         retraining = announce_snapshots(source) if announce else []
         forget_snapshots(source)
     notes = "\n".join(("```text", *report.notes, "```"))  # names in it are no markup
-    told = "\n\n".join(map(str, (f"**{request.name}**: {report}", notes, *retraining)))
-    create_markdown_artifact(told, key=f"ingest-{request.name}")
+    markdown = "\n\n".join(map(str, (f"**{request.name}**: {report}", notes, *retraining)))
+    create_markdown_artifact(markdown, key=f"ingest-{request.name}")
     return Ingested(report, tuple(retraining))
 
 

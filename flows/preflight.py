@@ -49,11 +49,11 @@ def check(checkout: Path, recipe: Recipe, entries: Sequence[str]) -> None:
     """
     taken = snapshots(checkout, entries)
     pool = [one for one in taken if one.collection == POOL]
-    told = [*_missing_files(checkout, recipe), *_unknown_seeds(recipe, pool), *_few_images(recipe, pool)]
-    told += [*_no_evaluation(taken), *_no_shared_memory(recipe)]
-    told += [*_no_room(checkout, _needs(checkout, recipe, pool))]
-    if told:
-        raise ConfigError("\n".join(told))
+    faults = [*_missing_files(checkout, recipe), *_unknown_seeds(recipe, pool), *_few_images(recipe, pool)]
+    faults += [*_no_evaluation(taken), *_no_shared_memory(recipe)]
+    faults += [*_no_room(checkout, _needs(checkout, recipe, pool))]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _missing_files(checkout: Path, recipe: Recipe) -> Iterator[str]:
@@ -152,13 +152,13 @@ def _needs(checkout: Path, recipe: Recipe, pool: Sequence[Snapshot]) -> dict[Pat
         images += one.num_bytes
         count += num_images(one) or 0
     target = recipe.curate.target_images
-    kept = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
+    kept_share = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
     heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)
     large = num_parameters(recipe.pretrain.backbone, heads)
     models = [large, large, *(num_parameters(student.backbone, heads) for student in recipe.distill.students.values())]
     local = any(one.checkpoint_uri is None for one in recipe.trainings().values())
     embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
-    made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
+    made = {"curated images": int(images * kept_share), "embeddings": embedded, "weights": 4 * sum(models)}
     return {
         Layout(checkout).dvc: made,
         Layout(checkout).state: {

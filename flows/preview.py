@@ -117,22 +117,22 @@ def _steps(ledger: Ledger, last: Record | None) -> list[Step]:
         if seen.stage == CODE_STAGE:
             continue
         if last is None or seen.stage not in entries:
-            told = [Change("record", f"{'the last run has no such stage' if last else 'no run yet'}")]
-            steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+            differences = [Change("record", f"{'the last run has no such stage' if last else 'no run yet'}")]
+            steps.append(Step(seen.stage, _outcome(seen, differences), seen.waits, tuple(differences)))
             continue
-        told = changes(entries[seen.stage], seen.inputs, last, Record(ledger.root))
-        if not told and not seen.waits and seen.outcome is Outcome.CHANGED:
-            told = [Change("record", "its outputs are no longer in this machine's cache")]
-        steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+        differences = changes(entries[seen.stage], seen.inputs, last, Record(ledger.root))
+        if not differences and not seen.waits and seen.outcome is Outcome.CHANGED:
+            differences = [Change("record", "its outputs are no longer in this machine's cache")]
+        steps.append(Step(seen.stage, _outcome(seen, differences), seen.waits, tuple(differences)))
     return steps
 
 
-def _outcome(seen: Foreseen, told: list[Change]) -> str:
+def _outcome(seen: Foreseen, differences: list[Change]) -> str:
     if seen.waits:
-        return "run" if told else "after"
+        return "run" if differences else "after"
     if seen.outcome is Outcome.CHANGED:
         return "run"
-    return "restored" if told else "unchanged"
+    return "restored" if differences else "unchanged"
 
 
 def _remove(checkout: Path, folder: Path) -> None:

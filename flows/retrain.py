@@ -164,7 +164,7 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
         get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
         live.leave_open()
     try:
-        published.publish(workspace, parent)
+        published.create_artifacts(workspace, parent)
     except (HTTPError, TrackingError) as error:
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
@@ -197,9 +197,9 @@ def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
     path = Layout(checkout).runs / f"{name}.running"
     logger = get_run_logger()
 
-    def tell(holder: str) -> None:
+    def log_wait(holder: str) -> None:
         logger.info("waiting for another run of %s: %s", name, holder or "it has just begun")
 
-    with exclusive(path, tell):
+    with exclusive(path, log_wait):
         path.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")
         yield

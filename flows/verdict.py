@@ -36,14 +36,14 @@ def verdicts(reports: Path) -> list[Verdict]:
 
 def _verdict(model: str, result: dict[str, Any]) -> Verdict:
     key, label = next((key, label) for key, label in MEASURES if key in result)
-    told, objections = [], []
+    comparisons, objections = [], []
     for other, name in OTHERS.items():
         if key not in result.get(f"minus_{other}", {}):
             continue
         interval = result[f"minus_{other}"][key]
         word = "better" if interval["low"] > 0 else "worse" if interval["high"] < 0 else "no better"
         low, high = (f"{interval[end]:+.3f}" for end in ("low", "high"))
-        told.append(f"{word} than {name} ({result[other][key]:.3f}; difference {low} to {high})")
+        comparisons.append(f"{word} than {name} ({result[other][key]:.3f}; difference {low} to {high})")
         if word == "worse" or (word == "no better" and other == "random"):
             objections.append(f"{word} than {name}")
-    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(told)}", tuple(objections))
+    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(comparisons)}", tuple(objections))

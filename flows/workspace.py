@@ -43,7 +43,7 @@ class Workspace:
     root: Path
     run_id: str
     ledger: Ledger
-    told: set[str] = field(default_factory=set, compare=False)  # stray files that were named
+    logged: set[str] = field(default_factory=set, compare=False)  # stray files that were named
 
     @property
     def branch(self) -> str:
@@ -63,17 +63,17 @@ class Workspace:
             if git(self.root, "diff-index", "--cached", "--name-only", "HEAD"):
                 git(self.root, "commit", "--quiet", "--no-verify", "--message", message)
             commit = git(self.root, "rev-parse", "HEAD")
-        self._tell_strays({*changed} - {*left} - self.told)
+        self._log_strays({*changed} - {*left} - self.logged)
         return commit
 
-    def _tell_strays(self, paths: set[str]) -> None:
+    def _log_strays(self, paths: set[str]) -> None:
         """Name files that are no stage's output, once; the output of a stage that still runs is no stray."""
         if not paths:
             return
         outputs = {path for stage in self.ledger.stages() for path in stage.outputs}
         for group in by_top_level(sorted(path for path in paths if not _for_git(path, outputs))):
             logger.warning("not committed to %s, no stage's output: %s", self.branch, describe(self.root, group))
-            self.told.update(group)
+            self.logged.update(group)
 
 
 def close_branch(root: Path, message: str) -> str:

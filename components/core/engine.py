@@ -53,36 +53,36 @@ def map_shards(
         with connected(address) as cpus:
             num_workers = max(min(workers or cpus, cpus, len(items)), 1)
             # Arguments are never shared through files of this machine, as joblib does with large arrays.
-            return _in_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
+            return _run_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
     num_workers = min(workers or len(os.sched_getaffinity(0)), len(items))
     if num_workers == 1:
         return [function(item) for item in track(items, what, len(items), unit)]
-    initial: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    return _in_parallel(function, items, num_workers, what, unit, backend="loky", **initial)
+    initial: dict[str, Any] = {"initializer": _exit_with_parent, "initargs": (os.getpid(),)}
+    return _run_parallel(function, items, num_workers, what, unit, backend="loky", **initial)
 
 
-class _Counted(Parallel):
+class _ReportingParallel(Parallel):
     """Tells of each finished item; joblib's Ray backend gives all results at the end only."""
 
     def __init__(self, advance: Callable[[int], None], **options: Any):
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
-        self._advance, self._told = advance, 0
+        self._advance, self._reported = advance, 0
 
     def print_progress(self) -> None:
         """Called by joblib whenever an item is finished, and at the end."""
-        new = self.n_completed_tasks - self._told
+        new = self.n_completed_tasks - self._reported
         if new:
             self._advance(new)
-        self._told += new
+        self._reported += new
 
 
-def _in_parallel(
+def _run_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, what: str, unit: str, **options: Any
 ) -> list[Result]:
     # One shard a task, whatever joblib's annotation of batch_size says.
     options |= {"batch_size": 1, "pre_dispatch": "2*n_jobs"}
     with progress(what, len(items), unit) as advance:
-        pool: Any = _Counted(advance, n_jobs=workers, **options)
+        pool: Any = _ReportingParallel(advance, n_jobs=workers, **options)
         try:
             return list(pool(delayed(function)(item) for item in items))
         except Exception as error:
@@ -93,7 +93,7 @@ def _in_parallel(
             raise EngineError(f"{what}: a worker process died ({reason}); {advice}") from error
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """End this worker when the process that started it is gone; loky's own workers outlive a killed one by minutes."""
 
     def watch() -> None:

@@ -64,7 +64,7 @@ def known(error: BaseException | None) -> PedigreeError | None:
     """
     if error is None or isinstance(error, PedigreeError):
         return error
-    first = sentence(error).splitlines()[0]
+    first = error_message(error).splitlines()[0]
     memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if memory or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(first)):
         return OutOfMemoryError(first if "memory" in first else f"out of memory: {first}")
@@ -73,7 +73,7 @@ def known(error: BaseException | None) -> PedigreeError | None:
     return None
 
 
-def sentence(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """What an error says, without the traceback that torch's loader puts before the words of its workers."""
     found = REMOTE.search(str(error))
     return (found["said"] if found else str(error)).strip() or type(error).__name__
@@ -81,7 +81,7 @@ def sentence(error: BaseException) -> str:
 
 def defect(error: BaseException, where: str) -> PedigreeError:
     """The last line about a defect: its type and message, and where its traceback is, with the exit code 70."""
-    said = " ".join(sentence(error).split())
+    said = " ".join(error_message(error).split())
     name = type(error).__name__
     line = PedigreeError(f"a defect of Pedigree: {name}{'' if said == name else f': {said}'}; traceback: {where}")
     line.exit_code = DEFECT

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import IO, Any
 
 POLL_SECONDS = 0.1
-TELL_SECONDS = 600.0
+REPORT_SECONDS = 600.0
 _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
 
 
 @contextmanager
-def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant: bool = False) -> Generator[None]:
+def exclusive(path: Path, on_wait: Callable[[str], object] | None = None, reentrant: bool = False) -> Generator[None]:
     """Hold a lock file alone; wait while another process holds it.
 
     Args:
         path: of the file, which stays when it is free again; its folder is made.
-        tell: called with the file's text where another process holds it, and every ten minutes while it does: a holder
-            may write there who it is.
+        on_wait: called with the file's text (the holder may write its name there) when another process holds the lock,
+            and every ten minutes while waiting.
         reentrant: this process may take it again, in any thread.
 
     Raises:
@@ -49,9 +49,9 @@ def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant
             lock.acquire(timeout=seconds, poll_interval=POLL_SECONDS)
             held = True
         except Timeout:
-            seconds = TELL_SECONDS
-            if tell is not None:
-                tell(path.read_text().strip())
+            seconds = REPORT_SECONDS
+            if on_wait is not None:
+                on_wait(path.read_text().strip())
     try:
         yield
     finally:

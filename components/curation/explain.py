@@ -71,12 +71,12 @@ class Explanation:
         return asdict(self)
 
 
-def explain(tables: CuratedTables, asked: str) -> Explanation:
+def explain(tables: CuratedTables, query: str) -> Explanation:
     """Find one image, and say why it is in or out.
 
     Args:
         tables: the curated set.
-        asked: an image id or the beginning of one, a source URI or its last part, or a file with the image's bytes.
+        query: an image id or the beginning of one, a source URI or its last part, or a file with the image's bytes.
 
     Raises:
         CurationError: nothing matches, or several images do.
@@ -84,17 +84,17 @@ def explain(tables: CuratedTables, asked: str) -> Explanation:
     for path, schema in ((tables.manifest, CURATED_SCHEMA), (tables.rejected, REJECTED_SCHEMA)):
         if missing := sorted(set(schema.names) - set(_open(path).schema.names)):
             raise CurationError(f"{path}: an older version of Pedigree wrote it, without {missing}; run it again")
-    kept = [_pool_row(row) for row in _matching(tables.manifest, asked, ("image_id", "derived_from"))]
-    rejected = _matching(tables.rejected, asked, ("image_id",))
+    kept = [_pool_row(row) for row in _matching(tables.manifest, query, ("image_id", "derived_from"))]
+    rejected = _matching(tables.rejected, query, ("image_id",))
     again = [row for row in rejected if row["reason"] == EXACT]
     once = [row for row in rejected if row["reason"] != EXACT]
     found = {row["image_id"]: row for row in [*again, *once, *kept]}  # the last says what became of the image
     if not found:
-        raise CurationError(f"{asked!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
+        raise CurationError(f"{query!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
     if len(found) > 1:
         listed = ", ".join(f"{i[:16]} ({row['source_uri']})" for i, row in list(found.items())[:SHOWN_MATCHES])
         more = ", ..." if len(found) > SHOWN_MATCHES else ""
-        raise CurationError(f"{asked!r}: {len(found)} images match: {listed}{more}; give more of the id")
+        raise CurationError(f"{query!r}: {len(found)} images match: {listed}{more}; give more of the id")
     (row,) = found.values()
     return _explanation(tables, row, [other for other in again if other is not row])
 
@@ -122,15 +122,15 @@ def _explanation(tables: CuratedTables, row: dict[str, Any], again: list[dict[st
     )
 
 
-def _matching(path: Path, asked: str, id_columns: tuple[str, ...]) -> list[dict[str, Any]]:
+def _matching(path: Path, query: str, id_columns: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows by id or its beginning; if there are none, by source URI or its last part."""
     rows: list[dict[str, Any]] = []
-    wanted = sha256_file(Path(asked)) if Path(asked).is_file() else asked
-    if ID_PREFIX.fullmatch(wanted):
-        starts = [pc.starts_with(pc.field(name), wanted) for name in id_columns]
+    prefix = sha256_file(Path(query)) if Path(query).is_file() else query
+    if ID_PREFIX.fullmatch(prefix):
+        starts = [pc.starts_with(pc.field(name), prefix) for name in id_columns]
         rows = _rows(path, starts[0] if len(starts) == 1 else starts[0] | starts[1])
     uri = pc.field("source_uri")
-    return rows or _rows(path, (uri == asked) | pc.ends_with(uri, f"/{asked}") | pc.ends_with(uri, f"#{asked}"))
+    return rows or _rows(path, (uri == query) | pc.ends_with(uri, f"/{query}") | pc.ends_with(uri, f"#{query}"))
 
 
 def _rows(path: Path, condition: Any) -> list[dict[str, Any]]:

@@ -142,8 +142,8 @@ def all_accounted(docs: DataDocs, folder: Path, pool: pa.Table) -> None:
     """
     kept, rejected = _pool_ids(read_manifest(folder / MANIFEST)), read_table(folder / REJECTED, REJECTED_SCHEMA)
     ids = pool["image_id"].to_numpy().astype("S64")
-    told = np.concatenate([kept.to_numpy(), rejected["image_id"].to_numpy()]).astype("S64")
-    names, inverse = np.unique(np.concatenate([ids, told]), return_inverse=True)
+    listed = np.concatenate([kept.to_numpy(), rejected["image_id"].to_numpy()]).astype("S64")
+    names, inverse = np.unique(np.concatenate([ids, listed]), return_inverse=True)
     in_pool = np.bincount(inverse[: len(ids)], minlength=len(names))
     in_tables = np.bincount(inverse[len(ids) :], minlength=len(names))
     examination = Examination(pool)
@@ -183,8 +183,8 @@ def alike(left: Embedded, right: Embedded, threshold: float) -> tuple[Mask, int]
         [R] which fail, all False for those that were not asked; the number of those that were.
     """
     failing = np.zeros(len(left.rows), dtype=bool)
-    asked = sampled_rows(len(left.rows), max(SAMPLE_IMAGES, SAMPLE_PAIRS // max(len(right.rows), 1)))
-    for queries in _blocks(asked):
+    sample_rows = sampled_rows(len(left.rows), max(SAMPLE_IMAGES, SAMPLE_PAIRS // max(len(right.rows), 1)))
+    for queries in _blocks(sample_rows):
         vectors = left.vectors[left.rows[queries]]  # [q, D]
         for others in _blocks(right.rows):
             block = right.vectors[others]  # [b, D]
@@ -194,7 +194,7 @@ def alike(left: Embedded, right: Embedded, threshold: float) -> tuple[Mask, int]
             at, column = np.nonzero(products > threshold - MARGIN)
             cosine = np.einsum("ij,ij->i", vectors[at], block[column], dtype=np.float64).round(DECIMALS)
             failing[queries[at[cosine.astype(np.float32) > np.float32(threshold)]]] = True
-    return failing, len(asked)
+    return failing, len(sample_rows)
 
 
 def _blocks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -217,8 +217,9 @@ def _check_drift(examination: Examination, drift: Drift) -> None:
         for name, count in zip(names, counts, strict=True)
     }
     moved = [name for name, shift in shifts.items() if abs(shift) > drift.max_source_shift]
-    told = ", ".join(f"{name} {shifts[name]:+.1%}" for name in moved)
-    meaning = f"no source's share moved by more than {drift.max_source_shift:.0%}" + (f", but {told}" if told else "")
+    listed = ", ".join(f"{name} {shifts[name]:+.1%}" for name in moved)
+    meaning = f"no source's share moved by more than {drift.max_source_shift:.0%}"
+    meaning += f", but {listed}" if listed else ""
     examination.rows("sources_as_before", meaning, np.isin(sources, moved))
     lost = [name for name, count in drift.sources.items() if count / before > drift.max_source_shift]
     lost = [name for name in lost if name not in shifts]

@@ -56,8 +56,8 @@ def removed_grid(album: Album, rejected: pa.Table) -> bytes:
     for item in _examples(rejected):
         other = None if item["duplicate_of"] is None else album.find_tile(item["duplicate_of"])
         similarity = "" if item["similarity"] is None else f"  {item['similarity']:.3f}"
-        told = (f"{item['reason'].replace('_', ' ')}{similarity}", item["detail"])
-        tiles.append(Tile(_pair(album.pool_tile(item["row"]), other), told))
+        captions = (f"{item['reason'].replace('_', ' ')}{similarity}", item["detail"])
+        tiles.append(Tile(_pair(album.pool_tile(item["row"]), other), captions))
     return jpeg(draw_sheet(in_columns(tiles, COLUMNS), "" if tiles else "no image was removed"))
 
 

@@ -31,8 +31,8 @@ def left_out_lines(config: CurateConfig, inputs: Inputs, rejected: pa.Table) -> 
     for reason in (reason for reason in MEANING if reason in counts):
         rows = rejected.filter(pc.equal(rejected["reason"], reason)).sort_by("row").slice(0, EXAMPLES).to_pylist()
         examples = "; ".join(_example(row, inputs) for row in rows)
-        told = f"{reason} {counts[reason]:,}, {100 * counts[reason] / total:.1f} %, {MEANING[reason]}"
-        yield f"left out, {told}: {examples}{_decided_by(config, reason)}"
+        summary = f"{reason} {counts[reason]:,}, {100 * counts[reason] / total:.1f} %, {MEANING[reason]}"
+        yield f"left out, {summary}: {examples}{_decided_by(config, reason)}"
 
 
 def _example(row: dict[str, Any], inputs: Inputs) -> str:

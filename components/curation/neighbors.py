@@ -252,16 +252,16 @@ def _measure_recall(task: _Task, propose: Propose, config: IndexConfig, threads:
         CurationError: it is below `min_recall`.
     """
     rows = _sampled_queries(task, config.recall_sample, threads)
-    found, wanted = (_search(task, one, rows, threads) for one in (propose, _exact(task)))
-    if not len(wanted.query):
+    found, exact = (_search(task, one, rows, threads) for one in (propose, _exact(task)))
+    if not len(exact.query):
         log.warning("no pair among %d sampled queries, so the recall of the index is not known", len(rows))
         return 1.0
     hits = len(found.query)
     if task.threshold is None:
-        keys = [pairs.query * len(task.others) + pairs.neighbor for pairs in (found, wanted)]
+        keys = [pairs.query * len(task.others) + pairs.neighbor for pairs in (found, exact)]
         hits = int(np.isin(keys[1], keys[0]).sum())
-    recall = hits / len(wanted.query)
-    what = f"the index finds {recall:.3f} of {len(wanted.query)} exact pairs of {len(rows)} sampled queries"
+    recall = hits / len(exact.query)
+    what = f"the index finds {recall:.3f} of {len(exact.query)} exact pairs of {len(rows)} sampled queries"
     log.info("%s", what)
     if recall < config.min_recall:
         raise CurationError(

@@ -118,9 +118,9 @@ def pack(
         table = _blur_faces(pool, table, rows, Path(staging), workers)
         table = table.sort_by("image_id")
         starts = shard_starts(table["length"].to_pylist(), max_bytes)
-        asked = table.select(["image_id", "derived_from", "format", *PLACE])
+        places_table = table.select(["image_id", "derived_from", "format", *PLACE])
         tasks = [
-            PackTask(pool.folder, _rows(asked, start, end), Path(staging), folder, number, max_bytes)
+            PackTask(pool.folder, _rows(places_table, start, end), Path(staging), folder, number, max_bytes)
             for number, (start, end) in enumerate(pairwise([*starts, len(table)]))
         ]
         places = [place for shard in map_shards(pack_shard, tasks, workers=workers, what="packing") for place in shard]
@@ -149,8 +149,8 @@ def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, staging: Pat
     """Make a new image of each that has faces, in a file named by its id; returns the table with these in place."""
     faces = pool.faces.take(rows)
     places = np.flatnonzero(pc.fill_null(pc.list_value_length(faces), 0).to_numpy())
-    asked = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
-    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), staging) for _, part in split_by_shard(asked)]
+    places_table = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
+    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), staging) for _, part in split_by_shard(places_table)]
     made = [one for shard in map_shards(blur_shard, tasks, workers=workers, what="blurring faces") for one in shard]
     new = {name: table[name].to_pylist() for name in BLURRED}
     for place, values in zip(places.tolist(), made, strict=True):

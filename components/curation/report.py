@@ -138,12 +138,12 @@ def _levels(levels: list[Clusters]) -> list[dict[str, Any]]:
         before, after = level.before, level.after
         name = "" if len(levels) == 1 else f"Level {number}: "
         largest = [f"{100 * sizes.max() / max(sizes.sum(), 1):.2f} %" for sizes in (before, after)]
-        told = (
+        summary = (
             f"evenness {evenness(before):.3f} before and {evenness(after):.3f} after (1 is even); "
             f"the largest cluster has {largest[0]} before, {largest[1]} after"
         )
         picture = Picture(charts.cluster_sizes(before, after), "Share of the images in each cluster")
-        shown.append({"name": f"{name}{len(before):,} clusters", "told": told, "picture": picture})
+        shown.append({"name": f"{name}{len(before):,} clusters", "summary": summary, "picture": picture})
     return shown
 
 
@@ -164,8 +164,8 @@ def _reasons(rejected: pa.Table, album: grids.Album) -> list[dict[str, Any]]:
         if reason != UNSEEN:
             grid = grids.reason_grid(album, rejected.filter(pc.equal(rejected["reason"], reason)))
             picture = Picture(grid, f"Images left out: {reason}", "jpeg")
-        told = f"{counts[reason]:,} images · {MEANING[reason]}"
-        shown.append({"name": reason.replace("_", " "), "told": told, "picture": picture})
+        summary = f"{counts[reason]:,} images · {MEANING[reason]}"
+        shown.append({"name": reason.replace("_", " "), "summary": summary, "picture": picture})
     return shown
 
 

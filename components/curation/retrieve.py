@@ -127,9 +127,9 @@ def _by_cluster(
     config = seeds.config
     at = labels[seeds.rows]
     clusters, counts = np.unique(at[at >= 0], return_counts=True)
-    wanted = clusters[counts >= config.min_seeds]
+    selected = clusters[counts >= config.min_seeds]
     ordered = rows[np.argsort(labels[rows], kind="stable")]
-    firsts, ends = (np.searchsorted(labels[ordered], wanted, side=side) for side in ("left", "right"))
+    firsts, ends = (np.searchsorted(labels[ordered], selected, side=side) for side in ("left", "right"))
     drawn = []
     for first, end in zip(firsts, ends, strict=True):
         drawn.append(generator.choice(ordered[first:end], min(config.per_cluster, end - first), replace=False))
@@ -150,11 +150,11 @@ def _by_cluster(
 def _nearest(vectors: NDArray[np.float32], rows: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[np.int64]:
     """The nearest of the seeds for each row: [n]."""
     nearest = np.empty(len(rows), np.int64)
-    asked = vectors[seeds]
-    step = max(1, BLOCK_BYTES // (4 * max(asked.shape)))
+    seed_vectors = vectors[seeds]
+    step = max(1, BLOCK_BYTES // (4 * max(seed_vectors.shape)))
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
-        nearest[block] = seeds[(vectors[rows[block]] @ asked.T).argmax(axis=1)]
+        nearest[block] = seeds[(vectors[rows[block]] @ seed_vectors.T).argmax(axis=1)]
     return nearest
 
 

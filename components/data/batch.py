@@ -150,8 +150,8 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
         for item in batch.skipped:
             if item.image_id not in bad:
                 bad[item.image_id] = item
-                told = (item.image_id, item.reason, len(bad), config.max_bad_images)
-                logger.warning("image %s is skipped: %s (%d of at most %d)", *told)
+                details = (item.image_id, item.reason, len(bad), config.max_bad_images)
+                logger.warning("image %s is skipped: %s (%d of at most %d)", *details)
         if len(bad) > config.max_bad_images:
             raise too_many_bad(list(bad.values()), config)
         yield batch

@@ -99,8 +99,8 @@ class IngestReport:
         stored = f"{self.stored} new images stored"
         if self.pool_snapshot is None and self.evaluation_snapshot is None:
             stored = "nothing new, no snapshot made"
-        told = f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, "
-        return f"{told}rejected: {reasons}, ignored: {self.ignored}"
+        report_text = f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, "
+        return f"{report_text}rejected: {reasons}, ignored: {self.ignored}"
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None
     return min(workers or len(os.sched_getaffinity(0)), fit)
 
 
-def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
+def examine_batch(batch: sources.EntryBatch, max_pixels: int) -> list[Finding]:
     """Decode every image of a batch; images that cannot be read again cheaply are copied to the batch's spool file."""
     with ExitStack() as stack:
         spool = stack.enter_context(batch.spool.open("wb")) if batch.spool else None
@@ -321,10 +321,10 @@ def _cover(
     present: dict[str, str | None] = {}
     used: list[Path] = []
     for collection, images in ((request.pool, training), (request.evaluation, evaluation)):
-        wanted = {_as_stored(image, request.license) for image in images}
+        current = {_as_stored(image, request.license) for image in images}
         held = {folder: _rows(folder) for folder in _snapshots(collection / request.name)}
         for folder, rows in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
-            if rows <= wanted and not any(row[0] in present for row in rows):
+            if rows <= current and not any(row[0] in present for row in rows):
                 used.append(folder)
                 present |= {row[0]: row[1] for row in rows}
     return present, used
@@ -432,5 +432,5 @@ def _no_images(source: str, findings: list[Finding], listing: sources.Listing) -
     reasons = Counter(str(finding.reason) for finding in findings)
     found = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     example = findings[0]
-    told = f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
-    return told + ignored
+    report_text = f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
+    return report_text + ignored

@@ -119,8 +119,8 @@ def source_lines(listing: Listing, findings: Sequence[Finding], rejected: Sequen
         if len(shown) < EXAMPLES.get(reason, MAX_EXAMPLES):
             shown.setdefault(finding.detail, finding.uri)
     for reason, count in sorted(counts.items()):
-        told = (f"{one_line(uri)}: {one_line(detail, MAX_DETAIL)}" for detail, uri in examples[reason].items())
-        yield f"rejected, {reason} {count}, such as {'; '.join(told)}"
+        described = (f"{one_line(uri)}: {one_line(detail, MAX_DETAIL)}" for detail, uri in examples[reason].items())
+        yield f"rejected, {reason} {count}, such as {'; '.join(described)}"
 
 
 def counted(notes: Iterable[tuple[str, str]]) -> list[str]:

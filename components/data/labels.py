@@ -127,10 +127,10 @@ def untested_line(labels: Collection[str], members: Sequence[tuple[str | None, s
     poor = sorted(label for label in labels if not (counts[label, TRAIN] and counts[label, TEST]))
     if not poor:
         return None
-    told = some_of([f"{label} ({counts[label, TRAIN]} train, {counts[label, TEST]} test)" for label in poor], 10)
+    described = some_of([f"{label} ({counts[label, TRAIN]} train, {counts[label, TEST]} test)" for label in poor], 10)
     return (
         f"{len(poor)} of {len(labels)} classes cannot be evaluated, for each needs a train and a test image in the "
-        f"evaluation set: {told}"
+        f"evaluation set: {described}"
     )
 
 

@@ -53,7 +53,7 @@ class Columns:
     image: str
     label: str | None
     names: tuple[str, ...] | None  # of the classes, where the labels are their numbers
-    told: tuple[str, ...]  # what was guessed, and what is left out
+    notes: tuple[str, ...]  # what was guessed, and what is left out
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def find_columns(schema: pa.Schema, uri: str) -> Columns:
             what = "more than one column can be the images; rename one to `image`"
             raise IngestError(f"{uri}: {what}; found: {_found(schema)}")
         raise NoImageColumnError(uri, f"no column holds encoded images; {_advice(schema)}; found: {_found(schema)}")
-    told = [] if image in USUAL_IMAGE else [f"column `{_short(image)}` is read as the images"]
+    notes = [] if image in USUAL_IMAGE else [f"column `{_short(image)}` is read as the images"]
     others = [field.name for field in schema if field.name != image and _has_bytes(field.type)]
-    told += [f"column `{_short(name)}` holds images or bytes too, and is not read" for name in others]
-    label, said = _label_column([field for field in fields if field.name != image], features)
-    return Columns(image, label, features.classes.get(label or ""), (*told, *said))
+    notes += [f"column `{_short(name)}` holds images or bytes too, and is not read" for name in others]
+    label, label_notes = _label_column([field for field in fields if field.name != image], features)
+    return Columns(image, label, features.classes.get(label or ""), (*notes, *label_notes))
 
 
 def read_rows(path: str, row_group: int, columns: Columns) -> Iterator[Row]:
@@ -127,9 +127,9 @@ def partition_label(relative: PurePosixPath) -> tuple[str | None, list[str]]:
     """The label that the folders above a table give it, and what to tell of these folders."""
     values = partition_of(relative)
     key = _choose(list(values), USUAL_LABEL, KNOWN_LABEL, alone=False)
-    told = [] if key is None else [f"labels are read from the folders `{_short(key)}=...`"]
-    told += [f"the folders `{_short(other)}=...` are not read" for other in values if other != key]
-    return (values[key] or None) if key is not None else None, told
+    notes = [] if key is None else [f"labels are read from the folders `{_short(key)}=...`"]
+    notes += [f"the folders `{_short(other)}=...` are not read" for other in values if other != key]
+    return (values[key] or None) if key is not None else None, notes
 
 
 def _choose(names: Sequence[str], usual: Sequence[str], known: set[str], *, alone: bool) -> str | None:
@@ -155,11 +155,11 @@ def _label_column(fields: list[pa.Field], features: _Features) -> tuple[str | No
     if not _is_class(kind):
         shown = f"column `{_short(label)}` holds {_short(str(kind))}, not one class an image"
         return None, [f"no labels are read: {shown} (text or whole numbers)"]
-    told = [] if label == "label" else [f"column `{_short(label)}` is read as the label"]
+    notes = [] if label == "label" else [f"column `{_short(label)}` is read as the label"]
     if classes := features.classes.get(label):
         shown = ", ".join(map(_short, classes[:MAX_COLUMNS])) + (", ..." if len(classes) > MAX_COLUMNS else "")
-        told.append(f"the labels' names are those of the schema's metadata: {shown}")
-    return label, told
+        notes.append(f"the labels' names are those of the schema's metadata: {shown}")
+    return label, notes
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

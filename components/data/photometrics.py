@@ -180,13 +180,13 @@ def blur(crop: Levels, sigma: float) -> None:
     row = width + 2 * radius
     padded = np.empty((height + 2 * radius, row), np.uint16)
     once, twice, pair = np.empty((3, height * row), np.uint16)
-    kept = as_strided(twice, (height, width), (row * twice.itemsize, twice.itemsize))
+    blurred = as_strided(twice, (height, width), (row * twice.itemsize, twice.itemsize))
     for plane in crop:
         # Both passes run over flat arrays: a row's neighbors beyond its ends are its own mirrored margin.
         _mirror(plane, padded, radius)
         _weigh(padded.ravel(), weights[: radius + 1], row, once, pair)
         _weigh(once, weights[: radius + 1], 1, twice[: once.size - 2 * radius], pair)
-        np.copyto(plane, kept, casting="unsafe")
+        np.copyto(plane, blurred, casting="unsafe")
 
 
 def _kernel(sigma: float) -> NDArray[np.uint16]:

@@ -102,7 +102,7 @@ def build_sample_pool(folder: Path, seed: int = 0) -> None:
     pool = [tile for name, photo in photographs.items() for tile in _pool(name, photo, generator)]
     with atomic_dir(folder) as staging:
         for tile in track([*evaluation, *pool], "sample pool", len(evaluation) + len(pool)):
-            _write(staging / tile.path, _encode(_view(photographs, tile), "JPEG", quality=tile.quality))
+            _write(staging / tile.path, _encode(_cut(photographs, tile), "JPEG", quality=tile.quality))
         planted = _plant(staging, pool, evaluation, generator)
         boxes = {tile.path: [tile.photograph, *tile.box] for tile in [*pool, *evaluation]}
         truth = {"seed": seed, "planted": [asdict(item) for item in planted], "boxes": boxes}
@@ -138,8 +138,8 @@ def _pool(name: str, photo: Image.Image, generator: np.random.Generator) -> Iter
         size = (round(side * aspect**0.5), round(side / aspect**0.5))
         boxes += [(box, factors) for box in _grid(region, size, STRIDE) if _textured(photo, box)]
     if len(boxes) > PHOTOGRAPHS[name]:
-        kept = np.sort(generator.choice(len(boxes), PHOTOGRAPHS[name], replace=False))
-        boxes = [boxes[index] for index in kept]
+        chosen = np.sort(generator.choice(len(boxes), PHOTOGRAPHS[name], replace=False))
+        boxes = [boxes[index] for index in chosen]
     for number, (box, factors) in zip(generator.permutation(len(boxes)), boxes, strict=True):
         path = f"pool/{name}/{number:05d}.jpg"
         yield Tile(name, box, generator.uniform(*factors), int(generator.integers(82, 96)), path)
@@ -154,8 +154,8 @@ def _evaluation(name: str, photo: Image.Image, generator: np.random.Generator) -
         for side, factors in EVALUATION_WINDOWS.items():
             boxes = (box for box in _grid(region, (side, side), 1.0) if _textured(photo, box))
             found += [("test" if number % 2 else "train", box, factors) for box in boxes]
-    kept = np.sort(generator.permutation(len(found))[:MAX_EVALUATION_TILES])
-    for number, index in enumerate(kept):
+    chosen = np.sort(generator.permutation(len(found))[:MAX_EVALUATION_TILES])
+    for number, index in enumerate(chosen):
         split, box, factors = found[index]
         path = f"evaluation/{split}/{name}/{number:03d}.jpg"
         yield Tile(name, box, generator.uniform(*factors), int(generator.integers(82, 96)), path)
@@ -179,7 +179,7 @@ def _textured(photo: Image.Image, box: Box) -> bool:
     return sum(bool(cell.std() >= MIN_CELL_DEVIATION) for cell in cells) >= MIN_CELLS
 
 
-def _view(photographs: dict[str, Image.Image], tile: Tile) -> Image.Image:
+def _cut(photographs: dict[str, Image.Image], tile: Tile) -> Image.Image:
     # Cropped before it is resized, so that no pixel from beyond the box is mixed in.
     return _resize(photographs[tile.photograph].crop(tile.box), tile.factor)
 

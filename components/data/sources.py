@@ -57,7 +57,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Batch:
+class EntryBatch:
     """Entries that one process reads; what cannot be read again cheaply is copied to the file `spool`."""
 
     entries: list[Entry]
@@ -71,7 +71,7 @@ class Listing:
     """A source, before any image of it was decoded."""
 
     root: str = ""  # with which the URIs begin; what follows is relative to the source
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[EntryBatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)  # hidden files, and members of archives that are not images
     links: set[str] = field(default_factory=set)  # folders, relative, that are links
@@ -114,7 +114,7 @@ def list_source(source: str, spool: Path) -> Listing:
                 listing.refusals.append(_large_file(file))
             else:
                 entries.append(Entry(file.uri, None, _folder(file.relative), file.path, 0, file.size))
-        listing.batches = [Batch(part, bucket) for part in _batches(entries)]
+        listing.batches = [EntryBatch(part, bucket) for part in _batches(entries)]
     spooled = (batch.bucket is not None or batch.row_group is not None for batch in listing.batches)
     listing.batches = [
         replace(batch, spool=spool / f"batch-{number:08d}") if needed else batch
@@ -131,7 +131,7 @@ def _root_of(source: str) -> str:
     return os.path.join(as_text(str(Path(folder))), "") if folder else ""
 
 
-def read_batch(batch: Batch) -> Iterator[tuple[Entry, bytes | Refusal]]:
+def read_batch(batch: EntryBatch) -> Iterator[tuple[Entry, bytes | Refusal]]:
     """The bytes of each entry of a batch (each row, for Parquet), or why there are none."""
     if batch.row_group is not None:
         yield from _read_rows(batch.entries[0], batch.row_group)
@@ -324,14 +324,14 @@ def _list_tar(listing: Listing, file: _File, folder: str) -> None:
         )
         for image in found.images
     ]  # fmt: skip
-    listing.batches += [Batch(part) for part in _batches(entries)]
+    listing.batches += [EntryBatch(part) for part in _batches(entries)]
 
 
 def _list_parquet(listing: Listing, file: _File, folder: str) -> None:
     with pq.ParquetFile(file.path) as parquet:
         columns = find_columns(parquet.schema_arrow, file.uri)
-        label, told = (None, []) if columns.label is not None else partition_label(file.relative)
-        listing.notes += [(note, file.uri) for note in (*columns.told, *told)]
+        label, partition_notes = (None, []) if columns.label is not None else partition_label(file.relative)
+        listing.notes += [(note, file.uri) for note in (*columns.notes, *partition_notes)]
         if parquet.metadata.num_rows == 0:
             detail = f"column `{columns.image}` is there, but the table has no rows; write it again with its rows"
             listing.refusals.append(Refusal(file.uri, "no_rows", detail))
@@ -341,7 +341,8 @@ def _list_parquet(listing: Listing, file: _File, folder: str) -> None:
                 detail = f"{size} bytes; at most {MAX_ROW_GROUP_BYTES} are read"
                 listing.refusals.append(Refusal(uri, "too_large", detail))
             else:
-                listing.batches.append(Batch([Entry(file.uri, label, folder, file.path, 0, size)], row_group=number))
+                entry = Entry(file.uri, label, folder, file.path, 0, size)
+                listing.batches.append(EntryBatch([entry], row_group=number))
 
 
 def _read_at(path: str, offset: int, length: int) -> bytes:

@@ -23,11 +23,11 @@ from components.core.storage import atomic_dir, sha256_file, write_bytes
 from components.core.tracking import StageRun, reporting_to
 from components.data.stream import ImageStream
 from components.distillation.config import DistillConfig
-from components.distillation.together import Student, Together, joint_flops
+from components.distillation.together import Student, StudentGroup, joint_flops
 from components.model.export import HEADS_FILE
 from components.training.checkpoint import agreed, only_trainer
 from components.training.delivery import (
-    Begun,
+    StartedTraining,
     Training,
     copy_report,
     copy_weights,
@@ -35,9 +35,9 @@ from components.training.delivery import (
     digests,
     drop_checkpoints,
     forget,
-    is_kept,
+    has_results,
     log_report,
-    report_kept,
+    report_results,
 )
 from components.training.initial import draw_network, load_network
 from components.training.loop import Job, train
@@ -103,35 +103,37 @@ def distill(config: DistillConfig, root: Path, seed: int, name: str, teacher_wei
     with ExitStack() as held:
         for training in sorted(trainings.values(), key=lambda training: training.key):  # no two wait for each other
             held.enter_context(only_trainer(training.folder, training.name))
-        due = {student: jobs.pop(student) for student, training in trainings.items() if not _is_unchanged(training)}
-        _make(due, trainings, name, share_teacher=config.share_teacher)
+        pending = {student: jobs.pop(student) for student, training in trainings.items() if not _is_cached(training)}
+        _train_missing(pending, trainings, name, share_teacher=config.share_teacher)
         if rank() == 0:
             _deliver(trainings, root)
         figures = {student: training.figures for student, training in trainings.items()}
         barrier()
         for training in trainings.values():
-            _set_aside(training)
+            _mark_delivered(training)
         for training in trainings.values():
             drop_checkpoints(training)
     return figures
 
 
-def _make(due: dict[str, Job], trainings: Mapping[str, Training], name: str, *, share_teacher: bool) -> None:
+def _train_missing(
+    pending: dict[str, Job], trainings: Mapping[str, Training], name: str, *, share_teacher: bool
+) -> None:
     """Train students, or take up what an earlier try trained; each has a run of the tracker.
 
-    Jobs leave `due` for their training, so that students that are trained one by one are in memory one by one.
+    Jobs leave `pending` for their training, so that students that are trained one by one are in memory one by one.
 
     Raises:
         DivergedError: a student diverged; the others are trained and kept.
     """
     with ExitStack() as runs:
-        ends = {student: runs.enter_context(ExitStack()) for student in due}
+        ends = {student: runs.enter_context(ExitStack()) for student in pending}
         tracked = {student: end.enter_context(_tracked(trainings[student], name)) for student, end in ends.items()}
-        missing = [student for student in due if not _take_up(trainings[student], tracked[student])]
+        missing = [student for student in pending if not _reuse_results(trainings[student], tracked[student])]
         groups = ([missing] if missing else []) if share_teacher else [[student] for student in missing]
         diverged: dict[str, DivergedError] = {}
         for group in groups:
-            diverged |= _train({student: due.pop(student) for student in group}, trainings, tracked)
+            diverged |= _train({student: pending.pop(student) for student in group}, trainings, tracked)
         for student in (student for student in ends if student not in diverged):
             _report(trainings[student], tracked[student])
             ends[student].close()
@@ -143,16 +145,16 @@ def _train(
     jobs: Mapping[str, Job], trainings: Mapping[str, Training], tracked: Mapping[str, StageRun]
 ) -> dict[str, DivergedError]:
     """Train students together and keep them; return why some diverged."""
-    begun = {student: Begun(trainings[student], job) for student, job in jobs.items()}
-    flops = joint_flops([one.job for one in begun.values()])
-    together = Together({student: Student(one, tracked[student], flops) for student, one in begun.items()})
+    started = {student: StartedTraining(trainings[student], job) for student, job in jobs.items()}
+    flops = joint_flops([one.job for one in started.values()])
+    together = StudentGroup({student: Student(one, tracked[student], flops) for student, one in started.items()})
     try:
         train(together)
     except DivergedError:  # no student is left
         return together.diverged
-    for student, one in begun.items():
+    for student, one in started.items():
         if student not in together.diverged:
-            one.keep()
+            one.store_results()
     return together.diverged
 
 
@@ -163,12 +165,12 @@ def _tracked(training: Training, name: str) -> AbstractContextManager[StageRun]:
     return stage_run(stage, student, params, training.root)
 
 
-def _is_unchanged(training: Training) -> bool:
+def _is_cached(training: Training) -> bool:
     """Whether an earlier run of the same code trained the student and delivered it; every rank must call."""
-    marker = training.kept / REPORTED
+    marker = training.results / REPORTED
     if not agreed(marker.is_file()):
         return False
-    if agreed(rank() == 0 and marker.read_text() == _code(training.root)) and is_kept(training):
+    if agreed(rank() == 0 and marker.read_text() == _code(training.root)) and has_results(training):
         logger.info("%s: trained by an earlier run from the same inputs; taken from the cache", training.name)
         return True
     if rank() == 0:
@@ -177,13 +179,13 @@ def _is_unchanged(training: Training) -> bool:
     return False
 
 
-def _take_up(training: Training, tracked: StageRun) -> bool:
+def _reuse_results(training: Training, tracked: StageRun) -> bool:
     """Whether an earlier try trained the student and ended before it was delivered; every rank must call."""
-    if not is_kept(training):
+    if not has_results(training):
         return False
     logger.info("%s: trained by an earlier try; taken up", training.name)
     with reporting_to(tracked):
-        report_kept(training)
+        report_results(training)
     return True
 
 
@@ -203,7 +205,7 @@ def _deliver(trainings: Mapping[str, Training], root: Path) -> None:
             copy_report(training, reports / student)
 
 
-def _set_aside(training: Training) -> None:
+def _mark_delivered(training: Training) -> None:
     """Keep a delivered student for runs that change another one, if it is known which code made it."""
     if rank() > 0:
         return
@@ -211,7 +213,7 @@ def _set_aside(training: Training) -> None:
     if code is None:
         forget(training.root, training.key)
     else:
-        write_bytes(training.kept / REPORTED, code.encode())
+        write_bytes(training.results / REPORTED, code.encode())
 
 
 def _code(root: Path) -> str | None:

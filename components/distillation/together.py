@@ -15,7 +15,7 @@ from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.model.vit import VisionTransformer, ViTOutput
 from components.training.cost import backbone_flops, training_flops
-from components.training.delivery import Begun
+from components.training.delivery import StartedTraining
 from components.training.loop import Job, Run, note
 from components.training.step import DivergedError
 
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 class Student(Run):
     """The training of one student, which logs to a run of its own."""
 
-    def __init__(self, begun: Begun, tracked: StageRun, flops_per_image: float) -> None:
+    def __init__(self, started: StartedTraining, tracked: StageRun, flops_per_image: float) -> None:
         """Take up its newest checkpoint, if there is one.
 
         Args:
-            begun: the training.
+            started: the training.
             tracked: its run of the tracker.
             flops_per_image: of all students that are trained with it.
         """
         self._tracked = tracked
         with reporting_to(tracked):
-            super().__init__(begun.job, begun.step, begun.checkpoints, begun.probes, lambda _: flops_per_image)
+            super().__init__(started.job, started.step, started.checkpoints, started.probes, lambda _: flops_per_image)
 
     def step(self, batch: Batch, step: int, *, together: int = 1) -> None:
         """Take a step, as `Run.step`."""
@@ -43,7 +43,7 @@ class Student(Run):
             super().step(batch, step, together=together)
 
 
-class Together:
+class StudentGroup:
     """Several students in training, step by step on the same batches, for the training loop.
 
     Each is what it is alone. One whose checkpoint is ahead takes no step until the others are there; one that diverges
@@ -59,7 +59,7 @@ class Together:
         self.name = ", ".join(run.name for run in students.values())
         self.start = min(run.start for run in students.values())
         self.diverged: dict[str, DivergedError] = {}
-        self._look = OneLook(self.job.networks.teacher.backbone)
+        self._shared_teacher = SharedTeacher(self.job.networks.teacher.backbone)
         self._checkpoints = ExitStack()
 
     def waited(self, seconds: float, step: int) -> None:
@@ -75,7 +75,7 @@ class Together:
         """
         stepping = self._stepping(step)
         for number, (student, run) in enumerate(stepping.items()):
-            self._look.turn(first=number == 0, last=number + 1 == len(stepping))
+            self._shared_teacher.select(first=number == 0, last=number + 1 == len(stepping))
             try:
                 run.step(batch, step, together=len(stepping))
             except DivergedError as error:
@@ -115,7 +115,7 @@ class Together:
         return {s: run for s, run in self.students.items() if run.start <= step and s not in self.diverged}
 
 
-class OneLook:
+class SharedTeacher:
     """Takes the place of a frozen backbone's forward: runs it for the first student of a step, and keeps what it gives.
 
     Features are kept, not logits: of K prototypes for each patch, those of all parts of a batch would not fit.
@@ -123,20 +123,20 @@ class OneLook:
 
     def __init__(self, backbone: VisionTransformer) -> None:
         self._forward = backbone.forward
-        self._kept: deque[ViTOutput] = deque()  # of the parts of a batch, in order
+        self._features: deque[ViTOutput] = deque()  # of the parts of a batch, in order
         self._first = self._last = True
         backbone.forward = self  # pyright: ignore[reportAttributeAccessIssue]
 
-    def turn(self, *, first: bool, last: bool) -> None:
+    def select(self, *, first: bool, last: bool) -> None:
         """The next student's parts come, those of the first and of the last one of the step."""
         self._first, self._last = first, last
 
     def __call__(self, images: Tensor) -> ViTOutput:
         """Features of one part's global crops."""
-        seen = self._forward(images) if self._first else self._kept.popleft()
+        features = self._forward(images) if self._first else self._features.popleft()
         if not self._last:
-            self._kept.append(seen)
-        return seen
+            self._features.append(features)
+        return features
 
 
 def joint_flops(jobs: Sequence[Job]) -> float:

@@ -59,15 +59,15 @@ def linear_predictions(
 def _choose_c(train: NDArray[np.float64], targets: NDArray[np.int64], config: LinearConfig, name: str) -> float:
     grid = sorted(config.c_grid)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(targets))
-    held, kept = np.split(order, [max(1, round(len(targets) * config.validation_fraction))])
-    if len(np.unique(targets[kept])) < 2:
+    validation, fitted = np.split(order, [max(1, round(len(targets) * config.validation_fraction))])
+    if len(np.unique(targets[fitted])) < 2:
         log.warning("too few train images to hold some out: C is the middle of its grid")
         return grid[len(grid) // 2]
     model = _solver(config, grid[0]).set_params(warm_start=True)  # the optimum does not depend on where it starts
     scores = []
     for c in track(grid, f"logistic regression of {name}", len(grid), "values of C"):
-        model.set_params(C=c).fit(train[kept], targets[kept])
-        scores.append(top1_accuracy(np.asarray(model.predict(train[held])), targets[held]))
+        model.set_params(C=c).fit(train[fitted], targets[fitted])
+        scores.append(top1_accuracy(np.asarray(model.predict(train[validation])), targets[validation]))
     return grid[int(np.argmax(scores))]  # the strongest penalty among equals
 
 

@@ -49,10 +49,10 @@ class Remote:
 
     def missing(self, dvc_ids: Iterable[str]) -> list[str]:
         """Those of the objects that are not there."""
-        wanted = list(dvc_ids)
+        ids = list(dvc_ids)
         with ThreadPoolExecutor(10) as pool:
-            there = list(pool.map(self._exists, wanted))
-        return [dvc_id for dvc_id, found in zip(wanted, there, strict=True) if not found]
+            present = list(pool.map(self._exists, ids))
+        return [dvc_id for dvc_id, found in zip(ids, present, strict=True) if not found]
 
     def file(self, folder: Path, path: str, md5: str) -> bytes:
         """A file of a tracked folder: from disk if it is still this version there, else from the remote."""

@@ -30,7 +30,7 @@ class Rule:
 
 
 @dataclass
-class Kept:
+class NeededObjects:
     """What stays.
 
     Attributes:
@@ -67,7 +67,9 @@ def kept_runs(root: Path, runs: Sequence[Run], rule: Rule, claims: Iterable[Clai
     return _with_named(root, runs, why)
 
 
-def needed_objects(root: Path, gone: Iterable[Run], claims: Sequence[Claim], needs: Needs, here: Iterable[str]) -> Kept:
+def needed_objects(
+    root: Path, gone: Iterable[Run], claims: Sequence[Claim], needs: Needs, here: Iterable[str]
+) -> NeededObjects:
     """What everything but the runs that go needs.
 
     `here` are the ids of all objects that lie in the cache or on the remote.
@@ -75,17 +77,17 @@ def needed_objects(root: Path, gone: Iterable[Run], claims: Sequence[Claim], nee
     Raises:
         RecordError: what a version needs is not known here, though some of its data is.
     """
-    away, kept = {f"{BRANCHES}{run.id}" for run in gone}, Kept()
+    away, needed = {f"{BRANCHES}{run.id}" for run in gone}, NeededObjects()
     tips_of = {name: sha for name, sha in _commits_of_refs(root) if name not in away}
     trees = [tree for tree in worktrees(root) if tree.branch not in away]
     tips = {*tips_of.values(), *(tree.head for tree in trees)}
     covered = tips | _commits_of_runs(root, [name for name in tips_of if name.startswith(BRANCHES)])
     for sha in covered:
-        kept.ids |= needs.of_commit(sha)
+        needed.ids |= needs.of_commit(sha)
     for tree in trees:
         if tree.folder.is_dir():
-            kept.ids |= needs.of_folder(tree.folder)
-    kept.ids |= needs.of_history(sorted(tips))
+            needed.ids |= needs.of_folder(tree.folder)
+    needed.ids |= needs.of_history(sorted(tips))
     lying = set(here)
     for claim in claims:
         ids = needs.whole(claim.ids & lying)
@@ -96,9 +98,9 @@ def needed_objects(root: Path, gone: Iterable[Run], claims: Sequence[Claim], nee
                 f"needs is not known; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
                 "or, if that is lost, delete the version in MLflow"
             )
-        kept.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))
-        kept.elsewhere += [claim.by] if absent else []
-    return kept
+        needed.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))
+        needed.elsewhere += [claim.by] if absent else []
+    return needed
 
 
 def only_needed_by(root: Path, runs: Iterable[Run], needs: Needs) -> dict[str, set[str]]:

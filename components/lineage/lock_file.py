@@ -136,14 +136,14 @@ def folder_id(folder: Path) -> str:
 
 def upstream(stages: Mapping[str, Any], path: str) -> list[str]:
     """Names of the stages that made `path`, and of all that made what those read; the last one first."""
-    wanted, found = [path], []
-    while wanted:
-        target = wanted.pop(0)
+    pending, found = [path], []
+    while pending:
+        target = pending.pop(0)
         for name, stage in stages.items():
             makes = any(overlap(out["path"], target) for out in stage.get("outs", []))
             if makes and name not in found:
                 found.append(name)
-                wanted += [dep["path"] for dep in stage.get("deps", [])]
+                pending += [dep["path"] for dep in stage.get("deps", [])]
     return found
 
 

@@ -151,8 +151,8 @@ class S3Store:
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete=request)
             if errors := answer.get("Errors"):
                 first = errors[0]
-                told = f"{first.get('Code')}: {first.get('Message')}; {len(errors)} refused"
-                raise StorageError(f"s3://{self._bucket}/{first.get('Key')}: not deleted ({told})")
+                details = f"{first.get('Code')}: {first.get('Message')}; {len(errors)} refused"
+                raise StorageError(f"s3://{self._bucket}/{first.get('Key')}: not deleted ({details})")
 
 
 def object_path(id_: str) -> str:

@@ -37,12 +37,12 @@ class Plan:
     """What goes, in the order in which it must go.
 
     Attributes:
-        kept: run id -> why it stays.
+        kept_runs: run id -> why it stays.
         notes: what is left out or could not be known, a line each.
     """
 
     removals: list[Removal]
-    kept: dict[str, str]
+    kept_runs: dict[str, str]
     notes: list[str]
 
     def carry_out(self) -> None:
@@ -89,9 +89,9 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
     removals = [files, *_runs_removals(root, gone)]
     dvc, more = _dvc_removals(root, gone, claims, (disk, s3), rule, _unknown_runs(root, client, models))
     kept_commits = {commit.sha for run in runs if run.id in why for commit in run.commits}
-    checkpoints, told = checkpoints_removal(root, kept_commits, rule.before)
+    checkpoints, checkpoint_notes = checkpoints_removal(root, kept_commits, rule.before)
     removals += [*dvc, checkpoints, caches_removal(root, rule.before)]
-    return Plan(removals, why, [*notes, *more, *told])
+    return Plan(removals, why, [*notes, *more, *checkpoint_notes])
 
 
 def _places(root: Path, cache: Path) -> tuple[_Place, _Place | None]:
@@ -148,11 +148,11 @@ def _dvc_removals(
     there = [place for place in places if place]
     needs = Needs(root, partial(_first, [place.store for place in there]))
     here = {id_ for place in there for id_ in place.objects}
-    kept = needed_objects(root, gone, claims, needs, here)
+    required = needed_objects(root, gone, claims, needs, here)
     young = {
         id_ for place in there for id_, item in place.objects.items() if item.there and item.modified > rule.before
     }
-    needed, notes = kept.ids | needs.whole(young), _notes(kept.elsewhere, needs, unknown)
+    needed, notes = required.ids | needs.whole(young), _notes(required.elsewhere, needs, unknown)
     doomed = {p.name: {} if p.name == "S3" and unknown else _without(p.objects, needed) for p in there}
     alive = {p.name: {id_ for id_, item in p.objects.items() if item.there} - doomed[p.name].keys() for p in there}
     of_entries = _outputs(there)

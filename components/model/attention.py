@@ -81,14 +81,14 @@ class _ProductAttention(torch.autograd.Function):
         result = torch.empty_like(qkv)
         for rows, shape in _pieces(qkv, ctx.layout, ctx.num_heads):  # pyright: ignore[reportAttributeAccessIssue]
             query, key, value = _heads(qkv[rows], shape)
-            (received,) = _heads(gradient[rows], shape)
+            (grad_output,) = _heads(gradient[rows], shape)
             probabilities = _probabilities(query, key)
-            into_value = torch.bmm(probabilities.transpose(1, 2), received)
-            into_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
-                torch.bmm(received, value.transpose(1, 2)), probabilities, -1, probabilities.dtype
+            grad_value = torch.bmm(probabilities.transpose(1, 2), grad_output)
+            grad_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
+                torch.bmm(grad_output, value.transpose(1, 2)), probabilities, -1, probabilities.dtype
             ).mul_(query.shape[-1] ** -0.5)
-            into_key = torch.bmm(into_scores.transpose(1, 2), query)
-            for place, part in enumerate((torch.bmm(into_scores, key), into_key, into_value)):
+            grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+            for place, part in enumerate((torch.bmm(grad_scores, key), grad_key, grad_value)):
                 _write(result[rows], part, shape, place)
         return result, None, None
 
@@ -99,9 +99,9 @@ def _pieces(qkv: Tensor, layout: Layout, num_heads: int) -> Iterator[tuple[slice
     for count, length in layout:
         step = max(1, SCORES_BYTES // (length * length * num_heads * qkv.element_size()))
         for first in range(0, count, step):
-            few = min(step, count - first)
-            yield slice(start, start + few * length), (few, length, num_heads, width)
-            start += few * length
+            num_sequences = min(step, count - first)
+            yield slice(start, start + num_sequences * length), (num_sequences, length, num_heads, width)
+            start += num_sequences * length
 
 
 def _heads(rows: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ class Block(nn.Module):
         """Apply both residual branches to packed tokens: [T, D] to [T, D]."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._transform(tokens, layout)
-        context = _keep_products if self.checkpointing == "selective" else noop_context_fn
+        context = _selective_contexts if self.checkpointing == "selective" else noop_context_fn
         output = checkpoint(
             self._transform,
             tokens,
@@ -148,27 +148,27 @@ def add_to_subset(
     Returns:
         [T, D], of the dtype of `tokens`.
     """
-    kept = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
-    if drop_path == 0 or kept == layout:
+    subset = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
+    if drop_path == 0 or subset == layout:
         return tokens + branch(tokens, layout)
     rows, weights, start = [], [], 0
-    for (count, length), (few, _) in zip(layout, kept, strict=True):
-        chosen = torch.randperm(count, device=tokens.device)[:few, None] * length
+    for (count, length), (size, _) in zip(layout, subset, strict=True):
+        chosen = torch.randperm(count, device=tokens.device)[:size, None] * length
         rows.append((start + chosen + torch.arange(length, device=tokens.device)).flatten())
-        weights.append(tokens.new_full((few * length, 1), count / few))
+        weights.append(tokens.new_full((size * length, 1), count / size))
         start += count * length
     index = torch.cat(rows)
-    added = branch(tokens.index_select(0, index), kept) * torch.cat(weights)
+    added = branch(tokens.index_select(0, index), subset) * torch.cat(weights)
     return tokens.index_add(0, index, added.to(tokens.dtype))
 
 
-def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective checkpointing: outputs of linear layers and of fused attention are kept, the rest is made again."""
-    return create_selective_checkpoint_contexts(_products())  # pyright: ignore[reportArgumentType]
+    return create_selective_checkpoint_contexts(_saved_ops())  # pyright: ignore[reportArgumentType]
 
 
 @cache
-def _products() -> list[Any]:
+def _saved_ops() -> list[Any]:
     from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - registers the last one; see `varlen_attention`
 
     aten = torch.ops.aten

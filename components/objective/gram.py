@@ -45,9 +45,9 @@ def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
     Returns:
         [N, P, D] float32.
     """
-    side, wanted = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
+    side, target_side = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
     grid = cast(Tensor, patch_tokens.float().transpose(1, 2).unflatten(2, (side, side)))  # [N, D, h', w']
-    return F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
+    return F.interpolate(grid, (target_side, target_side), mode="bicubic").flatten(2).transpose(1, 2)
 
 
 class _GramContext(FunctionCtx):
@@ -61,10 +61,10 @@ class _GramDifference(torch.autograd.Function):
     def forward(ctx: _GramContext, unit: Tensor, teacher: Tensor) -> Tensor:
         images, patches, _ = unit.shape
         total, gradient = unit.new_zeros(()), torch.empty_like(unit)
-        for mine, theirs, into in zip(unit, teacher, gradient, strict=True):
-            difference = mine @ mine.T - theirs @ theirs.T  # [P, P]
+        for student_patches, teacher_patches, grad in zip(unit, teacher, gradient, strict=True):
+            difference = student_patches @ student_patches.T - teacher_patches @ teacher_patches.T  # [P, P]
             total += difference.square().mean()
-            torch.mm(difference, mine, out=into)
+            torch.mm(difference, student_patches, out=grad)
         ctx.gradient = gradient.mul_(4 / (patches**2 * images))
         return total / images
 

@@ -77,13 +77,13 @@ class _PrototypeLoss(torch.autograd.Function):
                 prototypes[some] = weight_v[some] * scale[some]
             crops = max(1, len(features) // max(1, len(loss.weights)))
             by_crop = features.detach().to(dtype).view(crops, len(loss.weights), features.shape[1])  # [V, M, d]
-            terms, into_features, into_v = _walk(by_crop, prototypes, loss)
-            into_g = torch.empty_like(length)
+            terms, grad_features, grad_v = _forward_backward(by_crop, prototypes, loss)
+            grad_g = torch.empty_like(length)
             # In place: from the gradient of prototypes to those of directions and lengths.
             for some in _blocks(weight_v):
-                into_g[some] = (into_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
-                into_v[some].addcmul_(weight_v[some], into_g[some] / length[some], value=-1).mul_(scale[some])
-        ctx.gradients = (into_features.view_as(features), into_v, into_g)
+                grad_g[some] = (grad_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
+                grad_v[some].addcmul_(weight_v[some], grad_g[some] / length[some], value=-1).mul_(scale[some])
+        ctx.gradients = (grad_features.view_as(features), grad_v, grad_g)
         return terms
 
     @staticmethod
@@ -94,25 +94,25 @@ class _PrototypeLoss(torch.autograd.Function):
         return (*(part.mul_(gradient[0]) for part in gradients), None)
 
 
-def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_backward(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
     crops, num_rows, _ = features.shape
     terms = torch.zeros(loss.num_terms, device=features.device)
-    into_features = torch.empty_like(features)
-    into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+    grad_features = torch.empty_like(features)
+    grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
     row_bytes = crops * len(prototypes) * features.element_size()
     for rows in pieces(num_rows, row_bytes, LOGITS_BYTES.get(features.device.type, 2**25)):
         seen = features[:, rows].flatten(0, 1)
         logits = seen @ prototypes.T  # [V * n, K]
         by_crop = cast(Tensor, logits.unflatten(0, (crops, -1)))  # [V, n, K]
-        terms += _to_gradient(by_crop, rows.start, loss)
-        into_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
+        terms += _terms_and_gradient(by_crop, rows.start, loss)
+        grad_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
         for some in _blocks(prototypes):
-            into_prototypes[some] += logits[:, some].T @ seen
-    return terms, into_features, into_prototypes
+            grad_prototypes[some] += logits[:, some].T @ seen
+    return terms, grad_features, grad_prototypes
 
 
-def _to_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
+def _terms_and_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
     """Terms of rows `start` and after, whose logits [V, n, K] are replaced by the gradient of the terms' sum."""
     terms = torch.zeros(loss.num_terms, device=logits.device)
     for rows in chunks(logits.shape[1], logits.shape[0] * logits.shape[2], logits.device.type):

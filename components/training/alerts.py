@@ -97,7 +97,7 @@ class Watch:
         )
         self._beyond: Counter[str] = Counter()  # rows in a row
 
-    def look(self, step: int, by_rank: Mapping[str, Sequence[float]]) -> None:
+    def check(self, step: int, by_rank: Mapping[str, Sequence[float]]) -> None:
         """Check a row's values, one of each rank for each term."""
         for limit in self._limits:
             if limit.kind == "collapse" and step <= self._after_steps:

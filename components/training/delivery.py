@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 CROPS, PCA = "crops.jpg", "pca.jpg"
 REPORT = (LOSSES, CROPS, PCA)
 WEIGHTS, DIGEST = "weights", "sha256.json"
-KEPT_SECONDS = 30 * 86_400.0  # since its last use
+RESULTS_TTL_SECONDS = 30 * 86_400.0  # since its last use
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class Training:
         return Layout(self.root).checkpoints(self.key)
 
     @property
-    def kept(self) -> Path:
+    def results(self) -> Path:
         """Where its results are kept once it is trained."""
         return Layout(self.root).trained / self.key
 
     @property
     def figures(self) -> dict[str, Any]:
         """The run's key and length, and the last row that the monitor wrote; of a training that is kept."""
-        config, rows = self.config, read_rows(self.kept / LOSSES)
+        config, rows = self.config, read_rows(self.results / LOSSES)
         last = rows[-1] if rows else {}
         images = config.steps * config.batch_size
         return {"run_key": self.key, "steps": config.steps, "images_seen": images, "last": last}
@@ -130,14 +130,14 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     """
     training = describe_training(job, delivery.root, digests(delivery.parents))
     with only_trainer(training.folder, training.name):
-        if is_kept(training):
+        if has_results(training):
             logger.info("%s: trained by an earlier try; taken up", training.name)
-            report_kept(training)
+            report_results(training)
         else:
-            begun = Begun(training, job)
-            run = Run(job, begun.step, begun.checkpoints, begun.probes)
+            started = StartedTraining(training, job)
+            run = Run(job, started.step, started.checkpoints, started.probes)
             train(run)
-            begun.keep()
+            started.store_results()
         if rank() == 0:
             with atomic_dir(delivery.weights) as folder:
                 copy_weights(training, folder)
@@ -147,7 +147,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     return figures
 
 
-class Begun:
+class StartedTraining:
     """A training from its start to where its results are kept; every rank must make one.
 
     Attributes:
@@ -163,24 +163,24 @@ class Begun:
         self._before = patch_colors(job.networks.ema, self._images)
         if rank() == 0:
             # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
-            begun = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
-            write_json(training.folder / TRAINING_CONFIG, begun)
-            told = (training.name, job.config.steps, job.config.batch_size, training.folder / TRAINING_CONFIG)
-            logger.info("%s: %d steps of %d images; all settings are in %s", *told)
+            started = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
+            write_json(training.folder / TRAINING_CONFIG, started)
+            details = (training.name, job.config.steps, job.config.batch_size, training.folder / TRAINING_CONFIG)
+            logger.info("%s: %d steps of %d images; all settings are in %s", *details)
             _draw_first_batch(job, training.folder / CROPS)
         self.probes = _probes(job, training, self._images)
         self.checkpoints = _checkpoints(training.root, training.key, job.config)
         if self.checkpoints.newest() is None:
-            _tell_of_other_precision(training)
+            _warn_of_other_precision(training)
 
-    def keep(self) -> None:
+    def store_results(self) -> None:
         """Keep what was trained."""
         config = self.job.config
         if shipped := gather(self.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
             shown = {"before training": self._before, "after it": patch_colors(shipped, self._images)}
-            _keep(self.training, shipped, self.training.provenance | seen, draw_pca(self._images, shown))
+            _store_results(self.training, shipped, self.training.provenance | seen, draw_pca(self._images, shown))
         barrier()
 
 
@@ -189,7 +189,7 @@ def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
     return Checkpoints(Layout(root).checkpoints(key), uri)
 
 
-def _tell_of_other_precision(training: Training) -> None:
+def _warn_of_other_precision(training: Training) -> None:
     """Warn of a run that was begun in the other precision, on another machine perhaps; every rank must call."""
     config = training.config
     steps = _checkpoints(training.root, training.other_key, config).newest()
@@ -219,30 +219,30 @@ def forget(root: Path, key: str) -> None:
     shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
-def _keep(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
+def _store_results(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
     """Keep what was trained; also for a stage that fails afterwards, when it reports to a service.
 
     Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
     """
     folder = training.folder
-    with atomic_dir(training.kept) as staging:
+    with atomic_dir(training.results) as staging:
         save_weights(staging / WEIGHTS, shipped.backbone, shipped.heads, provenance)
         save_picture(pca, staging / PCA)
         for path in (folder / LOSSES, folder / CROPS, *folder.glob(ALERTS), *folder.glob(PROGRESS)):
             shutil.copyfile(path, staging / path.name)
         write_json(staging / DIGEST, {WEIGHTS: sha256_dir(staging / WEIGHTS)})
-    for old in training.kept.parent.iterdir():
+    for old in training.results.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may forget it just now
-            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+            if time.time() - old.stat().st_mtime > RESULTS_TTL_SECONDS:
                 shutil.rmtree(old)
 
 
-def is_kept(training: Training) -> bool:
+def has_results(training: Training) -> bool:
     """Whether it is trained, and its weights are kept undamaged; every rank must call."""
     found = False
-    if rank() == 0 and (training.kept / DIGEST).is_file():
-        found = json.loads((training.kept / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.kept / WEIGHTS)}
-        for used in (training.kept, training.kept / DIGEST):
+    if rank() == 0 and (training.results / DIGEST).is_file():
+        found = json.loads((training.results / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.results / WEIGHTS)}
+        for used in (training.results, training.results / DIGEST):
             os.utime(used)
     return agreed(found)
 
@@ -261,28 +261,28 @@ def drop_checkpoints(training: Training) -> None:
 
 def copy_weights(training: Training, folder: Path) -> None:
     """Put the weights of a training that is kept into a folder."""
-    shutil.copytree(training.kept / WEIGHTS, folder, dirs_exist_ok=True)
+    shutil.copytree(training.results / WEIGHTS, folder, dirs_exist_ok=True)
 
 
 def copy_report(training: Training, folder: Path) -> None:
     """Put the report of a training that is kept into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in REPORT:
-        shutil.copyfile(training.kept / name, folder / name)
+        shutil.copyfile(training.results / name, folder / name)
 
 
 def log_report(training: Training) -> None:
     """Log the report of a training that is kept to the tracker."""
     for name in REPORT:
-        log_file(training.kept / name, "")
+        log_file(training.results / name, "")
 
 
-def report_kept(training: Training) -> None:
+def report_results(training: Training) -> None:
     """Log a training that is kept to the tracker, as it would have been logged while it was trained."""
     if rank() == 0:
-        report_rows(read_rows(training.kept / LOSSES))
-        report_alerts(read_alerts(training.kept))
-        for path in sorted(training.kept.glob(PROGRESS)):
+        report_rows(read_rows(training.results / LOSSES))
+        report_alerts(read_alerts(training.results))
+        for path in sorted(training.results.glob(PROGRESS)):
             log_file(path, "progress")
 
 

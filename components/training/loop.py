@@ -101,9 +101,9 @@ def train(run: Steps) -> None:
     # once; left to the interpreter's exit, they would be waited for after a stop.
     with _stop_request() as stop_requested, closing(batches), run, _progress(run) as advance:
         for step in steps:
-            asked = time.monotonic()
+            wait_start = time.monotonic()
             batch = next(batches)
-            run.waited(time.monotonic() - asked, step)
+            run.waited(time.monotonic() - wait_start, step)
 
             run.step(batch, step)
             advance(1, run.note())

@@ -132,7 +132,7 @@ class Monitor:
         }
         by_rank = _of_ranks(own, output.cls_tokens.device)
         if rank() == 0:
-            self._instruments.watch.look(steps_done, by_rank)
+            self._instruments.watch.check(steps_done, by_rank)
         means = {name: sum(numbers) / len(numbers) for name, numbers in by_rank.items()}
         return {**means, "prototypes_used": targets.used, "prototype_perplexity": targets.perplexity}
 

@@ -54,11 +54,11 @@ class Network(nn.Module):
             losses: what the heads compute.
         """
         batches = [(global_crops, input_masks), (local_crops, None)]
-        seen = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
-        dino = self.dino_head(torch.cat([crops.cls_token for crops in seen]), losses.dino)  # of [(G+L)*B, D]
-        ibot = self.ibot_head(seen[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
-        gram = losses.gram(seen[0].patch_tokens) if losses.gram else None
-        return StudentOutput(dino, ibot, seen[0].cls_token, cls_patch_cosine(seen[0]), gram)
+        encoded = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
+        dino = self.dino_head(torch.cat([crops.cls_token for crops in encoded]), losses.dino)  # of [(G+L)*B, D]
+        ibot = self.ibot_head(encoded[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
+        gram = losses.gram(encoded[0].patch_tokens) if losses.gram else None
+        return StudentOutput(dino, ibot, encoded[0].cls_token, cls_patch_cosine(encoded[0]), gram)
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
@@ -68,8 +68,8 @@ class Network(nn.Module):
             global_crops: [G*B, 3, H, W].
             loss_masks: [G*B, P] bool, the M patches whose logits are asked for.
         """
-        seen = self.backbone(global_crops)
-        return TeacherLogits(self.dino_head(seen.cls_token), self.ibot_head(seen.patch_tokens[loss_masks]))
+        encoded = self.backbone(global_crops)
+        return TeacherLogits(self.dino_head(encoded.cls_token), self.ibot_head(encoded.patch_tokens[loss_masks]))
 
     @torch.no_grad()
     def class_tokens(self, images: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def cls_patch_cosine(seen: ViTOutput) -> Tensor:
+def cls_patch_cosine(encoded: ViTOutput) -> Tensor:
     """Mean cosine of images' class token and their patch tokens, [] float32: it rises as dense features degrade.
 
     DINOv3 watches it for that (arXiv:2508.10104, sec. 4).
     """
-    cls_token, patches = seen.cls_token.detach(), seen.patch_tokens.detach()
+    cls_token, patches = encoded.cls_token.detach(), encoded.patch_tokens.detach()
     products = torch.einsum("bd,bpd->bp", cls_token, patches).float()
     lengths = [torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) for tokens in (cls_token, patches)]
     return (products / (lengths[0].unsqueeze(1) * lengths[1]).clamp(min=1e-12)).mean()

@@ -65,8 +65,8 @@ def _read(folder: Path, now: float) -> TrainStatus:
     last: Row = rows[-1] if rows else {}
     step, rate = int(last.get("step") or 0), last.get("images_per_second")
     left = (config["steps"] - step) * config["batch_size"] / rate if rate and process is not None else None
-    kept = {step: path.stat().st_mtime for step, path in step_folders(folder).items()}
-    newest = max(kept, default=None)
+    saved = {step: path.stat().st_mtime for step, path in step_folders(folder).items()}
+    newest = max(saved, default=None)
     return TrainStatus(
         stage=begun["stage"],
         run_key=begun["run_key"],
@@ -77,7 +77,7 @@ def _read(folder: Path, now: float) -> TrainStatus:
         images_per_second=rate,
         seconds_left=left,
         checkpoint_step=newest,
-        checkpoint_age_seconds=None if newest is None else now - kept[newest],
+        checkpoint_age_seconds=None if newest is None else now - saved[newest],
         checkpoint_uri=config.get("checkpoint_uri"),
         alerts=[alert.message for alert in read_alerts(folder)],
     )

@@ -136,8 +136,8 @@ def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
         ("run", run),
         ("read from", str(tables.manifest.parent)),
     ]
-    told = [f"{label:<{LABEL}}{line}" for label, value in rows if value for line in str(value).splitlines()]
-    return "\n".join(told)
+    lines = [f"{label:<{LABEL}}{line}" for label, value in rows if value for line in str(value).splitlines()]
+    return "\n".join(lines)
 
 
 def _mention(other: Mention) -> str:

@@ -86,7 +86,7 @@ def _as_dict(plan: Plan, dry_run: bool, before: int, after: int) -> dict[str, An
             for removal in plan.removals
         },
         "freed": sum(removal.freed for removal in plan.removals),
-        "kept_runs": plan.kept,
+        "kept_runs": plan.kept_runs,
         "notes": plan.notes,
         "disk": {"before": before, "after": after},
     }  # fmt: skip
@@ -104,10 +104,10 @@ def _show(plan: Plan, dry_run: bool, before: int, after: int) -> None:
     on_disk = f"disk ({RELATIVE.state}, {RELATIVE.dvc_cache}): {in_words(before)} before"
     console.print(f"would free {in_words(freed)}; {on_disk}" if dry_run else
                   f"freed {in_words(freed)}; {on_disk}, {in_words(after)} after")  # fmt: skip
-    for kind, count in Counter(why.split(": ")[0] for why in plan.kept.values()).items():
-        name, why = next((name, why) for name, why in plan.kept.items() if why.startswith(f"{kind}: "))
+    for kind, count in Counter(why.split(": ")[0] for why in plan.kept_runs.values()).items():
+        name, why = next((name, why) for name, why in plan.kept_runs.items() if why.startswith(f"{kind}: "))
         console.print(f"kept as {kind}: {count} runs, e.g. {name} ({why.removeprefix(f'{kind}: ')})", markup=False)
-    if any(why.startswith("registered: ") for why in plan.kept.values()):
+    if any(why.startswith("registered: ") for why in plan.kept_runs.values()):
         console.print("a run goes once the versions that it registered are deleted in MLflow, and it is old enough")
     for note in plan.notes:
         console.print(note, markup=False)

@@ -94,8 +94,8 @@ def _as_last_resolved(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]
     old = yaml.safe_load(last.read(PARAMS_FILE) or b"") if last else {}
     values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
     taken = [line for keys in RESOLVED if (line := _take(values, old, keys))]
-    told = [f"the registry does not answer; as in the last run: {', '.join(taken)}"] if taken else []
-    return Recipe.model_validate(values), told
+    lines = [f"the registry does not answer; as in the last run: {', '.join(taken)}"] if taken else []
+    return Recipe.model_validate(values), lines
 
 
 def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
@@ -127,9 +127,9 @@ def _show(preview: Preview, notes: list[str]) -> None:
 
 
 def _why(step: Step) -> str:
-    told = [f"{change.kind}: {change.what}" for change in step.changes[:MAX_SHOWN]]
+    lines = [f"{change.kind}: {change.what}" for change in step.changes[:MAX_SHOWN]]
     if len(step.changes) > MAX_SHOWN:
-        told.append(f"and {len(step.changes) - MAX_SHOWN} more")
+        lines.append(f"and {len(step.changes) - MAX_SHOWN} more")
     if step.after:
-        told.append(f"after {', '.join(step.after)}")
-    return "; ".join(told)
+        lines.append(f"after {', '.join(step.after)}")
+    return "; ".join(lines)

@@ -96,10 +96,10 @@ def _row(root: Path, run: Run, champions: Mapping[str, str], size: int) -> Row:
 
 def _outcome(run: Run, made: Sequence[str]) -> str:
     """What came of a run, in words."""
-    told = [run.reason] if run.reason else []
+    parts = [run.reason] if run.reason else []
     if run.state == FINISHED and not run.computed:
-        told.append("nothing computed")
-    return "; ".join([*told, *([", ".join(made)] if made else [])])
+        parts.append("nothing computed")
+    return "; ".join([*parts, *([", ".join(made)] if made else [])])
 
 
 def _champions(root: Path) -> tuple[dict[str, str], str | None]:

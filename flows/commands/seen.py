@@ -80,7 +80,7 @@ def _image_id(image: str) -> str:
 def _answer(training: Training, step: int | None, image_id: str | None) -> dict[str, Any]:
     from components.lineage.seen import draws_by, steps_with
 
-    told = {
+    facts = {
         "weights": training.weights,
         "version": training.version,
         "relation": training.relation,
@@ -89,9 +89,9 @@ def _answer(training: Training, step: int | None, image_id: str | None) -> dict[
         "dataset_sha256": training.provenance["dataset_sha256"],
     }
     if image_id is not None:
-        return told | {"steps": steps_with(training, image_id, step)}
+        return facts | {"steps": steps_with(training, image_id, step)}
     draws = draws_by(training, step)
-    return told | {"images": len(draws), "draws": sum(draws.values())}
+    return facts | {"images": len(draws), "draws": sum(draws.values())}
 
 
 def _rows(trainings: list[Training], steps: list[int | None]) -> list[dict[str, Any]]:

@@ -54,8 +54,8 @@ def list_sources() -> Answer:
     found = snapshots(Path.cwd())
     names = sorted({one.source for one in found})
     rows = [_row(name, [one for one in found if one.source == name], found) for name in names]
-    told = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
-    return Answer({"sources": told}, partial(_show, rows))
+    output = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
+    return Answer({"sources": output}, partial(_show, rows))
 
 
 def _show(rows: list[Row]) -> None:
@@ -93,8 +93,8 @@ def remove(
             Ledger(checkout).untrack(one.tracked_by)
         for folder in folders:  # with what a killed ingest or removal left
             shutil.rmtree(folder)
-    told = f"removed {name}: {len(removed)} snapshots, {images:,} images, {size}"
-    Console(soft_wrap=True, highlight=False).print(f"{told}; earlier runs keep what they used", markup=False)
+    summary = f"removed {name}: {len(removed)} snapshots, {images:,} images, {size}"
+    Console(soft_wrap=True, highlight=False).print(f"{summary}; earlier runs keep what they used", markup=False)
 
 
 def _row(name: str, parts: Sequence[Snapshot], found: Sequence[Snapshot]) -> Row:

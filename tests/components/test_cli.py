@@ -21,7 +21,7 @@ import yaml
 
 from components import cli
 from components.core.config import ConfigError
-from components.core.errors import EngineError, PedigreeError, sentence
+from components.core.errors import EngineError, PedigreeError, error_message
 from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError
 
@@ -214,7 +214,7 @@ def test_of_a_loaders_worker_only_its_own_words_are_said():
     with pytest.raises(PedigreeError) as caught:
         next(iter(loader))
     assert "Traceback" in str(caught.value)
-    assert sentence(caught.value) == "shard 3 is damaged"
+    assert error_message(caught.value) == "shard 3 is damaged"
 
 
 def test_a_stage_finds_what_a_killed_one_had_moved_away(folder, monkeypatch):
