@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components.core.config import Config
 
@@ -24,8 +24,15 @@ class ObjectiveConfig(Config):
 
     dino_weight: float = Field(default=1.0, ge=0)
     ibot_weight: float = Field(default=1.0, ge=0)
-    koleo_weight: float = Field(default=0.1, ge=0)
+    koleo_weight: float | None = 0.1  # None: no KoLeo
     student_temp: float = Field(default=0.1, gt=0)  # DINO and iBOT alike
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"  # softmax in the ImageNet-1k recipe
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100)
     center_momentum: float = Field(default=0.9, ge=0, lt=1)  # of the softmax centering's running mean
+
+    @field_validator("koleo_weight")
+    @classmethod
+    def _null_is_off(cls, weight: float | None) -> float | None:
+        if weight is not None and weight <= 0:
+            raise ValueError("a weight must be greater than 0; write null to train without KoLeo")
+        return weight

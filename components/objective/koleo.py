@@ -26,7 +26,7 @@ def koleo_loss(cls_tokens: Tensor, eps: float = 1e-8) -> Tensor:
     if len(cls_tokens) < 2:
         raise ValueError(
             f"KoLeo needs at least 2 images per rank, got {len(cls_tokens)}; raise the batch size per rank or set "
-            "koleo_weight to 0"
+            "koleo_weight to null"
         )
     with torch.autocast(cls_tokens.device.type, enabled=False):
         unit = F.normalize(cls_tokens.float(), dim=-1, eps=eps)  # [B, D]

@@ -140,7 +140,7 @@ class Objective(nn.Module):
         """Add up the terms of the heads, and KoLeo, in float32 whatever the autocast dtype.
 
         Raises:
-            ValueError: one image per rank with a positive koleo_weight.
+            ValueError: one image per rank and koleo_weight is set.
         """
         koleo = self._koleo(student.cls_tokens, num_global)
         local_term, global_term = student.dino.detach().unbind()
@@ -149,10 +149,11 @@ class Objective(nn.Module):
         return Losses(total, local_term, global_term, student.ibot.detach().sum(), koleo, gram)
 
     def _koleo(self, cls_tokens: Tensor, crops: int) -> Tensor:
-        if not self.config.koleo_weight:  # a weight of 0 is how a run with one image per rank does without it
+        weight = self.config.koleo_weight
+        if weight is None:  # e.g. because a rank holds one image
             return cls_tokens.new_zeros((), dtype=torch.float32)
         terms = [koleo_loss(tokens) for tokens in cls_tokens.chunk(crops)]
-        return self.config.koleo_weight * torch.stack(terms).sum()
+        return weight * torch.stack(terms).sum()
 
 
 def _check_rows(rows: int, masks: Tensor, crops: int) -> None:

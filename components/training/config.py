@@ -143,12 +143,12 @@ class TrainingConfig(Config):
         """Raise ValueError unless so many ranks, called `name`, can share the batch."""
         if self.accumulation_steps > 1:
             name, num_ranks = f"{name} * accumulation_steps", num_ranks * self.accumulation_steps
-        least = 2 * num_ranks if self.objective.koleo_weight else num_ranks
+        least = 2 * num_ranks if self.objective.koleo_weight is not None else num_ranks
         check_divisible("batch_size", self.batch_size, name, num_ranks, least)
         if self.batch_size < least:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbor: "
-                f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to 0"
+                f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to null"
             )
 
     @model_validator(mode="after")

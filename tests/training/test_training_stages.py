@@ -239,7 +239,7 @@ def test_two_processes_equal_one(workspace, curated, pretrain_values, tmp_path_f
     backbone = pretrain_values()["backbone"] | {"drop_path": 0.0, "layer_scale_init": 1.0}
     monitor = {"knn": {"every_steps": 2, "num_neighbors": 3}, "pictures_every_steps": 3}
     values = pretrain_values(
-        steps=4, objective={"koleo_weight": 0.0}, backbone=backbone, monitor=monitor,
+        steps=4, objective={"koleo_weight": None}, backbone=backbone, monitor=monitor,
         gram={"weight": 1.0, "teacher_scale": 1, "after_steps": 0},
     )  # fmt: skip
     write_labeled(workspace / "data" / "evaluation")
