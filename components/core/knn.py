@@ -1,4 +1,4 @@
-"""Classification by the weighted vote of nearest neighbors."""
+"""Weighted k-nearest-neighbor classification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 1024  # test images compared at once
 
 @dataclass(frozen=True)
 class Nearest:
-    """Neighbors of each query, nearest first: cosines and gallery rows, [Q, count] each."""
+    """Neighbors of each query, nearest first: cosine similarities and gallery rows, [Q, count] each."""
 
     similarities: NDArray[np.float64]
     indices: NDArray[np.int64]
@@ -24,7 +24,7 @@ class Nearest:
 def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count: int) -> Nearest:
     """Cosine similarities and indices of the `count` nearest gallery rows of each query, nearest first.
 
-    In float64: tokens of a network that is not trained differ by less than float32 cosines can tell.
+    In float64: tokens of an untrained network differ by less than the precision of float32 cosines.
 
     Args:
         queries: [Q, D].
@@ -48,8 +48,8 @@ def knn_predictions(
 ) -> dict[int, NDArray[np.int64]]:
     """Class of each test image by the vote of its k nearest train images, for several k.
 
-    dinov2/eval/knn.py: a vote weighs softmax(similarity / temperature), over the most neighbors of all k; the votes of
-    the first k are added for each class. The weights of a smaller k so add up to less than 1, which moves no maximum.
+    dinov2/eval/knn.py: vote weights are softmax(similarity / temperature) over the K neighbors; the first k votes are
+    summed for each class. For k < K the weights sum to less than 1, which does not change the argmax.
 
     Args:
         nearest_similarities: [T, K] cosines, nearest first.
@@ -58,7 +58,7 @@ def knn_predictions(
         temperature: of the softmax.
 
     Returns:
-        For each k, [T] classes; of classes with equal votes the first.
+        For each k, [T] classes; ties go to the lowest class.
     """
     logits = nearest_similarities / temperature
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))  # [T, K]

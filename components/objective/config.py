@@ -1,4 +1,4 @@
-"""Weights and temperatures of the training objective. No torch here, so that the CLI starts fast."""
+"""Weights and temperatures of the training objective. Imports no torch, so that the CLI starts fast."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from components.core.config import Config
 
 
 class GramConfig(Config):
-    """Gram anchoring to frozen snapshots of the average. Defaults: DINOv3's `dinov3_vit7b16_gram_anchor.yaml`."""
+    """Gram anchoring to frozen snapshots of the EMA. Defaults: DINOv3's `dinov3_vit7b16_gram_anchor.yaml`."""
 
     weight: float = Field(default=2.0, gt=0)
-    teacher_scale: Literal[1, 2] = 2  # 2: the snapshot sees the crops at twice the resolution, without color changes
+    teacher_scale: Literal[1, 2] = 2  # 2: crops at twice the resolution, without color augmentation
     after_steps: int = Field(default=0, ge=0)  # of this run; the first snapshot is taken then
     snapshot_every_steps: int = Field(default=10_000, ge=1)
-    max_snapshots: int = Field(default=4, ge=1)  # the first, and three that replace it
+    max_snapshots: int = Field(default=4, ge=1)  # the first and three replacements
 
 
 class ObjectiveConfig(Config):

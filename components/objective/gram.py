@@ -1,4 +1,4 @@
-"""Gram anchoring: keeps the likeness of an image's patches to each other where an earlier teacher had it."""
+"""Gram anchoring: keep the pairwise similarities of an image's patches close to those of an earlier teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 @dataclass(frozen=True)
 class GramLoss:
-    """Weight times the mean squared difference of the Gram matrices of student and anchor (arXiv 2508.10104, sec. 4).
+    """Weight times the mean squared difference of the Gram matrices of student and teacher (arXiv 2508.10104, sec. 4).
 
     The Gram matrix of an image is [P, P], the cosines of its patch features; the mean is over its entries and over
     images, as in the released code (the paper writes a sum).
@@ -28,7 +28,7 @@ class GramLoss:
     weight: float
 
     def __call__(self, patch_tokens: Tensor) -> Tensor:
-        """The term for the student's patches [N, P, D] of the same images; [] float32, whatever the autocast dtype."""
+        """Return the term for the student's patches [N, P, D] of the same images, [] float32."""
         with torch.autocast(patch_tokens.device.type, enabled=False):
             unit = F.normalize(patch_tokens.float(), dim=-1)
             teacher = F.normalize(self.teacher.float(), dim=-1)
@@ -36,7 +36,7 @@ class GramLoss:
 
 
 def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
-    """Patch features of a square grid resampled to another one: bicubic without antialiasing, as in the released code.
+    """Resample patch features of a square grid to another: bicubic without antialiasing, as in the released code.
 
     Args:
         patch_tokens: [N, P', D].
@@ -55,7 +55,7 @@ class _GramContext(FunctionCtx):
 
 
 class _GramDifference(torch.autograd.Function):
-    """The mean squared difference, and its gradient with it: one image's matrices exist at a time."""
+    """Mean squared difference and its gradient, one image's matrices at a time."""
 
     @staticmethod
     def forward(ctx: _GramContext, unit: Tensor, teacher: Tensor) -> Tensor:

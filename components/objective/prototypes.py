@@ -1,4 +1,4 @@
-"""Cross-entropy over prototypes without the whole of its logits, which would be the largest tensors of a step."""
+"""Cross-entropy over prototypes without materializing all logits, which would be the largest tensors of a step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 @dataclass(frozen=True)
 class Term:
-    """One term's part for some rows: the cross-entropy of `crops` of these rows with `target`."""
+    """Part of one loss term for some rows: the cross-entropy of the crops `crops` with `target`."""
 
     crops: slice  # of the student's V; each crop belongs to one term
-    target: Tensor  # [V' or 1, n, K] float32, changed by nobody
+    target: Tensor  # [V' or 1, n, K] float32, read-only
     mass: int  # what a row of `target` sums to
 
 
@@ -30,13 +30,13 @@ class Term:
 class PrototypeLoss:
     """Weighted sum over rows of -(target * log_softmax(features . prototypes / temp)), for one head.
 
-    It is called with what the head's last layer has, [V * M, d] features of V student crops of M rows, crop-major, and
-    the layer's weights, so that pieces of the logits can be made, used and forgotten, and the gradients with them.
+    It is called with the inputs of the head's last layer, [V * M, d] features of V student crops of M rows, crop-major,
+    and the layer's weights, so that the logits and their gradients are computed and freed in chunks.
 
     Attributes:
-        terms: gives the terms' parts of a slice of rows, always in the same order.
-        num_terms: how many.
-        weights: [M] float32, of a row in the sum.
+        terms: yields the parts of all terms for a slice of rows, always in the same order.
+        num_terms: number of terms.
+        weights: [M] float32, of each row in the sum.
         student_temp: positive.
     """
 
@@ -46,7 +46,7 @@ class PrototypeLoss:
     student_temp: float
 
     def __call__(self, features: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
-        """Terms [num_terms] float32. Only their plain sum can be differentiated, and only once.
+        """Return the terms [num_terms] float32. Only their unweighted sum is differentiable, and only once.
 
         Args:
             features: [V * M, d].
@@ -62,7 +62,7 @@ class _Context(FunctionCtx):
 
 
 class _PrototypeLoss(torch.autograd.Function):
-    """Computes the gradients on the way forward, while a piece of the logits is at hand."""
+    """Compute the gradients in the forward pass, while a chunk of the logits exists."""
 
     @staticmethod
     def forward(ctx: _Context, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
@@ -95,7 +95,7 @@ class _PrototypeLoss(torch.autograd.Function):
 
 
 def _forward_backward(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
+    """Return the terms, and the gradients of their sum for `features` [V, M, d] and `prototypes` [K, d] (float32)."""
     crops, num_rows, _ = features.shape
     terms = torch.zeros(loss.num_terms, device=features.device)
     grad_features = torch.empty_like(features)
@@ -113,7 +113,7 @@ def _forward_backward(features: Tensor, prototypes: Tensor, loss: PrototypeLoss)
 
 
 def _terms_and_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
-    """Terms of rows `start` and after, whose logits [V, n, K] are replaced by the gradient of the terms' sum."""
+    """Return the terms of the rows from `start` on; overwrite their logits [V, n, K] with the gradient of the sum."""
     terms = torch.zeros(loss.num_terms, device=logits.device)
     for rows in chunks(logits.shape[1], logits.shape[0] * logits.shape[2], logits.device.type):
         of_loss = slice(start + rows.start, start + rows.stop)
@@ -132,5 +132,5 @@ def _terms_and_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tens
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of [K, d] weights some at a time, so that what is computed from them needs little memory."""
+    """Yield slices of the rows of [K, d] weights, so that temporaries stay small."""
     return chunks(weight.shape[0], weight.shape[1], weight.device.type)
