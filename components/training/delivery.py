@@ -1,4 +1,4 @@
-"""From a job to its outputs: take up or start the run, train, then write weights, provenance and report."""
+"""Turn a job into its outputs: start or resume the run, train, then write weights, provenance and report."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ RESULTS_TTL_SECONDS = 30 * 86_400.0  # since its last use
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where a run's outputs go, and what it started from."""
+    """Output paths of a run, and its parent weights."""
 
     root: Path  # workspace
     weights: Path
     report: Path
-    parents: Mapping[str, Path]  # weights that it starts from or learns from: folder or file
+    parents: Mapping[str, Path]  # initial or teacher weights: folder or file
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training by what determines it, and the places of its state.
+    """Identity of a training, and the paths of its state.
 
     Attributes:
-        provenance: what its weights will state.
-        key: of the run, a hash of all that determines it.
-        other_key: of the same run in the other precision, which another machine may have taken.
+        provenance: written into its weights.
+        key: of the run, a hash of everything that determines it.
+        other_key: of the same run in the other precision, which another machine may have chosen.
     """
 
     root: Path
@@ -83,17 +83,17 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints and reports are while it trains."""
+        """Checkpoints and reports of the unfinished run."""
         return Layout(self.root).checkpoints(self.key)
 
     @property
     def results(self) -> Path:
-        """Where its results are kept once it is trained."""
+        """Results of the finished run."""
         return Layout(self.root).trained / self.key
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The run's key and length, and the last row that the monitor wrote; of a training that is kept."""
+        """Key, length and last monitor row of the finished run."""
         config, rows = self.config, read_rows(self.results / LOSSES)
         last = rows[-1] if rows else {}
         images = config.steps * config.batch_size
@@ -101,17 +101,17 @@ class Training:
 
 
 def digests(parents: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of weights that a run starts from or learns from, by name: folder or file."""
+    """Return the SHA-256 of a run's parent weights by name."""
     return {name: sha256_dir(path) if path.is_dir() else sha256_file(path) for name, path in parents.items()}
 
 
 def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Training:
-    """Key and provenance of a job.
+    """Compute the key and provenance of a job.
 
     Args:
-        job: what is to be trained; its networks may still be on the meta device.
+        job: its networks may still be on the meta device.
         root: workspace.
-        parents: as `digests` gives them.
+        parents: result of `digests`.
     """
     config = job.config
     facts = {"seed": job.seed, "dataset_sha256": job.stream.digest}
@@ -125,8 +125,8 @@ def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Train
 def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     """Train the job and write its outputs; return its figures.
 
-    Before the first step the resolved configuration is kept beside the checkpoints, which are deleted once what they
-    led to is kept.
+    Before the first step the resolved configuration is written beside the checkpoints, which are deleted once the
+    results are stored.
     """
     training = describe_training(job, delivery.root, digests(delivery.parents))
     with only_trainer(training.folder, training.name):
@@ -148,12 +148,12 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
 
 
 class StartedTraining:
-    """A training from its start to where its results are kept; every rank must make one.
+    """A started training; every rank must create one.
 
     Attributes:
-        step: of the job, with its initial values.
+        step: with initial values.
         checkpoints: of the run.
-        probes: look at its average now and then.
+        probes: periodic measurements of the EMA.
     """
 
     def __init__(self, training: Training, job: Job) -> None:
@@ -162,7 +162,7 @@ class StartedTraining:
         self.step = job.training_step()
         self._before = patch_colors(job.networks.ema, self._images)
         if rank() == 0:
-            # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
+            # The commit is not part of the shipped weights: equal inputs give equal bytes for any commit.
             started = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
             write_json(training.folder / TRAINING_CONFIG, started)
             details = (training.name, job.config.steps, job.config.batch_size, training.folder / TRAINING_CONFIG)
@@ -174,7 +174,7 @@ class StartedTraining:
             _warn_of_other_precision(training)
 
     def store_results(self) -> None:
-        """Keep what was trained."""
+        """Store the results; every rank must call."""
         config = self.job.config
         if shipped := gather(self.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
@@ -190,7 +190,7 @@ def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
 
 
 def _warn_of_other_precision(training: Training) -> None:
-    """Warn of a run that was begun in the other precision, on another machine perhaps; every rank must call."""
+    """Warn of a run in the other precision, perhaps begun on another machine; every rank must call."""
     config = training.config
     steps = _checkpoints(training.root, training.other_key, config).newest()
     if steps is not None and rank() == 0:
@@ -215,14 +215,14 @@ def _labeled(config: TrainingConfig, root: Path) -> KnnProbe | None:
 
 
 def forget(root: Path, key: str) -> None:
-    """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
+    """Delete the stored results of a run whose stage has completed; a later run trains again."""
     shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
 def _store_results(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
-    """Keep what was trained; also for a stage that fails afterwards, when it reports to a service.
+    """Store the results, also for a retry of the stage if it fails later, for example to reach a service.
 
-    Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
+    DVC deletes a stage's outputs before it runs, so that without this copy a retry would train again.
     """
     folder = training.folder
     with atomic_dir(training.results) as staging:
@@ -232,13 +232,13 @@ def _store_results(training: Training, shipped: Network, provenance: dict[str, A
             shutil.copyfile(path, staging / path.name)
         write_json(staging / DIGEST, {WEIGHTS: sha256_dir(staging / WEIGHTS)})
     for old in training.results.parent.iterdir():
-        with suppress(FileNotFoundError):  # another process may forget it just now
+        with suppress(FileNotFoundError):  # deleted meanwhile by another process
             if time.time() - old.stat().st_mtime > RESULTS_TTL_SECONDS:
                 shutil.rmtree(old)
 
 
 def has_results(training: Training) -> bool:
-    """Whether it is trained, and its weights are kept undamaged; every rank must call."""
+    """Return whether the run's results are stored and undamaged; every rank must call."""
     found = False
     if rank() == 0 and (training.results / DIGEST).is_file():
         found = json.loads((training.results / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.results / WEIGHTS)}
@@ -248,9 +248,9 @@ def has_results(training: Training) -> bool:
 
 
 def drop_checkpoints(training: Training) -> None:
-    """Delete the checkpoints of a training that is delivered, and its folder; every rank must call.
+    """Delete the checkpoints and the folder of a delivered training; every rank must call.
 
-    They go last: with the folder goes its lock, for which another process may wait.
+    Call this last: the folder contains the lock, for which another process may wait.
     """
     barrier()
     checkpoints = _checkpoints(training.root, training.key, training.config)
@@ -260,25 +260,25 @@ def drop_checkpoints(training: Training) -> None:
 
 
 def copy_weights(training: Training, folder: Path) -> None:
-    """Put the weights of a training that is kept into a folder."""
+    """Copy the weights of a finished training into a folder."""
     shutil.copytree(training.results / WEIGHTS, folder, dirs_exist_ok=True)
 
 
 def copy_report(training: Training, folder: Path) -> None:
-    """Put the report of a training that is kept into a folder."""
+    """Copy the report of a finished training into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in REPORT:
         shutil.copyfile(training.results / name, folder / name)
 
 
 def log_report(training: Training) -> None:
-    """Log the report of a training that is kept to the tracker."""
+    """Log the report of a finished training to the tracker."""
     for name in REPORT:
         log_file(training.results / name, "")
 
 
 def report_results(training: Training) -> None:
-    """Log a training that is kept to the tracker, as it would have been logged while it was trained."""
+    """Log a finished training to the tracker, as during its training."""
     if rank() == 0:
         report_rows(read_rows(training.results / LOSSES))
         report_alerts(read_alerts(training.results))
@@ -287,7 +287,7 @@ def report_results(training: Training) -> None:
 
 
 def _draw_first_batch(job: Job, path: Path) -> None:
-    """Picture of the crops of the stream's first images, as they are trained on, and masks as drawn for so few."""
+    """Draw the training crops of the stream's first images, with masks sampled for this small batch."""
     plan = replace(job.batch_plan(), batch_size=min(NUM_IMAGES, len(job.stream)), rank=0, num_ranks=1)
     batch = TrainingBatches(job.stream, plan)[0]
     if isinstance(batch, Exception):

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out, counted, told, and written down when there are too many."""
+"""Skip, count and report non-finite steps; dump the batch of the one that ends the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from components.training.step import DivergedError
 
 
 class SkippedSteps:
-    """Counts the steps that were left out, over the whole run.
+    """Counter of skipped steps over the whole run.
 
     Attributes:
-        count: how many so far; part of a checkpoint.
+        count: steps skipped so far; part of a checkpoint.
     """
 
     def __init__(self, limit: int, count: int, alerts: Alerts) -> None:
@@ -28,7 +28,7 @@ class SkippedSteps:
         self._limit, self._alerts = limit, alerts
 
     def may_skip(self, error: DivergedError, step: int) -> bool:
-        """Count one more step and raise the alert, if the limit allows one more; every rank must call."""
+        """Count a skipped step and raise an alert, if the limit allows it; every rank must call."""
         if self.count >= self._limit:
             return False
         self.count += 1
@@ -41,16 +41,16 @@ class SkippedSteps:
 
 @dataclass(frozen=True)
 class Dump:
-    """What one needs to take a step again that was not finite, beside the checkpoint from before it."""
+    """What reproducing a non-finite step takes, in addition to the checkpoint before it."""
 
     step: int
     seed: int
     first_position: int  # of the stream, over all ranks
-    image_ids: list[str]  # of the images that belong there, over all ranks
+    image_ids: list[str]  # in the order of positions, over all ranks
     error: DivergedError
 
     def write(self, folder: Path, batch: Batch) -> Path:
-        """Write `folder`/diverged_step_<n>: each rank its batch as loaded, losses and norms; every rank must call."""
+        """Write `folder`/diverged_step_<n> with each rank's loaded batch, losses and norms; every rank must call."""
         path = folder / f"diverged_step_{self.step}"
         path.mkdir(parents=True, exist_ok=True)
         tensors = {"global_crops": batch.global_crops, "local_crops": batch.local_crops}

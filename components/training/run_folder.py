@@ -1,4 +1,4 @@
-"""The folder of a training that is not delivered yet: its files, and how far it is. No torch: the CLI reads it."""
+"""Files and progress of an unfinished training. Imports no torch, so that the CLI can read them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _STEP = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True)
 class TrainStatus:
-    """One training that is not delivered yet; what is not known (so early, or on S3) is None."""
+    """Status of an unfinished training; values that are not known yet, or only on S3, are None."""
 
     stage: str
     run_key: str
-    process: int | None  # that trains it; None: it was stopped, and starts again where it was
+    process: int | None  # pid of the trainer; None: stopped, and resumable
     step: int
     steps: int
     loss: float | None
@@ -35,26 +35,26 @@ class TrainStatus:
 
 
 def step_folder(step: int) -> str:
-    """Name of a whole checkpoint's folder."""
+    """Return the folder name of a complete checkpoint."""
     return f"step_{step}"
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run on this disk: step -> folder."""
+    """Return the complete checkpoints of a run on this disk: step -> folder."""
     found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step_*"))
     return {int(match[1]): path for match, path in found if match}
 
 
 def find_trainings(root: Path, now: float) -> list[TrainStatus]:
-    """The trainings below `root`/.pedigree that have begun and are not delivered, running ones first.
+    """Return the unfinished trainings below `root`/.pedigree, running ones first.
 
     Args:
         root: Pedigree's folder.
-        now: time in seconds since 1970, which ages are counted to.
+        now: reference of ages, in seconds since 1970.
     """
     found = []
     for path in Layout(root).checkpoints().glob(f"*/{TRAINING_CONFIG}"):
-        with suppress(FileNotFoundError):  # it is being delivered: its checkpoints go
+        with suppress(FileNotFoundError):  # just delivered, and its checkpoints deleted
             found.append(_read(path.parent, now))
     return sorted(found, key=lambda status: (status.process is None, status.stage, status.run_key))
 
