@@ -1,7 +1,7 @@
-"""Where images come from: folders, S3 prefixes, tar shards and Parquet files, listed and read without trust.
+"""List and read untrusted sources of images: folders, S3 prefixes, tar shards and Parquet files.
 
-Listing is cheap and gives batches; a batch is read by whichever process examines it. Nothing is ever unpacked to a name
-that a source chose: a member's name is only recorded.
+Listing is cheap and yields batches, which the examining processes read. Nothing is unpacked to a name from a source;
+member names are only recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from components.data.walk import as_text, walk
 MIB = 1024**2
 MAX_IMAGE_BYTES = 256 * MIB  # of one encoded image
 MAX_ROW_GROUP_BYTES = 4096 * MIB  # of one Parquet row group, uncompressed
-BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # what one process holds at once
+BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # limits of one batch
 CONNECTIONS = 8  # to S3, by one process
 
 CONTAINERS = (".tar", ".parquet")
@@ -36,20 +36,20 @@ CONTAINERS = (".tar", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What may be one image, and where its bytes are."""
+    """A possible image, and where its bytes are."""
 
     uri: str
-    label: str | None  # that its archive gives it
-    folder: str  # relative, with the folders that may name its label and split
+    label: str | None  # from its archive
+    folder: str  # relative path, whose parts may name label and split
     path: str  # a local file, or the key of an S3 object
     offset: int
     length: int
-    note: str = ""  # told with the number of entries that have it
+    note: str = ""  # reported with the number of entries that share it
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What is not taken, and why."""
+    """A rejected file, and why."""
 
     uri: str
     reason: str
@@ -58,24 +58,24 @@ class Refusal:
 
 @dataclass(frozen=True)
 class EntryBatch:
-    """Entries that one process reads; what cannot be read again cheaply is copied to the file `spool`."""
+    """Entries for one process; data that is expensive to read again is copied to the file `spool`."""
 
     entries: list[Entry]
-    bucket: str | None = None  # the entries are objects of this bucket
-    row_group: int | None = None  # the one entry is a Parquet file, of which this row group is read
+    bucket: str | None = None  # of the entries, if they are S3 objects
+    row_group: int | None = None  # of the single entry, a Parquet file
     spool: Path | None = None
 
 
 @dataclass
 class Listing:
-    """A source, before any image of it was decoded."""
+    """A listed source, before decoding."""
 
-    root: str = ""  # with which the URIs begin; what follows is relative to the source
+    root: str = ""  # prefix of the URIs; the rest is relative to the source
     batches: list[EntryBatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)  # hidden files, and members of archives that are not images
     links: set[str] = field(default_factory=set)  # folders, relative, that are links
-    notes: list[tuple[str, str]] = field(default_factory=list)  # what was guessed or left out, and a name of it
+    notes: list[tuple[str, str]] = field(default_factory=list)  # (note on what was guessed or skipped, name)
     num_bytes: int = 0
 
 
@@ -88,14 +88,14 @@ class _File:
 
 
 def list_source(source: str, spool: Path) -> Listing:
-    """Find all that may be an image.
+    """List all possible images of a source.
 
     Args:
         source: as in `IngestRequest`.
         spool: an empty folder on disk for archives and objects that come from S3.
 
     Raises:
-        IngestError: nothing there, or nothing that we can read.
+        IngestError: the source does not exist, is empty or unreadable.
         StorageError: S3 does not answer.
     """
     listing = Listing(root=_root_of(source))
@@ -124,7 +124,7 @@ def list_source(source: str, spool: Path) -> Listing:
 
 
 def _root_of(source: str) -> str:
-    """What the URIs of a source's files begin with: its folder, or the folder of its one file."""
+    """Return the URI prefix of a source: its folder, or the folder of its single file."""
     if "://" in source:
         return source.rpartition("/")[0] + "/" if source.lower().endswith(CONTAINERS) else source.rstrip("/") + "/"
     folder = source if os.path.isdir(source) else os.path.dirname(source)
@@ -132,7 +132,7 @@ def _root_of(source: str) -> str:
 
 
 def read_batch(batch: EntryBatch) -> Iterator[tuple[Entry, bytes | Refusal]]:
-    """The bytes of each entry of a batch (each row, for Parquet), or why there are none."""
+    """Yield the bytes of each entry of a batch (of each row, for Parquet), or a refusal."""
     if batch.row_group is not None:
         yield from _read_rows(batch.entries[0], batch.row_group)
     elif batch.bucket is not None:
@@ -214,7 +214,7 @@ def _folder(path: PurePosixPath) -> str:
 
 
 def _without_metadata(listing: Listing, files: list[_File], bucket: str | None, spool: Path) -> list[_File]:
-    """The files but for tables without images that lie beside images."""
+    """Return the files without Parquet tables that contain no images but lie beside images."""
     tables = [file for file in files if file.relative.suffix.lower() == ".parquet"]
     if not any(IMAGE_NAME.search(file.relative.name) for file in files):
         return files
@@ -283,7 +283,7 @@ def _list_containers(listing: Listing, files: list[_File], bucket: str | None, s
         containers = [_download(bucket, file, spool, number) for number, file in _numbered(containers)]
     without: list[NoImageColumnError] = []
     for file in containers:
-        # Folders of archives are shards, collections or crawls, and no classes; but they may be splits.
+        # Folders of archives are shards, collections or crawls rather than classes, but they may be splits.
         folder = "/".join(part for part in file.relative.parent.parts if split_of(part))
         add: Callable[[Listing, _File, str], None]
         add = _list_tar if file.relative.suffix.lower() == ".tar" else _list_parquet

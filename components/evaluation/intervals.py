@@ -1,4 +1,4 @@
-"""95 % intervals of accuracies and of what one model is above another on the same images."""
+"""95 % intervals of accuracies, and of differences between two models on the same images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ CONFIDENCE = 0.95
 
 
 def is_accuracy(by_image: NDArray[np.floating]) -> bool:
-    """Whether every image has 0 or 1."""
+    """Return whether all values are 0 or 1."""
     return bool(np.isin(by_image, (0, 1)).all())
 
 
 def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
-    """Accuracy with its Wilson score interval, which holds near 0 and 1 and on few images, where a bootstrap does not.
+    """Return the accuracy with its Wilson score interval, valid near 0 and 1 and for few images, unlike a bootstrap.
 
     Args:
         correct: [T] of 0 and 1.
@@ -29,10 +29,11 @@ def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
 def difference_interval(
     ours: NDArray[np.floating], theirs: NDArray[np.floating], generator: np.random.Generator, num_resamples: int
 ) -> Interval:
-    """Mean difference of two models on the same images, with an interval for paired samples.
+    """Return the mean difference of two models on the same images, with an interval for paired samples.
 
-    Of accuracies the adjusted Wald interval (Bonett and Price 2012), which keeps its width where all images agree. Of
-    other measures, such as average precision, the percentile bootstrap: near 0 and 1 on few images it is too narrow.
+    For accuracies, the adjusted Wald interval (Bonett and Price 2012), whose width stays positive if all images agree.
+    For other measures, such as average precision, the percentile bootstrap, which is too narrow near 0 and 1 for few
+    images.
 
     Args:
         ours: [T].
