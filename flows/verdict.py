@@ -1,4 +1,4 @@
-"""How good a run's models are beside the champion, random weights and the descriptor that needs no training."""
+"""Compare a run's models with the champion, random weights and the training-free descriptor."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEASURES = (("knn_top1", "kNN"), ("instance_map", "retrieval mAP"))  # the first that there is, decides
+MEASURES = (("knn_top1", "kNN"), ("instance_map", "retrieval mAP"))  # the first available one decides
 OTHERS = {"champion": "the champion", "random": "random weights", "descriptor": "the hand-made descriptor"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One evaluated model.
+    """Comparison of one evaluated model.
 
     Args:
         model: its name among the evaluations.
-        text: its main measure, and each other's with the 95 % interval of the difference on the same images.
-        objections: what speaks against its promotion.
+        text: its main metric, and the others' with the 95 % interval of the difference on the same images.
+        objections: reasons against its promotion.
     """
 
     model: str
@@ -27,7 +27,7 @@ class Verdict:
 
 
 def verdicts(reports: Path) -> list[Verdict]:
-    """Read what the evaluations in a run's reports found."""
+    """Read the evaluations in a run's reports."""
     found = [
         (path.parent.name, json.loads(path.read_text())) for path in sorted(reports.glob("evaluate/*/result.json"))
     ]
