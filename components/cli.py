@@ -99,7 +99,7 @@ def run(
     _seed(recipe.seed)
     if stage in TRAINING_STAGES:
         load(PREPARE_STREAM)(root)
-    section = recipe.evaluate.preprocessing if stage == "register" else getattr(recipe, stage)
+    section = recipe.registration() if stage == "register" else getattr(recipe, stage)
     params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}
     first_rank = int(os.environ.get("RANK", "0")) == 0
     if not first_rank:  # under torchrun only rank 0 reports

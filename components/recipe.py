@@ -17,6 +17,7 @@ from components.curation.config import CurateConfig, EmbedConfig
 from components.distillation.config import DistillConfig
 from components.evaluation.config import EvaluateConfig
 from components.pretraining.config import PretrainConfig
+from components.registry.config import GatesConfig, RegisterConfig
 from components.training.config import TrainingConfig, check_crops_fit, check_divisible
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -38,6 +39,7 @@ class Recipe(Config):
     adapt: AdaptConfig
     distill: DistillConfig
     evaluate: EvaluateConfig
+    gates: dict[str, GatesConfig] = Field(default_factory=dict)  # by model, as in evaluate.models
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -74,6 +76,17 @@ class Recipe(Config):
             advice = "give embed.scores.nsfw a classifier, such as {kind: opennsfw}, or leave max_nsfw out"
             raise ValueError(f"curate.filters.max_nsfw is {limit}, but embed scores no such thing; {advice}")
         return self
+
+    @model_validator(mode="after")
+    def _gates_are_of_models(self) -> Self:
+        if unknown := sorted(set(self.gates) - set(self.evaluate.models)):
+            raise ValueError(f"gates: {unknown[0]!r} is not among evaluate.models {sorted(self.evaluate.models)}")
+        return self
+
+    def registration(self) -> RegisterConfig:
+        """What the register stage reads."""
+        evaluate = self.evaluate
+        return RegisterConfig(preprocessing=evaluate.preprocessing, gates=self.gates, champions=evaluate.champions)
 
     def trainings(self) -> dict[str, TrainingConfig]:
         """Return the configurations of the training stages, by name."""

@@ -16,9 +16,11 @@ from flows.commands import (
     down,
     env,
     gc,
+    history,
     ingest,
     plan,
     promote,
+    review,
     run,
     runs,
     seen,
@@ -65,7 +67,11 @@ app.command("status")(status.status)
 app.command("down")(down.down)
 app.command("env")(env.env)
 app.command("doctor")(doctor.doctor)
+app.command("review")(review.review)
 app.command("promote")(promote.promote)
+app.command("reject")(promote.reject)
+app.command("rollback")(promote.rollback)
+app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)

@@ -33,7 +33,7 @@ def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
 
 
 def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
-    from components.registry.promote import with_alias
+    from components.registry.standing import with_alias
 
     def version(name: str, alias: str) -> str | None:
         found = with_alias(registry, name, alias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
 from flows import interrupt, live, preflight, published
 from flows.console import board
+from flows.decisions import announce_candidate
 from flows.failure import failed
 from flows.git import WorkspaceError
 from flows.registered import exact, open_registry
@@ -141,6 +143,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
             workspace.ledger.bring_data()
             workspace.ledger.fetch_run_cache()
         outcomes = _run_stages(workspace, recipe)
+        _ask_for_decisions(workspace)
         status, how = "FINISHED", "Run finished"
     except Exception as error:
         how = f"Run failed: {known(error) or defect(error, 'in its log')}"
@@ -167,6 +170,17 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
         published.create_artifacts(workspace, parent)
     except (HTTPError, TrackingError) as error:
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
+
+
+def _ask_for_decisions(workspace: Workspace) -> None:
+    """Tell Prefect of each candidate; it knows of those that an earlier run registered."""
+    result = Layout(workspace.root).result("register")
+    registered = json.loads(result.read_text()) if result.exists() else {}
+    try:
+        for made in registered.values():
+            announce_candidate(f"{made['name']}/{made['version']}", made["digest"])
+    except HTTPError as error:
+        get_run_logger().warning("Prefect was not told of the new candidates, so it asks nobody: %s", error)
 
 
 def _run_stages(workspace: Workspace, recipe: Recipe) -> dict[str, str]:

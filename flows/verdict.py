@@ -18,12 +18,10 @@ class Verdict:
     Args:
         model: its name among the evaluations.
         text: its main metric, and the others' with the 95 % interval of the difference on the same images.
-        objections: reasons against its promotion.
     """
 
     model: str
     text: str
-    objections: tuple[str, ...]
 
 
 def verdicts(reports: Path) -> list[Verdict]:
@@ -36,7 +34,7 @@ def verdicts(reports: Path) -> list[Verdict]:
 
 def _verdict(model: str, result: dict[str, Any]) -> Verdict:
     key, label = next((key, label) for key, label in MEASURES if key in result)
-    comparisons, objections = [], []
+    comparisons = []
     for other, name in OTHERS.items():
         if key not in result.get(f"minus_{other}", {}):
             continue
@@ -44,6 +42,4 @@ def _verdict(model: str, result: dict[str, Any]) -> Verdict:
         word = "better" if interval["low"] > 0 else "worse" if interval["high"] < 0 else "no better"
         low, high = (f"{interval[end]:+.3f}" for end in ("low", "high"))
         comparisons.append(f"{word} than {name} ({result[other][key]:.3f}; difference {low} to {high})")
-        if word == "worse" or (word == "no better" and other == "random"):
-            objections.append(f"{word} than {name}")
-    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(comparisons)}", tuple(objections))
+    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(comparisons)}")

@@ -86,6 +86,10 @@ class Layout:
         """Return the metrics file of a stage."""
         return self.report(stage, item) / "result.json"
 
+    def by_image(self, model: str) -> Path:
+        """What an evaluated model scored on each test image."""
+        return self.report("evaluate", model) / "by_image.parquet"
+
     @property
     def code_lists(self) -> Path:
         """Lists of the source files that each stage can import."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 URI = "models:/"  # prefix that distinguishes a registered model from a folder
 CANDIDATES = "-candidates"  # training adds versions to the model NAME-candidates
+LATEST = "latest"  # alias of the newest version, set by MLflow
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of models that a run registers
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")  # also of its branch: runs/ID
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
@@ -30,9 +31,16 @@ class ModelReference:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Parse `NAME@ALIAS` or `NAME/NUMBER` of a Pedigree model; return None for any other text."""
+        """Parse `NAME@ALIAS` or `NAME/NUMBER` of a Pedigree model; return None for any other text.
+
+        `NAME@latest` is the newest candidate, as `NAME-candidates@latest` is.
+        """
         found = _OWN.fullmatch(text)
-        return cls(**found.groupdict()) if found else None
+        if found is None:
+            return None
+        name, alias = found["name"], found["alias"]
+        newest = alias == LATEST and not name.endswith(CANDIDATES)
+        return cls(name + CANDIDATES if newest else name, alias, found["version"])
 
     @classmethod
     def of_uri(cls, text: str) -> Self | None:
@@ -47,6 +55,16 @@ class ModelReference:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.alias}" if self.alias else f"{self.name}/{self.version}"
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is of a model to which training adds versions."""
+        return self.name.endswith(CANDIDATES)
+
+    @property
+    def model(self) -> str:
+        """Name of the released model."""
+        return self.name.removesuffix(CANDIDATES)
 
     @property
     def uri(self) -> str:

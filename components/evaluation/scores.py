@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.core.knn import knn_predictions, nearest
 from components.core.metrics import Interval, effective_rank, feature_std, top1_accuracy
 from components.data.evaluation_set import EvaluationSet, Labels
 from components.evaluation.config import EvaluateConfig, KnnConfig
 from components.evaluation.features import Augmentation, EvaluationImages, Extractor, Features, extract_features
 from components.evaluation.instance import retrieval_ranks
-from components.evaluation.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.evaluation.linear import linear_predictions
 
 
@@ -37,10 +38,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores and features [N, D] of each model."""
+    """Scores of each model, and what was measured."""
 
     scores: dict[str, Scores]
-    features: Features
+    features: Features  # [N, D]
+    rows: NDArray[np.int64]  # [T] the images of the set that `by_image` has values of
 
 
 def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[str, Extractor], seed: int) -> Measured:
@@ -48,14 +50,28 @@ def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[s
     crops = EvaluationImages(images, config.preprocessing)
     features = extract_features(extractors, crops, config, "features")
     if images.labels is None:
-        scores = _instance_scores(config, images, extractors, features, seed)
+        order = np.random.default_rng(seed).permutation(images.images.num_rows)
+        rows = np.sort(order[: config.instance.num_queries])
+        scores = _instance_scores(config, images.take(rows), rows, extractors, features, seed)
     else:
+        rows = images.labels.test
         scores = {name: knn_scores(config.knn, features[name], images.labels) for name in features}
         for name, values in scores.items():
             _add_linear(values, config, features[name], images.labels, name)
     for name, values in scores.items():
         values.metrics |= {"effective_rank": effective_rank(features[name]), "feature_std": feature_std(features[name])}
-    return Measured(scores, features)
+    return Measured(scores, features, rows)
+
+
+def values_by_image(measured: Measured, images: EvaluationSet) -> pa.Table:
+    """A row for each model, metric and test image: what is needed to compare models of different runs in pairs."""
+    ids = images.images["image_id"].take(pa.array(measured.rows))
+    parts = [
+        pa.table({"image_id": ids, "model": [model] * len(ids), "metric": [metric] * len(ids), "value": values})
+        for model, scores in measured.scores.items()
+        for metric, values in scores.by_image.items()
+    ]
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def knn_scores(config: KnnConfig, features: NDArray[np.float32], labels: Labels) -> Scores:
@@ -98,19 +114,17 @@ def _add_linear(
 
 def _instance_scores(
     config: EvaluateConfig,
-    images: EvaluationSet,
+    chosen: EvaluationSet,
+    rows: NDArray[np.int64],
     extractors: Mapping[str, Extractor],
     gallery: Features,
     seed: int,
 ) -> dict[str, Scores]:
-    order = np.random.default_rng(seed).permutation(images.images.num_rows)
-    chosen = np.sort(order[: config.instance.num_queries])
-    augmentation = Augmentation(config.instance, seed)
-    views = EvaluationImages(images.take(chosen), config.preprocessing, augmentation)
+    views = EvaluationImages(chosen, config.preprocessing, Augmentation(config.instance, seed))
     queries = extract_features(extractors, views, config, "features of augmented views")
     scores = {name: Scores() for name in gallery}
     for name, values in scores.items():
-        ranks = retrieval_ranks(queries[name], gallery[name], chosen)
+        ranks = retrieval_ranks(queries[name], gallery[name], rows)
         values.add("instance_recall_at_1", (ranks == 1).astype(np.float64))
         values.add("instance_map", 1 / ranks)
     return scores

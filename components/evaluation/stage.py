@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from components.core.errors import DatasetError
@@ -21,7 +22,7 @@ from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import write_comparison, write_report
-from components.evaluation.scores import differences, measure
+from components.evaluation.scores import differences, measure, values_by_image
 from components.model.export import load_backbone
 from components.model.vit import VisionTransformer
 
@@ -64,6 +65,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         rows = neighbor_rows(images, pixels, measured.features[model], queries)
         write_bytes(folder / "neighbors.jpg", jpeg(draw_neighbors(rows)))
         write_comparison(folder / "comparison.csv", metrics)
+        pq.write_table(values_by_image(measured, images), folder / layout.by_image(model).name, compression="zstd")
         title, certain = f"Evaluation of {model}", {name: s.intervals() for name, s in measured.scores.items()}
         write_report(folder / "report.html", title, _facts(config, counts), metrics, compared, certain)
 

@@ -56,6 +56,17 @@ class Entry:
     hash: str
 
 
+class OvertakenError(RecordError):
+    """Another event came first, so that what was decided was decided without knowing of it."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        super().__init__(
+            f"event {entry.sequence} came first: {entry.action} of {entry.subject} by {entry.actor}, "
+            f"{entry.details.get('reason', '')!r}; look again, then decide again"
+        )
+
+
 class AuditLog:
     """The events of all models in one bucket.
 
@@ -81,16 +92,22 @@ class AuditLog:
             raise RecordError(f"{BUCKET_VARIABLE} is not set: name the object-locked bucket, or run `pedigree up`")
         return cls(bucket)
 
-    def append(self, event: Event) -> Entry:
+    def append(self, event: Event, after: int | None = None) -> Entry:
         """Verify the chain of the event's model, and append the event.
 
+        Args:
+            event: what was done, or is about to be.
+            after: the number of events that the actor knew of; another one since then is an error.
+
         Raises:
-            RecordError: the chain is broken, or the bucket has no object lock.
+            RecordError: the chain is broken, the bucket has no object lock, or another event came first.
             StorageError: S3 refuses or does not answer, as in `read`.
         """
         lock = self._lock()
         for _ in range(ATTEMPTS):
             entries = self.read(event.name)
+            if after is not None and len(entries) > after:
+                raise OvertakenError(entries[after])
             entry = _next_entry(event, entries[-1] if entries else None)
             if self._put(entry, lock):
                 return entry

@@ -42,6 +42,11 @@ class Tag(StrEnum):
     FILES = "pedigree.files"
     CANDIDATE = "pedigree.candidate"
     AUDIT = "pedigree.audit"
+    EVIDENCE = "pedigree.evidence"  # digest of the facts that the gates judge
+    VERDICT = "pedigree.verdict"  # of the gates at registration
+    SCORE = "pedigree.score"  # the main measure
+    RELEASED = "pedigree.released"  # on a candidate: the version that it became
+    REJECTED = "pedigree.rejected"  # on a candidate: who and why
 
 
 @dataclass(frozen=True)

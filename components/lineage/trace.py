@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,11 @@ from components.core.references import URI, ModelReference
 from components.core.storage import StorageError
 from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.champions import unexplained
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record, RecordError, find_record, upstream
 from components.lineage.provenance import CURATED, POOL, Tag, data_versions
 
-CHAMPION = "champion"
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
 DATA_FOLDERS = tuple(f"{folder}/" for folder in (RELATIVE.data, RELATIVE.models, RELATIVE.reports))
 
@@ -150,39 +151,37 @@ class _Tracer:
             "validation": tags.get(Tag.VALIDATION),
         }
         node = _node("version", f"{version.name}/{version.version}", facts)
-        if Tag.CANDIDATE in tags:
-            node.children += self._events(node, tags)
-            node.children.append(self._candidate(tags))
-        else:
+        if ModelReference(version.name).is_candidate:  # by its name: a tag can be taken away
             node.children += [self._run(version.run_id), *self._parent(tags), self._commit(tags)]
+            return node
+        node.children += self._events(node, version.name)
+        node.children.append(self._candidate(tags))
         return node
 
     def _aliases(self, name: str, version: Any) -> list[str]:
         model = _found(lambda: self.client.get_registered_model(name))
         return [] if isinstance(model, str) else sorted(a for a, v in model.aliases.items() if str(v) == str(version))
 
-    def _events(self, node: Node, tags: dict[str, str]) -> list[Node]:
+    def _events(self, node: Node, name: str) -> list[Node]:
         """Audit events about a released version; what they say must agree with the registry."""
-        name = node.name.rsplit("/", 1)[0]
         try:
             entries = AuditLog.from_environment().read(name)
         except (RecordError, StorageError) as error:
             node.missing.append(str(error))
             return []
-        about = [e for e in entries if e.subject == node.name]
-        if not about:
-            node.missing.append("no audit event lets it in")
-        if any(e.details.get("digest", node.facts["digest"]) != node.facts["digest"] for e in about):
-            node.missing.append("its digest is not the one that the audit event approved")
-        if Tag.AUDIT in tags and tags[Tag.AUDIT] not in {f"{e.sequence}:{e.hash}" for e in about}:
-            node.missing.append(f"its audit event {tags[Tag.AUDIT][:16]} is not in the audit log")
-        last = next((e for e in reversed(entries) if e.action == "promote"), None)
-        if CHAMPION in node.facts["aliases"] and last and last.subject != node.name:
-            node.missing.append(f"it is the champion, but the last promotion in the audit log is of {last.subject}")
-        return [_event(e) for e in about]
+        model, versions = (
+            _found(lambda: self.client.get_registered_model(name)),
+            _found(lambda: list(self.client.search_model_versions(f"name='{name}'"))),
+        )
+        if isinstance(model, str) or isinstance(versions, str):
+            node.missing.append("MLflow does not say which versions and aliases there are")
+            return []
+        told = unexplained(name, entries, model.aliases, versions)
+        node.missing += [line.removeprefix(f"{node.name}: ") for line in told if _names(line, node.name)]
+        return [_event(e) for e in entries if e.subject == node.name]
 
     def _candidate(self, tags: dict[str, str]) -> Node:
-        reference = tags[Tag.CANDIDATE]
+        reference = tags.get(Tag.CANDIDATE, "(none)")
         candidate = ModelReference.parse(reference)
         version = self.version(candidate) if candidate else "what the version names as its candidate is no version"
         if not isinstance(version, str):
@@ -190,8 +189,8 @@ class _Tracer:
             if node.facts.get("digest") != tags.get(Tag.DIGEST):
                 node.missing.append("its digest is no longer the one that was promoted")
             return node
-        # The released version carries its candidate's tags, so the trace goes on without it.
-        node = Node("version", reference, missing=[version])
+        # The released version carries its candidate's tags, so the trace goes on without one that was deleted.
+        node = Node("version", reference, {"deleted": version}, missing=[] if candidate else [version])
         node.children += [*self._parent(tags), self._commit(tags)]
         return node
 
@@ -276,6 +275,11 @@ class _Tracer:
             "or commit the dvc.lock of that run"
         )
         return None
+
+
+def _names(line: str, version: str) -> bool:
+    """Whether a line names the version, and not one whose number only begins alike."""
+    return re.search(rf"{re.escape(version)}(?!\d)", line) is not None
 
 
 class _LockTrace:

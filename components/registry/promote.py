@@ -1,7 +1,7 @@
-"""Promotion: a candidate becomes the champion, with its bytes copied out of training's reach and a written reason.
+"""Decisions on versions: promote, reject, roll back. Each is an event in the audit log before it can be seen.
 
-Every step can be repeated: the copy is addressed by its digest, the version is found by its digest, the event by the
-version it names. A promotion that died anywhere is finished by the same command, and ends in the same state.
+Every step can be repeated: the copy is addressed by its digest, the version is found by its digest, aliases follow the
+log. A decision that died anywhere is finished by the next command on that model, and ends in the same state.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
-from components.core.references import CANDIDATES, ModelReference
+from components.core.references import ModelReference
 from components.core.user import user_name
-from components.lineage.audit_log import AuditLog, Entry, Event
+from components.lineage.audit_log import Entry, Event
+from components.lineage.champions import CHANGES, PROMOTE, REJECT, ROLLBACK
 from components.lineage.provenance import WEIGHTS_FILE, Tag
+from components.registry.gates import GATES, failed
 from components.registry.publish import (
     RegistryError,
     digest_of,
@@ -31,101 +36,131 @@ from components.registry.publish import (
     versions,
 )
 from components.registry.release import Released
-
-CHAMPION = "champion"
-PREVIOUS = "previous"
-ACTION = "promote"
+from components.registry.review import Review, review
+from components.registry.standing import NOT_THERE, Standing, address, resolve
 
 
 @dataclass(frozen=True)
-class Promotion:
-    """What a promotion did.
+class Decision:
+    """What a decision did.
 
     Attributes:
-        name: registered model.
-        version: its version that is the champion now.
-        candidate: the candidate version it was made from, `NAME-candidates/3`.
+        name: released model.
+        action: `promote`, `reject` or `rollback`.
+        version: address of what it is about: the champion now, or the rejected candidate.
+        candidate: the candidate that the version was made from.
         digest: SHA-256 of the model's files.
-        source: where the released bytes are.
-        previous: version that was the champion before; None at first.
+        source: where its bytes are.
+        previous: address of the version that a rollback returns to; None: there is none.
         event: the audit entry; None when nothing had to be done.
-        changed: False when the candidate was the champion already.
+        settled: an earlier change that was cut short was finished first.
+        unexplained: what the registry said and no audit event explains.
     """
 
     name: str
+    action: str
     version: str
     candidate: str
     digest: str
     source: str
     previous: str | None
     event: Entry | None
-    changed: bool
+    settled: bool
+    unexplained: list[str]
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is an event of it; not where the version was the champion already."""
+        return self.event is not None
 
 
-def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
-    """Make a candidate the champion of its model.
+def promote(
+    reference: str, reason: str, root: Path = Path(), waivers: Mapping[str, str] | None = None, actor: str | None = None
+) -> Decision:
+    """Make a version the champion of its model, if no gate fails or each that does is waived.
 
     Args:
-        reference: `NAME@latest` or `NAME/3`, a version of `NAME-candidates`.
+        reference: `NAME@latest` for the newest candidate, `NAME-candidates/3`, or a released version `NAME/2`.
         reason: why; it goes into the audit log.
+        root: a clone of the repository whose commits made the version, for its trace.
+        waivers: for each failed gate that is waived, why.
         actor: who decides; None takes MLflow's authenticated user, else the operating system's.
 
     Raises:
-        ConfigError: no reason, or what is no reference.
-        RegistryError: no such candidate, bytes that are not those that were registered, or a service that refuses.
+        ConfigError: no reason, a waiver of what is no gate or does not fail, or what is no reference.
+        RegistryError: no such version, a gate fails, bytes that are not those that were registered, or a refusal.
         RecordError: the audit log is broken or does not take the event; the alias has not moved then.
     """
-    if not reason.strip():
-        raise ConfigError("a promotion needs a reason, which goes into the audit log: --reason TEXT")
-    client, audit, released = registry_client(), AuditLog.from_environment(), Released()
+    waivers = waivers or {}
+    _check_words(PROMOTE, reason, waivers)
+    by = who(actor)
+    with _deciding(reference) as (standing, version, settled):
+        unexplained = standing.unexplained()
+        if _is_champion(standing, version) and not unexplained:
+            champion = resolve(standing.client, str(standing.champion))
+            return _decision(standing, PROMOTE, champion, None, settled, unexplained)
+        reviewed = review(standing, version, root, by["actor"])
+        _check_gates(reviewed, waivers)
+        released = _release(standing, version)
+        details: dict[str, Any] = {
+            "reason": reason.strip(),
+            "gates": {gate.name: [gate.state, gate.text] for gate in reviewed.gates},
+            "waived": dict(waivers),
+            "scores": reviewed.facts.metrics(),
+            "unexplained": unexplained,
+        }
+        after, event = _change(standing, PROMOTE, released, by, details)
+        _tag_candidate(after.client, released.tags[Tag.CANDIDATE], Tag.RELEASED, address(released))
+    return _decision(after, PROMOTE, released, event, settled, unexplained)
+
+
+def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
+    """Record that a candidate shall not become the champion; from then on its gate `rejection` fails.
+
+    Raises:
+        ConfigError: no reason, or what is no candidate.
+        RegistryError: no such version.
+        RecordError: the audit log is broken or does not take the event.
+    """
+    _check_words(REJECT, reason, {})
+    by = who(actor)
+    with _deciding(reference) as (standing, version, settled):
+        if not ModelReference(str(version.name)).is_candidate:
+            raise ConfigError(f"{address(version)}: is released; `pedigree rollback {standing.name}` takes it back")
+        details = {"reason": reason.strip(), "actor_from": by["actor_from"], "run": version.run_id}
+        details["digest"] = version.tags.get(Tag.DIGEST, "")
+        after = standing.record(Event(standing.name, REJECT, address(version), by["actor"], details))
+        event = after.entries[-1]
+        _tag_candidate(after.client, address(version), Tag.REJECTED, f"{by['actor']}, event {event.sequence}: {reason}")
+        return _decision(after, REJECT, version, event, settled, after.unexplained())
+
+
+def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
+    """Make the champion before the present one the champion again: its released bytes, verified, and nothing else.
+
+    Args:
+        name: released model.
+        reason: why; it goes into the audit log.
+        actor: as of `promote`.
+
+    Raises:
+        ConfigError: no reason.
+        RegistryError: there is no earlier champion, or its bytes are not those that its event approved.
+        RecordError: as for `promote`.
+    """
+    _check_words(ROLLBACK, reason, {})
+    by = who(actor)
     with one_line_errors():
-        name, candidate = resolve_candidate(client, reference)
-        digest = candidate.tags.get(Tag.DIGEST)
-        if not digest:
-            raise RegistryError(f"{_address(candidate)}: has no tag {Tag.DIGEST}, so its bytes cannot be checked")
-        champion = with_alias(client, name, CHAMPION)
-        entries = audit.read(name)
-        if champion and _same(champion, candidate) and _last_promoted(entries) == _address(champion):
-            before = with_alias(client, name, PREVIOUS)
-            return _promotion(champion, before.version if before else None, None)
-        source = _copy_bytes(released, candidate, name, digest)
-        version = _released_version(client, name, candidate, source)
-        previous = champion if champion and champion.version != version.version else with_alias(client, name, PREVIOUS)
-        event = _record(audit, entries, version, previous, who(actor) | {"reason": reason.strip()})
-        client.set_model_version_tag(name, version.version, Tag.AUDIT, f"{event.sequence}:{event.hash}")
-        if _last_promoted(audit.read(name)) != _address(version):
-            raise RegistryError(
-                f"{_address(version)}: another promotion of {name} followed at once; look at the audit log"
-            )
-        _move_aliases(client, name, version, previous)
-    return _promotion(version, previous.version if previous else None, event)
-
-
-def resolve_candidate(client: MlflowClient, reference: str) -> tuple[str, ModelVersion]:
-    """(NAME, version of NAME-candidates) that `NAME@alias` or `NAME/number` means."""
-    asked = ModelReference.parse(reference)
-    if asked is None:
-        raise ConfigError(f"{reference!r}: not a candidate; write NAME@latest or NAME/NUMBER")
-    name = asked.name.removesuffix(CANDIDATES)
-    registered = name + CANDIDATES
-    try:
-        return name, replace(asked, name=registered).find(client)
-    except MlflowException as error:
-        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise
-        known = sorted((v.version for v in versions(client, registered)), key=int)
-        have = f"has versions {', '.join(map(str, known))}" if known else "has no versions"
-        raise RegistryError(f"{reference}: no such candidate; {registered} {have}") from None
-
-
-def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version with this alias; None when there is none."""
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise
-        return None
+        standing = Standing.read(name)
+        settled = standing.settle()
+        if standing.previous is None:
+            now = f"{standing.champion} is the first champion" if standing.champion else "it has no champion"
+            raise RegistryError(f"{name}: no earlier champion to return to; {now}")
+        unexplained = standing.unexplained()
+        version = resolve(standing.client, standing.previous)
+        _check_released(standing, version)
+        after, event = _change(standing, ROLLBACK, version, by, {"reason": reason.strip(), "unexplained": unexplained})
+    return _decision(after, ROLLBACK, version, event, settled, unexplained)
 
 
 def who(actor: str | None) -> dict[str, str]:
@@ -148,15 +183,90 @@ def verify_files(folder: Path, version: ModelVersion) -> dict[str, str]:
     differing = sorted(path for path in stated.keys() | found.keys() if stated.get(path) != found.get(path))
     if differing:
         raise RegistryError(
-            f"{_address(version)}: not the bytes that were registered: {', '.join(differing[:5])} "
-            f"({len(differing)} of {len(stated)} files); nothing was promoted"
+            f"{address(version)}: not the bytes that were registered: {', '.join(differing[:5])} "
+            f"({len(differing)} of {len(stated)} files); nothing was changed"
         )
     weights = {sha256 for path, sha256 in found.items() if path.endswith(f"/{WEIGHTS_FILE}")}
     if digest_of(found) != version.tags.get(Tag.DIGEST) or weights != {version.tags.get(Tag.WEIGHTS_SHA256)}:
         raise RegistryError(
-            f"{_address(version)}: its tags contradict each other ({Tag.FILES}, {Tag.DIGEST}); register it again"
+            f"{address(version)}: its tags contradict each other ({Tag.FILES}, {Tag.DIGEST}); register it again"
         )
     return found
+
+
+@contextmanager
+def _deciding(reference: str) -> Iterator[tuple[Standing, ModelVersion, bool]]:
+    """The version that is decided on, and how its model stands once a change that was cut short is finished."""
+    with one_line_errors():
+        version = resolve(registry_client(), reference)
+        standing = Standing.read(ModelReference(str(version.name)).model)
+        yield standing, version, standing.settle()
+
+
+def _check_words(action: str, reason: str, waivers: Mapping[str, str]) -> None:
+    if not reason.strip():
+        raise ConfigError(f"a {action} needs a reason, which goes into the audit log: --reason TEXT")
+    for gate, why in waivers.items():
+        if gate not in GATES:
+            raise ConfigError(f"no gate is called {gate!r}; the gates are {', '.join(GATES)}")
+        if not why.strip():
+            raise ConfigError(f"a waiver of the gate {gate} needs a reason: --waive {gate}=TEXT")
+
+
+def _check_gates(reviewed: Review, waivers: Mapping[str, str]) -> None:
+    bad = {gate.name: gate.text for gate in failed(reviewed.gates)}
+    if needless := sorted(set(waivers) - set(bad)):
+        raise ConfigError(f"the gate {needless[0]} does not fail, so it needs no waiver")
+    if left := {name: text for name, text in bad.items() if name not in waivers}:
+        told = "; ".join(f"{name}: {text}" for name, text in left.items())
+        raise RegistryError(
+            f"{reviewed.version} does not pass {len(left)} of {len(reviewed.gates)} gates: {told}. Nothing was "
+            f"changed; reject it, or waive with --waive {next(iter(left))}=REASON"
+        )
+
+
+def _is_champion(standing: Standing, version: ModelVersion) -> bool:
+    if standing.champion is None:
+        return False
+    event = _approval(standing, standing.champion)
+    same = (event.details.get("candidate"), event.details.get("digest")) == (address(version), _digest(version))
+    return same or standing.champion == address(version)
+
+
+def _approval(standing: Standing, version: str) -> Entry:
+    """The last event that let a released version in."""
+    found = next((e for e in reversed(standing.entries) if e.subject == version and e.action in CHANGES), None)
+    if found is None:
+        raise RegistryError(f"{version}: no audit event lets it in; promote the candidate that it was made from")
+    return found
+
+
+def _digest(version: ModelVersion) -> str:
+    digest = version.tags.get(Tag.DIGEST)
+    if not digest:
+        raise RegistryError(f"{address(version)}: has no tag {Tag.DIGEST}, so its bytes cannot be checked")
+    return digest
+
+
+def _release(standing: Standing, version: ModelVersion) -> ModelVersion:
+    """The released version: of a candidate its verified bytes are copied, of a released one they are verified."""
+    if not ModelReference(str(version.name)).is_candidate:
+        _check_released(standing, version)
+        return version
+    source = _copy_bytes(Released(), version, standing.name, _digest(version))
+    return _released_version(standing.client, standing.name, version, source)
+
+
+def _check_released(standing: Standing, version: ModelVersion) -> None:
+    """Refuse released bytes that are not those that an event approved."""
+    from mlflow.artifacts import download_artifacts
+
+    event = _approval(standing, address(version))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(download_artifacts(artifact_uri=str(event.details["source"]), dst_path=temporary))
+        found = verify_files(folder, version)
+    if digest_of(found) != event.details["digest"]:
+        raise RegistryError(f"{address(version)}: not the bytes that event {event.sequence} approved")
 
 
 def _copy_bytes(released: Released, candidate: ModelVersion, name: str, digest: str) -> str:
@@ -171,61 +281,62 @@ def _copy_bytes(released: Released, candidate: ModelVersion, name: str, digest: 
 def _released_version(client: MlflowClient, name: str, candidate: ModelVersion, source: str) -> ModelVersion:
     described = f"Released by a person each. `pedigree trace {name}@champion` says what the one in use was made from."
     ensure_registered_model(client, name, described)
-    made = versions(client, name, DIGEST=candidate.tags[Tag.DIGEST], CANDIDATE=_address(candidate))
-    if made:
+    made = versions(client, name, DIGEST=candidate.tags[Tag.DIGEST], CANDIDATE=address(candidate))
+    if made := [version for version in made if str(version.source) == source]:
         return min(made, key=lambda v: int(v.version))
-    tags = {**candidate.tags, Tag.CANDIDATE: _address(candidate)}
+    tags = {**candidate.tags, Tag.CANDIDATE: address(candidate)}
     return client.create_model_version(
         name, source=source, run_id=candidate.run_id, tags=tags, description=candidate.description
     )
 
 
-def _record(
-    audit: AuditLog, entries: list[Entry], version: ModelVersion, previous: ModelVersion | None, by: dict[str, str]
-) -> Entry:
-    """Write the event, unless the last promotion in the log is this one (its process died before the alias moved)."""
-    if _last_promoted(entries) == _address(version):
-        return next(e for e in reversed(entries) if e.action == ACTION)
+def _change(
+    standing: Standing,
+    action: str,
+    version: ModelVersion,
+    by: Mapping[str, str],
+    details: Mapping[str, Any],
+) -> tuple[Standing, Entry]:
+    """Write the event of a new champion, then move the aliases to where the log has them."""
     details = {
-        "reason": by["reason"],
+        **details,
         "actor_from": by["actor_from"],
         "candidate": version.tags[Tag.CANDIDATE],
-        "digest": version.tags[Tag.DIGEST],
-        "source": version.source,
+        "digest": _digest(version),
+        "source": str(version.source),
         "run": version.run_id,
-        "previous": _address(previous) if previous else None,
+        "previous": standing.champion,
     }
-    return audit.append(Event(str(version.name), ACTION, _address(version), by["actor"], details))
+    after = standing.record(Event(standing.name, action, address(version), by["actor"], details))
+    event = after.entries[-1]
+    after.client.set_model_version_tag(standing.name, version.version, Tag.AUDIT, f"{event.sequence}:{event.hash}")
+    after.move_aliases()
+    return after, event
 
 
-def _move_aliases(client: MlflowClient, name: str, version: ModelVersion, previous: ModelVersion | None) -> None:
-    # `previous` first: a process that dies between the two leaves a champion, and the next one sets both again.
-    if previous:
-        client.set_registered_model_alias(name, PREVIOUS, previous.version)
-    client.set_registered_model_alias(name, CHAMPION, version.version)
+def _tag_candidate(client: MlflowClient, candidate: str, tag: Tag, value: str) -> None:
+    """Say on the candidate's page what was decided; nothing where the candidate was deleted meanwhile."""
+    asked = ModelReference.parse(candidate)
+    assert asked is not None
+    try:
+        client.set_model_version_tag(asked.name, asked.version, tag, value)
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
 
 
-def _promotion(version: ModelVersion, previous: str | None, event: Entry | None) -> Promotion:
-    return Promotion(
-        name=str(version.name),
-        version=str(version.version),
-        candidate=version.tags[Tag.CANDIDATE],
-        digest=version.tags[Tag.DIGEST],
+def _decision(
+    standing: Standing, action: str, version: ModelVersion, event: Entry | None, settled: bool, unexplained: list[str]
+) -> Decision:
+    return Decision(
+        name=standing.name,
+        action=action,
+        version=address(version),
+        candidate=version.tags.get(Tag.CANDIDATE, address(version)),
+        digest=version.tags.get(Tag.DIGEST, ""),
         source=str(version.source),
-        previous=str(previous) if previous else None,
+        previous=standing.previous,
         event=event,
-        changed=event is not None,
+        settled=settled,
+        unexplained=unexplained,
     )
-
-
-def _same(champion: ModelVersion, candidate: ModelVersion) -> bool:
-    stated = (champion.tags.get(Tag.DIGEST), champion.tags.get(Tag.CANDIDATE))
-    return stated == (candidate.tags[Tag.DIGEST], _address(candidate))
-
-
-def _last_promoted(entries: list[Entry]) -> str | None:
-    return next((e.subject for e in reversed(entries) if e.action == ACTION), None)
-
-
-def _address(version: ModelVersion) -> str:
-    return f"{version.name}/{version.version}"

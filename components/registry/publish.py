@@ -28,10 +28,11 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
 from components.core.references import CANDIDATES
-from components.core.storage import sha256_file
+from components.core.storage import sha256_file, write_json
 from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
+from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts
 
 SOURCE = Path(__file__).parents[2]
 # What `pyfunc_model.py` imports of ours; a test loads the model with nothing else of this repository in reach.
@@ -76,7 +77,8 @@ class Candidate:
         origin: where the weights come from.
         tags: what else the version states.
         card: the model's passport as markdown.
-        evaluation: nested results; their numbers become metrics of the model.
+        facts: what the gates judge; the numbers of its evaluation become metrics of the model.
+        by_image: Parquet of what it scored on each test image.
         example: one encoded image.
         preprocessing: of the images, as evaluated.
         with_heads: its projection heads go along, which others need to learn from it.
@@ -87,7 +89,8 @@ class Candidate:
     origin: Origin
     tags: Mapping[str, str]
     card: str
-    evaluation: Mapping[str, Any]
+    facts: Facts
+    by_image: Path
     example: bytes
     preprocessing: Preprocessing
     with_heads: bool
@@ -121,7 +124,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVersion:
-    """Register a candidate, or find the version that has the same weights from the same commit.
+    """Register a candidate, or find the version that has the same weights, the same scores and the same gates.
 
     The version appears with all its tags in one request, so a version without its origin cannot exist. MLflow itself
     keeps the alias `latest`: it is the newest version, and nobody can move it.
@@ -171,8 +174,8 @@ def digest_of(files: Mapping[str, str]) -> str:
 
 
 def _existing(client: MlflowClient, candidate: Candidate) -> ModelVersion | None:
-    origin = candidate.origin
-    same = versions(client, candidate.name, WEIGHTS_SHA256=origin.weights_sha256, COMMIT=origin.commit)
+    sha256 = candidate.origin.weights_sha256
+    same = versions(client, candidate.name, WEIGHTS_SHA256=sha256, EVIDENCE=candidate.facts.digest())
     return max((v for v in same if v.status == "READY"), key=lambda v: int(v.version), default=None)
 
 
@@ -186,8 +189,12 @@ def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: P
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    _log_metrics(client, run_id, model.model_id, candidate.evaluation)
-    stated = {Tag.DIGEST: digest_of(files), Tag.FILES: json.dumps(files, separators=(",", ":"))}
+    _log_metrics(client, run_id, model.model_id, candidate.facts.evaluation)
+    stated = {
+        Tag.DIGEST: digest_of(files),
+        Tag.FILES: json.dumps(files, separators=(",", ":")),
+        Tag.EVIDENCE: candidate.facts.digest(),
+    }
     return client.create_model_version(
         candidate.name,
         source=f"models:/{model.model_id}",
@@ -208,6 +215,8 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
         for name in (*WEIGHTS, *heads):
             _copy(candidate.weights / name, parts / "weights" / name)
         (parts / "card.md").write_text(candidate.card)
+        write_json(parts / FOLDER / FACTS, candidate.facts.model_dump(mode="json"))
+        _copy(candidate.by_image, parts / FOLDER / BY_IMAGE)
         dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]
         resolution = candidate.preprocessing.crop_size
         example = (pd.DataFrame({"image": [candidate.example]}), {"resolution": resolution})
@@ -215,7 +224,7 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             path=folder,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             model_config={"preprocessing": candidate.preprocessing.model_dump()},
-            artifacts={"weights": str(parts / "weights"), "card": str(parts / "card.md")},
+            artifacts={name: str(parts / name) for name in ("weights", "card.md", FOLDER)},
             code_paths=[str(parts / "components")],
             signature=_signature(dim, resolution),
             input_example=example,

@@ -23,21 +23,23 @@ from components.data.shards import ShardReader
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
 from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
-from components.model.config import Preprocessing
 from components.registry.card import CardFacts, render_card
+from components.registry.config import RegisterConfig
+from components.registry.gates import Gate, failed, verdict
+from components.registry.measure import collect_facts
 from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
+from components.registry.review import review_at_registration
 
 log = logging.getLogger(__name__)
 
 PRETRAINED, TEACHER = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
-SUMMARY = "summary.html"
 
 
-def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[str, Any]:
+def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, Any]:
     """Register `models/adapted` as NAME-candidates and each `models/students/S` as NAME-S-candidates.
 
     Returns:
-        For `teacher` and each student: registered name, version, URI, and digests.
+        For `teacher` and each student: registered name, version, URI, digests, and the verdict of its gates.
 
     Raises:
         RegistryError: no server, or it refuses; weights or data that should be registered are missing.
@@ -45,32 +47,32 @@ def run(preprocessing: Preprocessing, root: Path, seed: int, name: str) -> dict[
     """
     client = registry_client()
     if not os.environ.get("MLFLOW_RUN_ID"):  # called without components/cli.py, which opens the stage's run
-        params = {"name": name, "seed": seed, "preprocessing": preprocessing.model_dump()}
+        params = {"name": name, "seed": seed, **config.model_dump()}
         with stage_run("register", None, params, root):
-            return run(preprocessing, root, seed, name)
-    register = _Register(client, preprocessing, root, seed, os.environ["MLFLOW_RUN_ID"])
+            return run(config, root, seed, name)
+    register = _Register(client, config, root, seed, os.environ["MLFLOW_RUN_ID"])
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
         teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
         parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
-        done = {"teacher": teacher}
         for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
             path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
-            done[folder.name] = register(f"{name}-{folder.name}{CANDIDATES}", path, folder.name, taught_by)
-    return {item: _summary(version) for item, version in done.items()}
+            register(f"{name}-{folder.name}{CANDIDATES}", path, folder.name, taught_by)
+    return register.done
 
 
 class _Register:
     """What the registrations of one run have in common."""
 
-    def __init__(self, client: MlflowClient, preprocessing: Preprocessing, root: Path, seed: int, run_id: str) -> None:
-        self.client, self.preprocessing, self.root, self.seed, self.run_id = client, preprocessing, root, seed, run_id
+    def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, run_id: str) -> None:
+        self.client, self.config, self.root, self.seed, self.run_id = client, config, root, seed, run_id
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
         except DatasetError as error:
             raise RegistryError(f"the training set cannot be named: {error}") from None
         self.inputs_logged = False
+        self.done: dict[str, dict[str, Any]] = {}  # by model
 
     def __call__(self, name: str, path: str, item: str, parent: tuple[str, str]) -> ModelVersion:
         """Register one weights folder; `item` is its name among the evaluation reports."""
@@ -81,32 +83,42 @@ class _Register:
             self.inputs_logged = True
         weights = self.root / path
         backbone = json.loads((weights / "config.json").read_text())["backbone"]
-        evaluation = _evaluation(self.root, item)
-        validation = _validation(self.root, origin)
-        facts = CardFacts(
+        facts = collect_facts(self.config, self.root, item, weights)
+        by_image = Layout(self.root).by_image(item)
+        gates = review_at_registration(facts, by_image, self.client, name)
+        validation = f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool"
+        card = CardFacts(
             name=name,
             origin=origin,
             parent=parent,
             backbone=backbone,
             curated=self.curated,
             validation=validation,
-            evaluation=evaluation,
-            preprocessing=self.preprocessing,
+            evaluation=facts.evaluation,
+            preprocessing=self.config.preprocessing,
             seed=self.seed,
         )
         candidate = Candidate(
             name=name,
             weights=weights,
             origin=origin,
-            tags={Tag.PARENT: parent[0], Tag.PARENT_SHA256: parent[1], Tag.VALIDATION: validation},
-            card=render_card(facts),
-            evaluation=evaluation,
+            tags={
+                Tag.PARENT: parent[0],
+                Tag.PARENT_SHA256: parent[1],
+                Tag.VALIDATION: validation,
+                Tag.VERDICT: verdict(gates),
+                Tag.SCORE: f"{facts.main_metric()} {facts.metrics()[facts.main_metric()]:.4f}",
+            },
+            card=render_card(card),
+            facts=facts,
+            by_image=by_image,
             example=_smallest_image(self.curated, self.root / CURATED),
-            preprocessing=self.preprocessing,
+            preprocessing=self.config.preprocessing,
             with_heads=item == "teacher",
         )
         version = publish(self.client, candidate, self.run_id)
-        log.info("%s version %s: %s", name, version.version, version.tags[Tag.WEIGHTS_SHA256])
+        log.info("%s version %s: %s", name, version.version, verdict(gates))
+        self.done[item] = _summary(version, gates)
         return version
 
 
@@ -131,13 +143,15 @@ def log_inputs(root: Path, origin: Origin) -> None:
             log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
-def _summary(version: ModelVersion) -> dict[str, str]:
+def _summary(version: ModelVersion, gates: list[Gate]) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": str(version.version),
         "uri": ModelReference(version.name, version=str(version.version)).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
+        "verdict": verdict(gates),
+        "failed_gates": [gate.name for gate in failed(gates)],
     }
 
 
@@ -147,22 +161,9 @@ def _sha256(path: Path) -> str:
     return sha256_file(path)
 
 
-def _evaluation(root: Path, item: str) -> dict[str, Any]:
-    path = Layout(root).result("evaluate", item)
-    if not path.is_file():
-        raise RegistryError(f"{path}: no such file; a candidate is registered with its evaluation: run `dvc repro`")
-    return json.loads(path.read_text())
-
-
 def _smallest_image(curated: pa.Table, folder: Path) -> bytes:
     """The training image with the fewest bytes: the registered model's input example."""
     if not curated.num_rows:
         raise RegistryError(f"{folder}: the curated set is empty")
     row = curated.sort_by([("length", "ascending"), ("image_id", "ascending")]).slice(0, 1).to_pylist()[0]
     return ShardReader(folder).read(row["shard"], row["offset"], row["length"])
-
-
-def _validation(root: Path, origin: Origin) -> str:
-    """Outcome of the data checks: ingest writes a snapshot's summary once Great Expectations has passed all of it."""
-    passed = sum((root / version.path / SUMMARY).is_file() for version in origin.pool)
-    return f"passed for {passed} of {len(origin.pool)} snapshots of the pool"

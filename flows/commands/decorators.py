@@ -29,6 +29,8 @@ _JSON = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")],
 )
 
+MAX_LINE = 2000  # characters
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -45,6 +47,11 @@ class Answer:
     show: Callable[[], None]
     problems: Sequence[str] = ()
     exit_code: int = 0
+
+
+def answer_console() -> Console:
+    """Where an answer is printed: lines stay whole, a table fits the terminal; print it with `soft_wrap=False`."""
+    return Console(width=None if sys.stdout.isatty() else MAX_LINE, soft_wrap=True, highlight=False)
 
 
 def command(checkout: bool = True, services: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.recipe import PARAMS_FILE, Recipe, load_recipe
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 from flows.git import head_commit
 from flows.sources import SAMPLE, any_to_stay, choose
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from flows.preview import Preview, Step
 
 MAX_SHOWN = 6  # changes of a stage; --json has all
-MAX_LINE = 2000
 CHAMPIONS = "champions"
 # What a run asks the registry for: which versions are the champions now.
 RESOLVED = (
@@ -114,14 +111,14 @@ def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
 
 
 def _show(preview: Preview, notes: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else MAX_LINE, highlight=False)
+    console = answer_console()
     console.print(f"compared with run {preview.last_run}" if preview.last_run else "no run has finished yet")
     for note in notes:
         console.print(f"note: {note}", markup=False)
     table = Table("stage", "", "why", box=None, pad_edge=False)
     for step in preview.steps:
         table.add_row(step.stage, step.outcome, Text(_why(step)))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     counts = Counter(step.outcome for step in preview.steps)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from components.cli import AddressOption, EngineOption
 from components.core.cluster import choose_engine
 from components.core.config import ConfigError
 from components.core.layout import Layout
-from components.core.mlflow_client import without_login
 from components.core.text import one_line
 from components.recipe import load_recipe
 from flows import advice, preflight
+from flows.commands.closing import closing
 from flows.commands.decorators import Answer, command
 from flows.commands.plan import exact_recipe
 from flows.commands.starting import connect, finished
 from flows.console import shown
 from flows.git import head_commit
 from flows.sources import SAMPLE, any_to_stay, choose, name_for
-from flows.verdict import Verdict, verdicts
 from infra.local import supervisor
 
 if TYPE_CHECKING:
     from components.recipe import Recipe
     from flows.accept import Acceptance
-    from flows.retrain import RunResult
 
 NOT_STATED = "not-stated"
 
@@ -99,7 +92,7 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         result = finished(retrain, sources=sources, recipe=recipe, overrides=set_)
         if told := supervisor.unfinished(checkout):
             logging.getLogger(__name__).warning(told)
-    return _closing(result, params.name)
+    return closing(result, params.name)
 
 
 def _check_run(
@@ -190,61 +183,3 @@ def _check_folder(images: Path) -> None:
                 f"IMAGES: {len(unreadable)} folders cannot be read, such as {example}; make them readable"
             )
         raise ConfigError(f"IMAGES: {images} holds no files; give a folder of images")
-
-
-def _closing(result: RunResult, name: str) -> Answer:
-    """Say what was made, how good it is, where to look and what to type next."""
-    from flows.published import metric_rows
-
-    reports = Layout(result.folder).reports
-    rows, found = metric_rows(reports), verdicts(reports)
-    data = {"run": result.run_id, "branch": result.branch, "commit": result.commit, "outcomes": result.outcomes,
-            "metrics": rows, "mlflow": result.mlflow_url}  # fmt: skip
-    return Answer(data, partial(_show, result, name, rows, found))
-
-
-def _show(result: RunResult, name: str, rows: list[dict[str, str]], found: list[Verdict]) -> None:
-    from flows.published import main_columns
-
-    console = Console()
-    table = Table(title="Evaluation", title_justify="left")
-    columns = main_columns(rows)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in columns))
-    console.print(table)
-    lines = [
-        ("Run", f"{result.run_id}, recorded as git branch {result.branch}"),
-        ("Computed", ", ".join(result.computed) or "nothing: no input had changed, every stage is as recorded"),
-        *(("" if number else "Measured", verdict.text) for number, verdict in enumerate(found)),
-        ("Registered", _registered(result.folder)),
-        ("Pictures", str(Layout(result.folder).reports)),
-        ("MLflow", result.mlflow_url or without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))),
-        ("Prefect", os.environ.get("PREFECT_API_URL", "").removesuffix("/api")),
-        ("", ""),
-        *_next_steps(found, name),
-    ]
-    console.rule("Pedigree", style="green")
-    for label, text in lines:  # no box and no line breaks of ours: addresses and commands are there to be copied
-        console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)
-
-
-def _next_steps(found: list[Verdict], name: str) -> list[tuple[str, str]]:
-    """What to type next; to promote the teacher only where nothing speaks against it."""
-    objections = next((verdict.objections for verdict in found if verdict.model == "teacher"), ())
-    promote = f'make it the champion:         pedigree promote {name}@latest --reason "..."'
-    if objections:
-        promote = f"not proposed as the champion: it is {' and '.join(objections)}"
-    return [
-        ("Next", "what the two pages ask for:   pedigree status --credentials"),
-        ("", f"where the weights came from:  pedigree trace {name}-candidates@latest"),
-        ("", promote),
-        ("", "stop the local services:      pedigree down"),
-    ]
-
-
-def _registered(folder: Path) -> str:
-    path = Layout(folder).result("register")
-    versions = json.loads(path.read_text()) if path.exists() else {}
-    return ", ".join(f"{version['name']} version {version['version']}" for version in versions.values()) or "nothing"

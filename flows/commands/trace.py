@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.lineage.trace import Node
 
 MAX_SHOWN = 8
-MAX_LINE = 2000
 KIND_STYLES = {"version": "bold green", "event": "magenta", "commit": "bold yellow", "stage": "cyan", "source": "blue"}
 
 
@@ -49,8 +46,7 @@ def trace(
 
 
 def _show(root: Node) -> None:
-    width = None if sys.stdout.isatty() else MAX_LINE  # a terminal wraps long lines, a file keeps them whole
-    Console(width=width, highlight=False).print(render(root))
+    answer_console().print(render(root), soft_wrap=False)
 
 
 def render(node: Node) -> Tree:

@@ -245,7 +245,7 @@ def test_what_a_stage_is_given_and_what_it_leaves(folder, monkeypatch, stage):
     item = list(ITEMS[stage].values()) if stage == "evaluate" else []
     assert main(monkeypatch, function, stage, *item) == 0
     first = dict(given)
-    assert type(given["config"]).__name__ == ("Preprocessing" if stage == "register" else f"{stage.title()}Config")
+    assert type(given["config"]).__name__ == f"{stage.title()}Config"
     assert (given["root"], given["seed"], given["extra"]) == (folder, 0, ITEMS.get(stage, {}))
     result = folder.joinpath("reports", stage, *item, "result.json")
     assert json.loads(result.read_text()) == {"loss": 1.5, "images": {"pool": 3}}
@@ -263,7 +263,7 @@ def test_only_the_first_rank_reports(folder, monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_a_function_of_the_agreed_form(stage):
-    expected = ["preprocessing" if stage == "register" else "config", "root", "seed", *ITEMS.get(stage, {})]
+    expected = ["config", "root", "seed", *ITEMS.get(stage, {})]
     assert list(inspect.signature(cli._function(stage)).parameters) == expected
 
 

@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -88,6 +90,7 @@ def test_labeled_set(workspace):
 
     folder = workspace / "reports" / "evaluate" / "small"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "by_image.parquet",
         "comparison.csv",
         "neighbors.jpg",
         "pca.jpg",
@@ -100,6 +103,15 @@ def test_labeled_set(workspace):
     assert page.count("data:image/jpeg;base64,") == 2
     assert not re.search(r"https?://", page)
     assert re.search(r"<small>\(\d\.\d{3} to \d\.\d{3}\)</small>", page)  # of accuracies
+
+    values = pq.read_table(folder / "by_image.parquet")
+    for model, metrics in (("small", result), ("random", result["random"])):
+        for metric in ("knn_top1", "linear_top1"):
+            chosen = pc.and_(pc.equal(values["model"], model), pc.equal(values["metric"], metric))
+            assert pc.mean(values.filter(chosen)["value"]).as_py() == pytest.approx(metrics[metric])
+    test_ids = read_evaluation_set(workspace / "data" / "evaluation")
+    expected = test_ids.images["image_id"].take(pa.array(test_ids.labels.test)).to_pylist()
+    assert values.filter(chosen)["image_id"].to_pylist() == expected
 
     first = sha256_dir(folder)
     assert run(CONFIG, workspace, 0, "small") == result

@@ -20,12 +20,14 @@ from components.core.config import ConfigError
 from components.core.storage import StorageError
 from components.recipe import recipe_names
 from flows.cli import _Plain, app
-from flows.commands.run import _check_folder, _closing
+from flows.commands.closing import closing
+from flows.commands.run import _check_folder
 from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
-COMMANDS = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
-WITH_EXAMPLES = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status")
+DECISIONS = ("review", "promote", "reject", "rollback", "history")
+WITH_EXAMPLES = ("run", "plan", "ingest", *DECISIONS, "trace", "curate", "train-status")
+COMMANDS = (*WITH_EXAMPLES, "up", "status", "down", "env")
 
 
 @pytest.fixture
@@ -258,9 +260,9 @@ def test_the_last_words_can_be_copied(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     page = f"http://127.0.0.1:17916/#/experiments/1/runs/{'0' * 32}?workflowType=machine_learning"
     result = RunResult("20261127-063802-4ccb", "runs/20261127-063802-4ccb", "0" * 40, tmp_path, {}, page)
-    _closing(result, "pedigree").show()
+    closing(result, "pedigree").show()
     said = capsys.readouterr().out
-    for whole in (page, "pedigree trace pedigree-candidates@latest", 'pedigree promote pedigree@latest --reason "..."'):
+    for whole in (page, "pedigree trace pedigree@latest", "pedigree review pedigree@latest", "pedigree down"):
         assert whole in said
 
 

@@ -328,7 +328,15 @@ def test_an_unchanged_run_computes_nothing(checkout, first):
 
 
 def test_promotion_and_trace(checkout, first):
-    done = pedigree(checkout, "promote", "pedigree@latest", "--reason", "the first one")
+    shown = pedigree(checkout, "review", "pedigree@latest", "--json")
+    gates = {gate["name"]: gate["state"] for gate in json.loads(shown.stdout)["gates"]}
+    assert gates.pop("random") == "failed"  # of so few steps nothing else can be expected
+    assert set(gates.values()) == {"passed"}
+    words = ["promote", "pedigree@latest", "--reason", "the first one"]
+    refused = pedigree(checkout, *words)
+    assert refused.returncode == 1
+    assert "does not pass 1 of 11 gates: random: knn_top1" in refused.stderr
+    done = pedigree(checkout, *words, "--waive", "random=of 3 steps nothing can be expected")
     assert done.returncode == 0, done.stderr
     done = pedigree(checkout, "trace", "pedigree@champion", "--json")
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 import torch
@@ -29,9 +30,11 @@ from components.model.export import save_weights
 from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.registry import stage
+from components.registry.config import RegisterConfig
 
 PATCH = 7
-PREPROCESSING = Preprocessing(resize_size=32, crop_size=28)
+CONFIG = RegisterConfig(preprocessing=Preprocessing(resize_size=32, crop_size=28))
+TESTED = [f"{number:064x}" for number in range(200)]  # ids of evaluation images
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
 
 
@@ -90,11 +93,17 @@ def record(root: Path) -> None:
         return {"path": path, "hash": "md5", "md5": folder_id(root / path)}
 
     curated, teacher = [out("data/curated")], [out("models/adapted")]
+    evaluation = [{"path": "data/evaluation", "hash": "md5", "md5": f"{7:032x}.dir"}]
     stages = {
+        "embed": {"cmd": "python -m components embed", "deps": evaluation},
         "curate": {"cmd": "python -m components curate", "outs": curated},
         "adapt": {"cmd": "python -m components adapt", "deps": curated, "outs": teacher},
         "distill": {"cmd": "python -m components distill", "deps": teacher, "outs": [out("models/students")]},
-        "evaluate@small": {"cmd": "python -m components evaluate small", "deps": [out("models/students/small")]},
+        "evaluate@teacher": {"cmd": "python -m components evaluate teacher", "deps": [*evaluation, *teacher]},
+        "evaluate@small": {
+            "cmd": "python -m components evaluate small",
+            "deps": [*evaluation, out("models/students/small")],
+        },
     }
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     snapshot = {"md5": folder_id(root / "data/pool/photos/ab12"), "hash": "md5", "path": "ab12"}
@@ -119,16 +128,27 @@ def make_workspace(root: Path) -> None:
     weights(root / "models/adapted", 2, 32)
     weights(root / "models/students/small", 3, 16)
     for item, top1 in (("teacher", 0.75), ("small", 0.5)):
-        report = root / "reports/evaluate" / item / "result.json"
-        report.parent.mkdir(parents=True)
-        report.write_text(json.dumps({"knn": {"top1": top1}, "note": "not a number"}))
+        write_report(root, item, top1)
     git(root, "init", "-q", "-b", "runs/test")
     record(root)
     commit(root, "A run")
 
 
-def change_teacher(root: Path, seed: int) -> None:
+def write_report(root: Path, model: str, top1: float) -> None:
+    """Results as the evaluation writes them, on 200 test images of which the share `top1` is right."""
+    folder = root / "reports/evaluate" / model
+    folder.mkdir(parents=True, exist_ok=True)
+    above = {"knn_top1": {"mean": top1 - 0.1, "low": top1 - 0.2, "high": top1}}
+    result = {"knn_top1": top1, "random": {"knn_top1": 0.1}, "minus_random": above, "note": "not a number"}
+    (folder / "result.json").write_text(json.dumps(result))
+    right = [float(number < top1 * len(TESTED)) for number in range(len(TESTED))]
+    columns = {"image_id": TESTED, "model": [model] * len(TESTED), "metric": ["knn_top1"] * len(TESTED)}
+    pq.write_table(pa.table({**columns, "value": right}), folder / "by_image.parquet")
+
+
+def change_teacher(root: Path, seed: int, top1: float = 0.75) -> None:
     """Make other teacher weights in the workspace, as another run would, and commit the record."""
+    write_report(root, "teacher", top1)
     weights(root / "models/adapted", seed, 32)
     record(root)
     commit(root, f"A run with seed {seed}")
@@ -142,16 +162,18 @@ def workspace(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Models registered once, for tests that change nothing: twice the same, then with a newer teacher."""
+    """Models registered once, for tests that change nothing: twice the same, then newer teachers, as good and worse."""
     root, name = tmp_path_factory.mktemp("finished"), new_name()
     make_workspace(root)
-    first = stage.run(PREPROCESSING, root, 7, name)
-    again = stage.run(PREPROCESSING, root, 7, name)
+    first = stage.run(CONFIG, root, 7, name)
+    again = stage.run(CONFIG, root, 7, name)
     earlier = root.with_name(f"{root.name}-earlier")
     shutil.copytree(root, earlier)
     change_teacher(root, 9)
-    newer = stage.run(PREPROCESSING, root, 7, name)
-    return {"root": earlier, "name": name, "first": first, "again": again, "newer": newer}
+    newer = stage.run(CONFIG, root, 7, name)
+    change_teacher(root, 11, 0.5)
+    stage.run(CONFIG, root, 7, name)
+    return {"root": earlier, "latest": root, "name": name, "first": first, "again": again, "newer": newer}
 
 
 def new_name() -> str:

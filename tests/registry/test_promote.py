@@ -1,4 +1,4 @@
-"""Promotion on the real services: bytes, aliases, audit, and what happens when it dies half way."""
+"""Decisions on the real services: gates, bytes, aliases, audit, and what happens when one dies half way."""
 
 from __future__ import annotations
 
@@ -16,24 +16,32 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from components.core.config import ConfigError
-from components.lineage.audit_log import AuditLog
+from components.core.errors import PedigreeError
+from components.lineage.audit_log import AuditLog, Event, OvertakenError
 from components.lineage.provenance import Tag
 from components.registry import promote as promotion
-from components.registry.promote import promote
+from components.registry.promote import Decision, promote, reject, rollback
 from components.registry.publish import RegistryError
 from components.registry.release import Released
+from components.registry.review import review_reference, undecided
+from components.registry.standing import Standing
 from flows.commands.decorators import command
+from flows.commands.history import history as history_command
 from flows.commands.promote import promote as promote_command
+from flows.commands.promote import reject as reject_command
+from flows.commands.promote import rollback as rollback_command
+from flows.commands.review import review as review_command
 
 pytestmark = pytest.mark.stack
+TRACE = {"lineage": "the workspace of these tests has no storage"}
 
 
 @pytest.fixture
 def name(finished, name: str) -> str:
-    """A model of its own with the two finished candidates: the same bytes and tags under another name."""
+    """A model of its own with the finished candidates, the third of them worse: the same bytes under another name."""
     client, candidates = MlflowClient(), f"{finished['name']}-candidates"
     client.create_registered_model(f"{name}-candidates")
-    for number in ("1", "2"):
+    for number in ("1", "2", "3"):
         version = client.get_model_version(candidates, number)
         model_id = version.source.removeprefix("models:/")
         client.create_model_version(
@@ -52,10 +60,14 @@ def state(name: str) -> dict[str, object]:
     }
 
 
+def decide(finished, reference: str, reason: str = "r", **waivers: str) -> Decision:
+    return promote(reference, reason, finished["latest"], TRACE | waivers)
+
+
 def test_champion_loads_from_released_bytes(finished, name: str, photographs):
     candidate = finished["first"]["teacher"]
-    done = promote(f"{name}/1", "better on every test")
-    assert (done.changed, done.version, done.previous) == (True, "1", None)
+    done = decide(finished, f"{name}-candidates/1", "better on every test")
+    assert (done.changed, done.version, done.previous) == (True, f"{name}/1", None)
     assert done.candidate == f"{name}-candidates/1"
     assert done.digest == candidate["digest"]
     assert done.source == f"s3://{os.environ['PEDIGREE_MODELS_BUCKET']}/released/{name}/{candidate['digest']}"
@@ -69,29 +81,109 @@ def test_champion_loads_from_released_bytes(finished, name: str, photographs):
     assert entry.details["actor_from"] == "MLflow user (MLFLOW_TRACKING_USERNAME)"
     assert entry.details["reason"] == "better on every test"
     assert entry.details["digest"] == candidate["digest"]
+    assert entry.details["waived"] == TRACE
+    assert entry.details["gates"]["random"] == ["passed", "knn_top1 +0.650 (+0.550 to +0.750) above random weights"]
+    assert entry.details["gates"]["lineage"][0] == "failed"
     version = MlflowClient().get_model_version(name, "1")
     assert version.tags[Tag.AUDIT] == f"1:{entry.hash}"
     assert version.tags[Tag.CANDIDATE] == f"{name}-candidates/1"
     assert version.tags[Tag.COMMIT]
+    assert MlflowClient().get_model_version(f"{name}-candidates", "1").tags[Tag.RELEASED] == f"{name}/1"
 
 
-def test_previous_keeps_the_champion_before(name: str):
-    promote(f"{name}/1", "the first")
-    done = promote(f"{name}/2", "the second")
-    assert (done.version, done.previous) == ("2", "1")
+def test_a_worse_candidate_is_stopped_by_the_gate_that_says_so(finished, name: str):
+    decide(finished, f"{name}-candidates/2")
+    found = review_reference(MlflowClient(), f"{name}@latest", finished["latest"])
+    assert [gate.name for gate in found.failed] == ["champion", "lineage"]
+    assert found.failed[0].text == f"below {name}/1: knn_top1 -0.250 (-0.309 to -0.186)"
+    before = state(name)
+    with pytest.raises(RegistryError, match=r"does not pass 1 of 11 gates: champion: below .*--waive champion=REASON"):
+        decide(finished, f"{name}@latest")
+    with pytest.raises(ConfigError, match="the gate random does not fail"):
+        decide(finished, f"{name}@latest", random="why not")
+    with pytest.raises(ConfigError, match="no gate is called 'knn'; the gates are champion, random"):
+        decide(finished, f"{name}@latest", knn="why not")
+    assert state(name) == before
+    done = decide(finished, f"{name}@latest", champion="half the size")
+    assert done.version == f"{name}/2"
+    assert AuditLog.from_environment().read(name)[-1].details["waived"]["champion"] == "half the size"
+
+
+def test_a_rejected_candidate_stays_out_until_that_is_waived(finished, name: str):
+    decide(finished, f"{name}-candidates/1")
+    assert [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)] == [f"{name}-candidates/3"]
+    done = reject(f"{name}-candidates/3", "fails at night", "Ann")
+    assert (done.action, done.version, done.unexplained) == ("reject", f"{name}-candidates/3", [])
+    tag = MlflowClient().get_model_version(f"{name}-candidates", "3").tags[Tag.REJECTED]
+    assert tag == "Ann, event 2: fails at night"
+    assert not [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)]
+    with pytest.raises(RegistryError, match=r"rejection: Ann rejected it on .* \(event 2\): fails at night"):
+        decide(finished, f"{name}-candidates/3", champion="known")
+    assert decide(finished, f"{name}-candidates/3", champion="known", rejection="mended").version == f"{name}/2"
+    with pytest.raises(ConfigError, match="is released"):
+        reject(f"{name}/2", "r")
+
+
+def test_rollback_brings_the_bytes_of_before_without_candidate_or_run(finished, name: str, photographs):
+    first = decide(finished, f"{name}-candidates/1")
+    frame = pd.DataFrame({"image": photographs})
+    before = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame)
+    decide(finished, f"{name}-candidates/2")
+    client = MlflowClient()
+    client.delete_model_version(f"{name}-candidates", "1")
+    done = rollback(name, "fails at night")
+    assert (done.version, done.digest, done.previous) == (f"{name}/1", first.digest, None)
+    assert state(name)["aliases"] == {"champion": "1"}
+    np.testing.assert_array_equal(mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame), before)
+    with pytest.raises(RegistryError, match=f"{name}: no earlier champion to return to; {name}/1 is the first"):
+        rollback(name, "again")
+    again = decide(finished, f"{name}/2", "mended")  # a released version, by its released bytes
+    assert (again.version, again.previous) == (f"{name}/2", f"{name}/1")
+    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], first.source.split("/", 3)[3]
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{key}/python_env.yaml", Body=b"other")
+    with pytest.raises(RegistryError, match=r"not the bytes that were registered: python_env\.yaml"):
+        rollback(name, "r")
+
+
+def test_previous_keeps_the_champion_before(finished, name: str):
+    decide(finished, f"{name}-candidates/1", "the first")
+    done = decide(finished, f"{name}-candidates/2", "the second")
+    assert (done.version, done.previous) == (f"{name}/2", f"{name}/1")
     assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
-    back = promote(f"{name}/1", "the second was worse")
-    assert (back.version, back.previous) == ("1", "2")
+    back = decide(finished, f"{name}-candidates/1", "the second was worse")
+    assert (back.version, back.previous) == (f"{name}/1", f"{name}/2")
     events = [(1, f"{name}/1"), (2, f"{name}/2"), (3, f"{name}/1")]
     assert state(name) == {"aliases": {"champion": "1", "previous": "2"}, "versions": 2, "events": events}
 
 
-def test_champion_already(name: str):
-    promote(f"{name}/1", "first")
+def test_champion_already(finished, name: str):
+    decide(finished, f"{name}-candidates/1", "first")
     before = state(name)
-    again = promote(f"{name}/1", "again")
-    assert (again.changed, again.event, again.version) == (False, None, "1")
+    again = decide(finished, f"{name}-candidates/1", "again")
+    assert (again.changed, again.event, again.version) == (False, None, f"{name}/1")
     assert state(name) == before
+
+
+def test_what_was_changed_behind_our_back_is_shown_and_mended_by_the_next_decision(finished, name: str):
+    """An alias that was moved, and a version as MLflow's button "Promote model" makes it."""
+    decide(finished, f"{name}-candidates/1", "the first")
+    decide(finished, f"{name}-candidates/2", "the second")
+    client = MlflowClient()
+    client.copy_model_version(f"models:/{name}-candidates/3", name)
+    client.set_registered_model_alias(name, "champion", "3")
+    told = [
+        f"the alias champion is on {name}/3, by the audit log it is on {name}/2",
+        f"{name}/3: no event lets it in",
+    ]
+    standing = Standing.read(name)
+    assert not standing.settle()
+    assert standing.unexplained() == told
+    done = decide(finished, f"{name}-candidates/2", "as it was")
+    assert done.unexplained == told
+    assert done.event.details["reason"] == "as it was"
+    assert (done.version, done.previous) == (f"{name}/2", f"{name}/1")
+    assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
+    assert Standing.read(name).unexplained() == told[1:]
 
 
 class Killed(BaseException):
@@ -102,24 +194,33 @@ STEPS = [
     (Released, "_put", 5),
     (Released, "copy_in", 1),
     (promotion, "_released_version", 1),
-    (promotion, "_record", 1),
+    (AuditLog, "append", 1),
     (MlflowClient, "set_model_version_tag", 1),
     (MlflowClient, "set_registered_model_alias", 1),
     (MlflowClient, "set_registered_model_alias", 2),
 ]
 
 
-def test_killed_at_any_step_and_run_again(name: str):
+def test_killed_at_any_step_and_run_again(finished, name: str):
     """A call dies before each step in turn, so after each step but the last; the last call is left alone."""
-    promote(f"{name}/1", "the first")
+    decide(finished, f"{name}-candidates/1", "the first")
     for owner, function, count in STEPS:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, owner, function, count)
             with pytest.raises(Killed):
-                promote(f"{name}@latest", "the second")
-    promote(f"{name}@latest", "the second")
+                decide(finished, f"{name}-candidates/2", "the second")
+    decide(finished, f"{name}-candidates/2", "the second")
     events = [(1, f"{name}/1"), (2, f"{name}/2")]
-    assert state(name) == {"aliases": {"champion": "2", "previous": "1"}, "versions": 2, "events": events}
+    whole = {"aliases": {"champion": "2", "previous": "1"}, "versions": 2, "events": events}
+    assert state(name) == whole
+    for count in (1, 2):  # any next command finishes what was cut short
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, MlflowClient, "set_registered_model_alias", count)
+            with pytest.raises(Killed):
+                decide(finished, f"{name}-candidates/{count}", "once more")
+        assert Standing.read(name).settle()
+        assert Standing.read(name).unexplained() == []
+    assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
 
 
 def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int) -> None:
@@ -133,10 +234,25 @@ def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int)
     patch.setattr(owner, function, dying)
 
 
-def test_alias_moves_only_after_the_event(name: str, monkeypatch):
-    monkeypatch.setattr(AuditLog, "append", lambda *_: (_ for _ in ()).throw(Killed()))
+def test_alias_moves_only_after_the_event(finished, name: str, monkeypatch):
+    monkeypatch.setattr(AuditLog, "append", lambda *_, **__: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
-        promote(f"{name}@latest", "reason")
+        decide(finished, f"{name}-candidates/1", "reason")
+    assert MlflowClient().get_registered_model(name).aliases == {}
+
+
+def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(finished, name: str, monkeypatch):
+    original = AuditLog.append
+
+    def overtaken(log: AuditLog, event: Event, after: int | None = None):
+        for number in (2, 1):
+            if after == 0:
+                original(log, Event(name, "reject", f"{name}-candidates/{number}", "Bob", {"reason": "at night"}))
+        return original(log, event, after)
+
+    monkeypatch.setattr(AuditLog, "append", overtaken)
+    with pytest.raises(OvertakenError, match=r"event 2 came first: reject of .*/1 by Bob, 'at night'; look again"):
+        decide(finished, f"{name}-candidates/1", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
 
 
@@ -145,8 +261,8 @@ def test_tampered_candidate_is_refused_and_the_file_named(finished, name: str):
     model_id = client.get_model_version(f"{name}-candidates", "1").source.removeprefix("models:/")
     client.log_model_artifacts(model_id, str(root / "models/pretrained"), "artifacts/weights")
     try:
-        with pytest.raises(RegistryError, match=r"artifacts/weights/model\.safetensors") as error:
-            promote(f"{name}/1", "reason")
+        with pytest.raises(PedigreeError, match=r"do not use them|not the bytes") as error:
+            decide(finished, f"{name}-candidates/1", "reason")
     finally:
         client.log_model_artifacts(model_id, str(root / "models/adapted"), "artifacts/weights")
     assert len(str(error.value).splitlines()) == 1
@@ -159,33 +275,70 @@ def test_other_bytes_at_the_released_place_are_refused(finished, name: str):
     bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{digest}/MLmodel"
     boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"other")
     with pytest.raises(RegistryError, match=r"MLmodel: holds other bytes than the candidate"):
-        promote(f"{name}/1", "reason")
+        decide(finished, f"{name}-candidates/1", "reason")
 
 
-def test_bad_requests_have_one_clear_line(name: str, monkeypatch):
+def test_bad_requests_have_one_clear_line(finished, name: str, monkeypatch):
     for reference, reason, message in [
         (f"{name}@latest", " ", "needs a reason"),
-        (name, "r", "write NAME@latest or NAME/NUMBER"),
-        (f"{name}/9", "r", f"no such candidate; {name}-candidates has versions 1, 2"),
-        (f"{name}@best", "r", "no such candidate"),
+        (name, "r", "write NAME@latest for the newest candidate"),
+        (
+            f"{name}-candidates/9",
+            "r",
+            f"no such version; {name} has no versions, {name}-candidates has versions 1, 2, 3",
+        ),
+        (f"{name}/1", "r", f"{name}/1: no such version"),
+        (f"{name}@best", "r", "no such version"),
         ("no-such-model@latest", "r", "no-such-model-candidates has no versions"),
     ]:
         with pytest.raises((ConfigError, RegistryError), match=message):
             promote(reference, reason)
+    with pytest.raises(RegistryError, match="no earlier champion to return to; it has no champion"):
+        rollback(name, "r")
     monkeypatch.delenv("PEDIGREE_MODELS_BUCKET")
     with pytest.raises(RegistryError, match="PEDIGREE_MODELS_BUCKET is not set"):
-        promote(f"{name}@latest", "r")
+        decide(finished, f"{name}-candidates/1", "r")
 
 
-def test_command(name: str):
+def test_commands(finished, name: str, monkeypatch):
+    monkeypatch.chdir(finished["latest"])
     app = typer.Typer()
-    app.command()(command(checkout=False)(promote_command.__wrapped__))
-    done = CliRunner().invoke(app, [f"{name}/1", "--reason", "good", "--json"])
-    assert json.loads(done.stdout)["version"] == "1"
-    again = CliRunner().invoke(app, [f"{name}/1", "--reason", "good"])
+    for function in (promote_command, reject_command, rollback_command, review_command, history_command):
+        app.command(function.__name__)(command(checkout=False)(function.__wrapped__))
+    invoke = CliRunner().invoke
+    chosen = ["promote", f"{name}-candidates/1", "--reason", "good", "--waive", "lineage=made up"]
+    done = invoke(app, [*chosen, "--json"])
+    assert json.loads(done.stdout)["version"] == f"{name}/1"
+    again = invoke(app, chosen)
     assert again.exit_code == 0
-    assert f"{name}-candidates/1 is the champion of {name} already (version 1)" in again.stdout
-    refused = CliRunner().invoke(app, [f"{name}/9", "--reason", "good"])
+    assert f"{name}-candidates/1 is the champion of {name} already ({name}/1)" in again.stdout
+    refused = invoke(app, ["promote", f"{name}@latest", "--reason", "good", "--waive", "lineage=x"])
     assert refused.exit_code == 1
-    assert refused.stderr.startswith(f"error: {name}/9: no such candidate")
-    assert CliRunner().invoke(app, [f"{name}/1"]).exit_code == 2
+    assert refused.stderr.startswith(
+        f"error: {name}-candidates/3 does not pass 1 of 11 gates: champion: below {name}/1"
+    )
+    assert invoke(app, ["promote", f"{name}/1"]).exit_code == 2
+    assert "expected GATE=REASON" in invoke(app, [*chosen[:-1], "lineage"]).stderr
+
+    shown = invoke(app, ["review", f"{name}@latest"])
+    assert shown.exit_code == 1
+    assert "fails 2 of 11 gates: champion, lineage" in shown.stdout
+    found = json.loads(invoke(app, ["review", f"{name}@latest", "--json"]).stdout)
+    assert (found["version"], found["champion"]) == (f"{name}-candidates/3", f"{name}/1")
+    assert f"{name}-candidates/3" in invoke(app, ["review"]).stdout
+
+    assert "is rejected" in invoke(app, ["reject", f"{name}@latest", "--reason", "blind at night"]).stdout
+    assert "no earlier champion" in invoke(app, ["rollback", name, "--reason", "x"]).stderr
+
+    told = invoke(app, ["history", name])
+    assert told.exit_code == 0
+    assert "1 candidates were rejected" in told.stdout
+    assert "promote, event 1: good" in told.stdout
+    assert "waived lineage: made up" in told.stdout
+    assert "had no champion at 2020-01-01" in invoke(app, ["history", name, "--at", "2020-01-01"]).stdout
+    assert invoke(app, ["history", name, "--at", "yesterday"]).exit_code == 2
+    MlflowClient().delete_registered_model_alias(name, "champion")
+    MlflowClient().set_registered_model_alias(name, "previous", "1")
+    moved = invoke(app, ["history", name])
+    assert moved.exit_code == 1
+    assert f"by the audit log it is on {name}/1" in moved.stderr

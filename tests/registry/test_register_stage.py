@@ -22,7 +22,7 @@ from components.model.export import load_backbone
 from components.registry import stage
 from components.registry.publish import RegistryError
 from components.registry.stage import teacher_of
-from tests.registry.conftest import PREPROCESSING, weights
+from tests.registry.conftest import CONFIG, weights
 
 pytestmark = pytest.mark.stack
 
@@ -64,6 +64,8 @@ def test_version_states_its_origin(finished):
     assert pool.manifest_sha256 == sha256_file(snapshot / "manifest.parquet")
     assert teacher.description.startswith(f"# {name}-candidates")
     assert "| photos | CC0-1.0 | 3 |" in teacher.description
+    assert teacher.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
+    assert teacher.tags[Tag.SCORE] == "knn_top1 0.7500"
 
 
 def test_a_student_of_another_teacher_than_the_runs_names_it(finished, tmp_path: Path):
@@ -90,7 +92,9 @@ def test_run_has_inputs_and_metrics_of_each_model(finished):
         source = client.get_model_version(f"{name}-{item}", "1").source
         model = client.get_logged_model(source.removeprefix("models:/"))
         metrics[item] = {m.key: m.value for m in model.metrics}
-    assert metrics == {"candidates": {"knn.top1": 0.75}, "small-candidates": {"knn.top1": 0.5}}
+    for item, value in (("candidates", 0.75), ("small-candidates", 0.5)):
+        assert metrics[item]["knn_top1"] == value
+        assert metrics[item]["random.knn_top1"] == 0.1
     assert finished["first"]["teacher"]["uri"] == f"models:/{name}-candidates/1"
 
 
@@ -138,7 +142,7 @@ def test_no_pickle_and_a_working_example(finished, tmp_path: Path):
         mlflow.artifacts.download_artifacts(finished["first"]["small"]["uri"], dst_path=str(tmp_path / "model"))
     )
     files = [p for p in folder.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} <= {".py", ".json", ".yaml", ".txt", ".md", ".safetensors", ""}
+    assert {p.suffix for p in files} <= {".py", ".json", ".yaml", ".txt", ".md", ".safetensors", ".parquet", ""}
     assert not [p for p in files if p.read_bytes()[:1] == b"\x80" or p.read_bytes()[:2] == b"PK"]
     assert (folder / "artifacts/card.md").read_text().startswith("# test-")
     requirements = (folder / "requirements.txt").read_text().split()
@@ -154,26 +158,26 @@ def test_no_pickle_and_a_working_example(finished, tmp_path: Path):
         model.predict(frame, params={"resolution": 30})
 
 
-def test_same_weights_and_commit_are_the_same_version(finished):
+def test_the_same_weights_and_scores_are_the_same_version(finished):
     assert finished["again"] == finished["first"]
     assert [finished[key]["teacher"]["version"] for key in ("first", "newer")] == ["1", "2"]
     latest = MlflowClient().get_model_version_by_alias(f"{finished['name']}-candidates", "latest")
-    assert latest.version == "2"
+    assert latest.version == "3"
 
 
 def test_refuses_weights_that_are_not_the_recorded_ones(stack, workspace: Path, name: str):
     (workspace / "models/adapted/config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"not the bytes that dvc\.lock records"):
-        stage.run(PREPROCESSING, workspace, 7, name)
+        stage.run(CONFIG, workspace, 7, name)
 
 
 def test_refuses_without_evaluation(stack, workspace: Path, name: str):
     (workspace / "reports/evaluate/teacher/result.json").unlink()
     with pytest.raises(RegistryError, match=r"result\.json: no such file"):
-        stage.run(PREPROCESSING, workspace, 7, name)
+        stage.run(CONFIG, workspace, 7, name)
 
 
 def test_refuses_without_a_server(workspace: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI is not set"):
-        stage.run(PREPROCESSING, workspace, 7, name)
+        stage.run(CONFIG, workspace, 7, name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from components.core.intervals import accuracy_interval, difference_interval
 from components.core.metrics import bootstrap_interval
-from components.evaluation.intervals import accuracy_interval, difference_interval
 
 RUNS = 2_000
 

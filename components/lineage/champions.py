@@ -1,0 +1,94 @@
+"""Who was champion when, as the audit log says; and where the registry says otherwise.
+
+An alias keeps no who and no when, and anybody who may write the registry can move it. The log is what counts.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from components.core.references import ModelReference
+from components.lineage.audit_log import Entry
+from components.lineage.provenance import Tag
+
+CHAMPION, PREVIOUS = "champion", "previous"
+PROMOTE, REJECT, ROLLBACK = "promote", "reject", "rollback"
+CHANGES = (PROMOTE, ROLLBACK)
+
+
+@dataclass(frozen=True)
+class Reign:
+    """The time in which a version was the champion; `until` is None for the one that still is."""
+
+    version: str  # NAME/3
+    since: str
+    until: str | None
+    event: Entry
+
+    def holds(self, time: datetime.datetime) -> bool:
+        """Whether the version was the champion at that time."""
+        begin, end = (datetime.datetime.fromisoformat(t) if t else None for t in (self.since, self.until))
+        assert begin is not None
+        return begin <= time and (end is None or time < end)
+
+
+def line_of_succession(entries: Iterable[Entry]) -> list[str]:
+    """The champions that a rollback can return to, oldest first; the last one is the champion, empty: there is none.
+
+    A promotion puts a version on top, a rollback takes off those above the version that it returns to.
+    """
+    found: list[str] = []
+    for entry in entries:
+        if entry.action == PROMOTE and found[-1:] != [entry.subject]:
+            found.append(entry.subject)
+        elif entry.action == ROLLBACK and entry.subject in found:
+            while found[-1] != entry.subject:
+                found.pop()
+    return found
+
+
+def reigns(entries: Iterable[Entry]) -> list[Reign]:
+    """Each change of the champion, oldest first."""
+    changes = [entry for entry in entries if entry.action in CHANGES]
+    ends = [*(entry.time for entry in changes[1:]), None]
+    return [Reign(entry.subject, entry.time, end, entry) for entry, end in zip(changes, ends, strict=True)]
+
+
+def unexplained(name: str, entries: Sequence[Entry], aliases: Mapping[str, Any], versions: Iterable[Any]) -> list[str]:
+    """What the registry says of a model and no event explains, a sentence each.
+
+    Args:
+        name: of the released model.
+        entries: its audit log.
+        aliases: its aliases in MLflow, to version numbers.
+        versions: its versions in MLflow.
+    """
+    line = line_of_succession(entries)
+    stated = dict(zip((CHAMPION, PREVIOUS), [*reversed(line[-2:])], strict=False))
+    found = []
+    for alias in (CHAMPION, PREVIOUS):
+        there = str(ModelReference(name, version=str(aliases[alias]))) if alias in aliases else None
+        if there != stated.get(alias):
+            found.append(f"the alias {alias} is on {there or 'no version'}, by the audit log it is on "
+                         f"{stated.get(alias, 'no version')}")  # fmt: skip
+    approved = {entry.subject: entry for entry in entries if entry.action in CHANGES}
+    existing = {str(ModelReference(name, version=str(v.version))): v for v in versions}
+    for address, version in existing.items():
+        if address not in approved:
+            found.append(f"{address}: no event lets it in")
+            continue
+        details = approved[address].details
+        differing = [
+            what
+            for what, value in (("digest", version.tags.get(Tag.DIGEST)), ("source", str(version.source)))
+            if details.get(what, value) != value
+        ]
+        if differing:
+            found.append(f"{address}: its {' and '.join(differing)} is not what event "
+                         f"{approved[address].sequence} approved")  # fmt: skip
+    found += [f"{address}: deleted from MLflow since event {e.sequence}" for address, e in approved.items()
+              if address not in existing]  # fmt: skip
+    return found

@@ -1,0 +1,116 @@
+"""What is recorded of a model when it is registered, in its folder `evaluation`, for the gates and the passport."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from pydantic import JsonValue
+
+from components.core.config import Config, validate
+from components.core.intervals import difference_interval
+from components.core.metrics import Interval
+from components.registry.config import GatesConfig
+
+FOLDER = "evaluation"  # among the model's artifacts
+FACTS, BY_IMAGE = "facts.json", "by_image.parquet"
+MAIN_METRICS = ("knn_top1", "instance_map")  # the first that was measured
+RESAMPLES = 1000  # of measures other than accuracies
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+
+
+class Facts(Config):
+    """One registered model's record.
+
+    Attributes:
+        model: its name among the evaluations.
+        gates: what it must hold.
+        evaluation: the evaluation's result.json.
+        champion: the version that it was evaluated beside, `models:/NAME/3`.
+        scored_on: DVC ids of the evaluation collections that it was scored on.
+        decontaminated_against: DVC ids of those whose copies curation left out.
+        evaluation_copies: how many copies that were.
+        snapshots: of the pool, that the model was made from.
+        snapshots_passed: those that Great Expectations passed.
+        authors: who started the run: git identity, and user names.
+        size_mib: of the weights.
+        latency_ms: of one image, the median.
+        machine: on which that was measured.
+    """
+
+    model: str
+    gates: GatesConfig
+    evaluation: dict[str, JsonValue]
+    champion: str | None
+    scored_on: tuple[str, ...]
+    decontaminated_against: tuple[str, ...]
+    evaluation_copies: int
+    snapshots: int
+    snapshots_passed: int
+    authors: tuple[str, ...]
+    size_mib: float
+    latency_ms: float
+    machine: str
+
+    def digest(self) -> str:
+        """SHA-256 of all but the comparison with a champion, who ran it, and what depends on the machine.
+
+        Weights with the same digest are the same candidate, whichever run made them.
+        """
+        evaluation = {k: v for k, v in self.evaluation.items() if k not in ("champion", "minus_champion")}
+        values = self.model_dump(mode="json", exclude={"champion", "authors", "size_mib", "latency_ms", "machine"})
+        canonical = json.dumps({**values, "evaluation": evaluation}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def metrics(self, model: str | None = None) -> dict[str, float]:
+        """Its own metrics, or those of a model that it was evaluated beside, such as `random`."""
+        values = self.evaluation if model is None else self.evaluation.get(model, {})
+        assert isinstance(values, Mapping)
+        return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+
+    def main_metric(self) -> str:
+        """The measure that decides."""
+        return next((metric for metric in MAIN_METRICS if metric in self.evaluation), MAIN_METRICS[0])
+
+    def difference(self, other: str, metric: str) -> Interval | None:
+        """What it is above a model that it was evaluated beside; None: not compared."""
+        found: Any = self.evaluation.get(f"minus_{other}", {})
+        return Interval(**found[metric]) if metric in found else None
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """The record in a model's folder; None: it was registered before there were any.
+
+    Raises:
+        ConfigError: the file is not such a record.
+    """
+    path = folder / FACTS
+    return validate(Facts, json.loads(path.read_text()), str(path)) if path.is_file() else None
+
+
+def paired_differences(ours: pa.Table, theirs: pa.Table) -> dict[str, Interval] | None:
+    """Ours minus theirs on the same test images, by metric; None: they were measured on different images.
+
+    Args:
+        ours: columns image_id, metric, value.
+        theirs: likewise.
+    """
+    found: dict[str, Interval] = {}
+    for metric in pc.unique(ours["metric"]).to_pylist():
+        one, other = (_of_metric(table, metric) for table in (ours, theirs))
+        if not one["image_id"].equals(other["image_id"]):
+            return None
+        mine, others = one["value"].to_numpy(), other["value"].to_numpy()
+        found[metric] = difference_interval(mine, others, np.random.default_rng(0), RESAMPLES)
+    return found
+
+
+def _of_metric(table: pa.Table, metric: str) -> pa.Table:
+    return table.filter(pc.equal(table["metric"], metric)).sort_by("image_id").combine_chunks()

@@ -1,0 +1,191 @@
+"""The gates: what must hold before a model takes the champion's place. Pure functions over evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from components.core.metrics import Interval
+from components.registry.config import GatesConfig
+from components.registry.facts import Facts
+
+PASSED, FAILED, PENDING = "passed", "failed", "pending"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate's outcome.
+
+    Attributes:
+        name: as it is waived.
+        state: `passed`, `failed`, or `pending`: it can only be judged at the decision.
+        text: what was found, with the figures.
+    """
+
+    name: str
+    state: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gates judge.
+
+    Attributes:
+        facts: what was recorded of the model when it was registered.
+        champion: the version whose place it would take, `NAME/3`; None: there is none.
+        differences: the model minus the champion on the same test images, by metric; None: not comparable.
+        incomparable: why not.
+        missing: what the trace of the model lacks; None: not traced yet.
+        weights: what is wrong with the weights; None: they load and are finite.
+        rejected: who rejected this version and why; None: nobody has.
+        actor: who would promote it; None: not known yet.
+    """
+
+    facts: Facts
+    champion: str | None = None
+    differences: Mapping[str, Interval] | None = None
+    incomparable: str = ""
+    missing: Sequence[str] | None = None
+    weights: str | None = None
+    rejected: str | None = None
+    actor: str | None = None
+
+
+def judge(evidence: Evidence) -> list[Gate]:
+    """All gates, in the order in which people ask."""
+    found = [Gate(name, *gate(evidence, evidence.facts.gates)) for name, gate in GATES.items()]
+    return [gate for gate in found if gate.text]
+
+
+def failed(gates: Sequence[Gate]) -> list[Gate]:
+    """Those that do not let the model pass."""
+    return [gate for gate in gates if gate.state == FAILED]
+
+
+def verdict(gates: Sequence[Gate]) -> str:
+    """One line: `passes 9 gates`, or which fail."""
+    bad, open_ = failed(gates), sum(gate.state == PENDING for gate in gates)
+    later = f", {open_} at the decision" if open_ else ""
+    if bad:
+        return f"fails {len(bad)} of {len(gates)} gates: {', '.join(gate.name for gate in bad)}{later}"
+    return f"passes {len(gates) - open_} of {len(gates)} gates{later}"
+
+
+def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
+    """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
+    if evidence.champion is None:
+        return PASSED, "there is no champion yet"
+    if evidence.differences is None:
+        return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
+    worse, told = [], []
+    for metric, found in evidence.differences.items():
+        told.append(f"{metric} {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
+        if found.mean < -config.tolerance.get(metric, 0.0) and found.high < 0:
+            worse.append(told[-1])
+    if worse:
+        return FAILED, f"below {evidence.champion}: {', '.join(worse)}"
+    return PASSED, f"not below {evidence.champion}: {', '.join(told)}"
+
+
+def floors(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
+    """No metric lies below its absolute floor, and each that has one is measured."""
+    if not config.floors:
+        return PASSED, "none is set"
+    values = evidence.facts.metrics()
+    told = [f"{metric} {_shown(values.get(metric))}, at least {floor:g}" for metric, floor in config.floors.items()]
+    low = [metric for metric, floor in config.floors.items() if not values.get(metric, float("-inf")) >= floor]
+    return (FAILED if low else PASSED), ", ".join(told)
+
+
+def random_weights(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """The main measure lies above that of random weights of the same shape, the whole interval of the difference."""
+    metric = evidence.facts.main_metric()
+    found = evidence.facts.difference("random", metric)
+    if found is None:
+        return FAILED, f"{metric} was not compared with random weights"
+    told = f"{metric} {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}) above random weights"
+    return (PASSED if found.low > 0 else FAILED), told
+
+
+def data_checks(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """Great Expectations has passed every snapshot of the pool that was used, and the curated set."""
+    passed, total = evidence.facts.snapshots_passed, evidence.facts.snapshots
+    told = f"Great Expectations passed {passed} of {total} snapshots of the pool, and the curated set"
+    return (PASSED if passed == total else FAILED), told
+
+
+def decontaminated(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """Curation left out copies of the very evaluation images that the model was scored on."""
+    facts = evidence.facts
+    if unseen := sorted(set(facts.scored_on) - set(facts.decontaminated_against)):
+        return FAILED, f"scored on {', '.join(unseen)}, whose copies curation did not look for"
+    return PASSED, f"{facts.evaluation_copies} copies of the {len(facts.scored_on)} scored sets left out by curation"
+
+
+def lineage(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """`pedigree trace` finds everything that the model was made from."""
+    if evidence.missing is None:
+        return PENDING, "traced at the decision"
+    if evidence.missing:
+        return FAILED, f"{len(evidence.missing)} things are missing, first: {evidence.missing[0]}"
+    return PASSED, "complete and verified"
+
+
+def weights(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """The weights load and are finite."""
+    return (FAILED, evidence.weights) if evidence.weights else (PASSED, "load, and are finite")
+
+
+def size(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
+    """The weights are no larger than their budget."""
+    return _budget(evidence.facts.size_mib, config.max_size_mib, "MiB")
+
+
+def latency(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
+    """One image takes no longer than its budget."""
+    state, told = _budget(evidence.facts.latency_ms, config.max_latency_ms, "ms an image")
+    return state, f"{told} on {evidence.facts.machine}"
+
+
+def not_rejected(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """Nobody has rejected the version."""
+    return (FAILED, evidence.rejected) if evidence.rejected else (PASSED, "nobody has")
+
+
+def second_person(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
+    """Whoever promotes the model is not who started its run."""
+    authors = ", ".join(evidence.facts.authors)
+    if not config.second_person:
+        return PASSED, "not required"
+    if evidence.actor is None:
+        return PENDING, f"the run was started by {authors}"
+    same = evidence.actor in evidence.facts.authors
+    return (FAILED if same else PASSED), f"{evidence.actor} decides, the run was started by {authors}"
+
+
+GATES: Mapping[str, Callable[[Evidence, GatesConfig], tuple[str, str]]] = {
+    "champion": champion,
+    "random": random_weights,
+    "floors": floors,
+    "data": data_checks,
+    "decontamination": decontaminated,
+    "lineage": lineage,
+    "weights": weights,
+    "size": size,
+    "latency": latency,
+    "rejection": not_rejected,
+    "second-person": second_person,
+}
+
+
+def _budget(value: float, limit: float | None, unit: str) -> tuple[str, str]:
+    told = f"{value:.3g} {unit}"
+    if limit is None:
+        return PASSED, f"{told}, no budget is set"
+    return (PASSED if value <= limit else FAILED), f"{told}, at most {limit:g}"
+
+
+def _shown(value: Any) -> str:
+    return "not measured" if value is None else f"{value:.4g}"

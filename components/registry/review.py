@@ -1,0 +1,221 @@
+"""What a reviewer decides on: a version beside the champion of today, and its gates."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from components.core.metrics import Interval
+from components.core.mlflow_client import server_uri, without_login
+from components.core.references import CANDIDATES, LATEST, ModelReference
+from components.core.registered_weights import download_weights
+from components.lineage.audit_log import Entry
+from components.lineage.champions import CHAMPION, REJECT
+from components.lineage.provenance import Tag
+from components.lineage.trace import trace
+from components.model.export import WeightsError, load_backbone
+from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, paired_differences, read_facts
+from components.registry.gates import Evidence, Gate, failed, judge, verdict
+from components.registry.publish import RegistryError
+from components.registry.standing import Standing, address, resolve, with_alias
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+
+
+@dataclass(frozen=True)
+class Review:
+    """A version beside the champion.
+
+    Attributes:
+        version: its address.
+        champion: address of the champion; None: there is none.
+        facts: what was recorded of it.
+        differences: it minus the champion on the same test images, by metric.
+        gates: their outcomes now.
+        unexplained: what the registry says and no audit event explains.
+    """
+
+    version: str
+    champion: str | None
+    facts: Facts
+    differences: Mapping[str, Interval] | None
+    gates: list[Gate]
+    unexplained: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        return verdict(self.gates)
+
+    @property
+    def failed(self) -> list[Gate]:
+        """The gates that do not let it pass."""
+        return failed(self.gates)
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """The newest candidate of a model, on which nobody has decided; `score` and `verdict` are of its registration."""
+
+    version: str
+    made: str
+    score: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a version's folder says of it; `by_image` has columns image_id, model, metric, value."""
+
+    facts: Facts
+    by_image: pa.Table
+
+    def of(self, model: str) -> pa.Table:
+        """The rows of one model."""
+        return self.by_image.filter(pc.equal(self.by_image["model"], model))
+
+
+def review(standing: Standing, version: ModelVersion, root: Path, actor: str | None = None) -> Review:
+    """Judge a version beside the champion of today.
+
+    Args:
+        standing: of its model.
+        version: a candidate, or a released version.
+        root: a clone of the repository whose commits made it.
+        actor: who would promote it; None: not known yet.
+
+    Raises:
+        RegistryError: the version was registered without the facts that gates need.
+        TrackingError: MLflow does not answer, or its bytes are not those that were registered.
+    """
+    mine = address(version)
+    record = _read(mine)
+    if record is None:
+        raise RegistryError(
+            f"{mine}: has no {FOLDER}/{FACTS}, which the gates need; it was registered by an older Pedigree: run again"
+        )
+    champion = standing.champion if standing.champion != mine else standing.previous
+    differences, why = _differences(record, champion)
+    evidence = Evidence(
+        facts=record.facts,
+        champion=champion,
+        differences=differences,
+        incomparable=why,
+        missing=trace(mine, root).missing,
+        weights=_fault(mine, root),
+        rejected=_rejected(standing.entries, mine),
+        actor=actor,
+    )
+    return Review(mine, champion, record.facts, differences, judge(evidence), standing.unexplained())
+
+
+def review_reference(client: MlflowClient, reference: str, root: Path) -> Review:
+    """Judge the version that a person names; as `review`, and an earlier change that was cut short is finished first.
+
+    Raises:
+        ConfigError: what is no reference.
+        RegistryError: there is no such version; or as for `review`.
+    """
+    version = resolve(client, reference)
+    standing = Standing.read(ModelReference(str(version.name)).model)
+    standing.settle()
+    return review(standing, version, root)
+
+
+def undecided(client: MlflowClient) -> list[Undecided]:
+    """The newest candidate of each model, where it was neither released nor rejected."""
+    found = []
+    for model in client.search_registered_models(filter_string=f"name LIKE '%{CANDIDATES}'"):
+        version = with_alias(client, str(model.name), LATEST)
+        if version is None or decided(client, address(version)):
+            continue
+        made = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
+        tags = version.tags
+        score, told = tags.get(Tag.SCORE, ""), tags.get(Tag.VERDICT, "registered without gates")
+        found.append(Undecided(address(version), f"{made:%Y-%m-%d %H:%M}", score, told))
+    return sorted(found, key=lambda candidate: candidate.made, reverse=True)
+
+
+def decided(client: MlflowClient, candidate: str) -> str | None:
+    """What was decided on a candidate; None: nothing yet."""
+    tags = resolve(client, candidate).tags
+    if Tag.RELEASED in tags:
+        return f"released as {tags[Tag.RELEASED]}"
+    return f"rejected by {tags[Tag.REJECTED]}" if Tag.REJECTED in tags else None
+
+
+def page_url(version: str) -> str:
+    """Address of a version's page in MLflow."""
+    return f"{without_login(server_uri() or '')}/#/models/{version.replace('/', '/versions/')}"
+
+
+def review_at_registration(facts: Facts, by_image: Path, client: MlflowClient, name: str) -> list[Gate]:
+    """The gates that can be judged when a version is registered: without its trace, beside the alias's champion."""
+    record = _Record(facts, pq.read_table(by_image))
+    found = with_alias(client, name.removesuffix(CANDIDATES), CHAMPION)
+    champion = address(found) if found else None
+    differences, why = _differences(record, champion)
+    return judge(Evidence(facts, champion, differences, why))
+
+
+def _differences(record: _Record, champion: str | None) -> tuple[Mapping[str, Interval] | None, str]:
+    """The model minus the champion; else why they cannot be compared.
+
+    The run has evaluated the champion of its time on the same images. If another one is champion now, that one's own
+    values count, if they are of the same images.
+    """
+    if champion is None:
+        return None, ""
+    mine = record.of(record.facts.model)
+    if record.facts.champion == f"models:/{champion}":
+        theirs = record.of(CHAMPION)  # as an evaluation calls it
+    else:
+        other = _read(champion)
+        if other is None:
+            return None, f"{champion} was released without its results by image; run again"
+        theirs = other.of(other.facts.model)
+    found = paired_differences(mine, theirs)
+    return found, "" if found else "the two were scored on different images; run again"
+
+
+def _read(version: str) -> _Record | None:
+    """What a version's folder in MLflow or in the released prefix says of it."""
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            uri = f"models:/{version}/artifacts/{FOLDER}"
+            folder = Path(download_artifacts(artifact_uri=uri, dst_path=temporary))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        facts = read_facts(folder)
+        return _Record(facts, pq.read_table(folder / BY_IMAGE)) if facts else None
+
+
+def _fault(version: str, root: Path) -> str | None:
+    """What is wrong with a version's weights; None: they load, and are finite."""
+    try:
+        load_backbone(download_weights(f"models:/{version}", root))
+    except WeightsError as error:
+        return str(error)
+    return None
+
+
+def _rejected(entries: list[Entry], version: str) -> str | None:
+    entry = next((e for e in reversed(entries) if e.subject == version), None)
+    if entry is None or entry.action != REJECT:
+        return None
+    return f"{entry.actor} rejected it on {entry.time[:10]} (event {entry.sequence}): {entry.details['reason']}"

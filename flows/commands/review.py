@@ -1,0 +1,106 @@
+"""`pedigree review`: a version beside the champion and its gates; without a version, what waits for a decision."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from flows.commands.decorators import Answer, answer_console, command
+
+if TYPE_CHECKING:
+    from components.registry.review import Review
+
+STYLES = {"passed": "green", "failed": "bold red", "pending": "yellow"}
+
+
+@command(services=True)
+def review(
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="NAME@latest, NAME-candidates/NUMBER or NAME/NUMBER.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the version's page in a browser.")] = False,
+) -> Answer:
+    """Show a version beside the champion, and whether it passes the gates. Decides nothing.
+
+    Without a version: the newest candidate of each model that nobody has
+    decided on. The exit code is 1 where a gate fails.
+
+    Examples:
+      pedigree review
+
+      pedigree review pedigree@latest
+
+      pedigree review pedigree-candidates/3 --json
+    """
+    from components.registry import review as reviews
+    from components.registry.publish import one_line_errors, registry_client
+    from flows.decisions import open_requests
+
+    with one_line_errors():
+        client = registry_client()
+        if reference is None:
+            waiting = reviews.undecided(client)
+            urls = open_requests()
+            rows = [{**dataclasses.asdict(found), "request": urls.get(found.version)} for found in waiting]
+            return Answer(rows, partial(_show_waiting, rows))
+        found = reviews.review_reference(client, reference, Path.cwd())
+    page = reviews.page_url(found.version)
+    if open_:
+        typer.launch(page)
+    data = {**dataclasses.asdict(found), "verdict": found.verdict, "page": page}
+    data["facts"] = found.facts.model_dump(mode="json")
+    return Answer(data, partial(_show, found, page), exit_code=1 if found.failed else 0)
+
+
+def _show_waiting(rows: list[dict[str, Any]]) -> None:
+    console = answer_console()
+    if not rows:
+        console.print("no candidate waits for a decision")
+        return
+    table = Table("candidate", "made", "score", "gates at registration", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["version"], row["made"], row["score"], Text(row["verdict"]))
+    console.print(table, soft_wrap=False)
+    for row in rows:
+        if row["request"]:
+            console.print(f"decide on {row['version']} in Prefect's page: {row['request']}", markup=False)
+    console.print(f"look at one:  pedigree review {rows[0]['version']}", markup=False)
+
+
+def _show(found: Review, page: str) -> None:
+    console = answer_console()
+    beside = f", beside the champion {found.champion}" if found.champion else "; there is no champion yet"
+    console.print(f"[bold]{found.version}[/]{beside}")
+    console.print(Text(found.verdict, "bold red" if found.failed else "bold green"))
+    gates = Table("gate", "", "found", box=None, pad_edge=False)
+    for gate in found.gates:
+        gates.add_row(gate.name, Text(gate.state, STYLES[gate.state]), Text(gate.text))
+    console.print(gates, soft_wrap=False)
+    console.print(_scores(found), soft_wrap=False)
+    for line in found.unexplained:
+        console.print(f"not explained by any audit event: {line}", style="red", markup=False)
+    console.print(f"page      {page}", markup=False)
+    console.print(f"approve   pedigree promote {found.version} --reason TEXT", markup=False)
+    console.print(f"reject    pedigree reject {found.version} --reason TEXT", markup=False)
+
+
+def _scores(found: Review) -> Table:
+    """Metrics of the version and of what it was evaluated beside, and the difference from the champion of today."""
+    columns = {"this version": found.facts.metrics()}
+    columns |= {name: found.facts.metrics(name) for name in ("champion", "random", "descriptor")}
+    columns = {name: values for name, values in columns.items() if values}
+    table = Table("metric", *columns, "minus champion", box=None, pad_edge=False)
+    for metric in columns["this version"]:
+        if metric.startswith("num_") or metric == "linear_c":
+            continue
+        values = (columns[name].get(metric) for name in columns)
+        difference = (found.differences or {}).get(metric)
+        told = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})" if difference else ""
+        table.add_row(metric, *("" if value is None else f"{value:.4g}" for value in values), told)
+    return table

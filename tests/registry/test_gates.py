@@ -1,0 +1,134 @@
+"""Each gate by itself, on evidence that is made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from components.core.intervals import difference_interval
+from components.core.metrics import Interval
+from components.registry.config import GatesConfig
+from components.registry.facts import Facts, paired_differences
+from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, failed, judge, verdict
+
+ABOVE, BELOW, UNCLEAR = Interval(0.1, 0.05, 0.15), Interval(-0.1, -0.15, -0.05), Interval(-0.02, -0.06, 0.02)
+
+
+def facts(**changes: object) -> Facts:
+    values: dict[str, object] = {
+        "model": "teacher",
+        "gates": GatesConfig(),
+        "evaluation": {"knn_top1": 0.8, "linear_top1": 0.9, "minus_random": {"knn_top1": dataclasses.asdict(ABOVE)}},
+        "champion": None,
+        "scored_on": ("a.dir",),
+        "decontaminated_against": ("a.dir", "b.dir"),
+        "evaluation_copies": 3,
+        "snapshots": 2,
+        "snapshots_passed": 2,
+        "authors": ("Ann <ann@example.org>", "ann"),
+        "size_mib": 3.5,
+        "latency_ms": 12.0,
+        "machine": "x86_64 with 2 CPUs",
+    }
+    return Facts.model_validate(values | changes)
+
+
+GOOD = Evidence(facts(), missing=())
+
+
+def state(name: str, evidence: Evidence) -> str:
+    return next(gate.state for gate in judge(evidence) if gate.name == name)
+
+
+def test_a_good_model_without_a_champion_passes_all():
+    gates = judge(GOOD)
+    assert [gate.name for gate in gates] == list(GATES)
+    assert {gate.state for gate in gates} == {PASSED}
+    assert verdict(gates) == f"passes {len(GATES)} of {len(GATES)} gates"
+
+
+@pytest.mark.parametrize(
+    ("difference", "tolerance", "expected"),
+    [(ABOVE, 0, PASSED), (UNCLEAR, 0, PASSED), (BELOW, 0, FAILED), (BELOW, 0.09, FAILED), (BELOW, 0.11, PASSED)],
+)
+def test_champion_is_not_undercut_beyond_the_tolerance_and_the_interval(difference, tolerance, expected):
+    changed = facts(gates=GatesConfig(tolerance={"knn_top1": tolerance}))
+    evidence = Evidence(changed, champion="tiny/3", differences={"linear_top1": ABOVE, "knn_top1": difference})
+    assert state("champion", evidence) == expected
+
+
+def test_a_champion_that_cannot_be_compared_is_told():
+    (gate, *_) = judge(Evidence(facts(), champion="tiny/3", incomparable="the two were scored on different images"))
+    assert (gate.state, gate.text) == (FAILED, "not compared with tiny/3: the two were scored on different images")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("random", {"evaluation": {"knn_top1": 0.8, "minus_random": {"knn_top1": vars(UNCLEAR)}}}, "-0.020"),
+        ("random", {"evaluation": {"knn_top1": 0.8}}, "knn_top1 was not compared with random weights"),
+        ("floors", {"gates": GatesConfig(floors={"knn_top1": 0.81})}, "knn_top1 0.8, at least 0.81"),
+        ("floors", {"gates": GatesConfig(floors={"worst_slice": 0.1})}, "worst_slice not measured, at least 0.1"),
+        ("data", {"snapshots_passed": 1}, "1 of 2 snapshots"),
+        ("decontamination", {"scored_on": ("a.dir", "c.dir")}, "scored on c.dir"),
+        ("size", {"gates": GatesConfig(max_size_mib=3)}, "3.5 MiB, at most 3"),
+        ("latency", {"gates": GatesConfig(max_latency_ms=10)}, "12 ms an image, at most 10 on x86_64 with 2 CPUs"),
+    ],
+)  # fmt: skip
+def test_each_gate_fails_alone(name, changes, text):
+    gates = judge(Evidence(facts(**changes), missing=()))
+    assert [gate.name for gate in failed(gates)] == [name]
+    assert text in failed(gates)[0].text
+    assert verdict(gates) == f"fails 1 of {len(GATES)} gates: {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lineage", {"missing": ("run 7: deleted", "pool x: gone")}),
+        ("weights", {"weights": "NaN in blocks.0"}),
+        ("rejection", {"rejected": "Ann rejected it"}),
+    ],
+)
+def test_what_is_found_at_the_decision_fails_its_gate(name, change):
+    assert [gate.name for gate in failed(judge(dataclasses.replace(GOOD, **change)))] == [name]
+
+
+def test_before_the_decision_lineage_is_pending():
+    gates = judge(Evidence(facts()))
+    assert [gate.name for gate in gates if gate.state == PENDING] == ["lineage"]
+    assert verdict(gates) == f"passes {len(GATES) - 1} of {len(GATES)} gates, 1 at the decision"
+
+
+@pytest.mark.parametrize(
+    ("actor", "expected"), [(None, PENDING), ("ann", FAILED), ("Ann <ann@example.org>", FAILED), ("Bob", PASSED)]
+)
+def test_a_second_person_decides_where_one_is_asked_for(actor, expected):
+    evidence = Evidence(facts(gates=GatesConfig(second_person=True)), missing=(), actor=actor)
+    assert state("second-person", evidence) == expected
+    assert state("second-person", dataclasses.replace(GOOD, actor="ann")) == PASSED  # not asked for
+
+
+def test_pairs_are_made_by_image_and_only_of_the_same_images():
+    generator = np.random.default_rng(0)
+    ids, ours, theirs = [f"{i:03}" for i in range(60)], *(generator.integers(0, 2, (2, 60)).astype(float))
+    order = generator.permutation(60)
+
+    def table(names: list[str], values: np.ndarray) -> pa.Table:
+        return pa.table({"image_id": names, "metric": ["knn_top1"] * len(names), "value": values})
+
+    shuffled = table([ids[i] for i in order], theirs[order])
+    expected = difference_interval(ours, theirs, generator, 1)
+    assert paired_differences(table(ids, ours), shuffled) == {"knn_top1": expected}
+    assert paired_differences(table(ids, ours), shuffled.slice(1)) is None
+
+
+def test_the_same_weights_and_scores_are_the_same_candidate_beside_another_champion():
+    one = facts()
+    beside = {**one.evaluation, "champion": {"knn_top1": 0.7}, "minus_champion": {}}
+    assert facts(evaluation=beside, champion="models:/tiny/2", latency_ms=1.0, authors=()).digest() == one.digest()
+    assert facts(evaluation={**one.evaluation, "knn_top1": 0.81}).digest() != one.digest()
+    assert facts(gates=GatesConfig(max_size_mib=5)).digest() != one.digest()
