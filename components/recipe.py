@@ -84,7 +84,7 @@ class Recipe(Config):
         return self
 
     def registration(self) -> RegisterConfig:
-        """What the register stage reads."""
+        """Return the settings of the register stage."""
         evaluate = self.evaluate
         return RegisterConfig(preprocessing=evaluate.preprocessing, gates=self.gates, champions=evaluate.champions)
 

@@ -54,7 +54,7 @@ def announce_candidate(version: str, digest: str) -> None:
 
 
 def open_requests() -> dict[str, str]:
-    """Candidates that wait for a decision in Prefect's page, with the address of the request."""
+    """Return the candidates that wait for a decision in Prefect's page, with the address of the request."""
     if not os.environ.get("PREFECT_API_URL"):
         return {}
     from httpx import HTTPError

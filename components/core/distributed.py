@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to an initialized process group."""
+    """Return whether this process belongs to an initialized process group."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -46,7 +46,7 @@ def knn_predictions(
     neighbors: Collection[int],
     temperature: float,
 ) -> dict[int, NDArray[np.int64]]:
-    """Class of each test image by the vote of its k nearest train images, for several k.
+    """Predict the class of each test image by the vote of its k nearest train images, for several k.
 
     dinov2/eval/knn.py: vote weights are softmax(similarity / temperature) over the K neighbors; the first k votes are
     summed for each class. For k < K the weights sum to less than 1, which does not change the argmax.

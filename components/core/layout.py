@@ -87,7 +87,7 @@ class Layout:
         return self.report(stage, item) / "result.json"
 
     def by_image(self, model: str) -> Path:
-        """What an evaluated model scored on each test image."""
+        """Return the file of an evaluated model's scores by test image."""
         return self.report("evaluate", model) / "by_image.parquet"
 
     @property

@@ -64,7 +64,7 @@ def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[s
 
 
 def values_by_image(measured: Measured, images: EvaluationSet) -> pa.Table:
-    """A row for each model, metric and test image: what is needed to compare models of different runs in pairs."""
+    """Return a row for each model, metric and test image, for paired comparisons of models of different runs."""
     ids = images.images["image_id"].take(pa.array(measured.rows))
     parts = [
         pa.table({"image_id": ids, "model": [model] * len(ids), "metric": [metric] * len(ids), "value": values})

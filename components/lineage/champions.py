@@ -29,14 +29,14 @@ class Reign:
     event: Entry
 
     def holds(self, time: datetime.datetime) -> bool:
-        """Whether the version was the champion at that time."""
+        """Return whether the version was the champion at that time."""
         begin, end = (datetime.datetime.fromisoformat(t) if t else None for t in (self.since, self.until))
         assert begin is not None
         return begin <= time and (end is None or time < end)
 
 
 def line_of_succession(entries: Iterable[Entry]) -> list[str]:
-    """The champions that a rollback can return to, oldest first; the last one is the champion, empty: there is none.
+    """Return the champions to which a rollback can return, oldest first; the last is the champion, empty without one.
 
     A promotion puts a version on top, a rollback takes off those above the version that it returns to.
     """
@@ -51,14 +51,14 @@ def line_of_succession(entries: Iterable[Entry]) -> list[str]:
 
 
 def reigns(entries: Iterable[Entry]) -> list[Reign]:
-    """Each change of the champion, oldest first."""
+    """Return the changes of the champion, oldest first."""
     changes = [entry for entry in entries if entry.action in CHANGES]
     ends = [*(entry.time for entry in changes[1:]), None]
     return [Reign(entry.subject, entry.time, end, entry) for entry, end in zip(changes, ends, strict=True)]
 
 
 def unexplained(name: str, entries: Sequence[Entry], aliases: Mapping[str, Any], versions: Iterable[Any]) -> list[str]:
-    """What the registry says of a model and no event explains, a sentence each.
+    """Describe each fact of a model in the registry that no audit event explains.
 
     Args:
         name: of the released model.

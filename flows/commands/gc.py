@@ -1,4 +1,4 @@
-"""`pedigree gc`: remove old runs and the bytes that nothing kept needs any more."""
+"""`pedigree gc`: remove old runs and the bytes that nothing else needs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def gc(
 ) -> Answer:
     """Remove old runs, and the DVC objects, run-cache entries, checkpoints and caches that nothing else needs.
 
-    A run stays if it is among the newest, younger than AGE, or referred to by a registered version, the audit
-    log or the parameters of a run that stays. So a registered version can always be traced and its data pulled.
+    A run is kept if it is among the newest, younger than AGE, or referred to by a registered version, the audit
+    log or the parameters of a kept run. So a registered version can always be traced and its data pulled.
     Every other branch, tag and worktree keeps its data, and all ingested data that their history names.
-    Refuses while a run goes on; may be killed and run again at any time.
+    Refuses to start during a run; can be killed and run again at any time.
 
     Examples:
       pedigree gc --keep 10 --older 30d --dry-run

@@ -1,4 +1,4 @@
-"""`pedigree plan`: which stages a run would compute, and why."""
+"""`pedigree plan`: list the stages that a run would compute, and why."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def plan(
     recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
 ) -> Answer:
-    """Say which stages a run would compute, and why, compared with the last finished run of the model.
+    """List the stages that a run would compute, and why, compared with the last finished run of the model.
 
-    Nothing is started, computed or fetched, and the checkout stays as it is. A stage is `unchanged`; `restored`,
-    where an earlier run had the same inputs; `run`; or `after` others that make its inputs again: it runs unless
-    they come out the same. What other machines have computed since the last run is not asked for.
+    Starts, computes and fetches nothing, and leaves the checkout unchanged. A stage is `unchanged`; `restored`,
+    if an earlier run had the same inputs; `run`; or `after` others that compute its inputs again: it runs unless
+    they come out equal. Results of other machines since the last run are not considered.
 
     Examples:
       pedigree plan
@@ -68,7 +68,7 @@ def plan(
 
 
 def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with today's champions as exact versions, or those of the last run where no registry answers."""
+    """Return the recipe with exact versions of today's champions, or of the last run's if no registry answers."""
     from components.core.mlflow_client import TrackingError, checked_client, server_uri
     from infra.local.supervisor import StackError, connect
 
@@ -96,7 +96,7 @@ def _as_last_resolved(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]
 
 
 def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
-    """Put the last run's exact version in the place of none, or of an alias of the same model; says what it took."""
+    """Replace a missing version or an alias by the last run's exact version of that model; return what was taken."""
     *above, key = keys
     for name in above:
         values, old = (part.get(name) if isinstance(part, dict) else None for part in (values, old))

@@ -1,4 +1,4 @@
-"""`pedigree seen`: which images a registered model had seen by a step of its training."""
+"""`pedigree seen`: list the images on which a registered model was trained up to a step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def seen(
     image: Annotated[str | None, typer.Option(metavar="FILE|SHA256", help="Ask for one image.")] = None,
     as_list: Annotated[bool, typer.Option("--list", help="A line for each image: id, draws, weights.")] = False,
 ) -> Answer:
-    """Say how many images a registered model had seen, or when it saw one image; through its whole history.
+    """Count the images on which a registered model was trained, or list the steps that drew one image.
 
-    A student's teacher, and what either started from, are asked too, to the
-    end of their trainings. Nothing is taken from logs: the order is computed
-    again from what the weights state and the data version in their `dvc.lock`.
-    Counts take every image for decodable; for one image the answer is exact.
-    An image is known by its bytes alone.
+    Covers its whole history: a student's teacher, and the initial weights of
+    both, to the end of their trainings. Uses no logs: the order is recomputed
+    from the weights' configuration and the data version in their `dvc.lock`.
+    Counts assume that all images are decodable; for one image the answer is
+    exact. Images are compared by their bytes.
 
-    Ends with 1 when it began with weights from elsewhere, of which nothing can be said.
+    Exits with 1 if the history began with foreign weights, whose images are unknown.
 
     Examples:
       pedigree seen pedigree@champion

@@ -1,4 +1,4 @@
-"""`pedigree train-status`: how far the trainings on this machine's disk are, from the files that they write."""
+"""`pedigree train-status`: show the progress of trainings on this machine's disk, from their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTHING = "nothing trains here, and no training is left unfinished"
 
 @command(checkout=False)
 def train_status() -> Answer:
-    """Say how far each unfinished training is: step, loss, speed, time left, age of its checkpoint, alerts.
+    """Show each unfinished training: step, loss, speed, remaining time, age of its checkpoint, alerts.
 
     Examples:
       pedigree train-status
