@@ -1,7 +1,6 @@
 """Map one function over shards by joblib, in order, with progress."""
 
 # pyright: reportMissingTypeStubs=false
-# (joblib has none)
 
 from __future__ import annotations
 

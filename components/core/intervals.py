@@ -1,10 +1,14 @@
 """95 % intervals of accuracies, and of differences between two models on the same images."""
 
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm  # pyright: ignore[reportUnknownVariableType]
 
 from components.core.metrics import Interval, bootstrap_interval
 
@@ -22,7 +26,7 @@ def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
     Args:
         correct: [T] of 0 and 1.
     """
-    found = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
+    found: Any = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(correct.mean()), float(found.low), float(found.high))
 
 
@@ -47,6 +51,7 @@ def difference_interval(
     count = len(difference) + 2
     better, worse = ((difference == sign).sum() + 1 for sign in (1, -1))
     middle = (better - worse) / count
-    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(((better + worse) / count - middle**2) / count)
+    quantile: Any = norm.ppf(0.5 + CONFIDENCE / 2)  # pyright: ignore[reportUnknownMemberType]
+    half = quantile * np.sqrt(((better + worse) / count - middle**2) / count)
     low, high = np.clip((middle - half, middle + half), -1, 1)
     return Interval(float(difference.mean()), float(low), float(high))
