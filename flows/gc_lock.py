@@ -41,7 +41,7 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
         running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
         if running or not free:
             who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
-            raise WorkspaceError(f"{who} goes on; nothing was removed: `pedigree gc` again when it has ended")
+            raise WorkspaceError(f"{who} is in progress; nothing was removed: run `pedigree gc` again once it ends")
         yield
 
 

@@ -172,7 +172,7 @@ def main() -> None:
                 start_crashed_again(Site.load(root), tries)
                 closed = time.time()
         except (OSError, StackError, subprocess.SubprocessError):
-            logger.exception("the keeper could not look at the stack; it goes on")
+            logger.exception("the keeper could not check the stack; it continues")
         time.sleep(LOOK_SECONDS)
 
 

@@ -98,16 +98,16 @@ def stop_running(checkout: Path) -> list[str]:
             for worker in workers:
                 worker.suspend()
             process.terminate()
-            goes_on = "a worker goes on with it" if workers else "run it again to go on"
-            stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), goes_on
+            resumption = "a worker resumes it" if workers else "run it again to resume it"
+            stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), resumption
     until = time.monotonic() + STOP_SECONDS
     while not all(map(_has_ended, stopped)) and time.monotonic() < until:
         time.sleep(0.2)
     return [
-        f"stopped {name}: what it finished is kept, {goes_on}"
+        f"stopped {name}: what it finished is kept, {resumption}"
         if _has_ended(process)
         else f"{name} (process {process.pid}) still saves its state after {STOP_SECONDS:.0f} s"
-        for process, (name, goes_on) in stopped.items()
+        for process, (name, resumption) in stopped.items()
     ]
 
 

@@ -113,7 +113,7 @@ def _few_images(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
             part = section.num_processes * section.accumulation_steps
             fits = most // part * part
             fits = fits if fits >= 2 * part or section.objective.koleo_weight is None else 0  # KoLeo needs 2 per rank
-            advice = f"set {name}.batch_size={fits} or less, or take in more images" if fits else "take in more images"
+            advice = f"set {name}.batch_size={fits} or less, or add more images" if fits else "add more images"
             yield f"{name}.batch_size is {section.batch_size:,}, but {said}: {advice}"
 
 

@@ -164,7 +164,7 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
         if status != "FINISHED":
             stage_runs.close_lost(workspace.run_id, name)  # killed stages
     except TrackingError as error:
-        get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
+        get_run_logger().warning("the end of the run is reported to MLflow later: %s", error)
         live.leave_open()
     try:
         published.create_artifacts(workspace, parent)
@@ -173,7 +173,7 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
 
 
 def _ask_for_decisions(workspace: Workspace) -> None:
-    """Tell Prefect of each candidate; it knows of those that an earlier run registered."""
+    """Send each candidate's event to Prefect, which ignores those of versions that an earlier run registered."""
     result = Layout(workspace.root).result("register")
     registered = json.loads(result.read_text()) if result.exists() else {}
     try:
@@ -212,7 +212,7 @@ def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
     logger = get_run_logger()
 
     def log_wait(holder: str) -> None:
-        logger.info("waiting for another run of %s: %s", name, holder or "it has just begun")
+        logger.info("waiting for another run of %s: %s", name, holder or "it has just started")
 
     with exclusive(path, log_wait):
         path.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")

@@ -133,14 +133,14 @@ def _is_from(one: Snapshot, folder: Path) -> bool:
 def _empty(pool: set[str]) -> str:
     if pool:
         given = f"all sources ({', '.join(sorted(pool))}) were given to one run each (`pedigree run --images`)"
-        return f"{given}; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in to stay"
+        return f"{given}; `pedigree ingest FOLDER --name NAME --license LICENSE` adds one permanently"
     return "the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it"
 
 
 def _unknown(name: str, pool: set[str], names: set[str]) -> str:
     if name in pool:
         return (
-            f"source {name!r} was given to one run (`pedigree run --images FOLDER`): give the folder again, or take "
-            f"it in to stay: `pedigree ingest FOLDER --name {name} --license LICENSE`"
+            f"source {name!r} was given to one run (`pedigree run --images FOLDER`): give the folder again, or add "
+            f"it permanently: `pedigree ingest FOLDER --name {name} --license LICENSE`"
         )
     return f"no source {name!r} in the pool; known: {', '.join(sorted(names)) or 'none'}"

@@ -42,7 +42,7 @@ def read_collections(root: Path) -> tuple[pa.Table, pa.Table]:
         CurationError: there is no pool, or it is empty.
     """
     if not (root / POOL).is_dir():
-        raise CurationError(f"{root / POOL}: no pool yet; take images in first: pedigree ingest SOURCE --name NAME")
+        raise CurationError(f"{root / POOL}: no pool yet; add images first: pedigree ingest SOURCE --name NAME")
     pool = read_collection(root / POOL)
     if not len(pool):
         raise CurationError(f"{root / POOL}: the pool has no images; take some in: pedigree ingest SOURCE --name NAME")

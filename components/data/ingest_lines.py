@@ -51,7 +51,7 @@ def one_run_lines(images: Sequence[Finding], request: IngestRequest) -> Iterator
     if request.one_run:
         yield (
             f"source {request.name}: this run takes exactly these {len(images):,} images, and no other run takes them; "
-            "`pedigree ingest` takes images in to stay"
+            "`pedigree ingest` adds images permanently"
         )
 
 

@@ -78,19 +78,19 @@ def placement_lines(placed: Placement) -> Iterator[str]:
     if placed.wrappers:
         above = "/".join(one_line(name) for name in placed.wrappers)
         if any(placed.labels.values()):
-            yield f"all other folders lie in {above}: labels are read below it"
+            yield f"all other folders are in {above}: labels are read below it"
         else:
-            yield f"all images in folders lie in {above}: no label, for a class needs another class beside it"
+            yield f"all images in folders are in {above}: no labels, because one class needs at least one other"
     names = {split: some_of(sorted(taken), 6) for split, taken in sorted(placed.split_names.items(), reverse=True)}
     if names:
         taken = "; ".join(f"{name} as {split}" for split, name in names.items())
         yield f"folders taken as splits, not as classes: {taken}"
         if not any(placed.splits.values()):
-            yield "only one split has images (labeled ones, where there are labels), so it divides nothing"
+            yield "only one split has images (labeled ones, where there are labels), so it is not used as a split"
     if placed.beside:
-        yield f"images of {some_of(sorted(placed.beside))} have no label: these folders stand beside the splits"
+        yield f"images of {some_of(sorted(placed.beside))} have no label: these folders are siblings of the splits"
     if odd := sorted({label for label in placed.labels.values() if label and split_of(label)}):
-        yield f"{some_of(odd)}: the name of a split, taken as a class because of the folders beside it"
+        yield f"{some_of(odd)}: the name of a split, taken as a class because of its sibling folders"
 
 
 def label_line(counts: Mapping[str, int], unlabeled: Sequence[str], origin: str) -> str:

@@ -236,7 +236,7 @@ def _class_name(value: Any, names: tuple[str, ...] | None) -> tuple[str | None, 
         return None, ""
     if isinstance(value, float):  # integers with missing values are stored as floats
         if not value.is_integer():
-            return None, "labels that are no whole numbers are read as none"
+            return None, "labels that are not whole numbers are left out"
         value = int(value)
     if names is not None and isinstance(value, int):
         known = 0 <= value < len(names)

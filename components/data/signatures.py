@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-HEAD_BYTES = 512  # enough for every signature; a tar's stands at byte 257
+HEAD_BYTES = 512  # enough for all signatures; a tar's is at byte 257
 
 IMAGE_NAME = re.compile(
     r"\.(jpe?g|jpe|jfif|a?png|webp|bmp|dib|tiff?|gif|p[pgbn]m|hei[cf]|avif|ico|jp2|jxl|psd|svg)$", re.IGNORECASE

@@ -79,8 +79,8 @@ def find_teacher(weights: str, root: Path) -> Path:
         return root / weights
     if (named := ModelReference.of_uri(weights)) and named.alias:
         raise ConfigError(
-            f"distill.teacher_weights {weights}: an alias moves, so it is no input; `pedigree run` writes the version "
-            "it has today, or give models:/NAME/VERSION"
+            f"distill.teacher_weights {weights}: an alias is not an exact version; give models:/NAME/VERSION, or "
+            "start the stage by `pedigree run`, which resolves the alias"
         )
     with exclusive(Layout(root).state / "teacher.lock"):  # the ranks of a machine share one download
         folder = download_weights(weights, root)
@@ -183,7 +183,7 @@ def _reuse_results(training: Training, tracked: StageRun) -> bool:
     """Return whether an earlier attempt trained the student but did not deliver it; every rank must call."""
     if not has_results(training):
         return False
-    logger.info("%s: trained by an earlier try; taken up", training.name)
+    logger.info("%s: trained by an earlier try; its results are reused", training.name)
     with reporting_to(tracked):
         report_results(training)
     return True

@@ -57,7 +57,7 @@ class Entry:
 
 
 class OvertakenError(RecordError):
-    """Another event came first, so that what was decided was decided without knowing of it."""
+    """Another event was appended first, so the decision was made without knowing it."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -97,7 +97,7 @@ class AuditLog:
 
         Args:
             event: what was done, or is about to be.
-            after: the number of events that the actor knew of; another one since then is an error.
+            after: number of events that the actor has seen; more events are an error.
 
         Raises:
             RecordError: the chain is broken, the bucket has no object lock, or another event came first.

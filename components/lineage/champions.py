@@ -1,6 +1,6 @@
-"""Who was champion when, as the audit log says; and where the registry says otherwise.
+"""The history of champions from the audit log, and contradictions of the registry.
 
-An alias keeps no who and no when, and anybody who may write the registry can move it. The log is what counts.
+An alias records neither who set it nor when, and anyone with write access to the registry can move it. The log decides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHANGES = (PROMOTE, ROLLBACK)
 
 @dataclass(frozen=True)
 class Reign:
-    """The time in which a version was the champion; `until` is None for the one that still is."""
+    """The period in which a version was the champion; `until` is None for the current one."""
 
     version: str  # NAME/3
     since: str

@@ -137,8 +137,8 @@ class Module:
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Call) and _name(node.func) in BY_NAME and not _is_literal(node.args):
             raise InputError(
-                f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that only a running program knows, "
-                "so a change of that module would go unseen; write the whole name as a literal"
+                f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that is computed at run time, "
+                "so changes of that module would go unnoticed; write the whole name as a literal"
             )
 
 

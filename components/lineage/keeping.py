@@ -94,8 +94,8 @@ def needed_objects(
         absent = _absent(root, claim.commits - covered)
         if absent and ids:
             raise RecordError(
-                f"{claim.by}: commit {min(absent)[:12]} is not in this repository, but its data lies here, so what it "
-                f"needs is not known; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
+                f"{claim.by}: commit {min(absent)[:12]} is not in this repository, but its data is here, so what it "
+                f"needs is unknown; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
                 "or, if that is lost, delete the version in MLflow"
             )
         needed.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))

@@ -30,9 +30,7 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
             left += size
         else:
             going[str(folder.relative_to(root))] = size
-    note = (
-        f"{len(on_s3)} trainings that were stopped keep checkpoints on S3, which stay, e.g. {on_s3[0]}" if on_s3 else ""
-    )
+    note = f"{len(on_s3)} stopped trainings keep checkpoints on S3, e.g. {on_s3[0]}" if on_s3 else ""
 
     def carry_out() -> None:
         for name in going:

@@ -51,7 +51,7 @@ class Record:
         data = self.read(LOCK)
         where = f"{LOCK} at {self.revision[:12]}" if self.revision else str(self.root / LOCK)
         if data is None:
-            raise RecordError(f"{where}: no such file, so nothing says what made this model; run `dvc repro`")
+            raise RecordError(f"{where}: no such file, so it is unknown what made this model; run `dvc repro`")
         try:
             return dict(yaml.safe_load(data)["stages"])
         except (yaml.YAMLError, TypeError, KeyError):

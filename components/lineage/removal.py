@@ -75,4 +75,4 @@ def delete(path: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise StorageError(f"{path}: not deleted ({error.strerror}); `pedigree gc` again goes on") from error
+        raise StorageError(f"{path}: not deleted ({error.strerror}); run `pedigree gc` again") from error

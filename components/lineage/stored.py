@@ -101,7 +101,7 @@ class DiskStore:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise StorageError(f"{file}: not deleted ({error.strerror}); `pedigree gc` again goes on") from error
+                raise StorageError(f"{file}: not deleted ({error.strerror}); run `pedigree gc` again") from error
 
 
 class S3Store:

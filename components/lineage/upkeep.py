@@ -200,12 +200,12 @@ def _notes(elsewhere: Sequence[str], needs: Needs, unknown: Sequence[str]) -> li
     notes = []
     if unknown:
         notes.append(
-            f"S3 is left alone: MLflow knows {len(unknown)} runs without a branch here, e.g. {unknown[-1]}; fetch the "
-            "branches of the clones that made them, or delete those runs in MLflow, then run this again"
+            f"nothing on S3 is removed: MLflow knows {len(unknown)} runs without a branch here, e.g. {unknown[-1]}; "
+            "fetch the branches of the clones that made them, or delete those runs in MLflow, then run this again"
         )
     if elsewhere:
         notes.append(f"{len(elsewhere)} versions and events are of other repositories, e.g. {elsewhere[-1]}; none of "
-                     "their data lies here")  # fmt: skip
+                     "their data is here")  # fmt: skip
     if needs.unlisted:
         lost = f"{len(needs.unlisted)} folders that something needs are neither in the cache nor on S3"
         notes.append(f"{lost}, e.g. {min(needs.unlisted)}")

@@ -188,8 +188,8 @@ class Checkpoints:
         except CheckpointException as error:
             first = _first(error)
             if isinstance(first, StorageError):  # it names the object
-                raise type(first)(f"checkpoint not written, those before it stand: {_line(first)}") from None
-            said = f"checkpoint not written to {self.folder}, those before it stand: {_line(first)}"
+                raise type(first)(f"checkpoint not written, earlier ones remain: {_line(first)}") from None
+            said = f"checkpoint not written to {self.folder}, earlier ones remain: {_line(first)}"
             raise CheckpointError(said) from None
 
     def newest(self) -> int | None:

@@ -131,7 +131,7 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     training = describe_training(job, delivery.root, digests(delivery.parents))
     with only_trainer(training.folder, training.name):
         if has_results(training):
-            logger.info("%s: trained by an earlier try; taken up", training.name)
+            logger.info("%s: trained by an earlier try; its results are reused", training.name)
             report_results(training)
         else:
             started = StartedTraining(training, job)

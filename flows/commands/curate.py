@@ -80,7 +80,7 @@ def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
             return name, tables
     if (tables := _in_folder(checkout)) is not None:
         return "this checkout", tables
-    raise WorkspaceError(f"{checkout}: no run has curated anything here yet; `pedigree run` does")
+    raise WorkspaceError(f"{checkout}: no run here has a curated set yet; start one with `pedigree run`")
 
 
 def run_ids(checkout: Path) -> list[str]:

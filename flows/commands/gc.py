@@ -32,7 +32,7 @@ SECONDS = {"d": 86_400, "h": 3_600}
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Keep this many of the newest runs.")],
     older: Annotated[str, typer.Option(metavar="AGE", help="Remove only what is older: 30d, 12h; 0d is any age.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> Answer:
     """Remove old runs, and the DVC objects, run-cache entries, checkpoints and caches that nothing else needs.
 

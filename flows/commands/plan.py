@@ -59,7 +59,7 @@ def plan(
     exact, notes = exact_recipe(checkout, params)
     known = any_to_stay(checkout)
     if not known:
-        notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
+        notes.append(f"the pool is empty: `pedigree run` ingests the {SAMPLE} first")
     with open_preview(checkout, exact, choose(checkout, None) if known else []) as preview:
         pass
     steps = [dataclasses.asdict(step) for step in preview.steps]

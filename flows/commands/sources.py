@@ -61,7 +61,7 @@ def list_sources() -> Answer:
 def _show(rows: list[Row]) -> None:
     console = wide_console()
     if not rows:
-        console.print("no sources; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in")
+        console.print("no sources; `pedigree ingest FOLDER --name NAME --license LICENSE` adds one")
         return
     console.print(_table(rows))
 

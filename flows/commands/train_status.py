@@ -14,7 +14,7 @@ from rich.table import Table
 from components.training.run_folder import TrainStatus, find_trainings
 from flows.commands.decorators import Answer, command
 
-NOTHING = "nothing trains here, and no training is left unfinished"
+NOTHING = "no training is running or unfinished here"
 
 
 @command(checkout=False)

@@ -102,7 +102,7 @@ def test_the_whole_recipe_is_checked_whatever_the_stage(folder):
 def test_a_stage_without_its_inputs_fails_in_one_line_and_writes_nothing(folder):
     done = components(folder, "curate")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/data/pool: no pool yet; take images in first")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/data/pool: no pool yet; add images first")
     assert "Traceback" not in done.stderr
     assert not list(folder.rglob("result.json"))
 

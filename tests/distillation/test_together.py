@@ -321,7 +321,7 @@ def test_what_the_others_learned_is_taken_up_after_one_diverged(place, values, w
     assert not (workspace / "models" / "students").exists()
     monkeypatch.undo()
     run(checked(both), workspace, 0, "tiny")
-    assert "distill/wide: trained by an earlier try; taken up" in caplog.messages
+    assert "distill/wide: trained by an earlier try; its results are reused" in caplog.messages
     assert "resumed after 3 steps" in caplog.text
     alone = place()
     shutil.rmtree(alone / ".pedigree")

@@ -150,7 +150,7 @@ def test_a_registered_version_teaches_if_it_has_heads(workspace, pretrain_values
     assert provenance["config"]["teacher_weights"] == "models:/big/1"
     with pytest.raises(ConfigError, match=r"models:/big/2: registered without heads, which students learn from"):
         distil("models:/big/2")
-    with pytest.raises(ConfigError, match=r"models:/big@champion: an alias moves, so it is no input"):
+    with pytest.raises(ConfigError, match=r"models:/big@champion: an alias is not an exact version"):
         distil("models:/big@champion")
 
 
