@@ -71,6 +71,6 @@ def _promote(reference: str) -> State[Any]:
 
 
 def gates_table(found: Any) -> str:
-    """The gates of a review as a markdown table."""
+    """Return the gates of a review as a markdown table."""
     rows = [f"| {gate.name} | {gate.state} | {gate.text.replace('|', '/')} |" for gate in found.gates]
     return "\n".join(["| gate | | found |", "|---|---|---|", *rows])

@@ -129,8 +129,8 @@ def _tell(error: Exception) -> int:
     found = known(error)
     if found is None or tracebacks_shown():
         print_traceback(error)
-    told = found or defect(error, "above")
+    shown = found or defect(error, "above")
     console = Console(stderr=True, soft_wrap=True)
-    for line in str(told).splitlines() or [type(told).__name__]:
+    for line in str(shown).splitlines() or [type(shown).__name__]:
         console.print(f"error: {line}", style="red", markup=False, highlight=False)
-    return PedigreeError.exit_code if told.exit_code == TRY_AGAIN else told.exit_code
+    return PedigreeError.exit_code if shown.exit_code == TRY_AGAIN else shown.exit_code

@@ -1,4 +1,4 @@
-"""`pedigree history`: who was champion when, by whose decision and why."""
+"""`pedigree history`: list the champions of a model, with who decided and why."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def history(
         str | None, typer.Option(metavar="TIME", help="Who was champion then: 2026-11-29 or 2026-11-29T14:30+01:00.")
     ] = None,
 ) -> Answer:
-    """Say who was champion when, by whose decision and why, as the audit log has it.
+    """List the champions of a model from the audit log: when, by whose decision and why.
 
-    What the registry says and no event explains, such as an alias that was
-    moved in MLflow's page, is listed, and the exit code is 1.
+    Changes of the registry without an audit event, such as an alias that was
+    moved in MLflow's page, are listed too; the exit code is then 1.
 
     Examples:
       pedigree history pedigree

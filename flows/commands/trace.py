@@ -1,4 +1,4 @@
-"""`pedigree trace`: what a registered model was made from."""
+"""`pedigree trace`: show what a registered model was made from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trace(
 ) -> Answer:
     """Show what a registered model was made from, down to the S3 objects and the sources of its images.
 
-    Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
+    Lists what is missing or contradictory, and exits with 1 if anything is.
 
     Examples:
       pedigree trace pedigree@champion
@@ -50,7 +50,7 @@ def _show(root: Node) -> None:
 
 
 def render(node: Node) -> Tree:
-    """The node and all below it as a tree; long lists are cut (`--json` has them whole)."""
+    """Render a node and its descendants as a tree; long lists are truncated (`--json` has all)."""
     tree = Tree(Text.assemble((node.kind, "dim"), " ", (node.name, KIND_STYLES.get(node.kind, "bold"))))
     for key, value in node.facts.items():
         if value not in (None, {}, []):
