@@ -28,6 +28,7 @@ from infra.local import supervisor
 if TYPE_CHECKING:
     from components.recipe import Recipe
     from flows.accept import Acceptance
+    from flows.retrain import RunResult
 
 NOT_STATED = "not-stated"
 
@@ -80,12 +81,17 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         _check_run(checkout, params, sources, given, recipe)
         if accepted:
             accepted.record(checkout, exact_recipe(checkout, params)[0], sources)
-        from flows.retrain import retrain
-
-        result = finished(retrain, sources=sources, recipe=recipe, overrides=set_)
-        if told := supervisor.unfinished(checkout):
-            logging.getLogger(__name__).warning(told)
+        result = _retrain(checkout, sources, recipe, set_)
     return closing(result, params.name)
+
+
+def _retrain(checkout: Path, sources: list[str] | None, recipe: str | None, overrides: list[str] | None) -> RunResult:
+    from flows.retrain import retrain
+
+    result = finished(retrain, sources=sources, recipe=recipe, overrides=overrides)
+    if told := supervisor.unfinished(checkout):
+        logging.getLogger(__name__).warning(told)
+    return result
 
 
 def _bring_images(checkout: Path, images: Path | None, name: str | None, license_: str) -> list[str] | None:
