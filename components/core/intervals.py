@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm  # pyright: ignore[reportUnknownVariableType]
 
 from components.core.metrics import Interval, bootstrap_interval
 
@@ -26,6 +26,8 @@ def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
     Args:
         correct: [T] of 0 and 1.
     """
+    from scipy.stats import binomtest  # pyright: ignore[reportUnknownVariableType] - an import of a second
+
     found: Any = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(correct.mean()), float(found.low), float(found.high))
 
@@ -51,7 +53,6 @@ def difference_interval(
     count = len(difference) + 2
     better, worse = ((difference == sign).sum() + 1 for sign in (1, -1))
     middle = (better - worse) / count
-    quantile: Any = norm.ppf(0.5 + CONFIDENCE / 2)  # pyright: ignore[reportUnknownMemberType]
-    half = quantile * np.sqrt(((better + worse) / count - middle**2) / count)
+    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * np.sqrt(((better + worse) / count - middle**2) / count)
     low, high = np.clip((middle - half, middle + half), -1, 1)
     return Interval(float(difference.mean()), float(low), float(high))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from components.core.references import ModelReference
@@ -53,8 +54,8 @@ def line_of_succession(entries: Iterable[Entry]) -> list[str]:
 def reigns(entries: Iterable[Entry]) -> list[Reign]:
     """Return the changes of the champion, oldest first."""
     changes = [entry for entry in entries if entry.action in CHANGES]
-    ends = [*(entry.time for entry in changes[1:]), None]
-    return [Reign(entry.subject, entry.time, end, entry) for entry, end in zip(changes, ends, strict=True)]
+    pairs = zip_longest(changes, changes[1:])
+    return [Reign(entry.subject, entry.time, later.time if later else None, entry) for entry, later in pairs if entry]
 
 
 def unexplained(name: str, entries: Sequence[Entry], aliases: Mapping[str, Any], versions: Iterable[Any]) -> list[str]:
