@@ -54,7 +54,7 @@ class Acceptance:
             LedgerError: the outputs of the last run are missing.
         """
         with open_preview(checkout, recipe, choose(checkout, sources)) as preview:
-            steps = _asked(preview.steps, self.stages)
+            steps = _selected(preview.steps, self.stages)
             if refused := [line for step in steps if (line := _refusal(step, steps, preview.last_run))]:
                 raise ConfigError("\n".join(refused))
             for step in steps:
@@ -65,16 +65,16 @@ class Acceptance:
         return [step.stage for step in steps]
 
 
-def _asked(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
+def _selected(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
     """Return the steps of the named stages that would run, in topological order."""
     for name in names:
         if not any(name in (step.stage, step.stage.partition("@")[0]) for step in steps):
             raise ConfigError(f"--accept {name}: no such stage; known: {', '.join(step.stage for step in steps)}")
-    asked = [step for step in steps if {step.stage, step.stage.partition("@")[0]} & set(names)]
-    for step in asked:
+    selected = [step for step in steps if {step.stage, step.stage.partition("@")[0]} & set(names)]
+    for step in selected:
         if not _to_accept(step):
             log.info("%s: %s, so there is nothing to accept", step.stage, step.outcome)
-    return [step for step in asked if _to_accept(step)]
+    return [step for step in selected if _to_accept(step)]
 
 
 def _to_accept(step: Step) -> bool:

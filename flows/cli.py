@@ -42,8 +42,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         sys.stdout.write(f"pedigree {metadata.version('pedigree')}\n")
         raise typer.Exit
 

@@ -33,8 +33,8 @@ def head_commit(checkout: Path) -> str:
 
 def head(checkout: Path) -> Head:
     """Return the checkout's commit and index, with the checks of `head_commit`."""
-    asked = ("--is-inside-work-tree", "--show-prefix", "--git-path", "index", "--show-superproject-working-tree")
-    done = call_git(checkout, "rev-parse", *asked)
+    queries = ("--is-inside-work-tree", "--show-prefix", "--git-path", "index", "--show-superproject-working-tree")
+    done = call_git(checkout, "rev-parse", *queries)
     refused = done.stderr.decode(errors="replace")
     if done.returncode and "not a git repository (or any" not in refused:  # owned by another user
         raise WorkspaceError(f"git: {' '.join(refused.split())}")

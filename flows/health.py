@@ -101,16 +101,16 @@ def packages(checkout: Path) -> Iterator[Finding]:
     """Compare the installed packages with pyproject.toml, including extras."""
     from packaging.requirements import Requirement
 
-    asked = [Requirement(line) for line in _project(checkout)["dependencies"]]
-    for requirement in list(asked):
-        asked += _of_extras(requirement)
-    wrong = [said for requirement in asked if (said := _unmet(requirement))]
+    needed = [Requirement(line) for line in _project(checkout)["dependencies"]]
+    for requirement in list(needed):
+        needed += _of_extras(requirement)
+    wrong = [said for requirement in needed if (said := _unmet(requirement))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         advice = "`pip install --constraint requirements.lock --editable .` in this Python"
         yield Finding("packages", RED, wrong[0] + more, advice)
     else:
-        yield Finding("packages", GREEN, f"{len(asked)} requirements are met")
+        yield Finding("packages", GREEN, f"{len(needed)} requirements are met")
 
 
 def pinned(checkout: Path) -> Iterator[Finding]:

@@ -49,7 +49,7 @@ current = Interrupt()
 commands: set[subprocess.Popen[str]] = set()  # of the stages that run
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Return whether this process has received a signal."""
     return current.number is not None
 
@@ -87,9 +87,9 @@ def deferred() -> Iterator[None]:
 
 
 def _on_signal(number: int, _frame: Any) -> None:
-    if asked() and number == signal.SIGTERM:
+    if requested() and number == signal.SIGTERM:
         return
-    if asked():
+    if requested():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
     current.number = number

@@ -87,7 +87,7 @@ def retrain(
         except KeyboardInterrupt:
             return interrupt.end(interrupted)
         except Exception as error:
-            if interrupt.asked() and known(error):
+            if interrupt.requested() and known(error):
                 return interrupt.end(interrupted)
             return failed(error)
 
@@ -149,7 +149,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         how = f"Run failed: {known(error) or defect(error, 'in its log')}"
         raise
     finally:
-        if interrupt.asked():
+        if interrupt.requested():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
         _close(workspace, recipe.name, parent, status)

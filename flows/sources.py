@@ -65,12 +65,12 @@ def any_to_stay(checkout: Path) -> bool:
     return any(one.collection == POOL and not one.one_run for one in snapshots(checkout))
 
 
-def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
+def choose(checkout: Path, requested: Sequence[str] | None) -> list[str]:
     """Select the snapshots of a run, as SOURCE/SNAPSHOT.
 
     Args:
         checkout: Pedigree's folder.
-        asked: names of sources, or SOURCE/SNAPSHOT. None means all permanent sources; the sample only if there is no
+        requested: names of sources, or SOURCE/SNAPSHOT. None: all permanent sources; the sample only if there is no
             other.
 
     Returns:
@@ -83,12 +83,12 @@ def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
     pool = {one.source for one in found if one.collection == POOL}
     stay = [one for one in found if not one.one_run]
     names = {one.source for one in stay if one.collection == POOL}
-    if asked is None:
+    if requested is None:
         if not names:
             raise ConfigError(_empty(pool))
-        asked = sorted(names - {SAMPLE} or names)
+        requested = sorted(names - {SAMPLE} or names)
     chosen = {one.entry for one in stay if one.source not in names}
-    for name in asked:
+    for name in requested:
         taken = [one.entry for one in (found if "/" in name else stay) if name in {one.source, one.entry}]
         if not taken or (name not in names and "/" not in name):
             raise ConfigError(_unknown(name, pool, names))

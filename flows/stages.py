@@ -46,7 +46,7 @@ class StageUnreachableError(StageFailedError, ServiceError):
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
     """Return whether to retry: after storage and service errors, not after a wrong parameter or a defect."""
     error = state.result(raise_on_failure=False)
-    return not interrupt.asked() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
+    return not interrupt.requested() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
 
 
 # Of every task that talks to the storage or to a service.
@@ -56,7 +56,7 @@ RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [2, 10, 30], "re
 @task(task_run_name="{stage.name}", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def run_stage(stage: Stage, workspace: Workspace) -> str:
     """Bring one stage's outputs into place; return the outcome `unchanged`, `restored` or `ran`."""
-    if interrupt.asked():
+    if interrupt.requested():
         raise StageFailedError(f"{stage.name}: not started, the run was interrupted")
     with board.working(stage.name, "looking for earlier outputs"):
         return _bring(stage, workspace)
@@ -111,7 +111,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None]) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     interrupt.commands.add(process)
-    if interrupt.asked():  # the signal came while the command was being started
+    if interrupt.requested():  # the signal came while the command was being started
         interrupt.stop(process)
     last: deque[str] = deque(maxlen=20)
     try:

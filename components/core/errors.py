@@ -88,9 +88,9 @@ def defect(error: BaseException, where: str) -> PedigreeError:
     return line
 
 
-def show_tracebacks(asked: bool) -> None:
+def show_tracebacks(enabled: bool) -> None:
     """Implement `--traceback`: show tracebacks of expected errors too, in this process and its children."""
-    if asked:
+    if enabled:
         os.environ[TRACEBACK] = "1"
 
 

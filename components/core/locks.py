@@ -97,8 +97,8 @@ def record_holder(path: Path) -> int | None:
     """Return the pid of the process that holds a file's record lock, without acquiring it; None if there is none."""
     try:
         with path.open() as file:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, query))
     except (FileNotFoundError, NotADirectoryError):
         return None
     return None if kind == fcntl.F_UNLCK else process

@@ -52,8 +52,8 @@ class Curation:
     @property
     def recalls(self) -> dict[str, float]:
         """Recall of each searched index, see `Neighbors`."""
-        asked = any(one.retrieve == "sample" for one in self.config.seed_sets.values())
-        return self.unique.recalls | ({"images like the seeds": self.selection.recall} if asked else {})
+        has_samples = any(one.retrieve == "sample" for one in self.config.seed_sets.values())
+        return self.unique.recalls | ({"images like the seeds": self.selection.recall} if has_samples else {})
 
     @property
     def kept(self) -> NDArray[np.int64]:

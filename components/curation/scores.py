@@ -96,7 +96,7 @@ def entropy(image: Image.Image) -> float:
 @lru_cache(maxsize=1)
 def _models(scorer: Scorer) -> tuple[nsfw.Classify | None, faces.FindFaces | None]:
     """Load the configured models, once per process."""
-    asked, looked_for = scorer.config.nsfw, scorer.config.faces
-    classify = nsfw.load(asked, scorer.nsfw_model) if asked and scorer.nsfw_model else None
-    find_faces = faces.load(looked_for, scorer.faces_model) if looked_for and scorer.faces_model else None
+    nsfw_config, face_config = scorer.config.nsfw, scorer.config.faces
+    classify = nsfw.load(nsfw_config, scorer.nsfw_model) if nsfw_config and scorer.nsfw_model else None
+    find_faces = faces.load(face_config, scorer.faces_model) if face_config and scorer.faces_model else None
     return classify, find_faces

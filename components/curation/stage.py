@@ -62,11 +62,11 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
     parts: dict[str, Part] = {COPIES: resolve(config.embedder, root), SCORES: load_scorer(config.scores, root)}
     if config.semantic is not None:
         parts[SEMANTIC] = resolve(config.semantic, root, "embed.semantic")
-    asked = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
+    collections = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
     cache = Layout(root).cache("embeddings")
     done = {
         folder.name: embed_collection(root / folder, images, its_parts, cache, config.workers)
-        for folder, images, its_parts in asked
+        for folder, images, its_parts in collections
     }
     with atomic_dir(Layout(root).embeddings) as folder:
         shapes = {name: write_parts(shards, folder, name) for name, shards in done.items()}
@@ -115,8 +115,8 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
             gates.validate_curated(docs, folder, licenses, previous.drift)
     kept = _images(inputs, selection.chosen["row"].to_numpy())
     remember(previous, kept)
-    asked = [("candidates", len(candidates))] if len(candidates) < len(rows) else []  # without queries
-    first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *asked]
+    candidate_step = [("candidates", len(candidates))] if len(candidates) < len(rows) else []  # without queries
+    first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *candidate_step]
     funnel = [*first, *unique.funnel, ("curated", len(kept))]
     result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
     write_report(result, root, Layout(root).report("curate"))

@@ -130,9 +130,9 @@ class AuditLog:
 
     def names(self) -> list[str]:
         """Return the names of models with events."""
-        asked = {"Bucket": self.bucket, "Prefix": "events/", "Delimiter": "/"}
+        query = {"Bucket": self.bucket, "Prefix": "events/", "Delimiter": "/"}
         with s3_errors(self._place):
-            pages = self._client.get_paginator("list_object_versions").paginate(**asked)
+            pages = self._client.get_paginator("list_object_versions").paginate(**query)
             return [p["Prefix"].split("/")[1] for page in pages for p in page.get("CommonPrefixes", [])]
 
     def _verified(self, key: str, body: bytes, before: Entry | None) -> Entry:

@@ -44,15 +44,15 @@ class Needs:
 
     def of_folder(self, folder: Path) -> set[str]:
         """Return the ids of the objects that a worktree's present files need, committed or not."""
-        asked = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-        paths = {folder / name for name in git(folder, *asked).split("\0") if _names_data(name)} | {folder / LOCK}
+        arguments = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+        paths = {folder / name for name in git(folder, *arguments).split("\0") if _names_data(name)} | {folder / LOCK}
         texts = {path: path.read_bytes() for path in paths if path.is_file()}
         return self.whole(id_ for path, text in texts.items() for id_ in _ids(text, str(path)))
 
     def of_history(self, revisions: Iterable[str]) -> set[str]:
         """Return the ids of ingested data in any ancestor of `revisions`, because it cannot be recomputed."""
-        asked = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
-        lines = git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
+        arguments = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
+        lines = git(self.root, *arguments, "--format=", *revisions, "--", "*.dvc").splitlines()
         changed = {sha for line in lines for sha in line.split()[2:4]}  # the file before and after each change
         blobs = [sha for sha in changed if set(sha) != {"0"}]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))

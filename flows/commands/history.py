@@ -57,9 +57,9 @@ def history(
         "rejected": [dataclasses.asdict(entry) for entry in rejections],
         "unexplained": unexplained,
     }
-    told = ["a change that was cut short is finished: the aliases are where the audit log has them"] if settled else []
+    notes = ["a change that was cut short is finished: the aliases are where the audit log has them"] if settled else []
     problems = [f"not explained by any audit event: {line}" for line in unexplained]
-    show = partial(_show, name, found, told, len(rejections) if not time else 0, at)
+    show = partial(_show, name, found, notes, len(rejections) if not time else 0, at)
     return Answer(data, show, problems, 1 if unexplained else 0)
 
 
@@ -71,9 +71,9 @@ def _time(text: str) -> datetime.datetime:
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
-def _show(name: str, found: Sequence[Reign], told: Sequence[str], rejections: int, at: str | None) -> None:
+def _show(name: str, found: Sequence[Reign], notes: Sequence[str], rejections: int, at: str | None) -> None:
     console = answer_console()
-    for line in told:
+    for line in notes:
         console.print(line)
     if not found:
         console.print(f"{name} had no champion{f' at {at}' if at else ' yet'}")
