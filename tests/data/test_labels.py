@@ -57,7 +57,7 @@ def test_what_is_no_class_is_said() -> None:
     lines = list(placement_lines(place([*below("train"), "test", "extra"])))
     assert "only one split has images (labeled ones" in lines[1]
     assert lines[2] == "images of extra have no label: these folders are siblings of the splits"
-    assert "no label, for a class needs another class" in next(placement_lines(place(["on\nly"])))
+    assert "no labels, because one class needs at least one other" in next(placement_lines(place(["on\nly"])))
     assert "test: the name of a split, taken as a class" in next(placement_lines(place(["cat", "dog", "test"])))
 
 
