@@ -63,14 +63,20 @@ def score(layout: Layout, mlflow_run: str | None, rows: list[dict[str, Any]]) ->
     from components.lineage.provenance import Tag  # here, because it loads pyarrow
 
     own = {row["model"]: row for row in rows if row["model"] == row["evaluation"]}
-    metrics = {f"{model}.{key}": float(row[key]) for model, row in own.items() for key in MEASURES if key in row}
     registered = _read(layout.result("register")) or {}
+    metrics = {f"{model}.{key}": float(row[key]) for model, row in own.items() for key in MEASURES if key in row}
     metrics |= {f"{model}.failed_gates": float(len(made["failed_gates"])) for model, made in registered.items()}
-    scores = {model: next((f"{k} {row[k]}" for k in MEASURES if k in row), "") for model, row in own.items()}
+    scores = {model: f"{key} {row[key]}" for model, row in own.items() for key in reversed(MEASURES) if key in row}
     verdicts = {model: f"{made['name']}/{made['version']} {made['verdict']}" for model, made in registered.items()}
-    tags = {Tag.SCORE: scores, Tag.VERDICT: verdicts}
-    told = {key: "; ".join(f"{model}: {text}" for model, text in values.items()) for key, values in tags.items()}
-    stage_runs.score_run(mlflow_run, metrics, {key: text for key, text in told.items() if text})
+    told = {Tag.SCORE: scores, Tag.VERDICT: verdicts}
+    stage_runs.score_run(mlflow_run, metrics, {key: _listed(texts) for key, texts in told.items() if texts})
+
+
+def _listed(texts: dict[str, str]) -> str:
+    """One line, the teacher first, so that a list sorts by it."""
+    return "; ".join(
+        f"{model}: {texts[model]}" for model in sorted(texts, key=lambda model: (model != "teacher", model))
+    )
 
 
 def metric_rows(reports: Path) -> list[dict[str, Any]]:

@@ -28,5 +28,5 @@ def test_the_pipelines_run_has_scores_to_sort_by_and_the_verdicts(servers, tmp_p
     score(layout, run, metric_rows(layout.reports))
     data = MlflowClient().get_run(run).data
     assert data.metrics == {"teacher.knn_top1": 0.75, "small.knn_top1": 0.5, "teacher.failed_gates": 1}
-    assert data.tags[Tag.SCORE] == "small: knn_top1 0.5; teacher: knn_top1 0.75"
+    assert data.tags[Tag.SCORE] == "teacher: knn_top1 0.75; small: knn_top1 0.5"
     assert data.tags[Tag.VERDICT] == "teacher: tiny-candidates/3 fails 1 of 11 gates: size"
