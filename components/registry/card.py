@@ -42,13 +42,15 @@ def render_card(found: Review, links: Mapping[str, str]) -> str:
 
 def standing(found: Review) -> str:
     """One sentence: what the version is shown beside."""
+    first = "It is the first champion" if found.reigns else "There is no champion yet"
     if found.beside is None:
-        return "There is no champion and no earlier candidate to compare it with."
+        return f"{first}, and there is no earlier candidate."
     if found.champion is None:
-        told = f"There is no champion yet; it is shown beside the last candidate, {found.beside.version}"
+        told = f"{first}; it is shown beside the last candidate before it"
     else:
-        told = f"It is shown beside the champion, {found.champion}"
-    return f"{told}{f', but not compared: {found.beside.incomparable}' if found.beside.incomparable else ''}."
+        told = f"It is {'the champion, ' if found.reigns else ''}shown beside the champion{' before' * found.reigns}"
+    why = f", but not compared: {found.beside.incomparable}" if found.beside.incomparable else ""
+    return f"{told}, {found.beside.version}{why}."
 
 
 def use(making: Making) -> str:

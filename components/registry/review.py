@@ -58,7 +58,8 @@ class Review:
 
     Attributes:
         version: its address; of one that is about to be registered, the model's name.
-        champion: address of the champion; None: there is none.
+        reigns: it is the champion itself.
+        champion: address of the champion, of the one before where it reigns itself; None: there is none.
         beside: what it is compared with; None: there is nothing.
         facts: what was recorded of it.
         making: how it was made; None: it was registered before that was recorded.
@@ -69,6 +70,7 @@ class Review:
     """
 
     version: str
+    reigns: bool
     champion: str | None
     beside: Beside | None
     facts: Facts
@@ -147,6 +149,7 @@ def review(standing: Standing, version: ModelVersion, root: Path, actor: str | N
     )
     return Review(
         version=mine,
+        reigns=standing.champion == mine,
         champion=champion,
         beside=beside,
         facts=record.facts,
@@ -205,7 +208,18 @@ def review_at_registration(facts: Facts, making: Making, by_image: Path, client:
     champion = address(found) if found else None
     beside = _beside(record, champion or _earlier(client, name))
     gates = judge(_evidence(record, champion, beside))
-    return Review(name, champion, beside, facts, making, own_intervals(record.own()), gates, [], [])
+    return Review(
+        version=name,
+        reigns=False,
+        champion=champion,
+        beside=beside,
+        facts=facts,
+        making=making,
+        intervals=own_intervals(record.own()),
+        gates=gates,
+        decisions=[],
+        unexplained=[],
+    )
 
 
 def _evidence(record: _Record, champion: str | None, beside: Beside | None) -> Evidence:

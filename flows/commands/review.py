@@ -90,11 +90,10 @@ def _show_waiting(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(found: Review, page: str, passport: str | None) -> None:
+    from components.registry.card import standing
+
     console = Console(soft_wrap=True, highlight=False)
-    beside = f", beside the champion {found.champion}" if found.champion else "; there is no champion yet"
-    if found.beside and found.champion is None:
-        beside += f", so beside the last candidate {found.beside.version}"
-    console.print(f"[bold]{found.version}[/]{beside}")
+    console.print(f"[bold]{found.version}[/]  {standing(found)}")
     console.print(Text(found.verdict, "bold red" if found.failed else "bold green"))
     gates = Table("gate", "", "found", box=None, pad_edge=False)
     for gate in found.gates:
@@ -112,7 +111,7 @@ def _show(found: Review, page: str, passport: str | None) -> None:
 
 def _scores(found: Review) -> Table:
     """Metrics of the version and of what it is shown beside, and the difference of the two."""
-    other = "champion" if found.champion else "last candidate"
+    other = "champion" if found.champion else "earlier candidate"
     columns = {"this version": found.facts.metrics(), other: dict(found.beside.scores) if found.beside else {}}
     columns |= {name: found.facts.metrics(name) for name in ("random", "descriptor")}
     columns = {name: values for name, values in columns.items() if values}

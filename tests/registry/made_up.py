@@ -49,6 +49,7 @@ def review(champion: str | None = None, beside: str | None = None, **changes: An
     shown = Beside(beside, {"knn_top1": 0.794}, {"knn_top1": UNCLEAR}) if beside else None
     values: dict[str, Any] = {
         "version": "tiny-candidates",
+        "reigns": False,
         "champion": champion,
         "beside": shown,
         "facts": facts,

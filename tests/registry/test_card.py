@@ -24,7 +24,14 @@ def test_no_table_and_no_setting_among_the_measures():
 
 
 def test_without_a_champion_the_last_candidate_is_named_as_such():
-    assert "There is no champion yet; it is shown beside the last candidate, tiny-candidates/2." in render_card(
-        review(beside="tiny-candidates/2"), {}
+    assert (
+        "There is no champion yet; it is shown beside the last candidate before it, tiny-candidates/2."
+        in render_card(review(beside="tiny-candidates/2"), {})
     )
-    assert "There is no champion and no earlier candidate" in render_card(review(), {})
+    assert "There is no champion yet, and there is no earlier candidate." in render_card(review(), {})
+
+
+def test_the_champion_itself_stands_beside_the_one_before():
+    card = render_card(review("tiny/2", "tiny/2", version="tiny/3", reigns=True), {})
+    assert "It is the champion, shown beside the champion before, tiny/2." in card
+    assert "It is the first champion, and there is no earlier candidate." in render_card(review(reigns=True), {})

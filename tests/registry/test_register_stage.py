@@ -118,7 +118,7 @@ def test_each_version_has_a_run_with_its_own_parameters_score_and_pages(finished
 def test_a_candidate_without_a_champion_stands_beside_the_last_one(finished, tmp_path: Path):
     version = MlflowClient().get_model_version(f"{finished['name']}-candidates", "3")
     last = f"{finished['name']}-candidates/2"
-    assert f"There is no champion yet; it is shown beside the last candidate, {last}." in version.description
+    assert f"There is no champion yet; it is shown beside the last candidate before it, {last}." in version.description
     assert f"{last} 0.750, difference -0.250 (-0.309 to -0.186)" in version.description
     assert version.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
     assert f"[parameters beside {last}](#/compare-runs?runs=" in version.description
