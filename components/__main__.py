@@ -1,4 +1,4 @@
-"""`python -m components STAGE [ITEM]`."""
+"""Run a stage: `python -m components STAGE [ITEM]`."""
 
 import os
 

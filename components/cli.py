@@ -21,9 +21,9 @@ from components.core.config import ConfigError
 from components.core.errors import (
     OutOfMemoryError,
     defect,
+    error_message,
     known,
     print_traceback,
-    sentence,
     show_tracebacks,
     tracebacks_shown,
 )
@@ -46,14 +46,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _function(stage: str) -> Callable[..., dict[str, Any]]:
-    """The function of a stage; its libraries are imported only now."""
+    """Import and return the function of a stage."""
     if stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}; known stages: {', '.join(STAGES)}")
     return load(STAGES[stage][0])
 
 
 def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
-    """The stage's own argument: which model is evaluated, or the registered name."""
+    """Return the stage's additional argument: the evaluated model, or the registered name."""
     if stage == "evaluate":
         allowed = list(recipe.evaluate.models)
         if item not in allowed:
@@ -65,12 +65,12 @@ def _extra(recipe: Recipe, stage: str, item: str | None) -> dict[str, str]:
 
 
 def _seed(seed: int) -> None:
-    """Seed the global generators, once; code draws from generators of its own."""
+    """Seed the global generators once; our own code uses local generators."""
     import numpy as np
 
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries that draw from the global state
-    if torch := sys.modules.get("torch"):  # loaded with the stage's function; seconds where a stage needs none
+    if torch := sys.modules.get("torch"):  # imported with the stage's function if it needs torch
         torch.manual_seed(seed)
 
 
@@ -92,7 +92,7 @@ def run(
     root = Path.cwd()
     recipe = load_recipe(root, None)
     layout = Layout(root)
-    # Where stages replace whole folders: a killed one may have moved away what this one reads.
+    # A killed stage may have renamed a folder that this one reads.
     for folder in (layout.data, layout.models, layout.report("distill"), layout.report("evaluate")):
         recover_dirs(folder)
     extra, function = _extra(recipe, stage, item), _function(stage)
@@ -102,15 +102,15 @@ def run(
     section = recipe.registration() if stage == "register" else getattr(recipe, stage)
     params = {"name": recipe.name, "seed": recipe.seed, **section.model_dump(mode="json")}
     first_rank = int(os.environ.get("RANK", "0")) == 0
-    if not first_rank:  # torchrun started this: only the first rank reports
+    if not first_rank:  # under torchrun only rank 0 reports
         function(section, root, recipe.seed, **extra)
         return
     with stage_run(stage, item, params, root) as tracked:
         result = function(section, root, recipe.seed, **extra)
         write_json(layout.result(stage, item), result)
-        # A training's last row is in MLflow already, as the end of each curve.
+        # MLflow already has a training's last row, as the end of each curve.
         tracked.log_result(_without_last(result))
-    if "run_key" in result:  # a training; what is kept of students stays for runs that change another one
+    if "run_key" in result:  # a training; results of students stay cached for later runs
         load(FORGET)(root, result["run_key"])
 
 
@@ -120,7 +120,7 @@ def _without_last(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run, and turn every error into one clear line and an exit code; a defect shows its traceback before."""
+    """Run a stage; convert errors into one line and an exit code, after the traceback of a defect."""
     lines = logging.StreamHandler()
     lines.setFormatter(LevelFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
@@ -130,26 +130,26 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Exception as error:
-        sys.exit(_tell(error))
+        sys.exit(_report_error(error))
 
 
-def _tell(error: Exception) -> int:
-    """Say what went wrong, and return the exit code."""
+def _report_error(error: Exception) -> int:
+    """Log an error and return its exit code."""
     found = known(error)
-    told = found or defect(error, where_logged(error))
-    said = sentence(told)
+    shown = found or defect(error, where_logged(error))
+    message = error_message(shown)
     if isinstance(found, OutOfMemoryError):
-        said = f"{said}; {memory_advice(sys.argv)}"
-    if not _said_by_another_rank(said):
+        message = f"{message}; {memory_advice(sys.argv)}"
+    if not _logged_by_another_rank(message):
         if found is None or tracebacks_shown():
             print_traceback(error)
-        for line in said.splitlines():
+        for line in message.splitlines():
             log.error("%s%s", ERROR, line)
-    return told.exit_code
+    return shown.exit_code
 
 
-def _said_by_another_rank(text: str) -> bool:
-    """Whether another rank of this machine ends with the same words; torchrun gives them folders side by side."""
+def _logged_by_another_rank(text: str) -> bool:
+    """Return whether another rank of this machine logged the same text, by a marker file in torchrun's folder."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if own is None:
         return False

@@ -1,4 +1,4 @@
-"""A whole run's parameters: what `params.yaml` holds, and what a recipe file names."""
+"""All parameters of a run, as in `params.yaml` and in recipe files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recipe(Config):
-    """Every parameter of a run, one section a stage."""
+    """All parameters of a run, one section per stage."""
 
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)  # of the registered model
     seed: int = Field(ge=0, lt=2**31)
@@ -84,22 +84,22 @@ class Recipe(Config):
         return self
 
     def registration(self) -> RegisterConfig:
-        """What the register stage reads."""
+        """Return the settings of the register stage."""
         evaluate = self.evaluate
         return RegisterConfig(preprocessing=evaluate.preprocessing, gates=self.gates, champions=evaluate.champions)
 
     def trainings(self) -> dict[str, TrainingConfig]:
-        """The stages that train, by name."""
+        """Return the configurations of the training stages, by name."""
         return {"pretrain": self.pretrain, "adapt": self.adapt, "distill": self.distill}
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with Pedigree."""
+    """Return the names of the bundled recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(root: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:
-    """Read the named recipe, or `root`'s own `params.yaml`, with `KEY=VALUE` overrides, and check all of it.
+    """Read and validate the named recipe, or `root`'s `params.yaml`, with `KEY=VALUE` overrides.
 
     Raises:
         ConfigError: an unknown recipe, an unreadable file, or a value that is not allowed.
@@ -112,14 +112,14 @@ def load_recipe(root: Path, name: str | None, overrides: Iterable[str] = ()) -> 
 
 
 def _shortened(values: dict[str, Any], overrides: list[str]) -> Iterator[str]:
-    """Overrides that bring what a training begins with into proportion, where an override makes it shorter."""
+    """Yield overrides that scale the initial phases of trainings that an override shortens."""
     keys = {override.partition("=")[0].strip() for override in overrides}
     longer = [override for override in overrides if not override.strip().startswith(STEPS)]
     if len(longer) == len(overrides):
         return
     try:
         before = validate(Recipe, apply_overrides(values, longer), PARAMS_FILE)
-    except ConfigError:  # told, once all overrides are set
+    except ConfigError:  # reported later, with all overrides applied
         return
     after = apply_overrides(values, overrides)
     for stage, config in before.trainings().items():
@@ -132,11 +132,11 @@ def _shortened(values: dict[str, Any], overrides: list[str]) -> Iterator[str]:
         shorter = {key: old * steps // config.steps for key, old in phases.items()}
         changes = [f"{key} {phases[key]} -> {new}" for key, new in shorter.items() if new != phases[key]]
         if changes:
-            _tell(f"{stage}.steps is {steps} instead of {config.steps}, so in proportion: {', '.join(changes)}")
+            _log_once(f"{stage}.steps is {steps} instead of {config.steps}, so in proportion: {', '.join(changes)}")
         yield from (f"{stage}.{key}={new}" for key, new in shorter.items() if new != phases[key])
 
 
 @cache
-def _tell(line: str) -> None:
-    """Log a line once in this process: a run reads its recipe several times."""
+def _log_once(line: str) -> None:
+    """Log a line once per process, because a run reads its recipe several times."""
     logger.info(line)

@@ -1,6 +1,6 @@
-"""The stages by name: the function of each, and what is called before and after a training.
+"""Functions of the stages by name, and those called before and after a training.
 
-Names and no imports, so that each stage loads only its own code, and `lineage.code` can tell which code that is.
+They are names rather than imports, so that each stage loads only its own code, which `lineage.code` can determine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 PREPARE_STREAM = "components.lineage.streaming:prepare_stream"
 FORGET = "components.training.delivery:forget"
-STAGES = {  # the first is the stage's function
+STAGES = {  # first the stage's function
     "embed": ("components.curation.stage:embed",),
     "curate": ("components.curation.stage:curate",),
     "pretrain": ("components.pretraining.stage:run", PREPARE_STREAM, FORGET),
@@ -21,7 +21,7 @@ STAGES = {  # the first is the stage's function
     "register": ("components.registry.stage:run",),
 }
 
-SAVES_MEMORY = {  # by stage; trainings have it all alike
+SAVES_MEMORY = {  # by stage; trainings share their advice
     "embed": "lower embed.workers, or batch_size of its embedders",
     "curate": "lower curate.workers",
     "evaluate": "lower evaluate.batch_size or evaluate.num_workers",
@@ -29,7 +29,7 @@ SAVES_MEMORY = {  # by stage; trainings have it all alike
 
 
 def memory_advice(command: Iterable[str]) -> str:
-    """What to do where a stage's memory ran out, by the command line that names the stage."""
+    """Return advice on out-of-memory for the stage that a command line names."""
     stage = next((word for word in command if word in STAGES), "")
     if PREPARE_STREAM in STAGES.get(stage, ()):
         return f"lower {stage}.batch_size or {stage}.stream.num_workers, or set {stage}.activation_checkpointing=full"

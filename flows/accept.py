@@ -1,4 +1,4 @@
-"""Acceptance: a person says that a change of code does not matter, and the last outputs stand for the new code."""
+"""Accept a code change as irrelevant to a stage's outputs, so that the last outputs are reused."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The stages to accept, by name (`evaluate` means all its items), and why."""
+    """Stages to accept by name (`evaluate` means all its items), and the reason."""
 
     stages: Sequence[str]
     reason: str
 
     @classmethod
     def parse(cls, stages: Sequence[str], reason: str | None) -> Acceptance:
-        """Check that both were given.
+        """Validate the options.
 
         Raises:
-            ConfigError: only one of them.
+            ConfigError: stages or reason are missing.
         """
         if not stages:
             raise ConfigError("--reason says why a stage is accepted; name the stage too: --accept STAGE")
@@ -41,20 +41,20 @@ class Acceptance:
         return cls(stages, str(reason).strip())
 
     def record(self, checkout: Path, recipe: Recipe, sources: Sequence[str] | None) -> list[str]:
-        """Write the acceptances, so that a run of this recipe and code takes the last run's outputs.
+        """Record the acceptances, so that a run of this recipe and code reuses the last run's outputs.
 
-        The event is written first: a process that dies after it is repeated, and finds the event.
+        The audit event is written first; a repeated call after a crash finds it.
 
         Returns:
-            The stages of which there was something to accept.
+            The accepted stages.
 
         Raises:
-            ConfigError: no such stage, or more than the code of one has changed; nothing is written then.
-            RecordError: the audit log is broken or does not take the event.
-            LedgerError: the outputs of the last run are gone.
+            ConfigError: a stage is unknown, or more than its code has changed; nothing is written.
+            RecordError: the audit log is broken or refuses the event.
+            LedgerError: the outputs of the last run are missing.
         """
         with open_preview(checkout, recipe, choose(checkout, sources)) as preview:
-            steps = _asked(preview.steps, self.stages)
+            steps = _selected(preview.steps, self.stages)
             if refused := [line for step in steps if (line := _refusal(step, steps, preview.last_run))]:
                 raise ConfigError("\n".join(refused))
             for step in steps:
@@ -65,16 +65,16 @@ class Acceptance:
         return [step.stage for step in steps]
 
 
-def _asked(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
-    """The steps of the named stages that would not be as in a run before, in an order in which they can run."""
+def _selected(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
+    """Return the steps of the named stages that would run, in topological order."""
     for name in names:
         if not any(name in (step.stage, step.stage.partition("@")[0]) for step in steps):
             raise ConfigError(f"--accept {name}: no such stage; known: {', '.join(step.stage for step in steps)}")
-    asked = [step for step in steps if {step.stage, step.stage.partition("@")[0]} & set(names)]
-    for step in asked:
+    selected = [step for step in steps if {step.stage, step.stage.partition("@")[0]} & set(names)]
+    for step in selected:
         if not _to_accept(step):
             log.info("%s: %s, so there is nothing to accept", step.stage, step.outcome)
-    return [step for step in asked if _to_accept(step)]
+    return [step for step in selected if _to_accept(step)]
 
 
 def _to_accept(step: Step) -> bool:
@@ -82,7 +82,7 @@ def _to_accept(step: Step) -> bool:
 
 
 def _refusal(step: Step, accepted: Sequence[Step], last_run: str | None) -> str | None:
-    """Why a stage cannot be accepted; None: its code is all that has changed, or what it needs is accepted too."""
+    """Explain why a stage cannot be accepted; None if only its code or accepted stages have changed."""
     if last_run is None:
         return f"--accept {step.stage}: no run has finished yet, so there are no outputs to accept"
     if others := [f"{change.kind}: {change.what}" for change in step.changes if change.kind != "code"]:
@@ -93,7 +93,7 @@ def _refusal(step: Step, accepted: Sequence[Step], last_run: str | None) -> str 
 
 
 def _write_event(name: str, step: Step, preview: Preview, reason: str) -> Entry:
-    """Write who accepts what, unless the log has it: the process before this one died after it."""
+    """Write the acceptance to the audit log, unless a crashed process already has."""
     from components.registry.promote import who
 
     assert preview.last is not None

@@ -1,6 +1,6 @@
-"""Which recipe fits a run's images and this machine, and what the run's own recipe would miss.
+"""Advise which recipe fits a run's images and this machine.
 
-Only two columns of the manifests are read, so that it takes no time for a pool of any size.
+Only two columns of the manifests are read, which is fast for a pool of any size.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from flows.sources import POOL, SAMPLE, snapshots
 logger = logging.getLogger(__name__)
 
 ON_GPU, ON_CPU, CONTINUED = "own-images-gpu", "own-images-cpu", "continue-dinov2"
-ENOUGH_IMAGES = 1_000_000  # to train from random weights, by lightly-train's documentation of its method dinov2
-HEAVY = 10  # times the operations of the recipe that fits
+ENOUGH_IMAGES = 1_000_000  # for training from random weights, by lightly-train's documentation of its method dinov2
+HEAVY = 10  # times the operations of the fitting recipe
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe is chosen by.
+    """Criteria for choosing a recipe.
 
     Args:
-        num_images: of the run's sources, duplicates included.
+        num_images: of the run's sources, including duplicates.
         median_side: pixels of the shorter side.
-        gpu: whether training would find one.
+        gpu: whether training would use one.
     """
 
     num_images: int
@@ -46,14 +46,14 @@ class Facts:
 def advise(
     checkout: Path, recipe: Recipe, entries: Sequence[str], command: Sequence[str], chosen: str | None = None
 ) -> None:
-    """Log what does not fit, and the command for the recipe that does; nothing where the recipe fits.
+    """Log what does not fit, and the command for a fitting recipe; log nothing if the recipe fits.
 
     Args:
         checkout: Pedigree's folder.
         recipe: all parameters of the run.
-        entries: the snapshots that the run takes, as SOURCE/SNAPSHOT.
-        command: words that started the run, without its recipe and settings.
-        chosen: name of the recipe, where the command names one.
+        entries: snapshots of the run, as SOURCE/SNAPSHOT.
+        command: words of the command, without recipe and settings.
+        chosen: name of the recipe, if the command has one.
     """
     folders = {one.folder: one.source for one in snapshots(checkout, entries) if one.collection == POOL}
     facts = None if set(folders.values()) == {SAMPLE} else _facts(folders)
@@ -73,7 +73,7 @@ def advise(
 
 
 def misfits(recipe: Recipe, fitting: Recipe, facts: Facts) -> Iterator[str]:
-    """What the recipe would miss of the images or ask of the machine, where the fitting one does better."""
+    """Yield how the recipe wastes images or exceeds the machine, compared with the fitting one."""
     size, better = recipe.pretrain.crops.global_size, fitting.pretrain.crops.global_size
     if size < better <= facts.median_side:
         yield f"it trains on crops of {size} pixels, not {better}"
@@ -89,7 +89,7 @@ def misfits(recipe: Recipe, fitting: Recipe, facts: Facts) -> Iterator[str]:
 
 
 def _operations(recipe: Recipe) -> float:
-    """Of pretraining, in proportion: weights x patches x images."""
+    """Return a number proportional to the operations of pretraining: weights x patches x images."""
     config = recipe.pretrain
     crops, patch = config.crops, config.backbone.patch_size
     patches = NUM_GLOBAL * (crops.global_size // patch) ** 2 + crops.num_local * (crops.local_size // patch) ** 2
@@ -97,7 +97,7 @@ def _operations(recipe: Recipe) -> float:
 
 
 def _facts(folders: Iterable[Path]) -> Facts | None:
-    """Facts of these snapshots; None where one is not in this checkout."""
+    """Collect the criteria from snapshots; None if one is not in this checkout."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -106,7 +106,7 @@ def _facts(folders: Iterable[Path]) -> Facts | None:
 
     try:
         tables = [pq.read_table(folder / MANIFEST, columns=["width", "height"]) for folder in folders]
-    except (OSError, pa.ArrowInvalid):  # the stages say what is wrong with it, once it is fetched
+    except (OSError, pa.ArrowInvalid):  # the stages report problems after fetching it
         return None
     sides = [np.minimum(one["width"].to_numpy(), one["height"].to_numpy()) for one in tables]
     count = sum(map(len, sides))
@@ -114,6 +114,6 @@ def _facts(folders: Iterable[Path]) -> Facts | None:
 
 
 def has_gpu() -> bool:
-    """Whether training would find a GPU: a device of NVIDIA or AMD, and a build of torch for one; torch stays out."""
+    """Return whether there is an NVIDIA or AMD device and a torch build for it, without importing torch."""
     devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
     return bool(devices) and not metadata.version("torch").endswith("+cpu")

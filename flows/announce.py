@@ -1,9 +1,8 @@
-"""Tell Prefect which snapshots the pool has gained, each exactly once, and find the retraining that this starts.
+"""Send Prefect one event for each new snapshot of the pool, and find the retraining that it starts.
 
-`.pedigree/unannounced/SOURCE/SNAPSHOT` holds the id of the event that a stored snapshot still needs. The file is
-written before `dvc add` and moved to `.pedigree/announced` after Prefect has taken the event, so an ingest that fails
-or is killed in between leaves it to the next ingest of that source. The id stays the same, and Prefect is asked for it
-before it is sent.
+`.pedigree/unannounced/SOURCE/SNAPSHOT` holds the id of a snapshot's pending event. The file is written before `dvc add`
+and moved to `.pedigree/announced` after Prefect has accepted the event; if an ingest fails in between, the next ingest
+of the source sends it. The event keeps its id, and is sent only if Prefect does not have it.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
     from prefect.client.schemas.responses import DeploymentResponse
 
-POOL_GROWN = "pedigree.pool.grown"  # prefect.yaml starts retraining on it
-LISTENER = "retrain/on-new-images"  # the deployment that waits for it
+POOL_GROWN = "pedigree.pool.grown"  # triggers retraining, see prefect.yaml
+LISTENER = "retrain/on-new-images"  # the triggered deployment
 UNANNOUNCED, ANNOUNCED = RELATIVE.state / "unannounced", RELATIVE.state / "announced"
-WAIT_SECONDS = 30.0  # for the run that an enabled trigger makes: 1 to 2 s on a machine that is not busy
+WAIT_SECONDS = 30.0  # for the triggered run: 1 to 2 s on an idle machine
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """What the event of one snapshot has started; `flow_run` and `url` are None where it started nothing."""
+    """Retraining started by a snapshot's event; `flow_run` and `url` are None if there is none."""
 
     snapshot: str
     images: int
     deployment: str = LISTENER
     flow_run: str | None = None
     url: str | None = None
-    note: str | None = None  # what is missing, and what to do
+    note: str | None = None  # problem and advice
 
     def __str__(self) -> str:
         if self.flow_run is None:
@@ -60,7 +59,7 @@ class Retraining:
 
 
 def remember_untracked(source: Path) -> None:
-    """Note an event for each snapshot of a pool's source that DVC does not know yet."""
+    """Create a pending event for each snapshot of a pool's source that DVC does not track yet."""
     for folder in sorted(path for path in source.glob("[0-9a-f]*") if path.is_dir()):
         places = [home / source.name / folder.name for home in (UNANNOUNCED, ANNOUNCED)]
         if not any(place.exists() for place in (folder.with_name(f"{folder.name}.dvc"), *places)):
@@ -68,28 +67,28 @@ def remember_untracked(source: Path) -> None:
 
 
 def forget_snapshots(source: Path) -> None:
-    """Drop the events that the source's snapshots still need: no later ingest sends them."""
+    """Drop the pending events of a source, so that no later ingest sends them."""
     for note in _notes(source):
         _settle(note)
 
 
 def announce_snapshots(source: Path) -> list[Retraining]:
-    """Send the events that the source's snapshots still need, and say what each has started.
+    """Send the pending events of a source, and return the retraining that each has started.
 
     Raises:
-        ServiceError: Prefect does not answer or refuses.
+        ServiceError: Prefect does not answer or refused.
     """
     return [_announce_one(source / note.name, note) for note in _notes(source)]
 
 
 def _notes(source: Path) -> list[Path]:
-    """The notes of the source's snapshots that are still there."""
+    """Return the pending event files of the source's existing snapshots."""
     notes = sorted((UNANNOUNCED / source.name).glob("[0-9a-f]*"))
     return [note for note in notes if (source / note.name).is_dir()]
 
 
 def _settle(note: Path) -> None:
-    """Nothing is to be sent for this snapshot any more."""
+    """Mark an event as sent."""
     settled = ANNOUNCED / note.relative_to(UNANNOUNCED)
     settled.parent.mkdir(parents=True, exist_ok=True)
     note.replace(settled)
@@ -103,7 +102,7 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
         resource=Resource({"prefect.resource.id": f"pedigree.pool.{snapshot.parent.name}"}),
         payload={"images": images, "snapshot": snapshot.name},
     )
-    told = Retraining(snapshot.name, images)
+    result = Retraining(snapshot.name, images)
     try:
         with get_client(sync_client=True) as client:
             listener = _listener(client)
@@ -111,15 +110,15 @@ def _announce_one(snapshot: Path, note: Path) -> Retraining:
             if client.read_events(EventFilter(id=EventIDFilter(id=[event.id])), limit=1).events:
                 _settle(note)
                 return replace(
-                    told, note=f"an ingest that was cut short had sent the event; see the runs of {LISTENER}"
+                    result, note=f"an ingest that was cut short had sent the event; see the runs of {LISTENER}"
                 )
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
             _settle(note)
-            return _found(client, listener, before, told)
+            return _found(client, listener, before, result)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
         if not note.exists():
-            return replace(told, note=f"Prefect took the event but does not say what it started ({reason})")
+            return replace(result, note=f"Prefect took the event but does not say what it started ({reason})")
         raise ServiceError(
             f"the images are stored, but Prefect did not take the event that starts a retraining ({reason}); "
             "ingest the source again to send it"
@@ -134,7 +133,7 @@ def _listener(client: SyncPrefectClient) -> DeploymentResponse | None:
 
 
 def _started(client: SyncPrefectClient, listener: DeploymentResponse | None) -> list[FlowRun]:
-    """The newest runs that the deployment's trigger has made."""
+    """Return the newest runs that the deployment's trigger has created."""
     if listener is None:
         return []
     chosen = DeploymentFilter(id=DeploymentFilterId(any_=[listener.id]))
@@ -143,24 +142,24 @@ def _started(client: SyncPrefectClient, listener: DeploymentResponse | None) -> 
 
 
 def _found(
-    client: SyncPrefectClient, listener: DeploymentResponse | None, before: set[UUID], told: Retraining
+    client: SyncPrefectClient, listener: DeploymentResponse | None, before: set[UUID], result: Retraining
 ) -> Retraining:
-    """Wait for the run that was not there before the event."""
+    """Wait for the run that the event triggers."""
     if listener is None:
-        return replace(told, note=f"Prefect has no deployment {LISTENER}; `prefect deploy --all` makes it")
+        return replace(result, note=f"Prefect has no deployment {LISTENER}; `prefect deploy --all` makes it")
     automations = client.read_resource_related_automations(f"prefect.deployment.{listener.id}")
     if not any(automation.enabled for automation in automations):
         return replace(
-            told, note=f"the trigger of {LISTENER} is off; switch it on in Prefect's page, under Automations"
+            result, note=f"the trigger of {LISTENER} is off; switch it on in Prefect's page, under Automations"
         )
     until = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < until:
         if new := [run for run in _started(client, listener) if run.id not in before]:
             run = new[-1]
             where = url_for("flow-run", obj_id=run.id)
-            return replace(told, flow_run=str(run.id), url=where, note=_missing_worker(client, listener))
+            return replace(result, flow_run=str(run.id), url=where, note=_missing_worker(client, listener))
         time.sleep(0.5)
-    return replace(told, note=f"the trigger of {LISTENER} made no run in {WAIT_SECONDS:.0f} s; look at Prefect's log")
+    return replace(result, note=f"the trigger of {LISTENER} made no run in {WAIT_SECONDS:.0f} s; look at Prefect's log")
 
 
 def _missing_worker(client: SyncPrefectClient, listener: DeploymentResponse) -> str | None:

@@ -42,8 +42,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         sys.stdout.write(f"pedigree {metadata.version('pedigree')}\n")
         raise typer.Exit
 
@@ -86,7 +86,7 @@ app.add_typer(sources_app, name="sources")
 
 
 class _Plain(logging.Formatter):
-    """Only the message of what a person, the data or a service can cause; Prefect's page has its traceback."""
+    """Show only the message of an expected error; Prefect's page has its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         error = record.exc_info[1] if record.exc_info else None
@@ -96,8 +96,8 @@ class _Plain(logging.Formatter):
 def main() -> None:
     """Entry point of the `pedigree` command."""
     screen.setFormatter(_Plain())
-    # Prefect's last word on each task and flow: what failed is told by the stage and by us, the rest only waited. And
-    # its names for runs, which become ours, and its hooks.
+    # Hide Prefect's messages on ends of tasks and flows, which the stages and this command report themselves, and those
+    # on its run names and hooks.
     screen.addFilter(lambda record: not record.getMessage().startswith(PREFECTS_OWN))
     logging.basicConfig(level=logging.WARNING, handlers=[screen])
     for ours in ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_runs"):

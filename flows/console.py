@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live display on a terminal; elsewhere plain lines, each with its time."""
+"""Display of a run: live on a terminal, elsewhere lines with times."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from rich.text import Text
 
 from components.core.progress import ProgressLine, clock
 
-DETAIL = {"detail": True}  # `extra` of a log line that the live display makes superfluous
-LOG_EVERY_SECONDS = 9.0  # progress of one piece of work, in logs; a long one says it every 10 s
+DETAIL = {"detail": True}  # `extra` of log lines that the live display replaces
+LOG_EVERY_SECONDS = 9.0  # between log lines on the same work, which reports every 10 s
 BAR_WIDTH = 20
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
 @dataclass
 class _Work:
-    """Something that goes on now: a stage, or work of this process."""
+    """Work in progress: a stage, or a task of this process."""
 
     doing: str
     begun: float
-    line: ProgressLine | None = None  # the newest
+    line: ProgressLine | None = None  # the latest
     seen: float = 0.0  # when it came
     logged: float = float("-inf")
 
     @property
     def seconds_left(self) -> float | None:
-        """By the newest line, less the time since."""
+        """Remaining time by the latest line, minus the time since."""
         if self.line is None or self.line.seconds_left is None:
             return None
         return max(self.line.seconds_left - (time.monotonic() - self.seen), 0.0)
 
 
 class Board:
-    """Where a run stands, as rich renders it. Threads may share one."""
+    """State of a run, rendered by rich. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.plan([], {})
 
     def plan(self, stages: Sequence[str], trainings: Mapping[str, tuple[int, int]]) -> None:
-        """A run begins.
+        """Start displaying a run.
 
         Args:
             stages: their names, in order.
-            trainings: steps and batch size of those that train.
+            trainings: steps and batch size of the training stages.
         """
         with self._lock:
             self._stages, self._trainings = list(stages), dict(trainings)
@@ -64,7 +64,7 @@ class Board:
 
     @contextmanager
     def working(self, name: str, what: str) -> Iterator[None]:
-        """Show a stage, or other work, inside the block."""
+        """Display a stage or other work inside the block."""
         self.doing(name, what)
         try:
             yield
@@ -76,13 +76,13 @@ class Board:
                 self._now.pop(name, None)
 
     def doing(self, name: str, what: str) -> None:
-        """A piece of work that tells no progress."""
+        """Set the description of work without progress."""
         with self._lock:
             work = self._now.setdefault(name, _Work(what, time.monotonic()))
             work.doing, work.line = what, None
 
     def move(self, name: str, line: ProgressLine) -> bool:
-        """Take note of progress; returns whether it is time to log it."""
+        """Update progress; return whether to log it now."""
         with self._lock:
             now = time.monotonic()
             work = self._now.setdefault(name, _Work(line.what, now))
@@ -90,12 +90,12 @@ class Board:
             if line.unit == "steps" and name in self._trainings:
                 self._images_per_second = line.rate * self._trainings[name][1]
             ended = line.done >= line.total
-            due = ended or now - work.logged >= LOG_EVERY_SECONDS
-            if due:
+            should_log = ended or now - work.logged >= LOG_EVERY_SECONDS
+            if should_log:
                 work.logged = now
             if ended and name not in self._stages:
                 del self._now[name]
-            return due
+            return should_log
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width // 8, BAR_WIDTH)
@@ -105,7 +105,7 @@ class Board:
         if rows:
             grid = Table.grid(padding=(0, 1), expand=True)
             for style in ("dim", "bold", "", ""):
-                # Cropped, since a terminal without UTF-8 shows rich's ellipsis as six characters.
+                # Cropped, because rich's ellipsis takes six characters on a terminal without UTF-8.
                 grid.add_column(no_wrap=True, overflow="crop", style=style)
             grid.columns[-1].ratio = 1
             for row in rows:
@@ -124,7 +124,7 @@ class Board:
         left = "" if work.seconds_left is None else f"{clock(work.seconds_left)} left, "
         what = "" if line.what == name else f"{line.what}: "
         note = line.note or f"{line.rate:.1f} {line.unit}/s"
-        # What matters most comes first: a narrow terminal crops the rest.
+        # The most important part first, because narrow terminals crop the rest.
         return number, name, bar, f"{what}{left}{note}, {line.done}/{line.total} {line.unit}, {elapsed} so far"
 
     def _summary(self) -> str:
@@ -133,7 +133,7 @@ class Board:
         return said if left is None else f"{said}; training takes about {clock(left)} more, at this speed"
 
     def _training_left(self) -> float | None:
-        """Seconds that all trainings still take at the speed of the newest one; None before that has one."""
+        """Return the remaining seconds of all trainings at the speed of the latest one; None if unknown."""
         if not self._images_per_second:
             return None
         now = {name: work.seconds_left for name, work in self._now.items() if work.line is not None}
@@ -149,7 +149,7 @@ board = Board()  # of this process's run
 
 
 class Screen(logging.Handler):
-    """Log records on stderr: as they are, and while `shown` with their times, or above the live display."""
+    """Write log records to stderr; inside `shown` with times, or above the live display."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,15 +161,15 @@ class Screen(logging.Handler):
         try:
             if (text := self._text(record)) is not None:
                 self._write(text, record)
-        except Exception:  # as all handlers of `logging`
+        except Exception:  # as in all handlers of `logging`
             self.handleError(record)
 
     def _text(self, record: logging.LogRecord) -> str | None:
-        """The lines of a record; None where they are not shown."""
-        progress = ProgressLine.parse(record.getMessage())  # of this process; a stage's has its name in front
+        """Return the text of a record; None if it is hidden."""
+        progress = ProgressLine.parse(record.getMessage())  # of this process; a stage's line has its name as prefix
         if progress is not None:
-            due = board.move(progress.what, progress)
-            return f"{progress.what}: {progress.figures}" if due and self.console is None else None
+            should_log = board.move(progress.what, progress)
+            return f"{progress.what}: {progress.figures}" if should_log and self.console is None else None
         if self.console is not None and getattr(record, "detail", False):
             return None
         if record.name == self.said_at_end and record.levelno < logging.WARNING:
@@ -193,11 +193,11 @@ screen = Screen()  # of this process
 
 @contextmanager
 def shown(quiet: bool = False, said_at_end: str = "") -> Iterator[None]:
-    """Show on stderr what goes on inside the block; stdout is kept for the command's result.
+    """Display progress and logs on stderr inside the block; stdout is reserved for the command's result.
 
     Args:
         quiet: only warnings and errors.
-        said_at_end: a logger whose lines the command's result repeats, so that they are not shown before.
+        said_at_end: a logger whose lines are hidden, because the command's result repeats them.
     """
     console = Console(stderr=True, highlight=False)
     live = sys.stderr.isatty() and console.is_interactive and not quiet

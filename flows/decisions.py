@@ -1,7 +1,7 @@
-"""What Prefect is told of candidates and decisions, and what it knows of requests for a decision.
+"""Send events on candidates and decisions to Prefect, and read its requests for decisions.
 
-A request is a suspended run of `promote/review`. Prefect asks; the audit log is the record. So a decision stands even
-where Prefect is away, and a request whose candidate was decided on elsewhere ends when it is resumed.
+A request is a suspended run of `promote/review`. The audit log is the record: a decision is valid even if Prefect does
+not answer, and a request for a candidate that was decided on elsewhere ends when it is resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_RUNS = 200
 
 
 def announce(done: Decision) -> list[str]:
-    """Send the event of a decision, and end the request for it; returns what could not be done.
+    """Send the event of a decision, and end the request for it; return lines on what failed.
 
     The event of a promotion or a rollback is `pedigree.model.promoted`, on which `prefect.yaml` can start a run.
     """
@@ -54,7 +54,7 @@ def announce_candidate(version: str, digest: str) -> None:
 
 
 def open_requests() -> dict[str, str]:
-    """Candidates that wait for a decision in Prefect's page, with the address of the request."""
+    """Return the candidates that wait for a decision in Prefect's page, with the address of the request."""
     if not os.environ.get("PREFECT_API_URL"):
         return {}
     from httpx import HTTPError
@@ -70,7 +70,7 @@ def open_requests() -> dict[str, str]:
 
 
 def _send(event: str, resource: str, what: str, payload: Mapping[str, Any]) -> None:
-    """Send an event whose id follows from what it tells, unless Prefect has it."""
+    """Send an event whose id is derived from its content, unless Prefect has it."""
     from prefect.client.orchestration import get_client
     from prefect.events import Event, Resource
     from prefect.events.filters import EventFilter, EventIDFilter

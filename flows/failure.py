@@ -1,4 +1,4 @@
-"""How a flow run ends where an error ended it: one line as its state's message, and a defect's traceback in its log."""
+"""Final state of a failed flow run: one line as its message, and a defect's traceback in its log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from components.core.errors import ServiceError, defect, known, tracebacks_shown
 
-if TYPE_CHECKING:  # the command line does not wait for Prefect
+if TYPE_CHECKING:  # importing Prefect is slow
     from prefect import State
 
 
 def failed(error: Exception) -> State[Any]:
-    """The state of a flow run that `error` ended; its data is the error to be shown, with its exit code."""
+    """Return the final state of a flow run after `error`; its data is the error to print, with its exit code."""
     from httpx import HTTPError
     from prefect import get_run_logger
     from prefect.states import Failed
@@ -20,12 +20,12 @@ def failed(error: Exception) -> State[Any]:
     found = prefect_is_away(error) if isinstance(error, HTTPError) else known(error)
     if found is None or tracebacks_shown():
         get_run_logger().error("%s ended the run", type(error).__name__, exc_info=error)
-    told = found or defect(error, "in the log")
-    return Failed(message=str(told) or type(told).__name__, data=told)
+    shown = found or defect(error, "in the log")
+    return Failed(message=str(shown) or type(shown).__name__, data=shown)
 
 
 def prefect_is_away(error: Exception) -> ServiceError:
-    """The error to be shown where Prefect's client has raised `error`."""
+    """Return the error to print for an exception of Prefect's client."""
     address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     reason = str(error) or type(error).__name__
     advice = "`pedigree up` starts it. What was finished is kept: run again"

@@ -1,6 +1,6 @@
-"""Runs and `pedigree gc` keep out of each other's way: many runs at once, or one gc, over all clones of one repository.
+"""Exclude runs and `pedigree gc` from each other: many concurrent runs, or one gc, for all worktrees of a repository.
 
-A run holds the lock from before its first commit to its end, so a gc never sees outputs between a stage and its commit.
+A run holds the lock from before its first commit to its end, so that gc never sees outputs that are not yet committed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def no_gc_beside(checkout: Path) -> Iterator[None]:
-    """Hold off `pedigree gc` until a run has ended; wait for one that works."""
+    """Exclude `pedigree gc` inside the block; wait for a running one."""
     with _lock_file(checkout) as file:
         if not try_lock(file, shared=True):
             log.warning("`pedigree gc` is working; the run starts when it has ended")
@@ -31,17 +31,17 @@ def no_gc_beside(checkout: Path) -> Iterator[None]:
 
 @contextmanager
 def no_run_beside(checkout: Path) -> Iterator[None]:
-    """Hold off runs until `pedigree gc` has ended.
+    """Exclude runs inside the block, for `pedigree gc`.
 
     Raises:
-        WorkspaceError: a run goes on, or another gc.
+        WorkspaceError: a run or another gc is in progress.
     """
     with _lock_file(checkout) as file:
         free = try_lock(file)
         running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
         if running or not free:
             who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
-            raise WorkspaceError(f"{who} goes on; nothing was removed: `pedigree gc` again when it has ended")
+            raise WorkspaceError(f"{who} is in progress; nothing was removed: run `pedigree gc` again once it ends")
         yield
 
 

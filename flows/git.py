@@ -1,4 +1,4 @@
-"""What a run needs of the checkout's git repository."""
+"""Check the checkout's git repository for a run."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ from components.core.git import call_git, try_git
 
 
 class WorkspaceError(PedigreeError):
-    """The checkout cannot give a run its folder; the message says why and what to do."""
+    """A run's workspace cannot be created; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The commit that a checkout is at, and git's index of it."""
+    """The current commit of a checkout, and its index file."""
 
     commit: str
     index: Path
 
 
 def head_commit(checkout: Path) -> str:
-    """Return the commit that the checkout is at.
+    """Return the checkout's current commit.
 
     Raises:
-        WorkspaceError: not a git repository of which the checkout is the top folder, that of another user, or one
-            without a commit.
+        WorkspaceError: not the top folder of a git repository, owned by another user, or without a commit.
         GitError: git is missing.
     """
     return head(checkout).commit
 
 
 def head(checkout: Path) -> Head:
-    """Return the checkout's commit and index, as `head_commit` does."""
-    asked = ("--is-inside-work-tree", "--show-prefix", "--git-path", "index", "--show-superproject-working-tree")
-    done = call_git(checkout, "rev-parse", *asked)
+    """Return the checkout's commit and index, with the checks of `head_commit`."""
+    queries = ("--is-inside-work-tree", "--show-prefix", "--git-path", "index", "--show-superproject-working-tree")
+    done = call_git(checkout, "rev-parse", *queries)
     refused = done.stderr.decode(errors="replace")
-    if done.returncode and "not a git repository (or any" not in refused:  # it belongs to another user
+    if done.returncode and "not a git repository (or any" not in refused:  # owned by another user
         raise WorkspaceError(f"git: {' '.join(refused.split())}")
     said = done.stdout.decode(errors="surrogateescape")
     inside, prefix, index, above = (*said.split("\n"), "", "", "", "")[:4]
@@ -48,7 +47,7 @@ def head(checkout: Path) -> Head:
             f"{checkout} is the folder {prefix} of a git repository, and a run is a commit of a whole repository: "
             "clone Pedigree into a repository of its own"
         )
-    if above and (checkout / ".git").is_file():  # its git folder is in the one above, where DVC takes it to be
+    if above and (checkout / ".git").is_file():  # its git folder is in the parent's, which DVC does not support
         raise WorkspaceError(
             f"{checkout} is a submodule of {above}, and DVC cannot work in one: clone Pedigree into a folder of its own"
         )

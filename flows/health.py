@@ -1,7 +1,7 @@
-"""What a run needs, checked piece by piece: this machine, the checkout, S3, MLflow and Prefect.
+"""Check the requirements of a run: this machine, the checkout, S3, MLflow and Prefect.
 
-A check yields findings and changes nothing: what it writes to see whether it can be written is removed again. A check
-that raises is one red finding, and those after it in its group, which need what it needs, are left out.
+A check yields findings and changes nothing; probes that it writes are removed. A check that raises yields one red
+finding, and later checks of its group, which depend on it, are skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.core.errors import PedigreeError, ServiceError, sentence
+from components.core.errors import PedigreeError, ServiceError, error_message
 from components.core.layout import Layout
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 GREEN, YELLOW, RED = "green", "yellow", "red"
 GIB = 1024**3
 FREE_RED_GIB, FREE_YELLOW_GIB = 2, 10
-SKEW_SECONDS = 60  # S3 refuses from 15 minutes on, and logs of two machines are hard to compare long before
+SKEW_SECONDS = 60  # S3 refuses from 15 minutes on; logs of machines are hard to compare long before
 BUCKETS = {"PEDIGREE_DATA_BUCKET": "data", "PEDIGREE_MODELS_BUCKET": "models", "PEDIGREE_AUDIT_BUCKET": "audit"}
-DRIVERS = {  # variable of a server's database -> what its address must begin with
+DRIVERS = {  # variable of a server's database -> allowed schemes
     "MLFLOW_BACKEND_STORE_URI": ("sqlite:", "postgresql+psycopg2:", "postgresql:"),
     "PREFECT_SERVER_DATABASE_CONNECTION_URL": ("sqlite+aiosqlite:", "postgresql+asyncpg:"),
 }
@@ -44,7 +44,7 @@ DRIVERS = {  # variable of a server's database -> what its address must begin wi
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found: `state` is green, yellow (a run works, but look at it) or red; `advice` what to do."""
+    """Result of a check: `state` is green, yellow (works, but needs attention) or red; `advice` says what to do."""
 
     check: str
     state: str
@@ -60,7 +60,7 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
 
     Args:
         checkout: the folder that holds `dvc.yaml`.
-        services: whether the environment leads to services; if not, only the machine and the checkout are looked at.
+        services: whether services are configured; if not, only the machine and the checkout are checked.
     """
     local: list[Check] = [python, packages, pinned, disk, databases]
     groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit], "")]
@@ -81,40 +81,40 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
             for check in checks:
                 yield from check(checkout)
         except (PedigreeError, OSError) as error:
-            yield Finding(name, RED, sentence(error).splitlines()[0], advice)
+            yield Finding(name, RED, error_message(error).splitlines()[0], advice)
 
 
 def python(checkout: Path) -> Iterator[Finding]:
-    """Compare this Python with what pyproject.toml asks for."""
+    """Compare this Python with the requirement in pyproject.toml."""
     from packaging.specifiers import SpecifierSet
 
-    wanted, found = _project(checkout)["requires-python"], ".".join(map(str, sys.version_info[:3]))
-    if found in SpecifierSet(wanted):
+    expected, found = _project(checkout)["requires-python"], ".".join(map(str, sys.version_info[:3]))
+    if found in SpecifierSet(expected):
         yield Finding("Python", GREEN, found)
     else:
         yield Finding(
-            "Python", RED, f"{found}, allowed: {wanted}", "make a new .venv with an allowed Python: `make run`"
+            "Python", RED, f"{found}, allowed: {expected}", "make a new .venv with an allowed Python: `make run`"
         )
 
 
 def packages(checkout: Path) -> Iterator[Finding]:
-    """Compare the installed packages with pyproject.toml, extras included."""
+    """Compare the installed packages with pyproject.toml, including extras."""
     from packaging.requirements import Requirement
 
-    asked = [Requirement(line) for line in _project(checkout)["dependencies"]]
-    for requirement in list(asked):
-        asked += _of_extras(requirement)
-    wrong = [said for requirement in asked if (said := _unmet(requirement))]
+    needed = [Requirement(line) for line in _project(checkout)["dependencies"]]
+    for requirement in list(needed):
+        needed += _of_extras(requirement)
+    wrong = [said for requirement in needed if (said := _unmet(requirement))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         advice = "`pip install --constraint requirements.lock --editable .` in this Python"
         yield Finding("packages", RED, wrong[0] + more, advice)
     else:
-        yield Finding("packages", GREEN, f"{len(asked)} requirements are met")
+        yield Finding("packages", GREEN, f"{len(needed)} requirements are met")
 
 
 def pinned(checkout: Path) -> Iterator[Finding]:
-    """Count the packages that differ from requirements.lock, with which the tests were run."""
+    """Count the packages that differ from requirements.lock, the tested versions."""
     lock = checkout / "requirements.lock"
     pins = re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(), re.MULTILINE) if lock.exists() else []
     installed = [(name, pin, (_version(name) or pin).partition("+")[0]) for name, pin in pins]  # 2.13.0+cpu is 2.13.0
@@ -126,7 +126,7 @@ def pinned(checkout: Path) -> Iterator[Finding]:
 
 
 def disk(checkout: Path) -> Iterator[Finding]:
-    """Look at the free space where checkpoints and caches go."""
+    """Check the free disk space for checkpoints and caches."""
     free = shutil.disk_usage(checkout).free / GIB
     state = RED if free < FREE_RED_GIB else YELLOW if free < FREE_YELLOW_GIB else GREEN
     advice = "" if state == GREEN else "free some space: `pedigree gc --keep 10 --older 30d --dry-run`"
@@ -134,7 +134,7 @@ def disk(checkout: Path) -> Iterator[Finding]:
 
 
 def databases(_: Path) -> Iterator[Finding]:
-    """Check the servers' database addresses, where they are set on this machine: the scheme, and its driver."""
+    """Check the scheme and driver of the servers' database addresses, if set on this machine."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -153,14 +153,14 @@ def databases(_: Path) -> Iterator[Finding]:
 
 
 def commit(checkout: Path) -> Iterator[Finding]:
-    """A run is a commit, so the checkout needs one."""
+    """Check that the checkout has a commit, on which a run is based."""
     from flows.git import head_commit
 
     yield Finding("git", GREEN, f"commit {head_commit(checkout)[:10]}")
 
 
 def s3_answers(_: Path) -> Iterator[Finding]:
-    """Ask S3 for one object's name, and compare its clock with ours."""
+    """Send S3 a request, and compare its clock with the local one."""
     bucket = _named("PEDIGREE_DATA_BUCKET")
     with s3_errors(f"s3://{bucket}"):
         answer = s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -172,7 +172,7 @@ def s3_answers(_: Path) -> Iterator[Finding]:
 
 
 def buckets(_: Path) -> Iterator[Finding]:
-    """Look at each bucket: versioning or object lock, and an object that is put, read and removed."""
+    """Check each bucket: versioning or object lock, and a probe object that is written, read and removed."""
     client = s3_client()
     for variable, role in BUCKETS.items():
         bucket = _named(variable)
@@ -221,7 +221,7 @@ def _put_read_remove(client: Any, bucket: str) -> None:
 
 
 def dvc_remote(checkout: Path) -> Iterator[Finding]:
-    """Ask DVC's remote with its own settings; `trace` looks for data in the data bucket only."""
+    """Check that DVC's remote answers and is in the data bucket, where `trace` looks for data."""
     from components.lineage.ledger import Ledger
 
     address, bucket = Ledger(checkout).remote_address(), _named("PEDIGREE_DATA_BUCKET")
@@ -233,7 +233,7 @@ def dvc_remote(checkout: Path) -> Iterator[Finding]:
 
 
 def mlflow(checkout: Path) -> Iterator[Finding]:
-    """Store an artifact with these credentials, and remove it."""
+    """Write and remove an artifact with the configured credentials."""
     from components.core.mlflow_client import probe_artifacts, shown_server
 
     name = (yaml.safe_load(Layout(checkout).params.read_text()) or {}).get("name", "pedigree")
@@ -242,7 +242,7 @@ def mlflow(checkout: Path) -> Iterator[Finding]:
 
 
 def prefect(checkout: Path) -> Iterator[Finding]:
-    """Look at Prefect's server, work pool, worker, and the deployments of prefect.yaml."""
+    """Check Prefect's server, work pool, worker, and the deployments of prefect.yaml."""
     import httpx
     from prefect import __version__
     from prefect.client.orchestration import get_client
@@ -250,15 +250,15 @@ def prefect(checkout: Path) -> Iterator[Finding]:
     try:
         with get_client(sync_client=True) as client:
             theirs = client.api_version()
-            client.read_work_pools(limit=1)  # the version is told to everyone
+            client.read_work_pools(limit=1)  # reading the version takes no login
             state, advice = (GREEN, "") if theirs == __version__ else (YELLOW, "install the same version on both sides")
             yield Finding("Prefect", state, f"{client.api_url} answers, version {theirs} (here {__version__})", advice)
             yield _work_pool(client)
             yield _worker(client)
-            wanted = yaml.safe_load((checkout / "prefect.yaml").read_text())
-            for deployment in wanted["deployments"]:
+            expected = yaml.safe_load((checkout / "prefect.yaml").read_text())
+            for deployment in expected["deployments"]:
                 yield from _deployment(client, deployment)
-            yield from _automations(client, [automation["name"] for automation in wanted.get("automations", ())])
+            yield from _automations(client, [automation["name"] for automation in expected.get("automations", ())])
             yield _late_runs(client)
     except httpx.HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" for url ")[0]
@@ -288,7 +288,7 @@ def _worker(client: SyncPrefectClient) -> Finding:
 
 
 def online_workers(client: SyncPrefectClient, pool: str) -> list[str]:
-    """Names of the workers of a work pool that have reported lately; empty where there is no such pool."""
+    """Return the names of online workers of a work pool; empty if the pool does not exist."""
     import httpx
     from prefect.client.schemas.objects import WorkerStatus
 
@@ -302,15 +302,15 @@ def online_workers(client: SyncPrefectClient, pool: str) -> list[str]:
 
 
 def start_worker(pool: str) -> str:
-    """What to type where no worker is online."""
+    """Return the command that starts a worker."""
     return f"`prefect worker start --pool {pool}` (`pedigree up` for the local stack)"
 
 
-def _deployment(client: SyncPrefectClient, wanted: dict[str, Any]) -> Iterator[Finding]:
-    """One deployment of prefect.yaml: it is there, its schedules make runs, its triggers are on."""
+def _deployment(client: SyncPrefectClient, expected: dict[str, Any]) -> Iterator[Finding]:
+    """Check that a deployment of prefect.yaml exists, its schedules create runs, and its triggers are on."""
     from prefect.exceptions import ObjectNotFound
 
-    name = f"{wanted['entrypoint'].partition(':')[2]}/{wanted['name']}"
+    name = f"{expected['entrypoint'].partition(':')[2]}/{expected['name']}"
     try:
         found = client.read_deployment_by_name(name)
     except ObjectNotFound:
@@ -320,19 +320,19 @@ def _deployment(client: SyncPrefectClient, wanted: dict[str, Any]) -> Iterator[F
         yield Finding(name, RED, "deployed, but paused", f"`prefect deployment resume {name}`, or in Prefect's page")
         return
     yield Finding(name, GREEN, f"deployed to work pool {found.work_pool_name}")
-    if wanted.get("schedules"):
+    if expected.get("schedules"):
         yield _schedule(client, name, found)
-    if wanted.get("triggers"):
+    if expected.get("triggers"):
         automations = client.read_resource_related_automations(f"prefect.deployment.{found.id}")
         on = any(automation.enabled for automation in automations)
         advice = "" if on else "switch it on in Prefect's page, under Automations, or `prefect deploy --all`"
         yield Finding(f"{name}: trigger", GREEN if on else RED, "on" if on else "off or gone", advice)
 
 
-def _automations(client: SyncPrefectClient, wanted: list[str]) -> Iterator[Finding]:
-    """Those of prefect.yaml, without which a run that loses its machine stays Running for ever."""
-    on = [name for name in wanted if any(found.enabled for found in client.read_automations_by_name(name))]
-    if missing := [name for name in wanted if name not in on]:
+def _automations(client: SyncPrefectClient, expected: list[str]) -> Iterator[Finding]:
+    """Check the automations of prefect.yaml, without which a run that loses its machine stays Running for ever."""
+    on = [name for name in expected if any(found.enabled for found in client.read_automations_by_name(name))]
+    if missing := [name for name in expected if name not in on]:
         advice = "`python -m infra.automations` (`pedigree up` for the local stack), or switch it on in Prefect's page"
         yield Finding("automations", RED, f"{missing[0]!r} is off or gone", advice)
     elif on:
@@ -340,7 +340,7 @@ def _automations(client: SyncPrefectClient, wanted: list[str]) -> Iterator[Findi
 
 
 def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -> Finding:
-    """Whether the scheduler's loop works: a run of an active schedule must stand in the future."""
+    """Check that the scheduler works: an active schedule must have a future run."""
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
@@ -365,8 +365,8 @@ def _schedule(client: SyncPrefectClient, name: str, found: DeploymentResponse) -
 def _late_runs(client: SyncPrefectClient) -> Finding:
     from prefect.client.schemas.filters import FlowRunFilter
 
-    wanted = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
-    late = client.read_flow_runs(flow_run_filter=wanted, limit=50)
+    is_late = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
+    late = client.read_flow_runs(flow_run_filter=is_late, limit=50)
     if not late:
         return Finding("late runs", GREEN, "none")
     detail = f"{len(late)}{'+' if len(late) == 50 else ''}, such as {late[0].name}"
@@ -378,7 +378,7 @@ def _project(checkout: Path) -> dict[str, Any]:
 
 
 def _of_extras(requirement: Any) -> list[Any]:
-    """What the named extras of an installed package ask for, such as `flask-wtf` of `mlflow[auth]`."""
+    """Return the requirements of an installed package's extras, such as `flask-wtf` of `mlflow[auth]`."""
     from packaging.requirements import Requirement
 
     if not requirement.extras or _version(requirement.name) is None:
@@ -391,7 +391,7 @@ def _of_extras(requirement: Any) -> list[Any]:
 
 
 def _unmet(requirement: Any) -> str | None:
-    """What is wrong with a required package; None if nothing is."""
+    """Describe how a requirement is unmet; None if it is met."""
     found = _version(requirement.name)
     if found is None:
         return f"{requirement.name} is not installed"

@@ -1,4 +1,4 @@
-"""Take a source into the pool, validate it, track it, and tell who waits for new images."""
+"""Ingest a source into the pool, validate and track it, and announce new images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flows.stages import RETRIES
 
 @dataclass(frozen=True)
 class Ingested:
-    """What was stored, and the retraining that each new snapshot of the pool has started."""
+    """Report of an ingest, and the retraining that each new snapshot started."""
 
     report: IngestReport
     retraining: tuple[Retraining, ...]
@@ -35,12 +35,12 @@ class Ingested:
     on_completion=[live.end], on_failure=[live.end], on_cancellation=[live.end], on_crashed=[live.end],
 )  # fmt: skip
 def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[Any]:
-    """Store what is new of a source, validated and tracked by DVC.
+    """Store the new images of a source, validated and tracked by DVC.
 
     Args:
         request: what to read, its name and its license.
-        announce: emit the event that starts retraining when images were added to the pool, also by an earlier ingest of
-            this source that did not end; if false, no later ingest emits it for them either.
+        announce: emit the event that starts retraining for images added to the pool, also by an earlier interrupted
+            ingest of this source; if false, later ingests do not emit it for them either.
     """
     with interrupt.handled() as interrupted:
         try:
@@ -62,14 +62,14 @@ def _ingest(request: IngestRequest, announce: bool) -> Ingested:
         retraining = announce_snapshots(source) if announce else []
         forget_snapshots(source)
     notes = "\n".join(("```text", *report.notes, "```"))  # names in it are no markup
-    told = "\n\n".join(map(str, (f"**{request.name}**: {report}", notes, *retraining)))
-    create_markdown_artifact(told, key=f"ingest-{request.name}")
+    markdown = "\n\n".join(map(str, (f"**{request.name}**: {report}", notes, *retraining)))
+    create_markdown_artifact(markdown, key=f"ingest-{request.name}")
     return Ingested(report, tuple(retraining))
 
 
 @task(name="track", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def track(request: IngestRequest) -> list[str]:
-    """`dvc add` and push every snapshot of the source, so that an ingest that was cut short is completed."""
+    """Track and push every snapshot of the source, which also completes interrupted ingests."""
     ledger = Ledger(Path.cwd())
     found = []
     with board.working(request.name, "tracking it with DVC, pushing it to S3"):

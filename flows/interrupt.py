@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM during a run: the running stage saves its state, then the flow ends in order.
+"""Handle Ctrl-C and SIGTERM during a run: the running stage saves its state, then the flow ends.
 
-Prefect installs a SIGTERM handler of its own while a flow runs, which raises in the main thread and leaves the stages'
-threads running. A flow of ours therefore sets its handlers inside its body.
+While a flow runs, Prefect's own SIGTERM handler raises in the main thread and leaves the stages' threads running.
+Therefore our flows set their handlers inside the flow body.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-if TYPE_CHECKING:  # the command line does not wait for Prefect
+if TYPE_CHECKING:  # importing Prefect is slow
     from prefect import State
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,11 +24,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Interrupt:
-    """What the signals of this process have asked for.
+    """Signals received by this process.
 
     Args:
-        number: the first signal; None: there was none.
-        deferred: stages run in threads, so that the handler stops their commands instead of raising.
+        number: the first signal; None if there was none.
+        deferred: the handler stops the commands of stages, which run in threads, instead of raising.
     """
 
     number: int | None = None
@@ -36,12 +36,12 @@ class Interrupt:
 
     @property
     def reason(self) -> str:
-        """For the messages of states and commits."""
+        """Reason for messages of states and commits."""
         return "stopped by SIGTERM" if self.number == signal.SIGTERM else "stopped by Ctrl-C"
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 and the number of the signal."""
+        """Exit code by the shell's convention: 128 plus the signal number."""
         return 128 + (self.number or signal.SIGINT)
 
 
@@ -49,17 +49,17 @@ current = Interrupt()
 commands: set[subprocess.Popen[str]] = set()  # of the stages that run
 
 
-def asked() -> bool:
-    """Whether this process was told to stop."""
+def requested() -> bool:
+    """Return whether this process has received a signal."""
     return current.number is not None
 
 
 @contextmanager
 def handled() -> Iterator[Interrupt]:
-    """Turn the first Ctrl-C or SIGTERM into `KeyboardInterrupt`, or stop the stages' commands where stages run.
+    """Turn the first Ctrl-C or SIGTERM into `KeyboardInterrupt`, or stop the commands of running stages.
 
-    A second Ctrl-C ends the process at once; a second SIGTERM changes nothing, since a service manager may send it to
-    each process of a group. Only the main thread can set handlers; elsewhere the block runs without.
+    A second Ctrl-C ends the process at once; a second SIGTERM is ignored, because a service manager may send it to each
+    process of a group. Only the main thread can set handlers; other threads run the block without.
     """
     global current  # noqa: PLW0603 - signals are of the process
     if threading.current_thread() is not threading.main_thread():
@@ -78,7 +78,7 @@ def handled() -> Iterator[Interrupt]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal stops the stages' commands and raises nothing: the flow ends when its stages have ended."""
+    """Inside the block a signal stops the stages' commands without raising; the flow ends after its stages."""
     current.deferred = True
     try:
         yield
@@ -87,9 +87,9 @@ def deferred() -> Iterator[None]:
 
 
 def _on_signal(number: int, _frame: Any) -> None:
-    if asked() and number == signal.SIGTERM:
+    if requested() and number == signal.SIGTERM:
         return
-    if asked():
+    if requested():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
     current.number = number
@@ -100,16 +100,16 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ask a stage's command, and all that it started, to save its state and end."""
+    """Send SIGTERM to a stage's command and its children, so that they save their state and exit."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
 
 
 def end(interrupt: Interrupt) -> State[Any]:
-    """The last state of an interrupted flow run that was started by hand or cancelled.
+    """Return the final state of an interrupted flow run that was started by hand or cancelled.
 
-    A deployment's run that nobody cancelled goes on later: this call then ends the process, as Prefect does where it
-    suspends a run, and a worker takes the run again.
+    An uncancelled run of a deployment continues later: this call then ends the process, as Prefect does to suspend a
+    run, and a worker starts the run again.
     """
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
@@ -127,6 +127,6 @@ def end(interrupt: Interrupt) -> State[Any]:
         run = client.read_flow_run(UUID(flow_run.id))
         if run.state is not None and run.state.is_cancelling():
             return Cancelled(message="cancelled; what was finished is kept")
-        live.end(None, run, later)  # before another process begins it
+        live.end(None, run, later)  # before another process starts the run
         raise Pause(state=client.set_flow_run_state(run.id, later).state)
-    return later  # Prefect is away
+    return later  # Prefect does not answer

@@ -1,6 +1,6 @@
-"""Keeps the local stack running: restarts dead services, rotates logs, closes lost runs, starts crashed ones again.
+"""Supervise the local stack: restart dead services, rotate logs, close lost runs, restart crashed runs.
 
-`pedigree up` starts it last and `pedigree down` stops it first. What it did is in `.pedigree/keeper.json`, which
+`pedigree up` starts the keeper last and `pedigree down` stops it first. Its state is in `.pedigree/keeper.json`, which
 `pedigree status` reads.
 """
 
@@ -23,27 +23,27 @@ from infra.local.processes import LOG_LIMIT_BYTES
 from infra.local.services import KEEPER_STATE, UnhealthyError, request
 from infra.local.site import Site, StackError
 
-LOOK_SECONDS = 2.0  # between looks at the processes
-ASK_SECONDS = 30.0  # between questions to the services whether they work
-HUNG_SECONDS = 180.0  # a service whose process lives, but that has not been healthy for so long, is started again
-CALM_SECONDS = 600.0  # after so long without a restart the waiting begins with its shortest again
+LOOK_SECONDS = 2.0  # between checks of the processes
+ASK_SECONDS = 30.0  # between health checks of the services
+HUNG_SECONDS = 180.0  # a live but unhealthy service is restarted after this time
+CALM_SECONDS = 600.0  # without a restart, after which the backoff is reset
 LONGEST_WAIT_SECONDS = 300.0
 CLOSE_SECONDS = 10.0
 TAG = "pedigree"  # of the deployments of prefect.yaml
-CRASHED_SECONDS = (60.0, 3600.0)  # ago: before, the automation may still come; after it, a person knows better
+CRASHED_SECONDS = (60.0, 3600.0)  # since the crash: earlier, the automation may still act; later, leave it to the user
 
 logger = logging.getLogger("keeper")
 
 
 @dataclass
 class Keeper:
-    """What the keeper has seen and done.
+    """State of the keeper.
 
     Args:
-        restarts: service -> how often it was started again, when last and why.
-        failure: why the last attempt to start services failed; empty if it did not.
-        next_try: when the next attempt is due, where a service is down; seconds since 1970.
-        unhealthy_since: service -> time since when its check fails.
+        restarts: service -> number of restarts, time and reason of the last.
+        failure: why the last attempt to start services failed; empty if it succeeded.
+        next_try: earliest time of the next attempt, in seconds since 1970.
+        unhealthy_since: service -> time of the first of its consecutive failed checks.
     """
 
     root: Path
@@ -56,7 +56,7 @@ class Keeper:
     asked: float = 0.0
 
     def look(self) -> None:
-        """Look at every service once, and start again what is down, unless that must wait."""
+        """Check every service once, and restart those that are down, unless the backoff has not elapsed."""
         now = time.time()
         ask = now - self.asked > ASK_SECONDS
         self.asked = now if ask else self.asked
@@ -71,7 +71,7 @@ class Keeper:
         self._save()
 
     def _reason(self, status: supervisor.Status, now: float, asked: bool) -> str:
-        """Why a service must be started again; empty if it need not."""
+        """Return why a service must be restarted; empty if it need not be."""
         if status.service == "keeper":
             return ""
         if status.state in ("dead", "stopped"):
@@ -93,7 +93,7 @@ class Keeper:
             self.failure = str(error)
             logger.error("%s", error)
         self.unhealthy_since.clear()
-        if not revived:  # a command started them meanwhile
+        if not revived:  # a command has restarted them meanwhile
             return
         for service in revived:
             logger.warning("%s: %s; started again", service, down[service])
@@ -109,7 +109,7 @@ class Keeper:
 
 
 def close_lost_runs(root: Path) -> None:
-    """Close runs whose process is gone, in a process of its own: Prefect's and MLflow's clients are large."""
+    """Close runs whose process is gone, in a subprocess, because Prefect's and MLflow's clients are large."""
     if live.lost(root):
         done = subprocess.run(
             [sys.executable, "-m", "flows.live"], cwd=root, capture_output=True, text=True, check=False, timeout=300
@@ -119,14 +119,14 @@ def close_lost_runs(root: Path) -> None:
 
 
 def start_crashed_again(site: Site, tries: dict[str, int]) -> None:
-    """Start runs again that have crashed and stay so: on a busy SQLite Prefect loses events, and with them automations.
+    """Restart runs that stay crashed: on a busy SQLite Prefect loses events, and with them automations.
 
-    As the automation of prefect.yaml: only runs of deployments that had begun; the flow itself refuses a sixth try.
+    Like the automation of prefect.yaml, this restarts only started runs of deployments; the flow refuses a sixth try.
 
     Args:
         site: the stack.
-        tries: run -> how often it had begun when it was started again, once for each number: a run that crashes before
-            it begins, as with a broken flow file, would crash for ever.
+        tries: run -> its start count at its last restart here. Each count is restarted once, because a run that crashes
+            before it starts, as with a broken flow file, would crash for ever.
     """
     url, auth = site.url("prefect"), site.credentials["PREFECT_API_AUTH_STRING"]
     crashed = {"flow_runs": {"state": {"type": {"any_": ["CRASHED"]}}, "tags": {"all_": [TAG]}}, "limit": 20}
@@ -140,14 +140,14 @@ def start_crashed_again(site: Site, tries: dict[str, int]) -> None:
                 state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Started again after a crash."}
                 request(url, f"/api/flow_runs/{run['id']}/set_state", auth, "POST", {"state": state})
                 logger.warning("%s had crashed, and Prefect's automation did not come; started again", run["name"])
-    except UnhealthyError:  # `look` says so
+    except UnhealthyError:  # reported by `look`
         return
 
 
 def rotate_logs(site: Site) -> None:
-    """Begin each service's log anew where it is large; one earlier part is kept.
+    """Rotate each large service log; keep one earlier file.
 
-    The services write in append mode, so that a log can be cut under them.
+    The services write in append mode, so that their open log can be truncated.
     """
     for log in site.log("x").parent.glob("*.log"):
         if log.stat().st_size > LOG_LIMIT_BYTES:
@@ -157,7 +157,7 @@ def rotate_logs(site: Site) -> None:
 
 
 def main() -> None:
-    """Keep the stack of the folder that is named until SIGTERM, or until the folder is deleted."""
+    """Supervise the stack of the given folder until SIGTERM, or until the folder is deleted."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     root = Path(sys.argv[1])
@@ -172,7 +172,7 @@ def main() -> None:
                 start_crashed_again(Site.load(root), tries)
                 closed = time.time()
         except (OSError, StackError, subprocess.SubprocessError):
-            logger.exception("the keeper could not look at the stack; it goes on")
+            logger.exception("the keeper could not check the stack; it continues")
         time.sleep(LOOK_SECONDS)
 
 

@@ -1,7 +1,7 @@
-"""The flow runs that processes of this checkout execute, so that a run whose process is gone is found and closed.
+"""Register the flow runs that processes of this checkout execute, to find and close those whose process is gone.
 
-Each has a file in `.pedigree/flow-runs` that its process keeps locked; the lock ends with the process, however that
-ends. `python -m flows.live` closes what is lost; the keeper of the local stack and each new run do so too.
+Each flow run has a file in `.pedigree/flow-runs` that its process locks; the kernel releases the lock when the process
+ends. `python -m flows.live` closes lost runs, as do the keeper of the local stack and each new run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STOP_SECONDS = 60.0
 LOST = "its process was killed, or the machine went down"
 
 logger = logging.getLogger(__name__)
-_held: dict[str, IO[str]] = {}  # locked until Prefect knows the run's end, or this process is gone
+_held: dict[str, IO[str]] = {}  # locked until Prefect has the run's end, or this process ends
 _left_open: set[str] = set()
 
 
 def begin(checkout: Path) -> None:
-    """Note that this process executes the current flow run."""
+    """Register the current flow run for this process."""
     from prefect.runtime import flow_run
 
     folder = checkout / FOLDER
@@ -44,25 +44,25 @@ def begin(checkout: Path) -> None:
     wait_for_lock(file)
     begun = {"process": os.getpid(), "since": time.time(), "flow": flow_run.flow_name, "try": flow_run.run_count}
     _write(file, begun)
-    path.rename(folder / f"{flow_run.id}.json")  # never seen without being locked
+    path.rename(folder / f"{flow_run.id}.json")  # never visible without being locked
 
 
 def note(checkout: Path, **facts: str) -> None:
-    """Add facts to the current flow run's file: which `run` of which `model` it makes."""
+    """Add facts to the current flow run's file: its `run` and `model`."""
     from prefect.runtime import flow_run
 
     _write(_held[flow_run.id], {**_read(checkout / FOLDER / f"{flow_run.id}.json"), **facts})
 
 
 def leave_open() -> None:
-    """Keep the current flow run's file after its end: MLflow has not taken the end yet, `close_lost` tells it later."""
+    """Keep the current flow run's file after its end, so that `close_lost` reports the end to MLflow later."""
     from prefect.runtime import flow_run
 
     _left_open.add(flow_run.id)
 
 
 def end(flow: Any, flow_run: Any, state: Any) -> None:
-    """Forget a flow run that has ended: a hook of the flows, called once Prefect knows of the end."""
+    """Unregister a flow run; a hook that Prefect calls after the end."""
     file = _held.pop(str(flow_run.id), None)
     if file is not None:
         if str(flow_run.id) not in _left_open:
@@ -71,26 +71,26 @@ def end(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def running(checkout: Path) -> list[dict[str, Any]]:
-    """What is noted of each flow run that a living process executes."""
+    """Return the facts of each flow run that a living process executes."""
     return [_read(path) for path in sorted((checkout / FOLDER).glob("*.json")) if not _is_free(path)]
 
 
 def lost(checkout: Path) -> list[Path]:
-    """The files of the flow runs whose process is gone."""
+    """Return the files of the flow runs whose process is gone."""
     return [path for path in sorted((checkout / FOLDER).glob("*.json")) if _is_free(path)]
 
 
 def stop_running(checkout: Path) -> list[str]:
     """Stop all runs of this checkout, as Ctrl-C does, and wait until they have saved their state.
 
-    A worker is frozen before: when it ends it kills its runs at once, and while it lives it takes them up again.
+    Their workers are suspended first: an exiting worker kills its runs at once, and a live one restarts them.
 
     Returns:
-        A line for each.
+        A line for each run.
     """
     stopped: dict[psutil.Process, tuple[str, str]] = {}
     for noted in running(checkout):
-        with suppress(psutil.Error, KeyError):  # it has ended, or has just begun
+        with suppress(psutil.Error, KeyError):  # it has ended or has just started
             process = psutil.Process(noted["process"])
             if process.pid == os.getpid():
                 continue
@@ -98,38 +98,38 @@ def stop_running(checkout: Path) -> list[str]:
             for worker in workers:
                 worker.suspend()
             process.terminate()
-            goes_on = "a worker goes on with it" if workers else "run it again to go on"
-            stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), goes_on
+            resumption = "a worker resumes it" if workers else "run it again to resume it"
+            stopped[process] = f"{noted['flow']} {noted.get('run', '')}".strip(), resumption
     until = time.monotonic() + STOP_SECONDS
     while not all(map(_has_ended, stopped)) and time.monotonic() < until:
         time.sleep(0.2)
     return [
-        f"stopped {name}: what it finished is kept, {goes_on}"
+        f"stopped {name}: what it finished is kept, {resumption}"
         if _has_ended(process)
         else f"{name} (process {process.pid}) still saves its state after {STOP_SECONDS:.0f} s"
-        for process, (name, goes_on) in stopped.items()
+        for process, (name, resumption) in stopped.items()
     ]
 
 
 def _has_ended(process: psutil.Process) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE  # whose parent is frozen
+        return process.status() == psutil.STATUS_ZOMBIE  # its parent is suspended
     except psutil.NoSuchProcess:
         return True
 
 
 def close_lost(checkout: Path) -> list[str]:
-    """Mark flow runs whose process is gone as crashed in Prefect, and what they did as killed in MLflow and git.
+    """Mark flow runs whose process is gone as crashed in Prefect, and their runs as killed in MLflow and git.
 
-    What a service does not take now is left for the next call.
+    If a service does not answer, the run is left to the next call.
 
     Returns:
-        A line for each that is closed.
+        A line for each closed run.
     """
     closed = []
     for path in lost(checkout):
         with path.open() as file:
-            if not try_lock(file):  # somebody else closes it
+            if not try_lock(file):  # another process closes it
                 continue
             try:
                 closed.append(_close(checkout, UUID(path.stem), _read(path)))
@@ -152,7 +152,7 @@ def _close(checkout: Path, flow_run: UUID, noted: dict[str, Any]) -> str:
 
 
 def _crash(flow_run: UUID, noted: dict[str, Any]) -> None:
-    """Tell Prefect, unless the run has ended, waits for its next try or is in it; prefect.yaml starts it again."""
+    """Set a run to crashed in Prefect, unless it has ended or was restarted; an automation restarts it."""
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -177,19 +177,19 @@ def _is_free(path: Path) -> bool:
     try:
         with path.open() as file:
             return try_lock(file)
-    except FileNotFoundError:  # it ended meanwhile
+    except FileNotFoundError:  # the run ended meanwhile
         return False
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):  # it ended, or is being written
+    except (OSError, ValueError):  # the run ended, or the file is being written
         return {}
 
 
 def _write(file: IO[str], values: dict[str, Any]) -> None:
-    """Write in place: a file that replaced this one would not be locked."""
+    """Write the file in place, because a replacement would not be locked."""
     file.seek(0)
     file.write(json.dumps(values))
     file.truncate()
@@ -197,7 +197,7 @@ def _write(file: IO[str], values: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Close what is lost in the current folder, and print it."""
+    """Close lost runs of the current folder, and print them."""
     for line in close_lost(Path.cwd()):
         sys.stdout.write(line + "\n")
 

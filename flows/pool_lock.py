@@ -1,4 +1,4 @@
-"""One ingest at a time: the pool's folders and DVC's record of them take one writer."""
+"""Lock of the pool: its folders and their DVC files allow one writer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ LOCK = RELATIVE.state / "pool.lock"
 
 @contextmanager
 def pool_held(source: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> Iterator[None]:
-    """Hold the pool of the current checkout; wait, and log for what, while another process holds it.
+    """Lock the pool of the current checkout; wait while another process holds it, and log its holder.
 
-    A process that holds it may take it again. The lock ends with the process, however it ends; its file names the last
-    holder.
+    The lock is reentrant, and released when the process ends. Its file names the last holder.
     """
     path = LOCK.absolute()
     with exclusive(path, lambda holder: logger.info("waiting for %s", holder or "another ingest"), reentrant=True):

@@ -1,4 +1,4 @@
-"""Notice that Prefect's server does not answer: one line, instead of what its client logs at each of its tries."""
+"""Report an unreachable Prefect server in one line, and hide the messages of its client's retries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import httpx
 from flows.console import screen
 
 EVERY_SECONDS = 10.0
-MISSES = 3  # in a row
+MISSES = 3  # consecutive
 CLIENT_LOGGERS = ("prefect._internal", "prefect.events")
 WITH_ITS_OWN_HANDLER = "prefect._internal.concurrency"
 logger = logging.getLogger(__name__)
 
 
 class _Watch:
-    """Ask the server again and again; while it is away, keep its client's complaints from the console."""
+    """Poll the server; while it is unreachable, hide its client's messages."""
 
     def __init__(self, address: str) -> None:
         self.address = address.removesuffix("/api")
@@ -45,11 +45,11 @@ class _Watch:
 
     def _say(self, away: bool, what: str) -> None:
         self.away = away
-        logging.raiseExceptions = not away  # else Prefect's log handler writes to stderr at each of its tries
+        logging.raiseExceptions = not away  # else Prefect's log handler writes each failed attempt to stderr
         logger.warning("Prefect at %s %s", self.address, what)
 
     def shows(self, record: logging.LogRecord) -> bool:
-        """Whether a record is shown."""
+        """Return whether to show a record."""
         error = record.exc_info[1] if record.exc_info else None
         return not self.away or not (record.name.startswith(CLIENT_LOGGERS) or isinstance(error, httpx.HTTPError))
 

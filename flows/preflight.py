@@ -1,6 +1,6 @@
-"""What can be known of a run before its first stage: files it names, images it has, room on the disks.
+"""Check a run before its first stage: files in its recipe, number of images, disk space.
 
-Only footers of manifests and `.dvc` files are read, so that it takes no time for a pool of any size.
+Only footers of manifests and `.dvc` files are read, which is fast for a pool of any size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-FILES = ("weights", "path", "teacher_weights", "previous")  # last parts of the keys whose values name files
-VERSIONED = ("embed.embedder.weights", "embed.semantic.weights", "distill.teacher_weights")  # may be models:/...
-LEAST_BYTES = 100 * 2**20  # for the run's folder, logs and databases, even where every stage is unchanged
-TRAINING_BYTES = 16  # a parameter in a checkpoint: student, average and two moments, float32
-CHECKPOINTS = 3  # two are kept while the next is written
-EMBEDDING_BYTES = 4096  # of an image: 1,024 float32 numbers
+FILES = ("weights", "path", "teacher_weights", "previous")  # last parts of keys whose values are paths
+VERSIONED = ("embed.embedder.weights", "embed.semantic.weights", "distill.teacher_weights")  # may be `models:/` URIs
+LEAST_BYTES = 100 * 2**20  # for the run's folder, logs and databases, even if no stage runs
+TRAINING_BYTES = 16  # per parameter in a checkpoint: student, EMA and two moments, float32
+CHECKPOINTS = 3  # two, and the one being written
+EMBEDDING_BYTES = 4096  # per image: 1,024 float32 numbers
 
 
 def check(checkout: Path, recipe: Recipe, entries: Sequence[str]) -> None:
@@ -42,22 +42,22 @@ def check(checkout: Path, recipe: Recipe, entries: Sequence[str]) -> None:
     Args:
         checkout: Pedigree's folder.
         recipe: all parameters of the run.
-        entries: the snapshots that the run takes, as SOURCE/SNAPSHOT.
+        entries: snapshots of the run, as SOURCE/SNAPSHOT.
 
     Raises:
         ConfigError: one line for each fault, with the key to change and a value that fits.
     """
     taken = snapshots(checkout, entries)
     pool = [one for one in taken if one.collection == POOL]
-    told = [*_missing_files(checkout, recipe), *_unknown_seeds(recipe, pool), *_few_images(recipe, pool)]
-    told += [*_no_evaluation(taken), *_no_shared_memory(recipe)]
-    told += [*_no_room(checkout, _needs(checkout, recipe, pool))]
-    if told:
-        raise ConfigError("\n".join(told))
+    faults = [*_missing_files(checkout, recipe), *_unknown_seeds(recipe, pool), *_few_images(recipe, pool)]
+    faults += [*_no_evaluation(taken), *_no_shared_memory(recipe)]
+    faults += [*_no_room(checkout, _needs(checkout, recipe, pool))]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _missing_files(checkout: Path, recipe: Recipe) -> Iterator[str]:
-    """Files and folders that the recipe names and the run would not find; relative paths are of the run's folder."""
+    """Yield faults of paths in the recipe that would not exist in the run's folder."""
     made = {str(RELATIVE.weights("pretrained")), *recipe.evaluate.models.values()}
     for key, value in named_files(recipe.model_dump(mode="json", by_alias=True)):
         is_made = key == "distill.teacher_weights" and value.rstrip("/") in made
@@ -82,9 +82,9 @@ def named_files(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
 
 
 def _in_the_run(checkout: Path, path: str) -> bool:
-    """Whether a run's folder has what lies at this relative path of the checkout."""
+    """Return whether a relative path of the checkout also exists in a run's folder."""
     top = Path(path).parts[0]
-    if top in {str(RELATIVE.state), *CODE_FOLDERS}:  # the first is linked
+    if top in {str(RELATIVE.state), *CODE_FOLDERS}:  # the state folder is linked
         return True
     return bool(git(checkout, "--literal-pathspecs", "ls-files", "--", path))
 
@@ -96,7 +96,7 @@ def _unknown_seeds(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
 
 
 def _few_images(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
-    """Batches that are larger than the curated set can be, however few images curation leaves out."""
+    """Yield faults of batch sizes above the largest possible curated set."""
     counts: Counter[str] = Counter()
     for one in pool:
         if (count := num_images(one)) is None:
@@ -112,13 +112,13 @@ def _few_images(recipe: Recipe, pool: Sequence[Snapshot]) -> Iterator[str]:
         if section.batch_size > most:
             part = section.num_processes * section.accumulation_steps
             fits = most // part * part
-            fits = fits if fits >= 2 * part or not section.objective.koleo_weight else 0  # KoLeo needs a neighbor
-            advice = f"set {name}.batch_size={fits} or less, or take in more images" if fits else "take in more images"
+            fits = fits if fits >= 2 * part or section.objective.koleo_weight is None else 0  # KoLeo needs 2 per rank
+            advice = f"set {name}.batch_size={fits} or less, or add more images" if fits else "add more images"
             yield f"{name}.batch_size is {section.batch_size:,}, but {said}: {advice}"
 
 
 def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
-    """Loaders whose batches do not fit into /dev/shm; all ranks of a training are on this machine."""
+    """Yield faults of loaders whose batches do not fit into /dev/shm, with all ranks on this machine."""
     from components.core.errors import EngineError
     from components.data.shared_memory import check_shared_memory, crop_bytes
 
@@ -135,7 +135,7 @@ def _no_shared_memory(recipe: Recipe) -> Iterator[str]:
 
 
 def _no_evaluation(taken: Sequence[Snapshot]) -> Iterator[str]:
-    """The stage evaluate needs images; a run has those of its sources, and of sources that only evaluate."""
+    """Yield a fault if no source of the run has evaluation images."""
     counts = [num_images(one) for one in taken if one.collection == EVALUATION]
     if None not in counts and not sum(filter(None, counts)):
         names = ", ".join(source_names(one.entry for one in taken))
@@ -146,19 +146,19 @@ def _no_evaluation(taken: Sequence[Snapshot]) -> Iterator[str]:
 
 
 def _needs(checkout: Path, recipe: Recipe, pool: Sequence[Snapshot]) -> dict[Path, dict[str, int]]:
-    """Bytes that a run writes at most, by folder and kind; a stage that is unchanged writes nothing."""
+    """Estimate the maximum bytes that a run writes, by folder and kind; unchanged stages write nothing."""
     images, count = 0, 0
     for one in pool:
         images += one.num_bytes
         count += num_images(one) or 0
     target = recipe.curate.target_images
-    kept = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
+    kept_share = 1.0 if target is None or recipe.curate.seed_sets or not count else min(1.0, target / count)
     heads = (recipe.pretrain.dino_head, recipe.pretrain.ibot_head)
     large = num_parameters(recipe.pretrain.backbone, heads)
     models = [large, large, *(num_parameters(student.backbone, heads) for student in recipe.distill.students.values())]
     local = any(one.checkpoint_uri is None for one in recipe.trainings().values())
     embedded = count * EMBEDDING_BYTES * (1 if recipe.embed.semantic is None else 2)
-    made = {"curated images": int(images * kept), "embeddings": embedded, "weights": 4 * sum(models)}
+    made = {"curated images": int(images * kept_share), "embeddings": embedded, "weights": 4 * sum(models)}
     return {
         Layout(checkout).dvc: made,
         Layout(checkout).state: {
@@ -169,12 +169,12 @@ def _needs(checkout: Path, recipe: Recipe, pool: Sequence[Snapshot]) -> dict[Pat
 
 
 def _local_storage() -> bool:
-    """Whether the S3 server is that of the local stack, which keeps its data in `.pedigree`."""
+    """Return whether S3 is the local stack's server, which stores its data in `.pedigree`."""
     return HOST in os.environ.get("AWS_ENDPOINT_URL", HOST)
 
 
 def num_parameters(backbone: ViTConfig, heads: Sequence[HeadConfig]) -> int:
-    """Parameters of a vision transformer and its projection heads, without biases, norms, positions (below 1 %)."""
+    """Count the parameters of a vision transformer and its heads, without biases, norms and positions (below 1 %)."""
     dim = backbone.dim
     total = backbone.depth * dim * dim * (4 + 2 * backbone.ffn_ratio)  # swiglu: three matrices of 2/3 the width
     total += dim * 3 * backbone.patch_size**2
@@ -185,7 +185,7 @@ def num_parameters(backbone: ViTConfig, heads: Sequence[HeadConfig]) -> int:
 
 
 def _no_room(checkout: Path, needs: Mapping[Path, Mapping[str, int]]) -> Iterator[str]:
-    """Disks with less room than a run needs: a fault where nothing can be written, else a warning with the figures."""
+    """Yield a fault for each full disk; log a warning for disks with less space than a run may need."""
     by_disk: dict[int, list[Path]] = defaultdict(list)
     for folder in needs:
         by_disk[os.stat(folder if folder.exists() else checkout).st_dev].append(folder)

@@ -1,4 +1,4 @@
-"""What a run would do, found out without one: in a worktree of the same snapshot, from this machine's cache alone."""
+"""Predict what a run would do, in a worktree of its snapshot, from the local cache alone."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Step:
 
     Attributes:
         stage: its name.
-        outcome: `run`; `unchanged`: as in the last run; `restored`: as in an earlier one; `after`: what it needs is
-            made again, and it runs unless that gives the same bytes.
-        after: the stages that it waits for, whose outputs will be made again, or fetched.
-        changes: what differs from the last run.
+        outcome: `run`; `unchanged` since the last run; `restored` from an earlier one; `after`: its inputs are computed
+            again, and it runs unless they are equal.
+        after: the stages whose outputs will be computed or fetched first.
+        changes: differences from the last run.
     """
 
     stage: str
@@ -47,12 +47,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """A worktree with what a run would find; it is removed when its block ends.
+    """A temporary worktree equal to that of a run.
 
     Attributes:
         ledger: of the worktree.
-        last: the record of the last finished run of the same model; None: there is none.
-        steps: all stages but the bookkeeping, in an order in which they can run.
+        last: record of the last finished run of the same model; None if there is none.
+        steps: all stages except bookkeeping, in topological order.
     """
 
     ledger: Ledger
@@ -67,17 +67,17 @@ class Preview:
 
 @contextmanager
 def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[Preview]:
-    """Snapshot the checkout as a run does, and find out what each stage would do.
+    """Snapshot the checkout as a run does, and predict what each stage would do.
 
     Raises:
         WorkspaceError: not a git repository, or one without a commit.
-        LedgerError: data of the pool is not on this machine, or the code cannot be read.
+        LedgerError: data of the pool is not on this machine, or the code is unreadable.
     """
     layout = Layout(checkout)
     folder = layout.state / "preview"
     folder.parent.mkdir(exist_ok=True)
     with no_gc_beside(checkout), exclusive(folder.with_suffix(".lock")):
-        _remove(checkout, folder)  # what a killed one left
+        _remove(checkout, folder)  # leftovers of a killed process
         commit = snapshot(checkout, params_text(checkout, recipe), sources, "Preview of a run")
         git(checkout, "worktree", "add", "--quiet", "--detach", os.fspath(folder), commit)
         try:
@@ -92,7 +92,7 @@ def open_preview(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iter
 
 
 def last_run(checkout: Path, name: str) -> Record | None:
-    """The newest run of the model `name` that finished: its `dvc.lock` has all that its `dvc.yaml` names."""
+    """Return the newest finished run of the model `name`: its `dvc.lock` has all stages of its `dvc.yaml`."""
     listed = git(checkout, "for-each-ref", "--format=%(refname:short) %(subject)", "--sort=-refname", BRANCHES)
     branches = (line.partition(" ") for line in listed.splitlines())
     ended = (Record(checkout, branch) for branch, _, subject in branches if not subject.startswith(ENDS[1:]))
@@ -117,22 +117,22 @@ def _steps(ledger: Ledger, last: Record | None) -> list[Step]:
         if seen.stage == CODE_STAGE:
             continue
         if last is None or seen.stage not in entries:
-            told = [Change("record", f"{'the last run has no such stage' if last else 'no run yet'}")]
-            steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+            differences = [Change("record", f"{'the last run has no such stage' if last else 'no run yet'}")]
+            steps.append(Step(seen.stage, _outcome(seen, differences), seen.waits, tuple(differences)))
             continue
-        told = changes(entries[seen.stage], seen.inputs, last, Record(ledger.root))
-        if not told and not seen.waits and seen.outcome is Outcome.CHANGED:
-            told = [Change("record", "its outputs are no longer in this machine's cache")]
-        steps.append(Step(seen.stage, _outcome(seen, told), seen.waits, tuple(told)))
+        differences = changes(entries[seen.stage], seen.inputs, last, Record(ledger.root))
+        if not differences and not seen.waits and seen.outcome is Outcome.CHANGED:
+            differences = [Change("record", "its outputs are no longer in this machine's cache")]
+        steps.append(Step(seen.stage, _outcome(seen, differences), seen.waits, tuple(differences)))
     return steps
 
 
-def _outcome(seen: Foreseen, told: list[Change]) -> str:
+def _outcome(seen: Foreseen, differences: list[Change]) -> str:
     if seen.waits:
-        return "run" if told else "after"
+        return "run" if differences else "after"
     if seen.outcome is Outcome.CHANGED:
         return "run"
-    return "restored" if told else "unchanged"
+    return "restored" if differences else "unchanged"
 
 
 def _remove(checkout: Path, folder: Path) -> None:

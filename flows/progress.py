@@ -1,4 +1,4 @@
-"""A stage's percent in Prefect's page."""
+"""Show the progress of stages on Prefect's pages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PATIENCE_SECONDS = 5.0
 
 @contextmanager
 def progress_artifact(name: str) -> Iterator[Callable[[float], None]]:
-    """Yield a function that shows a stage's percent.
+    """Yield a function that sets a stage's percentage.
 
-    It only notes the number; a thread sends the newest one, so that a server that is slow or away holds no stage up.
+    A thread sends the latest value, so that a slow or unreachable server does not delay the stage.
     """
     newest, done = [0.0], threading.Event()
-    context = contextvars.copy_context()  # in which Prefect finds the task run
+    context = contextvars.copy_context()  # by which Prefect identifies the task run
     sender = threading.Thread(target=context.run, args=(_send, name, newest, done), daemon=True)
     sender.start()
 
@@ -38,7 +38,7 @@ def progress_artifact(name: str) -> Iterator[Callable[[float], None]]:
 
 
 def _send(name: str, newest: list[float], done: threading.Event) -> None:
-    """Send the newest number until `done`, and once more then."""
+    """Send the latest value until `done`, and once more afterwards."""
     artifact: Any = None
     sent: float | None = None
     last = False
@@ -54,6 +54,6 @@ def _send(name: str, newest: list[float], done: threading.Event) -> None:
             else:
                 update_progress_artifact(artifact, progress=percent)
             sent = percent
-        except HTTPError:  # the server is away, which `prefect_watch` says
+        except HTTPError:  # the server is unreachable, which `prefect_watch` reports
             done.wait(60.0)
         done.wait(EVERY_SECONDS)

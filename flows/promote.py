@@ -17,7 +17,7 @@ from flows.decisions import announce
 from flows.failure import failed
 
 DAYS = 30  # to decide; after them the candidate stays a candidate
-FORM = "**{verdict}**\n\n{table}\n\nApprove, reject, or approve and waive each gate that fails, with the reason why."
+FORM = "**{verdict}**\n\n{gates}\n\nApprove, reject, or approve and waive each gate that fails, with the reason why."
 
 
 class Answer(RunInput):
@@ -29,7 +29,7 @@ class Answer(RunInput):
     waive: dict[str, str] = Field(default_factory=dict, description='Failed gates, such as {"champion": "is noise"}.')
 
 
-@flow(name="promote", persist_result=False)
+@flow(name="promote", flow_run_name="{reference}", persist_result=False)
 def promote(reference: str) -> State[Any]:
     """Show a candidate's gates, wait for a decision, and carry it out.
 
@@ -58,7 +58,8 @@ def _promote(reference: str) -> State[Any]:
     table = gates_table(found)
     key = re.sub(r"[^a-z0-9]+", "-", f"gates-{found.version}".lower())
     create_markdown_artifact(f"**{found.verdict}**\n\n{table}", key=key, description=f"Gates of {found.version}")
-    form = Answer.with_initial_data(description=FORM.format(verdict=found.verdict, table=table))
+    lines = "\n".join(f"- **{gate.name}** {gate.state}: {gate.text}" for gate in found.gates)  # a table is cut there
+    form = Answer.with_initial_data(description=FORM.format(verdict=found.verdict, gates=lines))
     answer = suspend_flow_run(form, timeout=int(timedelta(days=DAYS).total_seconds()), key="decision")
     if answer.decision == "reject":
         done = decisions.reject(found.version, answer.reason, answer.name)
@@ -70,6 +71,6 @@ def _promote(reference: str) -> State[Any]:
 
 
 def gates_table(found: Any) -> str:
-    """The gates of a review as a markdown table."""
+    """Return the gates of a review as a markdown table."""
     rows = [f"| {gate.name} | {gate.state} | {gate.text.replace('|', '/')} |" for gate in found.gates]
     return "\n".join(["| gate | | found |", "|---|---|---|", *rows])

@@ -22,7 +22,7 @@ PICTURES = (
 )
 
 
-def publish(workspace: Workspace, mlflow_run: str | None) -> None:
+def create_artifacts(workspace: Workspace, mlflow_run: str | None) -> None:
     """Make the artifacts of whatever the run has finished, whether or not all of it went well."""
     layout = Layout(workspace.root)
     reports, curation = layout.reports, layout.report("curate")
@@ -50,12 +50,12 @@ def publish(workspace: Workspace, mlflow_run: str | None) -> None:
     if url := stage_runs.run_url(mlflow_run):
         create_link_artifact(url, "MLflow run", key="mlflow", description="Parameters, metrics, files, data inputs")
     if (page := curation / "report.html").exists():
-        told = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"
-        create_markdown_artifact(f"`{page.resolve()}`", key="curation-report", description=told)
+        caption = "Why each image is in the curated set or out of it; also among the files of the stage's MLflow run"
+        create_markdown_artifact(f"`{page.resolve()}`", key="curation-report", description=caption)
     docs = layout.data_docs / "curated" / "index.html"
     if docs.exists():
-        told = "Data Docs of Great Expectations; they need the internet. The curation report has the same gates"
-        create_markdown_artifact(f"`{docs.resolve()}`", key="data-docs", description=told)
+        caption = "Data Docs of Great Expectations; they need the internet. The curation report has the same gates"
+        create_markdown_artifact(f"`{docs.resolve()}`", key="data-docs", description=caption)
 
 
 def score(layout: Layout, mlflow_run: str | None, rows: list[dict[str, Any]]) -> None:

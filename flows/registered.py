@@ -1,6 +1,6 @@
-"""What the registry holds now, written into a recipe as exact versions.
+"""Replace aliases of registered models in a recipe by exact versions.
 
-MLflow is imported when it is asked: `prefect deploy` loads the flows, and has no use for it.
+MLflow is imported on first use, because `prefect deploy` imports the flows without needing it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def open_registry() -> MlflowClient:
-    """Return the client of the registry, once it has answered."""
+    """Return the client of the registry, after a health check."""
     from components.registry.publish import one_line_errors, registry_client
 
     with one_line_errors():
@@ -25,7 +25,7 @@ def open_registry() -> MlflowClient:
 
 
 def exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
-    """The recipe with today's champions written into it as exact versions, so that they are inputs like any other."""
+    """Return the recipe with aliases and current champions as exact versions, which makes them tracked inputs."""
     from components.registry.publish import one_line_errors
 
     with one_line_errors():
@@ -53,7 +53,7 @@ def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
     exact = {}
     for key in ("embedder", "semantic"):
         config: Any = getattr(recipe.embed, key)
-        weights = getattr(config, "weights", "")  # which the kind `model` has
+        weights = getattr(config, "weights", "")  # only of the kind `model`
         if (named := ModelReference.of_uri(weights)) and named.alias:
             if (found := version(named.name, named.alias)) is None:
                 raise WorkspaceError(f"embed.{key}.weights: {weights} names no registered version")

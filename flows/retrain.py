@@ -1,4 +1,4 @@
-"""The table of contents of the system: from the pool to a registered candidate, as `dvc.yaml` says."""
+"""The main flow: from the pool to a registered candidate, by the stages of `dvc.yaml`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from flows.stages import StageFailedError, run_stage
 from flows.workspace import Workspace, close_branch, open_workspace
 
 STAGES_SIDE_BY_SIDE = 2
-MOST_TRIES = 5  # of one flow run, which is started again after a crash or a stop of its worker
+MOST_TRIES = 5  # of a flow run, which restarts after a crash or a stop of its worker
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did: its record, its folder, and each stage's outcome (`unchanged`, `restored` or `ran`)."""
+    """Result of a run: its record, folder, and each stage's outcome (`unchanged`, `restored` or `ran`)."""
 
     run_id: str
     branch: str
@@ -55,7 +55,7 @@ class RunResult:
 
     @property
     def computed(self) -> list[str]:
-        """Names of the stages that had to run."""
+        """Names of the stages that ran."""
         return [name for name, outcome in self.outcomes.items() if outcome == "ran"]
 
 
@@ -71,14 +71,14 @@ def retrain(
 ) -> RunResult | State[Any]:
     """Curate the pool, train, distill, evaluate, and register a candidate, recomputing only what changed.
 
-    Parameters, code and sources are those of the moment when the run begins to work; a run that waits for another one
-    of its model reads them when that has ended.
+    Parameters, code and sources are read when the run starts working; a run that waits for another one of its model
+    reads them afterwards.
 
     Args:
-        params: all parameters of the run; None takes `recipe` and `overrides`.
-        sources: names of sources in the pool, or SOURCE/SNAPSHOT; None takes every source that was ingested to stay
-            (the sample only if there is no other), none that was given to one run.
-        recipe: a named recipe; None takes `params.yaml` of the checkout.
+        params: all parameters of the run; None means `recipe` with `overrides`.
+        sources: names of sources in the pool, or SOURCE/SNAPSHOT; None means all permanent sources (the sample only if
+            there is no other), without those ingested for one run.
+        recipe: a named recipe; None means `params.yaml` of the checkout.
         overrides: KEY=VALUE, such as distill.steps=50.
     """
     with interrupt.handled() as interrupted:
@@ -87,7 +87,7 @@ def retrain(
         except KeyboardInterrupt:
             return interrupt.end(interrupted)
         except Exception as error:
-            if interrupt.asked() and known(error):
+            if interrupt.requested() and known(error):
                 return interrupt.end(interrupted)
             return failed(error)
 
@@ -116,7 +116,7 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
 
 
 def _check_tries() -> None:
-    """Refuse to start a flow run that has crashed again and again.
+    """Refuse to start a flow run that has crashed repeatedly.
 
     Raises:
         WorkspaceError: after `MOST_TRIES`.
@@ -129,13 +129,13 @@ def _check_tries() -> None:
 
 
 def _name_flow_run(name: str) -> None:
-    """Prefect's pages call the run what git, MLflow and DVC call it."""
+    """Name the flow run in Prefect as in git, MLflow and DVC."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(UUID(flow_run.id), name=name)
 
 
 def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
-    """Run the stages; however they end, MLflow, Prefect's page and the run's branch say how."""
+    """Run the stages, and record the end in MLflow, Prefect and the run's branch, also after an error."""
     parent = stage_runs.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
     status, how = "FAILED", "Run failed: a defect, see its log"
     try:
@@ -149,7 +149,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         how = f"Run failed: {known(error) or defect(error, 'in its log')}"
         raise
     finally:
-        if interrupt.asked():
+        if interrupt.requested():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
         _close(workspace, recipe.name, parent, status)
@@ -158,22 +158,22 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
 
 
 def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> None:
-    """Show how the run ended. Services that are away change nothing of it: it is in git, DVC and the stages' runs."""
+    """Publish the end of the run. Unreachable services only cause warnings, because git and DVC have the record."""
     try:
         stage_runs.close_parent(parent, status)
         if status != "FINISHED":
-            stage_runs.close_lost(workspace.run_id, name)  # stages that were killed
+            stage_runs.close_lost(workspace.run_id, name)  # killed stages
     except TrackingError as error:
-        get_run_logger().warning("the end of the run is told to MLflow later: %s", error)
+        get_run_logger().warning("the end of the run is reported to MLflow later: %s", error)
         live.leave_open()
     try:
-        published.publish(workspace, parent)
+        published.create_artifacts(workspace, parent)
     except (HTTPError, TrackingError) as error:
         get_run_logger().warning("tables and pictures are not all in the pages of Prefect and MLflow: %s", error)
 
 
 def _ask_for_decisions(workspace: Workspace) -> None:
-    """Tell Prefect of each candidate; it knows of those that an earlier run registered."""
+    """Send each candidate's event to Prefect, which ignores those of versions that an earlier run registered."""
     result = Layout(workspace.root).result("register")
     registered = json.loads(result.read_text()) if result.exists() else {}
     try:
@@ -184,7 +184,7 @@ def _ask_for_decisions(workspace: Workspace) -> None:
 
 
 def _run_stages(workspace: Workspace, recipe: Recipe) -> dict[str, str]:
-    """Submit every stage of the DAG to wait for those it needs; the first failure stops what comes after it."""
+    """Submit every stage of the DAG after its dependencies; a failure stops its dependents."""
     futures: dict[str, PrefectFuture[str]] = {}
     stages = workspace.ledger.stages()
     trainings = {name: (config.steps, config.batch_size) for name, config in recipe.trainings().items()}
@@ -207,13 +207,13 @@ def _submit(stage: Stage, workspace: Workspace, futures: dict[str, PrefectFuture
 
 @contextmanager
 def _one_run_a_model(checkout: Path, name: str) -> Iterator[None]:
-    """Hold the model's lock; a second run of the same model waits. The lock ends with the process, however it ends."""
+    """Hold the model's lock, so that a second run of the model waits; it is released when the process ends."""
     path = Layout(checkout).runs / f"{name}.running"
     logger = get_run_logger()
 
-    def tell(holder: str) -> None:
-        logger.info("waiting for another run of %s: %s", name, holder or "it has just begun")
+    def log_wait(holder: str) -> None:
+        logger.info("waiting for another run of %s: %s", name, holder or "it has just started")
 
-    with exclusive(path, tell):
+    with exclusive(path, log_wait):
         path.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}, {flow_run.ui_url}")
         yield

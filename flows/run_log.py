@@ -1,4 +1,4 @@
-"""A log file for each run, whoever started it: `.pedigree/logs/runs/<run-id>.log`."""
+"""Write the log file of each run, `.pedigree/logs/runs/<run-id>.log`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOGGERS = ("components", "flows", "infra", "prefect.flow_runs", "prefect.task_ru
 
 @contextmanager
 def log_file(checkout: Path, run_id: str) -> Iterator[Path]:
-    """Write what the run logs inside the block, each line with its time."""
+    """Write log records inside the block to the run's file, with times."""
     path = Layout(checkout).state / "logs" / "runs" / f"{run_id}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
@@ -25,7 +25,7 @@ def log_file(checkout: Path, run_id: str) -> Iterator[Path]:
     try:
         yield path
     except Exception as error:
-        if known(error) is None:  # the flow's own log shows it, but only after this block
+        if known(error) is None:  # the flow logs it only after this block
             raised = (type(error), error, error.__traceback__)
             handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, "the run failed", None, raised))
         raise

@@ -1,8 +1,8 @@
-"""What of a checkout goes into a run: code and configuration, as they are now, as one commit.
+"""Commit a checkout's present code and configuration for a run.
 
-Tracked files go in with their edits. Of what git does not track, only code, Pedigree's own top-level files and what
-stands beside the snapshots of the pool and the evaluation sets (`.dvc` file, provenance) go in; all else is left out,
-and named in the log.
+Tracked files are included with their edits. Of untracked files, only code, Pedigree's top-level files and the files
+beside snapshots of the pool and the evaluation sets (`.dvc` file, provenance) are included; others are skipped, and
+named in the log.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ TOP_FILES = (
     ".gitattributes", ".dvcignore",
 )  # fmt: skip
 MIB = 2**20
-MAX_FILE_MIB, MAX_SUM_MIB = 5, 20  # of files that git does not track; this project's own code is 3 MiB
+MAX_FILE_MIB, MAX_SUM_MIB = 5, 20  # of untracked files; this project's code is 3 MiB
 _SECRET = re.compile(
     r"\.env(\..+)?|\.(netrc|pgpass|htpasswd|pypirc|npmrc|git-credentials)|.+\.(pem|key|p12|pfx|jks|keystore|kdbx)"
     r"|(id_(rsa|dsa|ecdsa|ed25519)|credentials?|secrets?)([._-].*)?",
     re.IGNORECASE,
 )
-_NO_SECRET = (".py", ".pyi", ".md", ".pub", ".example", ".sample", ".template")  # code, and what is made to be shown
+_NO_SECRET = (".py", ".pyi", ".md", ".pub", ".example", ".sample", ".template")  # code, and files made to be shared
 
 
 def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) -> str:
-    """Commit the checkout's code and configuration as they are, without touching it or its index; returns the commit.
+    """Commit the checkout's present code and configuration without changing it or its index; return the commit.
 
     Args:
         checkout: Pedigree's folder.
         params: text of the run's `params.yaml`.
-        sources: the snapshots that are in it, as SOURCE/SNAPSHOT; no other is.
+        sources: the included snapshots, as SOURCE/SNAPSHOT.
         message: of the commit.
 
     Raises:
-        WorkspaceError: not a repository with a commit, or an untracked file is too large for a run.
-        GitError: git refuses.
+        WorkspaceError: not a repository with a commit, or an untracked file is too large.
+        GitError: git failed.
     """
     at = head(checkout)
     with tempfile.TemporaryDirectory(prefix="pedigree-", dir=at.index.parent) as scratch:
         index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
-        if at.index.exists():  # with its times, by which git knows what has not changed
+        if at.index.exists():  # with mtime, by which git detects unchanged files
             shutil.copy2(at.index, index["GIT_INDEX_FILE"])
         else:
             git(checkout, "read-tree", "HEAD", extra=index)
@@ -78,20 +78,20 @@ def snapshot(checkout: Path, params: str, sources: Sequence[str], message: str) 
 
 
 def looks_secret(path: str) -> bool:
-    """Whether a file's name is one by which keys and passwords are kept."""
+    """Return whether a file's name suggests keys or passwords."""
     name = path.rpartition("/")[2]
     return bool(_SECRET.fullmatch(name)) and not name.lower().endswith(_NO_SECRET)
 
 
 def describe(root: Path, paths: Sequence[str]) -> str:
-    """Say how many files there are, how large where that matters, and name one of them."""
+    """Describe files: their number, their size if large, and an example."""
     size = sum((root / path).lstat().st_size for path in paths if os.path.lexists(root / path))
     large = f", {size / MIB:,.0f} MiB" if size >= MIB else ""
     return paths[0] if len(paths) == 1 and not large else f"{len(paths):,} file(s){large}, such as {paths[0]}"
 
 
 def by_top_level(paths: Iterable[str]) -> list[list[str]]:
-    """Group paths by the top-level folder that they lie in; files of the top level are one group."""
+    """Group paths by top-level folder; top-level files are one group."""
     groups: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         groups[path.partition("/")[0] if "/" in path else ""].append(path)
@@ -99,14 +99,14 @@ def by_top_level(paths: Iterable[str]) -> list[list[str]]:
 
 
 def _listed(checkout: Path, index: dict[str, str]) -> tuple[list[str], list[str]]:
-    """All tracked paths, and all that are neither tracked nor ignored (a repository within ends with a slash)."""
+    """Return tracked paths, and paths neither tracked nor ignored (nested repositories end with a slash)."""
     said = git(checkout, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard", extra=index)
     entries = [entry for entry in said.split("\0") if entry]
     return [e[2:] for e in entries if e[0] != "?"], [e[2:] for e in entries if e[0] == "?"]
 
 
 def _reset_secrets(checkout: Path, paths: list[str], index: dict[str, str]) -> list[str]:
-    """Put tracked files that look like secrets back to their committed version; returns `paths`."""
+    """Reset tracked files that look like secrets to their committed version; return `paths`."""
     if not paths:
         return paths
     edited = git(checkout, "--literal-pathspecs", "diff-index", "--name-only", "-z", "HEAD", "--", *paths, extra=index)
@@ -117,7 +117,7 @@ def _reset_secrets(checkout: Path, paths: list[str], index: dict[str, str]) -> l
 
 
 def _taken(checkout: Path, untracked: list[str]) -> list[str]:
-    """The untracked files that go into the run; says what does not."""
+    """Return the untracked files to include; log the others."""
     ours = [path for path in untracked if _belongs(path)]
     secrets = [path for path in ours if looks_secret(path)]
     repositories = [path for path in untracked if path.endswith("/")]
@@ -142,7 +142,7 @@ def _belongs(path: str) -> bool:
 
 
 def _check_sizes(checkout: Path, paths: list[str]) -> None:
-    """Refuse what would make each run's commit and folder large.
+    """Refuse untracked files that would make each run's commit and folder large.
 
     Raises:
         WorkspaceError: a file or the sum is too large.
@@ -160,7 +160,7 @@ def _check_sizes(checkout: Path, paths: list[str]) -> None:
 
 
 def _is_unused(path: str, sources: Sequence[str]) -> bool:
-    """Whether a file is of a snapshot that the run does not take."""
+    """Return whether a file belongs to a snapshot outside of the run."""
     ending = next((each for each in _OF_SNAPSHOTS if path.endswith(each)), None)
     if ending is None or not path.startswith(_COLLECTED):
         return False

@@ -1,4 +1,4 @@
-"""The sources of a checkout: the snapshots that each has, and those that a run takes."""
+"""Sources of a checkout with their snapshots, and the selection for a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.core.layout import RELATIVE
 from components.data.provenance import Provenance, read_provenance
 
 COLLECTIONS = POOL, EVALUATION = (str(RELATIVE.pool), str(RELATIVE.evaluation))
-SAMPLE = "sample"  # the source that `pedigree run` builds when there is no other
+SAMPLE = "sample"  # the source that `pedigree run` creates if there is no other
 MAX_NAME = 63
 
 
@@ -24,12 +24,12 @@ class Snapshot:
 
     collection: str
     source: str
-    folder: Path  # in the checkout; not there where its data was not fetched
+    folder: Path  # in the checkout; missing if its data was not fetched
     provenance: Provenance | None
 
     @property
     def entry(self) -> str:
-        """How a run names it: SOURCE/SNAPSHOT."""
+        """Name as SOURCE/SNAPSHOT."""
         return f"{self.source}/{self.folder.name}"
 
     @property
@@ -39,18 +39,18 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Its size as DVC has recorded it."""
+        """Size as recorded by DVC."""
         outs = (yaml.safe_load(self.tracked_by.read_text()) or {}).get("outs", ())
         return sum(out.get("size", 0) for out in outs)
 
     @property
     def one_run(self) -> bool:
-        """Whether it was brought for one run, so that no other run takes it unasked."""
+        """Whether it was ingested for one run; other runs use it only if they name it."""
         return self.provenance is not None and self.provenance.one_run
 
 
 def snapshots(checkout: Path, entries: Sequence[str] | None = None) -> list[Snapshot]:
-    """All snapshots, or those of `entries`, in order."""
+    """Return all snapshots, or those of `entries`, in order."""
     files = [(name, path) for name in COLLECTIONS for path in sorted((checkout / name).glob("*/*.dvc"))]
     found = [(name, path.parent.name, path.with_suffix("")) for name, path in files]
     return [
@@ -61,34 +61,34 @@ def snapshots(checkout: Path, entries: Sequence[str] | None = None) -> list[Snap
 
 
 def any_to_stay(checkout: Path) -> bool:
-    """Whether the pool has a source that was ingested to stay."""
+    """Return whether the pool has a permanent source."""
     return any(one.collection == POOL and not one.one_run for one in snapshots(checkout))
 
 
-def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
-    """The snapshots that a run takes, as SOURCE/SNAPSHOT.
+def choose(checkout: Path, requested: Sequence[str] | None) -> list[str]:
+    """Select the snapshots of a run, as SOURCE/SNAPSHOT.
 
     Args:
         checkout: Pedigree's folder.
-        asked: names of sources, or SOURCE/SNAPSHOT. None takes every source that was ingested to stay; the sample only
-            where there is no other.
+        requested: names of sources, or SOURCE/SNAPSHOT. None: all permanent sources; the sample only if there is no
+            other.
 
     Returns:
-        Them, and every evaluation set of no source of the pool: a run must know what it is scored on.
+        The snapshots, and those of evaluation sets without a source in the pool, on which every run is evaluated.
 
     Raises:
-        ConfigError: an unknown source or snapshot, or there is nothing to take.
+        ConfigError: an unknown source or snapshot, or an empty selection.
     """
     found = snapshots(checkout)
     pool = {one.source for one in found if one.collection == POOL}
     stay = [one for one in found if not one.one_run]
     names = {one.source for one in stay if one.collection == POOL}
-    if asked is None:
+    if requested is None:
         if not names:
             raise ConfigError(_empty(pool))
-        asked = sorted(names - {SAMPLE} or names)
+        requested = sorted(names - {SAMPLE} or names)
     chosen = {one.entry for one in stay if one.source not in names}
-    for name in asked:
+    for name in requested:
         taken = [one.entry for one in (found if "/" in name else stay) if name in {one.source, one.entry}]
         if not taken or (name not in names and "/" not in name):
             raise ConfigError(_unknown(name, pool, names))
@@ -97,7 +97,7 @@ def choose(checkout: Path, asked: Sequence[str] | None) -> list[str]:
 
 
 def num_images(one: Snapshot) -> int | None:
-    """Images of a snapshot by its manifest; None where it is not in the checkout, or broken."""
+    """Return the number of images in a snapshot's manifest; None if it is missing or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,17 +105,17 @@ def num_images(one: Snapshot) -> int | None:
 
     try:
         return pq.read_metadata(one.folder / MANIFEST).num_rows
-    except (OSError, pa.ArrowInvalid):  # the stages say what is wrong with it, once it is fetched
+    except (OSError, pa.ArrowInvalid):  # the stages report problems after fetching it
         return None
 
 
 def source_names(entries: Iterable[str]) -> list[str]:
-    """Names of the sources of snapshots, each once."""
+    """Return the distinct source names of snapshots."""
     return sorted({entry.partition("/")[0] for entry in entries})
 
 
 def name_for(checkout: Path, folder: Path) -> str:
-    """A legal name for a user's folder that no source from elsewhere has: its own, in small Latin letters."""
+    """Return a valid source name for a user's folder, derived from its own, that no other folder's source has."""
     folder = folder.resolve()
     name = slugify(folder.name, max_length=MAX_NAME) or "images"
     taken = {SAMPLE, *(one.source for one in snapshots(checkout) if not _is_from(one, folder))}
@@ -133,14 +133,14 @@ def _is_from(one: Snapshot, folder: Path) -> bool:
 def _empty(pool: set[str]) -> str:
     if pool:
         given = f"all sources ({', '.join(sorted(pool))}) were given to one run each (`pedigree run --images`)"
-        return f"{given}; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in to stay"
+        return f"{given}; `pedigree ingest FOLDER --name NAME --license LICENSE` adds one permanently"
     return "the pool is empty: `pedigree ingest FOLDER --name NAME --license LICENSE` fills it"
 
 
 def _unknown(name: str, pool: set[str], names: set[str]) -> str:
     if name in pool:
         return (
-            f"source {name!r} was given to one run (`pedigree run --images FOLDER`): give the folder again, or take "
-            f"it in to stay: `pedigree ingest FOLDER --name {name} --license LICENSE`"
+            f"source {name!r} was given to one run (`pedigree run --images FOLDER`): give the folder again, or add "
+            f"it permanently: `pedigree ingest FOLDER --name {name} --license LICENSE`"
         )
     return f"no source {name!r} in the pool; known: {', '.join(sorted(names)) or 'none'}"

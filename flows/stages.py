@@ -1,4 +1,4 @@
-"""One stage as a Prefect task: changed? run its own command line, record it in the ledger, commit."""
+"""Run one stage as a Prefect task: restore its outputs, or run its command, record it in the ledger, and commit."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
 
 class StageFailedError(PedigreeError):
-    """A stage's command ended badly; the message is its last error line, the exit code 70 where that is a defect."""
+    """A stage's command failed; the message is its last error line, the exit code is 70 for a defect."""
 
 
 class StageUnreachableError(StageFailedError, ServiceError):
-    """A stage could not reach the storage or a service, or was told to go: worth another try."""
+    """A stage could not reach the storage or a service, or was terminated; a retry may succeed."""
 
 
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
-    """Storage and service errors pass; a wrong parameter or a defect does not."""
+    """Return whether to retry: after storage and service errors, not after a wrong parameter or a defect."""
     error = state.result(raise_on_failure=False)
-    return not interrupt.asked() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
+    return not interrupt.requested() and isinstance(error, StageUnreachableError | LedgerUnreachableError)
 
 
 # Of every task that talks to the storage or to a service.
@@ -55,8 +55,8 @@ RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [2, 10, 30], "re
 
 @task(task_run_name="{stage.name}", persist_result=False, cache_policy=NO_CACHE, **RETRIES)
 def run_stage(stage: Stage, workspace: Workspace) -> str:
-    """Bring one stage's outputs into place; returns how: `unchanged`, `restored` or `ran`."""
-    if interrupt.asked():
+    """Bring one stage's outputs into place; return the outcome `unchanged`, `restored` or `ran`."""
+    if interrupt.requested():
         raise StageFailedError(f"{stage.name}: not started, the run was interrupted")
     with board.working(stage.name, "looking for earlier outputs"):
         return _bring(stage, workspace)
@@ -66,7 +66,7 @@ def _bring(stage: Stage, workspace: Workspace) -> str:
     logger = get_run_logger()
     outcome = workspace.ledger.take_up(stage.name)
     if outcome is not Outcome.CHANGED:
-        workspace.ledger.push(stage.name)  # an earlier run may have stopped before this
+        workspace.ledger.push(stage.name)  # an earlier run may have stopped before pushing
         workspace.commit(f"{stage.name}: {outcome.value}")
         logger.info("%s: %s, not computed again", stage.name, outcome.value)
         return outcome.value
@@ -83,7 +83,7 @@ def _bring(stage: Stage, workspace: Workspace) -> str:
 
 
 def hand_on(name: str, logger: Logger, show: Callable[[float], None], text: str) -> None:
-    """Move the display and Prefect's percent by a stage's progress line, now and then logged; log any other line."""
+    """Update the displays from a stage's progress line, and log it at intervals; log any other line."""
     if progress := ProgressLine.parse(text):
         show(100.0 * progress.done / max(progress.total, 1))
         if board.move(name, progress):
@@ -91,17 +91,17 @@ def hand_on(name: str, logger: Logger, show: Callable[[float], None], text: str)
             logger.info("%s: %s%s", name, what, progress.figures, extra=DETAIL)
         return
     level, said = read_level(text)
-    # The display shows how far it is, and the run's end says why a stage failed.
+    # The live display shows progress, and the end of the run shows why a stage failed.
     extra = DETAIL if text.startswith((ERROR, CHECKPOINT_LINE.partition("%")[0])) else None
     logger.log(level, "%s: %s", name, said.removeprefix(f"{name}: "), extra=extra)
 
 
 def stream(command: str, root: Path, line_out: Callable[[str], None]) -> None:
-    """Run a command line in `root` and hand on its lines as they come; it dies with this process.
+    """Run a command line in `root` and pass on its lines; it is killed if this process ends.
 
     Raises:
-        StageUnreachableError: it ended with 75, "try again", or by SIGTERM: its machine was taken away.
-        StageFailedError: it ended with any other code but 0.
+        StageUnreachableError: it exited with 75 (retry), or was ended by SIGTERM, as on a preempted machine.
+        StageFailedError: it exited with any other code except 0.
     """
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
     process = subprocess.Popen(
@@ -111,7 +111,7 @@ def stream(command: str, root: Path, line_out: Callable[[str], None]) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     interrupt.commands.add(process)
-    if interrupt.asked():  # the signal came while the command was being started
+    if interrupt.requested():  # the signal came while the command was being started
         interrupt.stop(process)
     last: deque[str] = deque(maxlen=20)
     try:
@@ -139,7 +139,7 @@ def _die_with_parent() -> None:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """Stop what is left of the command's session: first politely, so that training can save its state."""
+    """Stop the command's session: first by SIGTERM, so that training can save its state, then by SIGKILL."""
     for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         if process.poll() is not None:
             break

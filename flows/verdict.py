@@ -1,4 +1,4 @@
-"""How good a run's models are beside the champion, random weights and the descriptor that needs no training."""
+"""Compare a run's models with the champion, random weights and the training-free descriptor."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEASURES = (("knn_top1", "kNN"), ("instance_map", "retrieval mAP"))  # the first that there is, decides
+MEASURES = (("knn_top1", "kNN"), ("instance_map", "retrieval mAP"))  # the first available one decides
 OTHERS = {"champion": "the champion", "random": "random weights", "descriptor": "the hand-made descriptor"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One evaluated model.
+    """Comparison of one evaluated model.
 
     Args:
         model: its name among the evaluations.
-        text: its main measure, and each other's with the 95 % interval of the difference on the same images.
+        text: its main metric, and the others' with the 95 % interval of the difference on the same images.
     """
 
     model: str
@@ -25,7 +25,7 @@ class Verdict:
 
 
 def verdicts(reports: Path) -> list[Verdict]:
-    """Read what the evaluations in a run's reports found."""
+    """Read the evaluations in a run's reports."""
     found = [
         (path.parent.name, json.loads(path.read_text())) for path in sorted(reports.glob("evaluate/*/result.json"))
     ]
@@ -34,12 +34,12 @@ def verdicts(reports: Path) -> list[Verdict]:
 
 def _verdict(model: str, result: dict[str, Any]) -> Verdict:
     key, label = next((key, label) for key, label in MEASURES if key in result)
-    told = []
+    comparisons = []
     for other, name in OTHERS.items():
         if key not in result.get(f"minus_{other}", {}):
             continue
         interval = result[f"minus_{other}"][key]
         word = "better" if interval["low"] > 0 else "worse" if interval["high"] < 0 else "no better"
         low, high = (f"{interval[end]:+.3f}" for end in ("low", "high"))
-        told.append(f"{word} than {name} ({result[other][key]:.3f}; difference {low} to {high})")
-    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(told)}")
+        comparisons.append(f"{word} than {name} ({result[other][key]:.3f}; difference {low} to {high})")
+    return Verdict(model, f"{label} of {model} {result[key]:.3f}, {', '.join(comparisons)}")

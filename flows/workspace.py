@@ -27,23 +27,23 @@ from flows.git import head_commit
 from flows.snapshot import by_top_level, describe, snapshot
 from flows.sources import COLLECTIONS
 
-if TYPE_CHECKING:  # it loads DVC, which the command line does not wait for
+if TYPE_CHECKING:  # importing DVC is slow
     from components.lineage.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-ENDS = ("Run finished", "Run failed", "Run interrupted")  # how the subject of a branch's last commit begins
-KEPT_FOLDERS = 3  # of the newest finished runs, to look into; all branches are kept
+ENDS = ("Run finished", "Run failed", "Run interrupted")  # prefixes of the subject of a branch's last commit
+KEPT_FOLDERS = 3  # of the newest finished runs, for inspection; all branches are kept
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where one run works."""
+    """Workspace of one run."""
 
     root: Path
     run_id: str
     ledger: Ledger
-    told: set[str] = field(default_factory=set, compare=False)  # stray files that were named
+    logged: set[str] = field(default_factory=set, compare=False)  # stray files already logged
 
     @property
     def branch(self) -> str:
@@ -51,8 +51,8 @@ class Workspace:
         return f"runs/{self.run_id}"
 
     def commit(self, message: str) -> str:
-        """Commit what the stages leave to git: `dvc.lock`, outputs that DVC does not cache; returns the commit."""
-        with self.ledger.at_rest():  # else a stage that ends meanwhile has half written `dvc.lock`, or holds the index
+        """Commit `dvc.lock` and outputs that DVC does not cache; return the commit."""
+        with self.ledger.at_rest():  # else a concurrent stage may be writing `dvc.lock` or hold the index
             said = git(self.root, "ls-files", "-z", "--modified", "--others", "--exclude-standard")
             changed = sorted(set(filter(None, said.split("\0"))))
             recorded = _recorded_outputs(self.root)
@@ -63,25 +63,25 @@ class Workspace:
             if git(self.root, "diff-index", "--cached", "--name-only", "HEAD"):
                 git(self.root, "commit", "--quiet", "--no-verify", "--message", message)
             commit = git(self.root, "rev-parse", "HEAD")
-        self._tell_strays({*changed} - {*left} - self.told)
+        self._log_strays({*changed} - {*left} - self.logged)
         return commit
 
-    def _tell_strays(self, paths: set[str]) -> None:
-        """Name files that are no stage's output, once; the output of a stage that still runs is no stray."""
+    def _log_strays(self, paths: set[str]) -> None:
+        """Log files that are no stage's output, once; outputs of running stages are not stray."""
         if not paths:
             return
         outputs = {path for stage in self.ledger.stages() for path in stage.outputs}
         for group in by_top_level(sorted(path for path in paths if not _for_git(path, outputs))):
             logger.warning("not committed to %s, no stage's output: %s", self.branch, describe(self.root, group))
-            self.told.update(group)
+            self.logged.update(group)
 
 
 def close_branch(root: Path, message: str) -> str:
-    """Add the commit that says how a run ended, unless there is one; returns the branch's last commit.
+    """Add the closing commit of a run, unless there is one; return the branch's last commit.
 
     Args:
         root: the run's folder.
-        message: begins with one of `ENDS`.
+        message: starts with one of `ENDS`.
     """
     if not git(root, "show", "-s", "--format=%s", "HEAD").startswith(ENDS):
         one_line = " ".join(message.split())[:1000]
@@ -91,7 +91,7 @@ def close_branch(root: Path, message: str) -> str:
 
 @contextmanager
 def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> Iterator[Workspace]:
-    """Make a run's worktree with only the named snapshots (SOURCE/SNAPSHOT); the folder stays when the block ends.
+    """Create a run's worktree with the given snapshots (SOURCE/SNAPSHOT); the folder is kept after the block.
 
     Raises:
         WorkspaceError: not a git repository, or one without a commit.
@@ -118,7 +118,7 @@ def open_workspace(checkout: Path, recipe: Recipe, sources: Sequence[str]) -> It
 
 
 def params_text(checkout: Path, recipe: Recipe) -> str:
-    """`params.yaml` of a run: the checkout's own text where it says the same, else the values that were given."""
+    """Return the text of a run's `params.yaml`: the checkout's if its values are equal, else the given values."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     own = checkout / PARAMS_FILE
     if own.exists() and yaml.safe_load(own.read_text()) == values:
@@ -133,13 +133,13 @@ def _recorded_outputs(root: Path) -> set[str]:
 
 
 def _for_git(path: str, outputs: set[str]) -> bool:
-    """Whether DVC writes the file for git, or it is of outputs: those that DVC caches are ignored by git."""
+    """Return whether a file is written by DVC for git or belongs to outputs (cached outputs are ignored by git)."""
     written_by_dvc = path == str(RELATIVE.dvc_lock) or path.rpartition("/")[2] == ".gitignore"
     return written_by_dvc or not outputs.isdisjoint([path, *map(str, PurePosixPath(path).parents)])
 
 
 def _remove_old(checkout: Path, runs: Path) -> None:
-    """Remove the folders of all but the newest finished runs; a run that goes on holds its lock."""
+    """Remove the folders of all but the newest finished runs; active runs hold their lock."""
     finished = []
     for path in sorted(runs.glob("*.lock")):
         with path.open("w") as lock:

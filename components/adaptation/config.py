@@ -20,7 +20,7 @@ class AdaptOptimizerConfig(OptimizerConfig):
 
     base_lr: PositiveFloat = 2e-5  # "lower", value not published: a tenth of pretraining's
     warmup_steps: int = Field(default=1_600, ge=0)  # pretraining's 100,000 of 625,000, compressed
-    freeze_last_layer_steps: int = Field(default=0, ge=0)  # the heads are trained already
+    freeze_last_layer_steps: int = Field(default=0, ge=0)  # the heads are already trained
 
 
 class AdaptTeacherConfig(TeacherConfig):
@@ -33,7 +33,8 @@ class AdaptConfig(TrainingConfig):
     """The schedules of pretraining, compressed; backbone and heads are those of models/pretrained."""
 
     steps: PositiveInt = 10_000  # B.2
-    crops: AdaptCropConfig = AdaptCropConfig()
-    optimizer: AdaptOptimizerConfig = AdaptOptimizerConfig()
-    teacher: AdaptTeacherConfig = AdaptTeacherConfig()
+    # pyright takes fields of frozen models for mutable, hence invariant.
+    crops: AdaptCropConfig = AdaptCropConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: AdaptOptimizerConfig = AdaptOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: AdaptTeacherConfig = AdaptTeacherConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     masking: MaskingConfig = MaskingConfig()

@@ -1,4 +1,4 @@
-"""Adapt the pretrained model to a higher resolution: the same training, on larger crops, for a short time."""
+"""Adapt the pretrained model to a higher resolution: a short training on larger crops."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def run(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
 
 
 def adapt(config: AdaptConfig, root: Path, seed: int) -> dict[str, Any]:
-    """What one rank does."""
+    """Run the stage on one rank."""
     config = resolve_precision(config, "adapt")
     layout = Layout(root)
     pretrained = layout.weights("pretrained")
     student = load_network(pretrained, config.crops.global_size)
     check_crops_fit(config.crops, student.backbone.config.patch_size)
-    # Another seed than pretraining's, or the run would begin with the same images in the same crops.
+    # Not pretraining's seed, which would repeat its first images and crops.
     stream = ImageStream(layout.curated, config.stream, seed + 1)
     networks = self_distillation(student, with_gram_teacher=config.gram is not None)
     job = Job("adapt", config, networks, stream, config.masking, seed + 1)

@@ -1,4 +1,4 @@
-"""Where shard-parallel work runs: processes of this machine (loky), or a Ray cluster at `RAY_ADDRESS`."""
+"""Select where shard-parallel work runs: local processes (loky), or a Ray cluster at `RAY_ADDRESS`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import cast
 
 from components.core.config import ConfigError
 from components.core.errors import EngineError
@@ -20,21 +21,21 @@ _MISSING = "engine ray needs Ray, which is not installed: pip install 'pedigree[
 
 
 class Engine(StrEnum):
-    """What shard-parallel work runs on."""
+    """The backends for shard-parallel work."""
 
     LOKY = "loky"
     RAY = "ray"
 
 
 def choose_engine(engine: Engine | None, address: str | None) -> None:
-    """Set where this process, and those that it starts, work on shards.
+    """Select the engine of this process and of the processes that it starts.
 
     Args:
-        engine: None leaves what `RAY_ADDRESS` says.
-        address: of the cluster, for ray; None takes `RAY_ADDRESS`.
+        engine: None keeps the choice that `RAY_ADDRESS` makes.
+        address: of the cluster, for ray; None means `RAY_ADDRESS`.
 
     Raises:
-        ConfigError: options that do not fit together, or Ray is not installed.
+        ConfigError: the options contradict each other, or Ray is not installed.
         EngineError: no cluster answers at the address.
     """
     if address and engine is not Engine.RAY:
@@ -52,16 +53,16 @@ def choose_engine(engine: Engine | None, address: str | None) -> None:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[int]:
-    """Connect to a running cluster and make it joblib's backend `ray`; yields the cluster's CPUs.
+def connected(address: str) -> Generator[int]:
+    """Connect to a running cluster, register it as joblib's backend `ray`, and yield its number of CPUs.
 
     Raises:
         EngineError: Ray is not installed, or no cluster answers at the address.
     """
     host = _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a late thread of a pool connects again after the end
-    if host in LOOPBACK:  # else Ray takes it for this machine's outer address, where such a cluster does not listen
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a late pool thread reconnects after shutdown
+    if host in LOOPBACK:  # else Ray resolves it to an external address where the cluster does not listen
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -69,19 +70,19 @@ def connected(address: str) -> Iterator[int]:
     except ImportError:
         raise EngineError(_MISSING) from None
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)  # pyright: ignore[reportUnknownMemberType]
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EngineError(f"the Ray cluster at {address} cannot be used: {reason}") from None
     try:
         register_ray()
-        yield int(ray.cluster_resources().get("CPU", 0))
+        yield int(cast("dict[str, float]", ray.cluster_resources()).get("CPU", 0))
     finally:
-        ray.shutdown()
+        ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _reach(address: str) -> str:
-    """The host of an address at which something listens; Ray itself would try for most of a minute."""
+    """Return the host of an address, once a connection succeeds; Ray itself would retry for most of a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise EngineError(f"{ADDRESS} is {address!r}; expected HOST:PORT of a Ray cluster, as `ray start` prints it")

@@ -1,11 +1,11 @@
-"""What every config model shares: strictness, loading with overrides, and errors a person can act on."""
+"""Base class of all config models: strict validation, loading with overrides, and actionable errors."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,8 +18,8 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 class Config(BaseModel):
     """Base of all config models: frozen, unknown keys refused, every value validated (defaults too).
 
-    A section whose defaults differ from stage to stage has a class for each stage, so that one that is given in part
-    keeps the rest of its stage's own defaults.
+    A section whose defaults differ between stages has one class per stage, so that a partly given section keeps the
+    other defaults of its stage.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -36,23 +36,23 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data: Any = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
-    return data
+    return cast("dict[str, Any]", data)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a copy of `values` with `a.b.c=value` overrides set; each value is read as YAML.
 
     Raises:
-        ConfigError: an override without `=`, or one whose path runs through something that is not a mapping.
+        ConfigError: an override lacks `=`, or its path passes through a value that is not a mapping.
     """
-    result = _copy(dict(values))
+    result = {key: _unshared(value) for key, value in values.items()}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -60,10 +60,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         *parents, leaf = key.strip().split(".")
         node = result
         for parent in parents:
-            child = node.setdefault(parent, {})
+            child: Any = node.setdefault(parent, {})
             if not isinstance(child, dict):
                 raise ConfigError(f"--set {override}: {parent} is a value, not a section")
-            node = child
+            node = cast("dict[str, Any]", child)
         node[leaf] = _yaml_value(text)
     return result
 
@@ -85,7 +85,7 @@ def _yaml_value(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set: {text!r} is not a YAML value, such as 3, 2e-4, true or [1, 2]") from None
-    if isinstance(value, str):  # YAML 1.1 reads 2e-4 as text; a person who types it means the number.
+    if isinstance(value, str):  # YAML 1.1 reads 2e-4 as text; the user means a number.
         try:
             return float(value)
         except ValueError:
@@ -93,8 +93,11 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _copy(node: Any) -> Any:
-    return {key: _copy(value) for key, value in node.items()} if isinstance(node, dict) else node
+def _unshared(node: Any) -> Any:
+    """Return a copy in which sections that a YAML anchor shares are separate (`deepcopy` keeps them shared)."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _unshared(value) for key, value in cast("dict[str, Any]", node).items()}
 
 
 def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> str:
@@ -113,13 +116,13 @@ def _explain(model: type[BaseModel], origin: str, item: Mapping[str, Any]) -> st
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """Keys, as one writes them, of the config model (or models, of a choice) found by walking `path` from `model`."""
+    """Return the keys (aliases first) of the config models that `path` leads to from `model`; a union has several."""
     models = [model]
     for part in path:
         found = [field for m in models for name, field in m.model_fields.items() if part in (name, field.alias)]
         if found:
             models = [m for field in found for m in _models_in(field.annotation)]
-        else:  # a position, the key of a mapping, or the kind of one of several models
+        else:  # a list index, a mapping key, or the discriminator of a union
             models = [m for m in models if part in _kinds(m)] or models
     return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
 

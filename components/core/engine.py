@@ -1,4 +1,6 @@
-"""Shard-parallel work: one function mapped over shards by joblib, in order, with progress."""
+"""Map one function over shards by joblib, in order, with progress."""
+
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed  # pyright: ignore[reportUnknownVariableType]
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from components.core.cluster import ADDRESS, connected
@@ -27,21 +29,21 @@ def map_shards(
     what: str,
     unit: str = "shards",
 ) -> list[Result]:
-    """Results of `function(item)` in the order of `items`, whichever worker finished first.
+    """Return the results of `function(item)` in the order of `items`.
 
-    Work goes to processes of this machine, or to the Ray cluster that `RAY_ADDRESS` names. All of its machines must
-    see the files by the same paths and have the same code installed.
+    The workers are local processes, or those of the Ray cluster that `RAY_ADDRESS` names, whose machines must all see
+    the files under the same paths and have the same code installed.
 
     Args:
-        function: picklable, and independent of the other items: a killed run may call it again.
-        items: one for each shard; what they hold is sent to the workers, so send paths rather than pixels.
-        workers: processes; 1 runs in this process, None takes one for each CPU that this process, or Ray, may use.
-        what: named in the progress display, for example "embedding".
-        unit: what one item is.
+        function: picklable, independent of the other items, and safe to call again after a killed run.
+        items: one for each shard; they are pickled to the workers, so pass paths rather than pixels.
+        workers: number of processes; 1 runs in this process, None means one for each available CPU.
+        what: label of the progress display, for example "embedding".
+        unit: plural noun for the items.
 
     Raises:
-        EngineError: a worker died, or `RAY_ADDRESS` names no cluster that can be used. Errors raised by `function` come
-            through as they are.
+        EngineError: a worker died, or the cluster at `RAY_ADDRESS` is unusable. Errors raised by `function` pass
+            through unchanged.
     """
     if not items:
         return []
@@ -49,37 +51,37 @@ def map_shards(
     if address and workers != 1:
         with connected(address) as cpus:
             num_workers = max(min(workers or cpus, cpus, len(items)), 1)
-            # Arguments are never shared through files of this machine, as joblib does with large arrays.
-            return _in_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
+            # No memmapping of large arguments: the other machines do not see this machine's temporary files.
+            return _run_parallel(function, items, num_workers, f"{what} on Ray", unit, backend="ray", max_nbytes=None)
     num_workers = min(workers or len(os.sched_getaffinity(0)), len(items))
     if num_workers == 1:
         return [function(item) for item in track(items, what, len(items), unit)]
-    initial: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    return _in_parallel(function, items, num_workers, what, unit, backend="loky", **initial)
+    initial: dict[str, Any] = {"initializer": _exit_with_parent, "initargs": (os.getpid(),)}
+    return _run_parallel(function, items, num_workers, what, unit, backend="loky", **initial)
 
 
-class _Counted(Parallel):
-    """Tells of each finished item; joblib's Ray backend gives all results at the end only."""
+class _ReportingParallel(Parallel):
+    """Report each finished item; joblib's Ray backend returns all results at the end only."""
 
     def __init__(self, advance: Callable[[int], None], **options: Any):
-        super().__init__(**options)
-        self._advance, self._told = advance, 0
+        super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
+        self._advance, self._reported = advance, 0
 
     def print_progress(self) -> None:
-        """Called by joblib whenever an item is finished, and at the end."""
-        new = self.n_completed_tasks - self._told
+        """Report new items; joblib calls this after each item and at the end."""
+        new = self.n_completed_tasks - self._reported
         if new:
             self._advance(new)
-        self._told += new
+        self._reported += new
 
 
-def _in_parallel(
+def _run_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, what: str, unit: str, **options: Any
 ) -> list[Result]:
-    # One shard a task, whatever joblib's annotation of batch_size says.
+    # One shard per task; joblib's type annotation of batch_size is wrong.
     options |= {"batch_size": 1, "pre_dispatch": "2*n_jobs"}
     with progress(what, len(items), unit) as advance:
-        pool: Any = _Counted(advance, n_jobs=workers, **options)
+        pool: Any = _ReportingParallel(advance, n_jobs=workers, **options)
         try:
             return list(pool(delayed(function)(item) for item in items))
         except Exception as error:
@@ -90,8 +92,8 @@ def _in_parallel(
             raise EngineError(f"{what}: a worker process died ({reason}); {advice}") from error
 
 
-def _end_with(parent: int) -> None:
-    """End this worker when the process that started it is gone; loky's own workers outlive a killed one by minutes."""
+def _exit_with_parent(parent: int) -> None:
+    """End this worker when its parent process is gone; loky's workers otherwise outlive a killed parent by minutes."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,7 +1,7 @@
-"""The root of all errors that are not defects of Pedigree, and how a front door tells the two apart.
+"""Base classes of all expected errors; any other exception is a defect of Pedigree.
 
-A front door (`components.cli`, `flows.cli`, the flows) shows an error of this root in one clear line and ends with its
-exit code. Whatever else is raised is a defect: its traceback is shown and kept, and the last line says where.
+Entry points (`components.cli`, `flows.cli`, the flows) print an expected error as one line and exit with its code. For
+a defect they also print and store the traceback, and the last line says where.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc"
     r"|^DataLoader worker \(pid.*(Killed|Bus error|exited unexpectedly)"
 )
-TRACEBACK = "PEDIGREE_TRACEBACK"  # set by --traceback, so that the processes of stages show theirs too
+TRACEBACK = "PEDIGREE_TRACEBACK"  # set by --traceback, and inherited by the processes of stages
 REMOTE = re.compile(r"^Caught \w+ in DataLoader worker .*^[\w.]+: (?P<said>.*)", re.DOTALL | re.MULTILINE)
 
 
 class PedigreeError(Exception):
-    """What a user, the data, a service or the machine causes; the message says what was given and what to do."""
+    """An error that a user, the data, a service or the machine causes; the message says what to do."""
 
     exit_code = 1
 
@@ -39,32 +39,32 @@ class InputError(PedigreeError):
 
 
 class ServiceError(PedigreeError):
-    """A service or the storage does not do what was asked: worth another try."""
+    """A service or the storage failed or refused; a retry may succeed."""
 
     exit_code = TRY_AGAIN
 
 
 class DatasetError(PedigreeError):
-    """A dataset cannot be used: its manifest, a shard, its splits, too many of its images, or a gate's expectation."""
+    """A dataset cannot be used: bad manifest, shard or splits, too many bad images, or a failed gate."""
 
 
 class EngineError(PedigreeError):
-    """What the work runs on failed: a worker process, a rank, a Ray cluster, memory."""
+    """A worker process, a rank, a Ray cluster or the memory failed."""
 
 
 class OutOfMemoryError(EngineError):
-    """Memory of the machine or the GPU ran out; a front door adds what to lower."""
+    """The machine or the GPU ran out of memory; the entry point adds which setting to lower."""
 
 
 def known(error: BaseException | None) -> PedigreeError | None:
-    """The error as one of this root; None: it is a defect.
+    """Return the error as a `PedigreeError`; None means that it is a defect.
 
-    Errors of libraries are turned into ours where they arise. Only two kinds can arise everywhere: memory that runs
-    out, and files that the machine refuses to read or write.
+    Errors of libraries are converted where they arise. Only two kinds can arise anywhere: out of memory, and files that
+    the system refuses to read or write.
     """
     if error is None or isinstance(error, PedigreeError):
         return error
-    first = sentence(error).splitlines()[0]
+    first = error_message(error).splitlines()[0]
     memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if memory or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(first)):
         return OutOfMemoryError(first if "memory" in first else f"out of memory: {first}")
@@ -73,29 +73,29 @@ def known(error: BaseException | None) -> PedigreeError | None:
     return None
 
 
-def sentence(error: BaseException) -> str:
-    """What an error says, without the traceback that torch's loader puts before the words of its workers."""
+def error_message(error: BaseException) -> str:
+    """Return an error's message, without the worker traceback that torch's loader prepends."""
     found = REMOTE.search(str(error))
     return (found["said"] if found else str(error)).strip() or type(error).__name__
 
 
 def defect(error: BaseException, where: str) -> PedigreeError:
-    """The last line about a defect: its type and message, and where its traceback is, with the exit code 70."""
-    said = " ".join(sentence(error).split())
+    """Return the error to print for a defect: type, message and where its traceback is, with exit code 70."""
+    said = " ".join(error_message(error).split())
     name = type(error).__name__
     line = PedigreeError(f"a defect of Pedigree: {name}{'' if said == name else f': {said}'}; traceback: {where}")
     line.exit_code = DEFECT
     return line
 
 
-def show_tracebacks(asked: bool) -> None:
-    """Show tracebacks of known errors too, in this process and those that it starts: what `--traceback` does."""
-    if asked:
+def show_tracebacks(enabled: bool) -> None:
+    """Implement `--traceback`: show tracebacks of expected errors too, in this process and its children."""
+    if enabled:
         os.environ[TRACEBACK] = "1"
 
 
 def tracebacks_shown() -> bool:
-    """Whether this process, or one that started it, was asked for the tracebacks of known errors."""
+    """Return whether `--traceback` was given to this process or to a parent."""
     return TRACEBACK in os.environ
 
 

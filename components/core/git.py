@@ -1,4 +1,4 @@
-"""Git, called one way: no hook, no signature, no question at a terminal, messages in English, names as they are."""
+"""Call git without hooks, signatures or prompts, with English messages and unquoted names."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PLAIN = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
 
 
 class GitError(PedigreeError):
-    """Git is missing or refuses; the message has git's own words."""
+    """Git is missing or failed; the message includes git's own."""
 
 
 def git(root: Path, *arguments: str, extra: dict[str, str] | None = None, given: str | None = None) -> str:
-    """Return what a git command prints; commits are made as Pedigree where the user has set no identity.
+    """Return the output of a git command; commits use the identity Pedigree if the user has none.
 
     Args:
-        root: folder that git works in.
+        root: working directory.
         arguments: the command and its options.
-        extra: variables added to the environment.
-        given: text for its standard input.
+        extra: additional environment variables.
+        given: standard input.
 
     Raises:
-        GitError: git is missing or refuses.
+        GitError: git is missing or failed.
     """
     done = call_git(root, *arguments, extra=extra, given=given)
     if done.returncode:
@@ -36,7 +36,7 @@ def git(root: Path, *arguments: str, extra: dict[str, str] | None = None, given:
 
 
 def try_git(root: Path, *arguments: str) -> str | None:
-    """Return what a git command prints; None where git refuses, as it does outside of a repository.
+    """Return the output of a git command; None if it failed, for example outside of a repository.
 
     Raises:
         GitError: git is missing.
@@ -46,7 +46,7 @@ def try_git(root: Path, *arguments: str) -> str | None:
 
 
 def file_at(root: Path, revision: str, path: str) -> bytes | None:
-    """Return the bytes of a file of a commit, by its path below `root`; None where the commit has no such file.
+    """Return the bytes of a file in a commit, by its path below `root`; None if the commit lacks it.
 
     Raises:
         GitError: git is missing.
@@ -58,7 +58,7 @@ def file_at(root: Path, revision: str, path: str) -> bytes | None:
 def call_git(
     root: Path, *arguments: str, extra: dict[str, str] | None = None, given: str | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a git command, whatever it answers.
+    """Run a git command, without checking its exit status.
 
     Raises:
         GitError: git is missing.

@@ -1,9 +1,10 @@
-"""Classification by the weighted vote of nearest neighbors."""
+"""Weighted k-nearest-neighbor classification."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ _CHUNK = 1024  # test images compared at once
 
 @dataclass(frozen=True)
 class Nearest:
-    """Neighbors of each query, nearest first: cosines and gallery rows, [Q, count] each."""
+    """Neighbors of each query, nearest first: cosine similarities and gallery rows, [Q, count] each."""
 
     similarities: NDArray[np.float64]
     indices: NDArray[np.int64]
@@ -23,7 +24,7 @@ class Nearest:
 def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count: int) -> Nearest:
     """Cosine similarities and indices of the `count` nearest gallery rows of each query, nearest first.
 
-    In float64: tokens of a network that is not trained differ by less than float32 cosines can tell.
+    In float64: tokens of an untrained network differ by less than the precision of float32 cosines.
 
     Args:
         queries: [Q, D].
@@ -32,7 +33,9 @@ def nearest(queries: NDArray[np.floating], gallery: NDArray[np.floating], count:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = _normalized(gallery).to(device)  # [N, D]
-    parts = [torch.topk(part.to(device) @ base.T, count, dim=1) for part in _normalized(queries).split(_CHUNK)]
+    split = _normalized(queries).split(_CHUNK)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    chunks = cast("tuple[torch.Tensor, ...]", split)
+    parts = [torch.topk(chunk.to(device) @ base.T, count, dim=1) for chunk in chunks]
     similarities = torch.cat([part.values.cpu() for part in parts])
     return Nearest(similarities.numpy(), torch.cat([part.indices.cpu() for part in parts]).numpy())
 
@@ -43,10 +46,10 @@ def knn_predictions(
     neighbors: Collection[int],
     temperature: float,
 ) -> dict[int, NDArray[np.int64]]:
-    """Class of each test image by the vote of its k nearest train images, for several k.
+    """Predict the class of each test image by the vote of its k nearest train images, for several k.
 
-    dinov2/eval/knn.py: a vote weighs softmax(similarity / temperature), over the most neighbors of all k; the votes of
-    the first k are added for each class. The weights of a smaller k so add up to less than 1, which moves no maximum.
+    dinov2/eval/knn.py: vote weights are softmax(similarity / temperature) over the K neighbors; the first k votes are
+    summed for each class. For k < K the weights sum to less than 1, which does not change the argmax.
 
     Args:
         nearest_similarities: [T, K] cosines, nearest first.
@@ -55,7 +58,7 @@ def knn_predictions(
         temperature: of the softmax.
 
     Returns:
-        For each k, [T] classes; of classes with equal votes the first.
+        For each k, [T] classes; ties go to the lowest class.
     """
     logits = nearest_similarities / temperature
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))  # [T, K]
@@ -71,4 +74,5 @@ def knn_predictions(
 
 
 def _normalized(features: NDArray[np.floating]) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(features, dtype=np.float64)), dim=1)
+    values = torch.from_numpy(np.asarray(features, np.float64))  # pyright: ignore[reportUnknownMemberType]
+    return torch.nn.functional.normalize(values, dim=1)

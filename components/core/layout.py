@@ -1,8 +1,8 @@
-"""Where things lie in a workspace: the paths that `dvc.yaml` names, and the state beside them.
+"""Paths of a workspace: those that `dvc.yaml` names, and local state.
 
-A workspace is the checkout or a run's folder; a run's folder links to the checkout's `.pedigree`. Every stage imports
-this module, so a change of its code makes all stages run again. Therefore a file of `.pedigree` that only one module
-of `flows` or `infra` knows is named there, below `Layout.state`.
+A workspace is the checkout or a run's folder, which links to the checkout's `.pedigree`. Every stage imports this
+module, so a change of its code runs all stages again. Therefore a file of `.pedigree` that only one module of `flows`
+or `infra` uses is named there, below `Layout.state`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+TRAINING_CONFIG, TRAINING_LOCK = "config.json", "lock"  # in a folder of `Layout.checkpoints`; the lock is a record lock
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths below `root`; without it they are relative, as `dvc.yaml` and `dvc.lock` name them."""
+    """Paths below `root`; relative by default, as in `dvc.yaml` and `dvc.lock`."""
 
     root: Path = Path()
 
     @property
     def pipeline(self) -> Path:
-        """The stages, for DVC and for us."""
+        """The definition of the stages."""
         return self.root / "dvc.yaml"
 
     @property
     def dvc_lock(self) -> Path:
-        """What went into each stage and came out of it."""
+        """The recorded inputs and outputs of each stage."""
         return self.root / "dvc.lock"
 
     @property
     def params(self) -> Path:
-        """The values of a run's parameters."""
+        """The parameters of a run."""
         return self.root / "params.yaml"
 
     @property
@@ -39,17 +41,17 @@ class Layout:
 
     @property
     def pool(self) -> Path:
-        """Snapshots of images to train on, by source."""
+        """Snapshots of training images, by source."""
         return self.data / "pool"
 
     @property
     def evaluation(self) -> Path:
-        """Snapshots of images to evaluate on, by source."""
+        """Snapshots of evaluation images, by source."""
         return self.data / "evaluation"
 
     @property
     def embeddings(self) -> Path:
-        """Curation vectors and scores of both collections."""
+        """Embeddings and scores of both collections."""
         return self.data / "embeddings"
 
     @property
@@ -68,7 +70,7 @@ class Layout:
         return self.models / "students"
 
     def weights(self, name: str) -> Path:
-        """Weights that a stage makes of one model: `pretrained` or `adapted`."""
+        """Return the weights folder `pretrained` or `adapted`."""
         return self.models / name
 
     @property
@@ -77,20 +79,20 @@ class Layout:
         return self.root / "reports"
 
     def report(self, stage: str, item: str | None = None) -> Path:
-        """Report of a stage, or of one of its students or models."""
+        """Return the report folder of a stage, or of one of its students or models."""
         return self.reports / stage / (item or "")
 
     def result(self, stage: str, item: str | None = None) -> Path:
-        """Figures of a stage, which DVC takes as metrics."""
+        """Return the metrics file of a stage."""
         return self.report(stage, item) / "result.json"
 
     def by_image(self, model: str) -> Path:
-        """What an evaluated model scored on each test image."""
+        """Return the file of an evaluated model's scores by test image."""
         return self.report("evaluate", model) / "by_image.parquet"
 
     @property
     def code_lists(self) -> Path:
-        """Lists of the code that each stage can load."""
+        """Lists of the source files that each stage can import."""
         return self.reports / "code"
 
     @property
@@ -100,50 +102,50 @@ class Layout:
 
     @property
     def dvc_settings(self) -> Path:
-        """DVC's settings, in git."""
+        """DVC's settings that git tracks."""
         return self.dvc / "config"
 
     @property
     def dvc_local_settings(self) -> Path:
-        """DVC's settings of this machine: endpoint and credentials of the remote."""
+        """DVC's local settings: endpoint and credentials of the remote."""
         return self.dvc / "config.local"
 
     @property
     def dvc_cache(self) -> Path:
-        """DVC's objects, by their ids."""
+        """DVC's content-addressed objects."""
         return self.dvc / "cache"
 
     @property
     def state(self) -> Path:
-        """What neither git nor DVC keeps."""
+        """Local state that neither git nor DVC tracks."""
         return self.root / ".pedigree"
 
     @property
     def runs(self) -> Path:
-        """A folder and a lock file for each run; only in the checkout."""
+        """Folder and lock file of each run; only in the checkout."""
         return self.state / "runs"
 
     def checkpoints(self, key: str = "") -> Path:
-        """Folder of a training that is not delivered yet, by its run key; without one, the folder of all of them."""
+        """Return the folder of an unfinished training by its run key; without a key, their parent folder."""
         return self.state / "checkpoints" / key
 
     def cache(self, name: str = "") -> Path:
-        """What can be fetched or computed again, by kind; without a name, the folder of all kinds."""
+        """Return a cache folder by kind; without a name, the parent of all caches."""
         return self.state / "cache" / name
 
     @property
     def trained(self) -> Path:
-        """Trainings that are finished and that their stage has not taken up yet, and students, by run key."""
+        """Results of finished trainings that their stage has not yet delivered, and of students, by run key."""
         return self.cache("trained")
 
     @property
     def streamed(self) -> Path:
-        """Manifest and shard addresses of a curated set that is not on disk."""
+        """Manifest and shard addresses of a streamed curated set."""
         return self.state / "streamed"
 
     @property
     def data_docs(self) -> Path:
-        """Pages of Great Expectations."""
+        """Data Docs of Great Expectations."""
         return self.state / "data-docs"
 
 

@@ -1,13 +1,13 @@
-"""Locks between processes, of three kinds. The kernel ends each with its holder, however that ends: none goes stale.
+"""Three kinds of locks between processes. The kernel releases each when its holder ends, so that none goes stale.
 
-- `exclusive` is for a file of its own that one process holds at a time: filelock, which calls flock.
-- `try_lock`, `wait_for_lock` and `is_locked` are flock itself, for what filelock lacks: a lock that several share, one
-  on a folder or on a file that is renamed while it is held, and the question whether a file is held.
+- `exclusive` holds a dedicated lock file, by filelock, which calls flock.
+- `try_lock`, `wait_for_lock` and `is_locked` call flock directly, for what filelock lacks: shared locks, locks on a
+  folder or on a file that is renamed while it is locked, and the query whether a file is locked.
 - `try_record_lock` and `record_holder` are POSIX record locks, for what flock lacks: they end with the process that
-  took them while children that it forked, such as a loader's workers, live on; and the kernel names their holder.
+  took them even if forked children, such as a loader's workers, live on; and the kernel knows the holder's pid.
 
-No program that is started inherits a lock. Locks that are held together are taken in this order: the model's, gc's,
-the run's or the preview's, a training's.
+Started programs do not inherit locks. Locks held together are acquired in this order: model, gc, run or preview,
+training.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 POLL_SECONDS = 0.1
-TELL_SECONDS = 600.0
+REPORT_SECONDS = 600.0
 _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, process
 
 
 @contextmanager
-def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant: bool = False) -> Iterator[None]:
-    """Hold a lock file alone; wait while another process holds it.
+def exclusive(path: Path, on_wait: Callable[[str], object] | None = None, reentrant: bool = False) -> Generator[None]:
+    """Hold a lock file exclusively; wait while another process holds it.
 
     Args:
-        path: of the file, which stays when it is free again; its folder is made.
-        tell: called with the file's text where another process holds it, and every ten minutes while it does: a holder
-            may write there who it is.
-        reentrant: this process may take it again, in any thread.
+        path: of the file, which is not deleted afterwards; its folder is created.
+        on_wait: called with the file's text (the holder may write its name there) when another process holds the lock,
+            and every ten minutes while waiting.
+        reentrant: allow this process to acquire the lock again, in any thread.
 
     Raises:
         OSError: the file cannot be written.
@@ -41,7 +41,7 @@ def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its soft lock, for a filesystem without flock, would outlive a killed holder.
+    # The soft lock, a fallback for filesystems without flock, would outlive a killed holder.
     lock = FileLock(path, is_singleton=reentrant, thread_local=not reentrant, fallback_to_soft=False)
     seconds, held = 0.0, False
     while not held:
@@ -49,9 +49,9 @@ def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant
             lock.acquire(timeout=seconds, poll_interval=POLL_SECONDS)
             held = True
         except Timeout:
-            seconds = TELL_SECONDS
-            if tell is not None:
-                tell(path.read_text().strip())
+            seconds = REPORT_SECONDS
+            if on_wait is not None:
+                on_wait(path.read_text().strip())
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def exclusive(path: Path, tell: Callable[[str], object] | None = None, reentrant
 
 
 def try_lock(file: IO[Any] | int, shared: bool = False) -> bool:
-    """Lock an open file or folder until it is closed; return False, at once, where another holder rules that out."""
+    """Lock an open file or folder until it is closed; return False at once if another holder prevents it."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -68,12 +68,12 @@ def try_lock(file: IO[Any] | int, shared: bool = False) -> bool:
 
 
 def wait_for_lock(file: IO[Any] | int, shared: bool = False) -> None:
-    """Lock an open file or folder until it is closed, once no other holder rules that out."""
+    """Wait until no other holder prevents it, then lock an open file or folder until it is closed."""
     fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a file alone; the file is left as it is, and one that is not there is not held."""
+    """Return whether a process holds an exclusive lock on a file; False if the file does not exist."""
     try:
         with path.open() as file:
             return not try_lock(file, shared=True)
@@ -82,9 +82,9 @@ def is_locked(path: Path) -> bool:
 
 
 def try_record_lock(file: IO[Any]) -> bool:
-    """Lock a file that is open for writing for this process alone; return False, at once, where another holds it.
+    """Lock a file that is open for writing for this process; return False at once if another process holds it.
 
-    The lock ends when this process closes the file, by whatever handle.
+    The lock ends when this process closes any handle of the file.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,11 +94,11 @@ def try_record_lock(file: IO[Any]) -> bool:
 
 
 def record_holder(path: Path) -> int | None:
-    """The process that holds a file's record lock, asked without taking it; None: no other process does."""
+    """Return the pid of the process that holds a file's record lock, without acquiring it; None if there is none."""
     try:
         with path.open() as file:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, query))
     except (FileNotFoundError, NotADirectoryError):
         return None
     return None if kind == fcntl.F_UNLCK else process

@@ -1,14 +1,14 @@
-"""The level of a stage's log lines, as a word in front of them: its process is known by its output only."""
+"""Encode the level of a stage's log lines as a prefix, because the flow reads only the stage's output."""
 
 from __future__ import annotations
 
 import logging
 
-ERROR, WARNING = "error: ", "warning: "  # why the stage ended; what it went on in spite of
+ERROR, WARNING = "error: ", "warning: "  # the reason of the stage's end; a problem that did not end it
 
 
 class LevelFormatter(logging.Formatter):
-    """The message, with a word in front of it if it is a warning or worse."""
+    """Prefix messages of warning level and above."""
 
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
         text = super().format(record)
@@ -16,7 +16,7 @@ class LevelFormatter(logging.Formatter):
 
 
 def read_level(line: str) -> tuple[int, str]:
-    """The level of a line that `LevelFormatter` has written, and its text without the word."""
+    """Return the level of a line that `LevelFormatter` wrote, and its text without the prefix."""
     for word, level in ((ERROR, logging.ERROR), (WARNING, logging.WARNING)):
         if line.startswith(word):
             return level, line.removeprefix(word)

@@ -1,4 +1,4 @@
-"""Metrics on their way to a tracker, sent by a background thread so that a training step never waits for them."""
+"""Send metrics from a background thread, so that a training step never waits for the tracker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEND_EVERY_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One value of one metric at one step, with its time in milliseconds since 1970."""
+    """One value of a metric at a step, with its time in milliseconds since 1970."""
 
     name: str
     value: float
@@ -24,10 +24,10 @@ class MetricPoint:
 
 
 class MetricQueue:
-    """Collects metric points and hands them to `send` in batches.
+    """Collect metric points and pass them to `send` in batches.
 
-    A batch that `send` could not deliver (it raised `failure`) waits for the next one: a tracker that is away for
-    a while must not stop a training that takes days. Only `flush` raises.
+    If `send` raises `failure`, the batch is sent again with the next one: an unreachable tracker must not stop a
+    training that takes days. Only `flush` raises.
     """
 
     def __init__(self, send: Callable[[Sequence[MetricPoint]], None], failure: type[Exception]) -> None:
@@ -49,7 +49,7 @@ class MetricQueue:
         self._sending = self._sender.submit(self._deliver, batch)
 
     def flush(self) -> None:
-        """Send everything queued, now; what `send` raises passes on, and the points stay queued."""
+        """Send all queued points now; if `send` raises, the points stay queued and the error propagates."""
         self._take_back()
         if self._sender:
             self._sender.shutdown()
@@ -59,7 +59,7 @@ class MetricQueue:
         self._pending = []
 
     def _deliver(self, batch: list[MetricPoint]) -> list[MetricPoint]:
-        """Send a batch; return what is left of it."""
+        """Send a batch; return the unsent points."""
         try:
             self._send(batch)
         except self._failure as error:

@@ -1,4 +1,4 @@
-"""Numbers about features and predictions, in numpy only, for training monitors and evaluation alike."""
+"""Metrics of features and predictions in numpy, shared by training monitors and evaluation."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Interval:
 
 
 def top1_accuracy(predictions: NDArray[np.integer], labels: NDArray[np.integer]) -> float:
-    """Share of predictions that are the label, in [0, 1] (micro: every image counts the same)."""
+    """Return the share of predictions equal to the label, in [0, 1] (micro average)."""
     if len(labels) == 0:
         raise ValueError("accuracy of no images is not defined")
-    return float(np.mean(predictions == labels))
+    return np.count_nonzero(predictions == labels) / len(labels)
 
 
 def effective_rank(features: NDArray[np.floating]) -> float:
     """Number of directions that features use: exp of the entropy of their normalized singular values.
 
-    Roy and Vetterli (2007); on frozen features as RankMe (arXiv:2210.02885), but of the centered features, so that a
-    mean that all images share does not count as a direction.
+    Roy and Vetterli (2007); on frozen features as RankMe (arXiv:2210.02885), but of centered features, so that a mean
+    shared by all images does not count as a direction.
 
     Args:
         features: [N, D].
 
     Returns:
-        Between 1 and min(N - 1, D); 0 where all rows are equal.
+        Between 1 and min(N - 1, D); 0 if all rows are equal.
     """
     values = np.asarray(features, dtype=np.float64)
     centered = values - values.mean(axis=0)  # [N, D]
     singular = np.linalg.svd(centered, compute_uv=False)
-    # Rounding alone leaves singular values of this size where all rows are equal.
+    # Equal rows leave singular values of this size by rounding alone.
     floor = np.finfo(np.float64).eps * max(values.shape) * np.linalg.norm(values)
     singular = singular[singular > floor]
     if len(singular) == 0:
@@ -54,7 +54,7 @@ def feature_std(features: NDArray[np.floating]) -> float:
     """Mean over dimensions of the standard deviation of L2-normalized features, times sqrt(D).
 
     The collapse monitor of SimSiam (arXiv:2011.10566, sec. 4.1): about 1 for features spread over the sphere, 0 for
-    features that are all the same.
+    identical features.
 
     Args:
         features: [N, D], no zero rows.

@@ -1,4 +1,4 @@
-"""The one way to an MLflow server: a checked client for each address, and errors as one line.
+"""Connect to MLflow servers: one checked client for each address, and errors as one line.
 
 MLflow is imported on first use.
 """
@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,31 +26,31 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each copied file, else
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # else one progress bar for each copied file
 }
 
 
 class TrackingError(ServiceError):
-    """MLflow cannot be reached or refuses; the message names its address and what to do."""
+    """MLflow is unreachable or refused; the message names its address and what to do."""
 
 
 def server_uri() -> str | None:
-    """Address of the MLflow server; None where none is named."""
+    """Return the address of the MLflow server; None if it is not configured."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def without_login(text: str) -> str:
-    """A text to be shown, without the login that addresses in it may hold."""
+    """Return a text without the logins in its URLs."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def shown_server() -> str:
-    """The server, as messages name it."""
+    """Return the name of the server for messages."""
     return without_login(f"MLflow at {server_uri()}")
 
 
 def checked_client() -> Any:
-    """The MLflow client of this process for the server that is named, once that has answered."""
+    """Return this process's MLflow client of the configured server, after a health check."""
     uri = server_uri()
     assert uri, "callers ask server_uri() first"
     if uri not in _CLIENTS:
@@ -63,7 +63,7 @@ def checked_client() -> Any:
 
 
 def configure_client() -> None:
-    """Set what MLflow's client reads from the environment, where the user has not; call it before making one."""
+    """Set environment variables that MLflow's client reads, unless the user has; call this before creating a client."""
     for key, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(key, value)
 
@@ -74,7 +74,7 @@ def _check_health(uri: str) -> None:
     try:
         urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=_HEALTH_TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # something answers; a gateway need not know /health
+        pass  # the server answers; a gateway need not implement /health
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise TrackingError(_advice(str(reason))) from None
@@ -88,7 +88,7 @@ def _advice(reason: str) -> str:
 
 
 def probe_artifacts(name: str) -> None:
-    """Store an artifact where runs of the model `name` store theirs, and remove it.
+    """Write and delete a probe artifact where runs of the model `name` store theirs.
 
     Raises:
         TrackingError: the server does not answer, refuses these credentials, or cannot reach its storage.
@@ -99,15 +99,15 @@ def probe_artifacts(name: str) -> None:
 
         experiment = client.get_experiment_by_name(name) or client.get_experiment("0")
         probe = f"doctor-{secrets.token_hex(8)}"
-        artifacts = get_artifact_repository(f"{experiment.artifact_location.rstrip('/')}/{probe}")
+        artifacts: Any = get_artifact_repository(f"{experiment.artifact_location.rstrip('/')}/{probe}")
         with tempfile.NamedTemporaryFile(prefix="probe-") as file:
             artifacts.log_artifact(file.name)
         artifacts.delete_artifacts()
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn what MLflow and its transport raise into one line."""
+def reported() -> Generator[None]:
+    """Convert the exceptions of MLflow and its transport into a TrackingError of one line."""
     import requests
 
     try:

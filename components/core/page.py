@@ -1,7 +1,6 @@
-"""HTML reports: one look for all, each page complete in itself, equal bytes for equal facts.
+"""Self-contained HTML reports in one style; equal facts give equal bytes.
 
-A report is a template beside its owner that extends `page` and imports what it needs from `macros`. Every fact is
-escaped.
+A report is a template beside its module that extends `page` and imports from `macros`. All facts are escaped.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-ROOT = Path(__file__).parents[2]  # of the templates' names; a whole name says to `lineage.code` who depends on the file
+ROOT = Path(__file__).parents[2]  # of template names; `lineage.code` finds dependencies by the full path
 PAGE, MACROS = "components/core/page.html", "components/core/macros.html"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table with more than a value.
+    """A table cell with a note or a mark.
 
     Attributes:
-        text: shown as it is.
-        note: small, below it.
-        mark: how it is set: best, good, bad; as usual if not given.
+        text: the value.
+        note: small print below the value.
+        mark: style: best, good or bad; empty for the default.
     """
 
     text: str
@@ -36,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture and what stands for it where it is not seen."""
+    """An encoded picture with its alternative text."""
 
     data: bytes
     alt: str
@@ -44,7 +43,7 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The bytes themselves, for the attribute `src`."""
+        """Data URI for the attribute `src`."""
         return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
 
 
@@ -53,7 +52,7 @@ def render(template: str, **facts: Any) -> bytes:
 
     Args:
         template: path of the template in the repository, such as `components/curation/report.html`.
-        facts: what the template names; a fact that is not given is an error.
+        facts: variables of the template; a missing one is an error.
     """
     return _environment().get_template(template).render(facts).encode()
 
@@ -65,5 +64,5 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(ROOT), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(page=PAGE, macros=MACROS)
+    environment.globals.update(page=PAGE, macros=MACROS)  # pyright: ignore[reportUnknownMemberType]
     return environment

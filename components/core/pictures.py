@@ -1,4 +1,4 @@
-"""Pictures for people: tiles with captions in one look, and features as colors."""
+"""Contact sheets of captioned tiles, and PCA colors of features."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ INK, MUTED, PAPER, SHADE = "#1c2530", "#5b6875", "white", "#eef2f5"
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture of a sheet; the lines below it are cut to its width, the first is set in ink, the others muted."""
+    """An image of a sheet with caption lines below it, truncated to its width; the first is dark, the others gray."""
 
     image: Image.Image
     captions: Sequence[str] = ()
 
 
 def fit(image: Image.Image, side: int = TILE, *, smooth: bool = True) -> Image.Image:
-    """Return the whole image in a square of `side` pixels, on a shade where it is no square.
+    """Return the whole image padded to a square of `side` pixels.
 
     Args:
         image: of any size.
         side: of the square.
-        smooth: bicubic; else each pixel stays a block, as of a grid of patches.
+        smooth: bicubic; else nearest neighbor, for grids of patches.
     """
     resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return ImageOps.pad(image, (side, side), resampling, color=SHADE)
@@ -44,8 +44,8 @@ def draw_sheet(rows: Sequence[Sequence[Tile]], caption: str = "", labels: Sequen
 
     Args:
         rows: of tiles, of any sizes.
-        caption: of the sheet, above it; a sheet is as wide as its caption at least.
-        labels: of the rows, left of them; none or one each.
+        caption: above the sheet, which is at least as wide.
+        labels: left of the rows; none, or one for each row.
     """
     left = MARGIN + max((_width(label) + GAP for label in labels), default=0)
     top = MARGIN + (LINE + GAP if caption else 0)
@@ -88,7 +88,7 @@ class Components:
 def principal_components(values: NDArray[np.floating], count: int) -> Components:
     """Compute the scores on the first principal components.
 
-    The sign of a component is free; it is chosen so that its largest weight is positive, as scikit-learn's PCA does.
+    The sign of each component is chosen so that its largest weight is positive, as scikit-learn's PCA does.
 
     Args:
         values: [N, D].
@@ -103,10 +103,10 @@ def principal_components(values: NDArray[np.floating], count: int) -> Components
 
 
 def pca_colors(patches: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """First three principal components of the patches of some images together, as red, green and blue.
+    """Return the first three principal components of all patches of the images as red, green and blue.
 
-    As the figures of DINOv2 (arXiv:2304.07193, Fig. 1), without its removal of the background. Each component is
-    stretched between its 2nd and 98th percentile.
+    As in DINOv2 (arXiv:2304.07193, Fig. 1), without background removal. Each component is stretched between its 2nd and
+    98th percentile.
 
     Args:
         patches: [B, P, D], P the square of a whole number, D >= 3.
@@ -153,7 +153,7 @@ def _shortened(text: str, width: int, size: int) -> str:
 
 
 def _width(text: str, size: int = 14) -> int:
-    """Of a line, in whole pixels."""
+    """Return the width of a line in whole pixels."""
     return ceil(_font(size).getlength(text))
 
 

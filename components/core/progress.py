@@ -1,11 +1,11 @@
-"""Progress of long work, as log lines that a person and a program can read: the one format of them."""
+"""Progress as log lines in one format that both people and programs read."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CHECKPOINT_LINE = "checkpoint after %d steps"
-SECONDS_BETWEEN = (1.0, 10.0)  # lines: at first, and of work that has taken minutes
+SECONDS_BETWEEN = (1.0, 10.0)  # between log lines: at the start, and after minutes of work
 _LINE = re.compile(
     r"progress: (?P<what>.+?) (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^(]+) "
     r"\((?P<rate>[\d.e-]+) [^,]+/s, [^,]+ left(?:, (?P<note>.+))?\)"
@@ -24,13 +24,13 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class ProgressLine:
-    """How far some work is.
+    """Progress of a piece of work.
 
     Attributes:
-        what: the work, such as "embedding pool".
+        what: name of the work, such as "embedding pool".
         unit: of `done` and `total`, in the plural.
-        rate: units in a second, since the work began in this process.
-        note: figures of its own, such as the last loss.
+        rate: units per second since the work began in this process.
+        note: further figures, such as the last loss.
     """
 
     what: str
@@ -42,7 +42,7 @@ class ProgressLine:
 
     @classmethod
     def parse(cls, text: str) -> ProgressLine | None:
-        """Read a line that `str` has written; None of any other text."""
+        """Parse a line that `str` wrote; return None for any other text."""
         if (found := _LINE.fullmatch(text)) is None:
             return None
         what, unit, note = found["what"], found["unit"], found["note"] or ""
@@ -50,12 +50,12 @@ class ProgressLine:
 
     @property
     def seconds_left(self) -> float | None:
-        """At this rate; None where there is none yet."""
+        """Remaining time at this rate; None before the first unit."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     @property
     def figures(self) -> str:
-        """All but the work's name."""
+        """The line without the name of the work."""
         rate = f"{self.rate:.1f}" if self.rate >= 10 else f"{self.rate:.3g}"
         left = "unknown time" if self.seconds_left is None else clock(self.seconds_left)
         note = f", {self.note}" if self.note else ""
@@ -66,19 +66,19 @@ class ProgressLine:
 
 
 def clock(seconds: float) -> str:
-    """A time span as `0:02:31` or `1 day, 2:03:04`."""
+    """Return a time span as `0:02:31` or `1 day 2:03:04`."""
     return str(timedelta(seconds=round(seconds))).replace(",", "")
 
 
 class Advance(Protocol):
-    """Says that so many more units are done; `note` goes into the line."""
+    """Callback that counts finished units; `note` is added to the line."""
 
     def __call__(self, count: int = 1, note: str = "") -> None: ...  # noqa: D102
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Advance]:
-    """Yield `advance(count, note)`; logs a line now and then, the first one and the last one always."""
+def progress(what: str, total: int, unit: str = "images", start: int = 0) -> Generator[Advance]:
+    """Yield `advance(count, note)`, which logs a line at growing intervals, always including the first and the last."""
     begun, done, last = time.monotonic(), start, float("-inf")
 
     def advance(count: int = 1, note: str = "") -> None:

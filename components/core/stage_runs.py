@@ -1,6 +1,6 @@
-"""Open and close the MLflow runs of stages and of whole pipeline runs; no-op when MLFLOW_TRACKING_URI is unset.
+"""Open and close the MLflow runs of stages and of pipeline runs; no-op when MLFLOW_TRACKING_URI is unset.
 
-A stage's run is nested in the run of its pipeline; `dvc repro` needs no server. MLflow is imported on first use.
+A stage's run is nested in its pipeline's run; `dvc repro` needs no server. MLflow is imported on first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ _MAX_PARAMS = 100  # of one batch; MLflow refuses larger ones
 
 
 @contextmanager
-def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Iterator[StageRun]:
+def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Path) -> Generator[StageRun]:
     """Record one stage as an MLflow run nested in its pipeline run.
 
-    `params` (the model's `name`, which is the experiment, and what the stage works with) is logged at the start; the
-    numbers of `log_result` and the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run
-    FAILED (an interrupt KILLED) and passes on; the traceback of a defect is kept as `traceback.txt`.
+    `params` (with the model's `name`, which is the experiment) are logged at the start; the numbers of `log_result` and
+    the files of `root/reports/<stage>[/<item>]` at the end. An exception marks the run FAILED (an interrupt KILLED) and
+    propagates; the traceback of a defect is logged as `traceback.txt`.
 
     Raises:
         TrackingError: MLflow does not answer at the start or the end.
@@ -44,7 +44,7 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
     run, outermost = _open_stage(stage, item, params, root), not open_runs
     open_runs.append(run)
     if outermost:
-        os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # so that the ranks a stage starts log to the same run
+        os.environ["MLFLOW_RUN_ID"] = str(run.run_id)  # inherited by the stage's ranks, which log to the same run
     try:
         yield run
         run.metrics.add(flatten_numbers(run.result), step=0)
@@ -66,12 +66,12 @@ def stage_run(stage: str, item: str | None, params: Mapping[str, Any], root: Pat
 
 
 def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None:
-    """Create (or take up again) the MLflow run of a whole pipeline run, and return its MLflow id.
+    """Create or reopen the MLflow run of a pipeline run, and return its MLflow id.
 
     Args:
         run_id: the pipeline run, as in the branch `runs/<run_id>`.
         name: the model's name, which is the experiment.
-        params: the whole recipe; only its top-level values are logged, sections by their stages.
+        params: the recipe; only top-level values are logged, since the stages log their own sections.
     """
     if not enabled():
         return None
@@ -89,14 +89,14 @@ def open_parent(run_id: str, name: str, params: Mapping[str, Any]) -> str | None
 
 
 def close_parent(mlflow_run_id: str | None, status: str) -> None:
-    """End a pipeline run with FINISHED, FAILED or KILLED; None is a run that tracking never opened."""
+    """Set a pipeline run to FINISHED, FAILED or KILLED; no-op for None, a run that was never opened."""
     if mlflow_run_id is not None and enabled():
         with reported():
             checked_client().set_terminated(mlflow_run_id, status)
 
 
 def close_lost(run_id: str, name: str) -> None:
-    """End as KILLED what a pipeline run whose process is gone has left open: itself and its stages.
+    """Set the open MLflow runs of a dead pipeline run, its own and its stages', to KILLED.
 
     Args:
         run_id: the pipeline run, as in the branch `runs/<run_id>`.
@@ -114,7 +114,7 @@ def close_lost(run_id: str, name: str) -> None:
 
 
 def describe_run(mlflow_run_id: str | None, markdown: str) -> None:
-    """Set the text on top of a run's page; None is a run that tracking never opened."""
+    """Set the description on a run's page; no-op for None, a run that was never opened."""
     if mlflow_run_id is not None and enabled():
         with reported():
             checked_client().set_tag(mlflow_run_id, "mlflow.note.content", markdown)
@@ -137,18 +137,18 @@ def score_run(mlflow_run_id: str | None, metrics: Mapping[str, float], tags: Map
 
 
 def run_url(mlflow_run_id: str | None) -> str | None:
-    """Address of a run's page; None when tracking is off or the store has no pages."""
+    """Return the URL of a run's page; None when tracking is off or the store has no pages."""
     uri = server_uri()
     if mlflow_run_id is None or not uri or not uri.startswith("http"):
         return None
     with reported():
         experiment = checked_client().get_run(mlflow_run_id).info.experiment_id
     page = f"{without_login(uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
-    return f"{page}?workflowType=machine_learning"  # else MLflow shows its menus for language models
+    return f"{page}?workflowType=machine_learning"  # else MLflow opens its interface for language models
 
 
 def where_logged(error: Exception) -> str:
-    """Where the traceback of a defect is to be found, in words: the log, and MLflow if `stage_run` sent it there."""
+    """Describe where the traceback of a defect is: the log, and MLflow if `stage_run` logged it."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_TRACEBACK_FILE)]
     return " and ".join(["in the log", *notes])
 
@@ -173,7 +173,7 @@ def _open_stage(stage: str, item: str | None, params: Mapping[str, Any], root: P
             tags["mlflow.parentRunId"] = parent
         same = f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'"
         for lost in client.search_runs([experiment], same):
-            client.set_terminated(lost.info.run_id, "KILLED")  # its process died without a word
+            client.set_terminated(lost.info.run_id, "KILLED")  # its process died without closing it
         created = client.create_run(experiment, run_name=run_name, tags=tags).info.run_id
         _log_params(client, created, params)
     return StageRun(created, client)
@@ -184,7 +184,7 @@ def _log_traceback(run: StageRun, error: Exception) -> None:
         with reported():
             run.client.log_text(run.run_id, "".join(traceback.format_exception(error)), _TRACEBACK_FILE)
         error.add_note(f"{_TRACEBACK_FILE} of MLflow's run {run_url(run.run_id) or run.run_id}")
-    except TrackingError as refused:  # the defect matters more
+    except TrackingError as refused:  # the defect is the more important error
         logger.warning("traceback not logged to MLflow: %s", refused)
 
 
@@ -193,7 +193,7 @@ def _close_failed(run: StageRun, status: str) -> None:
         run.metrics.flush()
         with reported():
             run.client.set_terminated(run.run_id, status)
-    except TrackingError as error:  # the stage's own error matters more
+    except TrackingError as error:  # the stage's error is the more important one
         logger.warning("run %s could not be marked %s: %s", run.run_id, status, error)
 
 
@@ -204,7 +204,7 @@ def _experiment(client: Any, name: str) -> str:
     if found is None:
         try:
             return client.create_experiment(name)
-        except MlflowException:  # a stage beside this one was quicker
+        except MlflowException:  # a concurrent stage created it first
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -226,7 +226,7 @@ def _log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
 
 
 def _git_facts(root: Path) -> tuple[str, str, bool]:
-    """(pipeline run, commit, whether tracked files other than dvc.lock differ from it)."""
+    """Return the pipeline run, the commit, and whether tracked files other than dvc.lock differ from it."""
     commit = try_git(root, "rev-parse", "HEAD") or "none"
     branch = try_git(root, "symbolic-ref", "--short", "HEAD") or commit[:12]
     dirty = bool(try_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RELATIVE.dvc_lock}"))

@@ -1,4 +1,7 @@
-"""Where bytes go: local outputs that appear whole or not at all, and S3 by the standard AWS variables."""
+"""Write local outputs atomically, and access S3 by the standard AWS variables."""
+
+# pyright: reportMissingTypeStubs=false
+# (boto3 and botocore have none)
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from components.core.locks import try_lock, wait_for_lock
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
-ATTEMPTS = 4  # of one request, with growing pauses between
+ATTEMPTS = 4  # of one request, with exponential backoff
 MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
@@ -29,18 +32,18 @@ LOCK, OLD = "lock", "old"
 
 
 class StorageError(ServiceError):
-    """The object store did not do what was asked: it does not answer, or does not allow it."""
+    """The object store did not answer, or refused."""
 
 
 class MissingInStorageError(StorageError):
-    """A bucket or object that is not there; trying again does not help."""
+    """A bucket or object does not exist; a retry does not help."""
 
     exit_code = PedigreeError.exit_code
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Name `path`, and what to do, in an error of a full disk inside the block; few libraries name it themselves."""
+def disk_errors(path: Path) -> Generator[None]:
+    """Add `path` and advice to disk-full errors inside the block; few libraries name the path."""
     try:
         yield
     except Exception as error:
@@ -52,10 +55,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty directory that replaces `path` when the block ends well, and vanishes otherwise.
+def atomic_dir(path: Path) -> Generator[Path]:
+    """Yield an empty directory that replaces `path` if the block succeeds, and is deleted otherwise.
 
-    Whatever killed writers left in `path`'s parent is put right first, as by `recover_dirs`.
+    Leftovers of killed writers in `path`'s parent are cleaned up first, by `recover_dirs`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dirs(path.parent)
@@ -63,12 +66,12 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path), (scratch / f"{LOCK}.new").open("w") as lock:
             wait_for_lock(lock)
-            (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never seen without being held
+            (scratch / f"{LOCK}.new").rename(scratch / LOCK)  # never visible without being locked
             staging = scratch / "new"
             staging.mkdir()
             staging.chmod(0o755)
             yield staging
-            # Moved away, not deleted first: a large folder takes long, and a kill would leave neither.
+            # Renamed rather than deleted first: deleting a large folder is slow, and a kill would leave neither.
             if path.exists():
                 path.rename(scratch / OLD)
             staging.rename(path)
@@ -77,13 +80,13 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def recover_dirs(parent: Path) -> None:
-    """Put right what killed writers by `atomic_dir` left in `parent`: bring back what they moved away, delete the rest.
+    """Clean up after killed writers of `atomic_dir` in `parent`: restore what they renamed, delete the rest.
 
-    A writer that lives holds its lock, and is left alone.
+    A living writer holds its lock and is skipped.
     """
     for lock in parent.glob(f".*/{LOCK}"):
         scratch = SCRATCH.fullmatch(lock.parent.name)
-        with suppress(OSError):  # gone by now, or of another user
+        with suppress(OSError):  # deleted meanwhile, or owned by another user
             if scratch:
                 with lock.open("r+") as file:
                     if try_lock(file):
@@ -91,16 +94,16 @@ def recover_dirs(parent: Path) -> None:
 
 
 def _settle(scratch: Path, path: Path) -> None:
-    """End a writing to `path`, whatever came of it: the old folder comes back if there is no new one."""
-    deleted = scratch / "deleted"  # under another name, so that half of it never comes back
+    """Finish a write to `path`: restore the old folder if there is no new one, and delete the scratch folder."""
+    deleted = scratch / "deleted"  # renamed first, so that a half-deleted folder is never restored
     with suppress(FileNotFoundError):
         (scratch / OLD).rename(deleted if path.exists() else path)
-    for folder in (deleted, scratch / "new", scratch):  # the lock goes last: without it nobody would know what is left
+    for folder in (deleted, scratch / "new", scratch):  # the lock last: `recover_dirs` finds leftovers by it
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file so that a reader sees the old bytes or the new ones, never a part."""
+    """Write a file atomically: readers see the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -116,7 +119,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
-    """Write JSON with sorted keys, so that equal values are equal bytes; NaN is refused."""
+    """Write JSON with sorted keys, so that equal values give equal bytes; refuse NaN."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
@@ -133,9 +136,9 @@ def sha256_dir(path: Path) -> str:
 
 
 def s3_client() -> Any:
-    """A boto3 S3 client by the standard AWS variables (endpoint, keys, region); boto3's clients are untyped.
+    """Return a boto3 S3 client configured by the standard AWS variables (endpoint, keys, region).
 
-    Path addressing and plain checksums, which every S3 server understands.
+    It uses path addressing and plain checksums, which every S3 server understands.
     """
     import boto3
     from botocore.config import Config as ClientConfig
@@ -149,26 +152,28 @@ def s3_client() -> Any:
         response_checksum_validation="when_required",
     )
     with s3_errors("S3"):
-        # A session of its own: boto3's shared one is not safe between threads and keeps old credentials.
-        return boto3.Session().client("s3", config=settings)
+        # A new session: boto3's default session is not thread-safe and caches credentials.
+        session: Any = boto3.Session()
+        return session.client("s3", config=settings)
 
 
 @contextmanager
-def s3_errors(what: str) -> Iterator[None]:
-    """Turn any error of botocore inside the block into one clear line about `what`, such as `s3://bucket/key`.
+def s3_errors(what: str) -> Generator[None]:
+    """Convert errors of botocore inside the block into one line about `what`, such as `s3://bucket/key`.
 
     Raises:
-        StorageError: instead of the botocore error; `MissingInStorageError` for what is not there.
+        StorageError: in place of the botocore error; `MissingInStorageError` for a missing bucket or object.
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
     try:
         yield
-    except ParamValidationError as error:  # a name that no bucket can have
+    except ParamValidationError as error:  # an invalid bucket name
         raise MissingInStorageError(f"{what}: {' '.join(str(error).split())}") from error
     except ClientError as error:
-        answer = error.response.get("Error", {})
+        refused: Any = error  # its response is untyped
+        answer: dict[str, Any] = refused.response.get("Error", {})
         missing = answer.get("Code") in MISSING
         raise (MissingInStorageError if missing else StorageError)(f"{what}: {_explain_refusal(answer)}") from error
     except (BotoCoreError, Boto3Error) as error:
@@ -176,7 +181,7 @@ def s3_errors(what: str) -> Iterator[None]:
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key (or prefix, perhaps empty) of `s3://bucket/key`.
+    """Split `s3://bucket/key` into bucket and key; the key may be a prefix or empty.
 
     Raises:
         ValueError: not of that form.
@@ -196,7 +201,7 @@ def _explain_refusal(answer: Mapping[str, Any]) -> str:
         return "no such object"
     if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
         return f"access denied ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if code in {*EXPIRED, "400"}:  # 400: an answer to HEAD has no body to say why
+    if code in {*EXPIRED, "400"}:  # 400: the answer to a HEAD request has no body with the reason
         said = "refused without a reason (400), as where credentials have expired"
         said = said if code == "400" else f"credentials expired ({code})"
         names = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"

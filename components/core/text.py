@@ -1,4 +1,4 @@
-"""Names that a user or a source chose, as text that is safe to print."""
+"""Make untrusted names safe to print."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def one_line(text: str, limit: int = MAX_CHARACTERS) -> str:
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, each on one line, and how many more there are."""
+    """Return the first names and the number of the others."""
     shown = ", ".join(one_line(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

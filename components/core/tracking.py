@@ -1,4 +1,4 @@
-"""Log metrics, tags, files and data inputs to the MLflow run that is open; no-op when MLFLOW_TRACKING_URI is unset.
+"""Log metrics, tags, files and data inputs to the open MLflow run; no-op when MLFLOW_TRACKING_URI is unset.
 
 `stage_runs` opens and closes runs. MLflow is imported on first use.
 """
@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from components.core.metric_queue import MetricPoint, MetricQueue
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
@@ -32,13 +32,13 @@ class StageRun:
 
     run_id: str | None
     client: Any = None
-    result: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         self.metrics = MetricQueue(self._send, TrackingError)
 
     def log_result(self, result: Mapping[str, Any]) -> None:
-        """Keep the stage's result; its numbers become metrics when the stage ends well."""
+        """Store the stage's result; its numbers are logged as metrics when the stage succeeds."""
         self.result = result
 
     def _send(self, points: Sequence[MetricPoint]) -> None:
@@ -51,20 +51,20 @@ class StageRun:
                 self.client.log_batch(self.run_id, metrics=metrics)
 
 
-open_runs: list[StageRun] = []  # this process's runs, the one that is reported to last
+open_runs: list[StageRun] = []  # of this process; the last one is active
 
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-    """Queue metrics of a training step; costs microseconds, and nothing where no run is open."""
+    """Queue metrics of a training step, in microseconds; no-op without an open run."""
     try:
         if run := _active():
             run.metrics.add(flatten_numbers(metrics), step)
-    except TrackingError as error:  # a rank's first word to a tracker that is away
+    except TrackingError as error:  # a rank's first call, to an unreachable tracker
         logger.warning("metrics of step %d not logged: %s", step, error)
 
 
 def tag_run(tags: Mapping[str, str]) -> None:
-    """Set tags of the open run; a tracker that is away for a while stops nothing, and nothing is done without one."""
+    """Set tags of the open run; only warn if the tracker is unreachable; no-op without an open run."""
     try:
         if run := _active():
             with reported():
@@ -75,7 +75,7 @@ def tag_run(tags: Mapping[str, str]) -> None:
 
 
 def log_file(path: Path, folder: str) -> None:
-    """Put a file among the open run's artifacts, below `folder`, at once; a tracker that is away stops nothing."""
+    """Log a file as an artifact below `folder`, at once; only warn if the tracker is unreachable."""
     try:
         if run := _active():
             with reported():
@@ -85,8 +85,8 @@ def log_file(path: Path, folder: str) -> None:
 
 
 @contextmanager
-def reporting_to(run: StageRun) -> Iterator[None]:
-    """Report what is done inside to this one of several open runs."""
+def reporting_to(run: StageRun) -> Generator[None]:
+    """Make `run` the active one of several open runs inside the block."""
     open_runs.append(run)
     try:
         yield
@@ -113,7 +113,7 @@ def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context
         return
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    # A record only: building one of MLflow's dataset objects would load the data.
+    # Only the record: MLflow's dataset classes would load the data.
     dataset = Dataset(name=name, digest=digest, source_type="dvc", source=f'{{"uri": "{uri}"}}')
     labels = [InputTag("mlflow.data.context", context), *(InputTag(key, value) for key, value in tags.items())]
     with reported():
@@ -121,7 +121,7 @@ def log_input(name: str, digest: str, uri: str, tags: Mapping[str, str], context
 
 
 def enabled() -> bool:
-    """Whether this process reports: a server is named, and it is the first rank."""
+    """Return whether this process logs to MLflow: a server is configured, and this is the first rank."""
     if os.environ.get("RANK", "0") != "0":
         return False
     if not server_uri():
@@ -131,30 +131,30 @@ def enabled() -> bool:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dicts under dotted names."""
+    """Flatten nested dicts into dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
 def flatten_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Finite numbers of nested dicts under dotted names; everything else is left out."""
+    """Flatten the finite numbers of nested dicts into dotted keys; drop everything else."""
     flat = flatten(values)
     return {key: float(v) for key, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
 def valid_key(name: str) -> str:
-    """The name as MLflow accepts it for a parameter, metric or tag."""
+    """Return the name with characters that MLflow refuses replaced, truncated to its maximum length."""
     return re.sub(r"[^\w\-. /:]", "_", name)[:_MAX_KEY]
 
 
 def _active() -> StageRun | None:
     inherited = os.environ.get("MLFLOW_RUN_ID")
-    if not open_runs and inherited and enabled():  # a rank that a stage started
+    if not open_runs and inherited and enabled():  # this is a rank started by a stage
         with reported():
             run = StageRun(inherited, checked_client())
         open_runs.append(run)

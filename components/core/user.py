@@ -1,4 +1,4 @@
-"""Who runs this process."""
+"""The user of this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def user_name() -> str:
-    """Who runs this process; a number where the system knows no name for it, as in a container."""
+    """Return the user's name; the numeric id if the system has no name for it, as in a container."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""Weights fetched from elsewhere, kept on disk and hashed again whenever they are used."""
+"""Cache of downloaded weights on disk, verified by hash at each use."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ HEADS = "heads.safetensors"  # only teachers are registered with them
 
 
 def keep_weights(folder: Path, fetch: Callable[[Path], Path], expected_sha256: str | None) -> None:
-    """Make `folder` hold model.safetensors, config.json and heads if there are any, unless they are there, unchanged.
+    """Fetch model.safetensors, config.json and any heads into `folder`, unless it holds them unchanged.
 
     Args:
-        folder: where the weights are kept.
-        fetch: downloads into the empty folder it is given and returns what it downloaded, a folder that has the two
-            files side by side at some depth.
-        expected_sha256: of model.safetensors, where it is known.
+        folder: of the cached weights.
+        fetch: downloads into a given empty folder and returns a folder that contains the two files side by side at any
+            depth.
+        expected_sha256: of model.safetensors, if known.
 
     Raises:
-        TrackingError: no such pair, more than one, or another SHA-256 than expected.
+        TrackingError: no such pair of files, more than one, or an unexpected SHA-256.
     """
     digest = _kept_sha256(folder)
     if digest is None:
@@ -51,7 +51,7 @@ def _check(digest: str, expected: str | None) -> None:
 
 
 def _kept_sha256(folder: Path) -> str | None:
-    """SHA-256 of the kept weights, if they are still the bytes that were fetched."""
+    """Return the SHA-256 of the cached weights, if they are unchanged."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         known = json.loads((folder / "sha256.json").read_text())
         if all(sha256_file(folder / name) == known[name] for name in {*FILES, *known}):

@@ -1,4 +1,4 @@
-"""The charts of the curation report, as PNG bytes."""
+"""Charts of the curation report, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE, GRAY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
 
 
 def similarity_histogram(values: NDArray[np.float32], threshold: float, what: str) -> bytes:
-    """Images by cosine, on a logarithmic scale, with the threshold marked."""
+    """Draw a histogram of cosines on a logarithmic scale, with the threshold marked."""
     figure, axes = _figure(5.4, 3)
     edges = np.linspace(-0.2, 1, 61).tolist()
     axes.hist(values[(values > -1) & (values <= threshold)], edges, color=BLUE)
@@ -26,7 +26,7 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.text(threshold - 0.01, 0.97, f"{threshold:g}", transform=axes.get_xaxis_transform(), ha="right", va="top")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)  # a bar of one image is seen
+    axes.set_ylim(bottom=0.7)  # so that a bar of one image is visible
     axes.set_xlabel(f"cosine {what}")
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
@@ -34,10 +34,10 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
 
 
 def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], threshold: float, what: str) -> bytes:
-    """Images by a score, on a logarithmic scale, with the threshold marked and those that it refused in red.
+    """Draw a histogram of a score on a logarithmic scale, with the threshold marked and rejected images in red.
 
     Args:
-        values: [N], NaN where an image has no such score.
+        values: [N], NaN for images without the score.
         refused: [N].
         threshold: of the filter.
         what: the score and its unit.
@@ -49,7 +49,7 @@ def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], thr
     axes.hist([values[known & ~refused], values[known & refused]], edges, color=[BLUE, RED], stacked=True)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)  # a bar of one image is seen
+    axes.set_ylim(bottom=0.7)  # so that a bar of one image is visible
     axes.set_xlabel(what)
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
@@ -57,11 +57,11 @@ def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], thr
 
 
 def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
-    """Share of the images in each cluster, largest first, before and after sampling; at most BARS clusters are drawn.
+    """Draw the share of images in each cluster, largest first, before and after sampling; at most BARS clusters.
 
     Args:
-        before: [C] images that could be drawn.
-        after: [C] images that were.
+        before: [C] candidates per cluster.
+        after: [C] sampled images per cluster.
     """
     figure, axes = _figure(10, 2.8)
     order = np.argsort(-before, kind="stable")
@@ -84,7 +84,7 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
 
 
 def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: NDArray[np.float64]) -> bytes:
-    """Images on a plane: what was left out in gray, what stays in blue over it.
+    """Draw images on a plane: rejected ones in gray, kept ones in blue over them.
 
     Args:
         points: [n, 2].
@@ -105,7 +105,7 @@ def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: ND
 
 
 def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # here, because the stage `embed` draws nothing
+    from matplotlib.figure import Figure  # imported here, because the stage `embed` draws nothing
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

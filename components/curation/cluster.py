@@ -3,13 +3,13 @@
 The centroids of k-means follow the density of the points, so a large concept gets many of them. Two remedies:
 resampling repeats k-means on the points nearest to each centroid, whose density is flatter, and each further level
 clusters the centroids of the one below. Vectors may be memory-mapped: they are read in chunks and never copied whole.
-Each chunk is computed by one thread alone and chunks are summed in their order, so the result does not depend on how
-many threads there are.
+Each chunk is computed by one thread and chunks are summed in order, so the result does not depend on the number of
+threads.
 
-Departures from the paper, for the sake of cost, where a level has more points than these bounds: k-means++ looks at
-SEEDING_POINTS a cluster and at no more than SEEDING_BYTES, Lloyd's iterations at TRAINING_POINTS a cluster, drawn at
-random. All points are assigned in the end. Lloyd's iterations stop early where one lowers the mean squared distance by
-less than TOLERANCE of it.
+Departures from the paper to limit the cost, for levels with more points than these bounds: k-means++ uses
+SEEDING_POINTS per cluster and at most SEEDING_BYTES, Lloyd's iterations TRAINING_POINTS per cluster, drawn at random.
+All points are assigned in the end. Lloyd's iterations stop when one lowers the mean squared distance by less than
+TOLERANCE, relatively.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from components.curation.config import LevelConfig
 from components.curation.neighbors import independent_threads
 
 SEEDING_POINTS = 32
-SEEDING_BYTES = 2**28  # but two points a cluster
-SEEDING_PART_BYTES = 2**23  # of them, for one thread: enough work to be worth handing over
+SEEDING_BYTES = 2**28  # but at least two points per cluster
+SEEDING_PART_BYTES = 2**23  # per thread: enough work to amortize the overhead
 TRAINING_POINTS = 256  # FAISS's own default
 TOLERANCE = 1e-4
-CHUNK_BYTES = 2**21  # of vectors that one thread reads at once
+CHUNK_BYTES = 2**21  # of vectors that one thread reads at a time
 
 
 @dataclass(frozen=True)
 class Hierarchy:
     """Clusters of clusters; level 1 is the finest."""
 
-    labels: list[NDArray[np.int64]]  # level 1: [N] the cluster of each point; level t: [C_(t-1)] of each one below
+    labels: list[NDArray[np.int64]]  # level 1: [N] cluster of each point; level t: [C_(t-1)] of each lower cluster
     centroids: list[NDArray[np.float32]]  # level t: [C_t, D]
 
     def paths(self) -> list[str]:
-        """[N] the clusters of each point from the top down, such as "3/17/204"."""
+        """Return [N] the clusters of each point from the top down, such as "3/17/204"."""
         names = [str(cluster) for cluster in range(len(self.centroids[-1]))]
         for parents in reversed(self.labels[1:]):
             names = [f"{names[parent]}/{cluster}" for cluster, parent in enumerate(parents.tolist())]
@@ -59,7 +59,7 @@ def hierarchical_kmeans(
 
     Args:
         vectors: [A, D] float32, in memory or memory-mapped.
-        levels: from the finest to the coarsest; one level is flat k-means. Clusters are at most one a point.
+        levels: from the finest to the coarsest; one level is flat k-means. At most one cluster per point.
         iterations: Lloyd's, of each k-means.
         seed: of every draw.
         rows: [N] of `vectors`, the points to cluster; None: all.
@@ -83,7 +83,7 @@ def hierarchical_kmeans(
 @dataclass(frozen=True)
 class _Assignment:
     label: NDArray[np.int64]  # [n] the nearest centroid of each point
-    distance: NDArray[np.float32]  # [n] squared, to it
+    distance: NDArray[np.float32]  # [n] squared distance to it
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class _KMeans:
     def solve_with_resampling(
         self, rows: NDArray[np.int64], level: LevelConfig
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Centroids [C, D] and the label of each row [n], after the steps of one level (section 3.3)."""
+        """Return the centroids [C, D] and the label of each row [n] of one level (section 3.3)."""
         centroids = self.solve(rows, level.num_clusters)
         assigned = self.assign(rows, centroids)
         sample_size = level.sample_size or len(rows) // (2 * len(centroids))
         for _ in range(level.resampling_steps):
-            if sample_size > 1:  # one point a cluster would only put each centroid on a point
+            if sample_size > 1:  # one point per cluster would only move each centroid onto a point
                 centroids = self.solve(rows[_nearest(assigned, sample_size)], level.num_clusters)
                 assigned = self.assign(rows, centroids)
             else:
@@ -112,7 +112,7 @@ class _KMeans:
         return centroids, assigned.label
 
     def solve(self, rows: NDArray[np.int64], num_clusters: int) -> NDArray[np.float32]:
-        """Centroids [C, D] of k-means++ and Lloyd's iterations, with C at most one a row."""
+        """Return centroids [C, D] by k-means++ and Lloyd's iterations, C at most the number of rows."""
         count = min(num_clusters, len(rows))
         training = self._draw(rows, TRAINING_POINTS * count)
         seeding = min(SEEDING_POINTS * count, max(2 * count, SEEDING_BYTES // (4 * self.points.shape[1])))
@@ -130,7 +130,7 @@ class _KMeans:
         return centroids
 
     def assign(self, rows: NDArray[np.int64], centroids: NDArray[np.float32]) -> _Assignment:
-        """The nearest centroid of each row."""
+        """Assign each row to its nearest centroid."""
         import faiss
 
         label, distance = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
@@ -144,7 +144,7 @@ class _KMeans:
         return _Assignment(label, distance)
 
     def _plus_plus(self, points: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-        """k-means++ with the best of 2 + ln(C) candidates for each centroid (Arthur and Vassilvitskii 2007, section 5).
+        """Run k-means++ with the best of 2 + ln(C) candidates per centroid (Arthur and Vassilvitskii 2007, section 5).
 
         Args:
             points: [n, D] to choose from.
@@ -155,7 +155,7 @@ class _KMeans:
         each = self.threads.map if len(parts) > 1 else map
         nearest = np.full(len(points), np.inf, np.float32)  # squared distance of each point to the chosen ones
 
-        def nearer(drawn: NDArray[np.int64]) -> NDArray[np.float32]:  # [c, n] what `nearest` becomes with each
+        def nearer(drawn: NDArray[np.int64]) -> NDArray[np.float32]:  # [c, n] `nearest` after adding each
             def one(part: slice) -> NDArray[np.float32]:
                 distances = norms[part] + norms[drawn, None] - 2 * (points[drawn] @ points[part].T)
                 return np.minimum(np.maximum(distances, 0), nearest[part])
@@ -171,7 +171,7 @@ class _KMeans:
             if total[-1] > 0:
                 trials = self.generator.random(2 + int(np.log(count))) * total[-1]
                 drawn = np.searchsorted(total, trials, side="right")
-            else:  # every point lies on a chosen one
+            else:  # all points coincide with chosen ones
                 drawn = self.generator.integers(len(points), size=1)
             candidates = nearer(drawn)
             best = int(candidates.sum(axis=1, dtype=np.float64).argmin())
@@ -182,7 +182,7 @@ class _KMeans:
     def _sums(
         self, rows: NDArray[np.int64], centroids: NDArray[np.float32]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
-        """Sum [C, D] and size [C] of the points nearest to each centroid, and the sum of their squared distances."""
+        """Return sums [C, D] and sizes [C] of the points nearest to each centroid, and the total squared distance."""
         import faiss
 
         def part(block: slice) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], float]:
@@ -201,7 +201,7 @@ class _KMeans:
         return total, count, error
 
     def _draw(self, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """At most `count` of the rows, ascending."""
+        """Return at most `count` random rows, ascending."""
         if count >= len(rows):
             return rows
         return rows[np.sort(self.generator.choice(len(rows), count, replace=False))]
@@ -215,7 +215,7 @@ class _KMeans:
 
 
 def _nearest(assigned: _Assignment, sample_size: int) -> NDArray[np.int64]:
-    """Positions of the `sample_size` points nearest to each centroid, ascending; of equal ones the first."""
+    """Return the positions of the `sample_size` points nearest to each centroid, ascending; ties by position."""
     order = np.lexsort((assigned.distance, assigned.label))
     sizes = np.bincount(assigned.label)
     firsts = np.cumsum(sizes) - sizes

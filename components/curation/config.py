@@ -18,7 +18,7 @@ Domain = Annotated[str, Field(pattern=r"^[^\s/:*@]+$")]  # such as example.com
 
 
 class CurationError(PedigreeError):
-    """Images, embeddings or models that cannot be curated with; the message says which, and what to change."""
+    """Curation cannot use images, embeddings or models; the message says which, and what to change."""
 
 
 class DescriptorConfig(Config):
@@ -28,7 +28,7 @@ class DescriptorConfig(Config):
 
 
 class ModelConfig(Config):
-    """Class tokens of weights of our own."""
+    """Class tokens of a Pedigree model."""
 
     kind: Literal["model"] = "model"
     weights: str  # a weights folder, or models:/NAME@alias
@@ -37,17 +37,17 @@ class ModelConfig(Config):
 
 
 class TorchScriptConfig(Config):
-    """A TorchScript file such as SSCD's. It is a program: load only files whose origin you trust."""
+    """A TorchScript file such as SSCD's. Loading it executes code: use only trusted files."""
 
     kind: Literal["torchscript"] = "torchscript"
     path: str
     resize: Literal["square", "short_side"] = "square"  # SSCD: 320 square (skewed), or short side 288
     size: PositiveInt = 320
-    batch_size: PositiveInt = 32  # "short_side" runs images one by one, because their shapes differ
+    batch_size: PositiveInt = 32  # "short_side" uses batches of 1, because shapes differ
 
 
 class OnnxConfig(Config):
-    """An ONNX file with one image input [B, 3, H, W] and the embeddings [B, D] as first output."""
+    """An ONNX file with one image input [B, 3, H, W] and embeddings [B, D] as the first output."""
 
     kind: Literal["onnx"] = "onnx"
     path: str
@@ -70,11 +70,11 @@ class NsfwOnnxConfig(Config):
 
     kind: Literal["onnx"] = "onnx"
     path: str
-    size: PositiveInt = 224  # the whole image is squeezed to this square
+    size: PositiveInt = 224  # the image is resized to this square
     layout: Literal["nchw", "nhwc"] = "nchw"
     mean: Channels = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
     std: Channels = (0.5, 0.5, 0.5)
-    output_index: NonNegativeInt = 1  # which class is "not safe for work"
+    output_index: NonNegativeInt = 1  # index of the class "not safe for work"
     logits: bool = False  # True: the outputs still need a softmax
 
 
@@ -82,14 +82,14 @@ class CascadeConfig(Config):
     """scikit-image's frontal-face cascade."""
 
     kind: Literal["cascade"] = "cascade"
-    working_side: PositiveInt = 256  # larger images are shrunk to it; a face then needs 24 pixels
-    min_neighbors: PositiveInt = 3  # overlapping windows that must agree; fewer: more faces found, and more else
+    working_side: PositiveInt = 256  # larger images are downscaled to it; the smallest face has 24 pixels
+    min_neighbors: PositiveInt = 3  # overlapping detections required; lower: higher recall, lower precision
 
 
 class FaceOnnxConfig(Config):
     """An ONNX detector: [1, 3, S, S] RGB in [0, 1] in; faces [M, 5] of x1, y1, x2, y2, score in those S pixels out.
 
-    The image keeps its ratio, fills the square's longer side and stands at its top left; the rest is black.
+    The image is resized to the square with its aspect ratio, at the top left; the rest is black.
     """
 
     kind: Literal["onnx"] = "onnx"
@@ -103,65 +103,65 @@ FacesConfig = Annotated[CascadeConfig | FaceOnnxConfig, Field(discriminator="kin
 
 
 class ScoresConfig(Config):
-    """What is asked of each image's pixels beside the gray share and the entropy, which cost nothing."""
+    """Scores computed from pixels, in addition to gray share and entropy."""
 
-    nsfw: NsfwConfig | None = None  # None: not asked
+    nsfw: NsfwConfig | None = None  # None: not computed
     faces: FacesConfig | None = None
 
 
 class EmbedConfig(Config):
     """Stage `embed`."""
 
-    embedder: EmbedderConfig = DescriptorConfig()  # finds copies
-    semantic: EmbedderConfig | None = None  # clusters and retrieves; None: the same
+    embedder: EmbedderConfig = DescriptorConfig()  # for copies
+    semantic: EmbedderConfig | None = None  # for clustering and retrieval; None: the same as `embedder`
     scores: ScoresConfig = ScoresConfig()
     workers: PositiveInt | None = None  # processes; None: one for each CPU
 
 
 class FilterConfig(Config):
-    """What an image must be before anything else is asked; thresholds may change without computing scores again."""
+    """The first step of curation; changed thresholds do not require new scores."""
 
     min_side: PositiveInt = 16  # pixels, of the shorter side
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 8.0  # longer side / shorter side; None: any
     formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1)] | None = None  # None: any
-    blocked_domains: tuple[Domain, ...] = ()  # first folder of a source, as a mirror of sites has; sub-domains too
-    blocked_paths: tuple[str, ...] = ()  # globs over the place in the source; * also stands for /
-    blocked_licenses: tuple[str, ...] = ()  # as the manifest names them, in any case
+    blocked_domains: tuple[Domain, ...] = ()  # URI hosts or first folders of a source, including subdomains
+    blocked_paths: tuple[str, ...] = ()  # globs over the URI; * also matches /
+    blocked_licenses: tuple[str, ...] = ()  # as in the manifest, case-insensitive
     allowed_licenses: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: any
-    max_gray_share: Share | None = None  # of the pixels; 0.99 takes gray photographs
+    max_gray_share: Share | None = None  # of the pixels; 0.99 rejects gray photographs
     min_entropy: Annotated[float, Field(ge=0, le=8)] | None = None  # bits; blank images are below 1
     max_nsfw: Share | None = None  # needs embed.scores.nsfw
 
 
 class IndexConfig(Config):
-    """How nearest neighbors are searched: exactly in small sets, else by an inverted file of coded vectors."""
+    """Nearest-neighbor search: exact in small sets, else by an inverted file with product quantization."""
 
     flat_below: Annotated[int, Field(ge=256)] = 100_000  # vectors; fewer are searched exactly
     num_lists: PositiveInt | None = None  # cells of the inverted file; None: twice the square root of the vectors
     num_probes: PositiveInt = 128  # cells searched for each query
-    code_bytes: PositiveInt = 64  # of each vector in memory, at most
+    code_bytes: PositiveInt = 64  # maximum per vector in memory
     recall_sample: PositiveInt = 1000  # queries that are also searched exactly
-    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.9  # of the exact pairs; the run fails below
-    memory_mib: PositiveInt = 1024  # of the vectors that the index is trained on
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.9  # of the exact pairs; a lower recall fails the run
+    memory_mib: PositiveInt = 1024  # of the index's training vectors
 
 
 class LevelConfig(Config):
     """One level of hierarchical k-means (arXiv 2405.15613, section 3)."""
 
-    num_clusters: PositiveInt  # at most one a point
-    resampling_steps: NonNegativeInt = 10  # released code; 0: plain k-means
-    sample_size: PositiveInt | None = None  # points of each cluster that are resampled; None: half the mean cluster
+    num_clusters: PositiveInt  # at most the number of points
+    resampling_steps: NonNegativeInt = 10  # released code; 0 is plain k-means
+    sample_size: PositiveInt | None = None  # resampled points per cluster; None: half the mean cluster size
 
 
 class SeedSetConfig(Config):
-    """What a source of the pool brings into the curated set as a seed set, DINOv2's appendix A.4."""
+    """Use of a source of the pool as a seed set, DINOv2's appendix A.4."""
 
-    as_is: bool = False  # its own images are taken in
-    retrieve: Literal["sample", "cluster"] | None = None  # images like its own are taken in
+    as_is: bool = False  # include its images
+    retrieve: Literal["sample", "cluster"] | None = None  # include images similar to its own
     k: PositiveInt = 4  # "sample": nearest images of each seed; 32 for ImageNet-1k
-    min_seeds: PositiveInt = 4  # "cluster": in a cluster, for images of it to be taken
-    per_cluster: PositiveInt = 10_000  # "cluster": images taken of each such cluster
-    cap: PositiveInt = 1_000_000  # "cluster": images taken in all
+    min_seeds: PositiveInt = 4  # "cluster": required in a cluster to retrieve from it
+    per_cluster: PositiveInt = 10_000  # "cluster": maximum images per cluster
+    cap: PositiveInt = 1_000_000  # "cluster": maximum images in total
 
     @model_validator(mode="after")
     def _says_what_is_read(self) -> SeedSetConfig:
@@ -175,12 +175,12 @@ class SeedSetConfig(Config):
 
 
 class GatesConfig(Config):
-    """What a curated set must hold, beside what its own parameters promise; see components/curation/gates.py."""
+    """Further conditions on a curated set; see components/curation/gates.py."""
 
-    max_cluster_share: Share | None = None  # of the balanced sample, in one top cluster; None: no more than before
-    max_source_shift: Share = 0.25  # of the share of any source, against the set before
-    size_ratio: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)  # least and most images, as multiples of that set's
-    previous: str | None = None  # manifest.parquet to compare with; None: the last set of these parameters and sources
+    max_cluster_share: Share | None = None  # of the balanced sample in one top cluster; None: as before sampling
+    max_source_shift: Share = 0.25  # change of any source's share since the previous set
+    size_ratio: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)  # bounds of the size relative to the previous set
+    previous: str | None = None  # manifest.parquet of the previous set; None: last one of these settings and sources
 
     @model_validator(mode="after")
     def _range(self) -> GatesConfig:
@@ -194,21 +194,22 @@ class CurateConfig(Config):
     """Stage `curate`."""
 
     filters: FilterConfig = FilterConfig()
-    num_neighbors: PositiveInt = 64  # per image in the duplicate graph, section 3
+    num_neighbors: PositiveInt = 64  # of each image in the duplicate graph, section 3
     dedup_similarity: Similarity = 0.6  # edges above this join duplicates, appendix A.3
     decontamination_similarity: Similarity = 0.45  # to any evaluation image, appendix A.3
     index: IndexConfig = IndexConfig()
     seed_sets: dict[str, SeedSetConfig] = Field(default_factory=dict)  # by source of the pool; appendix A.4
-    levels: list[LevelConfig] = Field(default_factory=list)  # from the finest clusters up, where `needs_clusters`
+    # From the finest clusters up, where `needs_clusters`.
+    levels: list[LevelConfig] = Field(default_factory=list[LevelConfig])
     kmeans_iterations: PositiveInt = 50  # arXiv 2405.15613, released code
     target_images: NonNegativeInt | None = None  # of the balanced part; 0: there is none; None: all
     gates: GatesConfig = GatesConfig()
     max_shard_mib: PositiveInt = 1024
-    workers: PositiveInt | None = None  # processes that pack; None: one for each CPU
+    workers: PositiveInt | None = None  # packing processes; None: one for each CPU
 
     @property
     def needs_clusters(self) -> bool:
-        """Whether anything reads clusters: the balanced part, or a seed set that retrieves by them."""
+        """Whether the balanced part or a seed set needs clusters."""
         return self.target_images != 0 or any(one.retrieve == "cluster" for one in self.seed_sets.values())
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""Removal of evaluation images from the pool, whole component by whole component.
+"""Remove copies of evaluation images from the pool, by whole connected components.
 
-DINOv2 (arXiv 2304.07193), appendix A.3: the duplicate graph again, with the train and test images of the evaluation
-sets as references and the lower threshold 0.45; a component that holds a reference is discarded entirely.
+DINOv2 (arXiv 2304.07193), appendix A.3: the duplicate graph with the train and test images of the evaluation sets as
+references and the lower threshold 0.45; components that contain a reference are discarded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class References:
 
 @dataclass(frozen=True)
 class Contamination:
-    """What was found of the evaluation sets in the pool."""
+    """Copies of evaluation images in the pool."""
 
     rejected: pa.Table
-    per_set: dict[str, int]  # images of the pool in components that touch each evaluation set
-    nearest: NDArray[np.float32]  # [N] cosine of each image to the nearest evaluation image; -1 where there is none
+    per_set: dict[str, int]  # pool images in components that match each evaluation set
+    nearest: NDArray[np.float32]  # [N] cosine to the nearest evaluation image; -1 if there is none
     recall: dict[str, float]  # of the index of each set, see `Neighbors`
 
 
@@ -44,17 +44,17 @@ def find_contamination(
     threshold: float,
     index: IndexConfig = EXACT_BELOW,
 ) -> Contamination:
-    """Rejections of every image whose component has an image above `threshold` to an evaluation image.
+    """Reject all images of components in which an image exceeds `threshold` to an evaluation image.
 
-    Components are those of the duplicate graph, so that images that look alike at 0.45 do not chain the pool together.
+    The components are those of the duplicate graph, because edges at 0.45 would connect large parts of the pool.
 
     Args:
-        groups: duplicates among the images given here.
+        groups: duplicates among the given images.
         rows: [N] their rows in the pool.
         embeddings: [N, D].
         references: the evaluation images.
         threshold: cosine, exclusive.
-        index: how neighbors are searched in each evaluation set.
+        index: settings of the search in each evaluation set.
 
     Raises:
         CurationError: the index of a set misses too many pairs.
@@ -79,7 +79,7 @@ def find_contamination(
 
 
 def _take(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The rows of one evaluation set: without a copy where they lie side by side, as one source's images do."""
+    """Return the rows of one evaluation set, without a copy if they are contiguous, as for one source."""
     first, end = int(rows[0]), int(rows[-1]) + 1
     return embeddings[first:end] if end - first == len(rows) else embeddings[rows]
 
@@ -87,8 +87,8 @@ def _take(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[n
 def _reject(
     groups: Groups, rows: NDArray[np.int64], references: pa.Table, reference: NDArray[np.int64], best: NDArray
 ) -> pa.Table:
-    """`evaluation_copy` for the images that touch a reference, and for all others of their components."""
-    order = np.lexsort((-best, groups.label))  # the image that touches nearest comes first in each component
+    """Reject as `evaluation_copy` the images that match a reference, and all others of their components."""
+    order = np.lexsort((-best, groups.label))  # the best match of each component first
     labels, first = np.unique(groups.label[order], return_index=True)
     touching = order[first][np.searchsorted(labels, groups.label)]  # [N] that image, for each image
     out = np.flatnonzero(best[touching] > -1)

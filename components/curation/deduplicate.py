@@ -1,6 +1,6 @@
-"""Near-duplicates: connected components of the k-nearest-neighbor graph, and who stays of each.
+"""Near-duplicates: connected components of the k-nearest-neighbor graph, and the kept image of each.
 
-DINOv2 (arXiv 2304.07193), section 3 and appendix A.3: k = 64 neighbors, edges above 0.6, one image a component.
+DINOv2 (arXiv 2304.07193), section 3 and appendix A.3: k = 64 neighbors, edges above 0.6, one image per component.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from components.curation.rejections import rejections
 
 @dataclass(frozen=True)
 class Groups:
-    """Which images show the same picture; all indices count the images that were given."""
+    """Groups of duplicates; indices refer to the given images."""
 
     label: NDArray[np.int64]  # [N] the component of each image
-    keeper: NDArray[np.int64]  # [N] the image that stays of its component
+    keeper: NDArray[np.int64]  # [N] the kept image of its component
     nearest: NDArray[np.float32]  # [N] cosine to the nearest other image
     recall: float = 1.0  # of the index that found the pairs, see `Neighbors`
 
@@ -37,15 +37,15 @@ def group_duplicates(
     index: IndexConfig = EXACT_BELOW,
     first: NDArray[np.bool_] | None = None,
 ) -> Groups:
-    """Components of the graph of pairs above `threshold`, and the keeper of each.
+    """Find the components of the graph of pairs above `threshold`, and the keeper of each.
 
     Args:
         embeddings: [N, D] in the order of `images`.
         images: manifest rows.
-        num_neighbors: of each image, that may become edges.
+        num_neighbors: candidate edges of each image.
         threshold: cosine, exclusive.
-        index: how neighbors are searched.
-        first: [N] images that stay before all others, such as seeds that are taken as they are.
+        index: search settings.
+        first: [N] preferred keepers, such as seeds that are included as they are.
 
     Raises:
         CurationError: the index misses too many pairs.
@@ -56,16 +56,16 @@ def group_duplicates(
 
 
 def components(pairs: Neighbors, num_images: int) -> NDArray[np.int64]:
-    """[N] the connected component of each image, whichever way an edge points."""
+    """Return [N] the connected component of each image, with undirected edges."""
     ones = np.ones(len(pairs.query), np.bool_)
     graph = coo_matrix((ones, (pairs.query, pairs.neighbor)), shape=(num_images, num_images))
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def keepers(label: NDArray[np.int64], images: pa.Table, first: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-    """[N] the image that stays of each image's component: one of `first`, then the most pixels, then the lowest id.
+    """Return [N] the keeper of each image's component: one of `first`, then the most pixels, then the lowest id.
 
-    The paper does not say which image stays; largest loses least, and the id makes the rule deterministic.
+    The paper does not say which image is kept; the largest one loses least, and the id makes the rule deterministic.
     """
     pixels = images["width"].to_numpy().astype(np.int64) * images["height"].to_numpy()
     ids = pc.rank(images["image_id"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,14 +80,14 @@ def keepers(label: NDArray[np.int64], images: pa.Table, first: NDArray[np.bool_]
 def near_duplicates(
     groups: Groups, rows: NDArray[np.int64], embeddings: Vectors, images: pa.Table, threshold: float
 ) -> pa.Table:
-    """Rejections of all but the keepers: `near_duplicate`, with the keeper and the cosine to it.
+    """Reject all but the keepers as `near_duplicate`, with the keeper and the cosine to it.
 
     Args:
-        groups: of the images given here.
+        groups: of the given images.
         rows: [N] their rows in the pool.
         embeddings: [N, D].
         images: their manifest rows.
-        threshold: the one that `groups` were made with.
+        threshold: of `groups`.
     """
     out = np.flatnonzero(groups.keeper != np.arange(len(rows)))
     keeper = groups.keeper[out]

@@ -1,12 +1,12 @@
-"""A copy-detection descriptor that needs no training: same picture, cosine near 1; other picture, near 0.
+"""A training-free copy-detection descriptor: cosines near 1 for copies, near 0 for different pictures.
 
-Structure: brightness with its local contrast evened out, so that one strong edge counts no more than faint texture;
-then its low-frequency DCT, compressed to cube roots, so that many weak coefficients outvote a few strong ones.
-Coefficients of unrelated photographs are as good as independent, which puts their cosine near 0; re-encoding and
-resizing hardly touch low frequencies, which leaves copies near 1. The parameters are chosen so that the paper's
-thresholds (0.6 among the pool, 0.45 to evaluation images) lie between the two; README.md has the numbers.
+It normalizes the local contrast of the brightness, so that one strong edge does not dominate faint texture, and takes
+cube roots of the low-frequency DCT, so that many weak coefficients outweigh a few strong ones. Coefficients of
+unrelated photographs are nearly independent, so that their cosine is near 0; re-encoding and resizing hardly change low
+frequencies, so that copies stay near 1. The parameters are chosen so that the paper's thresholds (0.6 within the pool,
+0.45 to evaluation images) separate the two; README.md has the numbers.
 
-A picture with (almost) no structure is described by its mean color instead, so that it too equals its copies.
+A picture without structure is described by its mean color instead, so that it also matches its copies.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-VERSION = 1  # raise it whenever a change here changes a vector
-SIDE = 64  # pixels; the image is squeezed to this square
-CONTRAST_SIGMA = 3.0  # pixels of that square, the neighborhood whose contrast is evened out
-CONTRAST_FLOOR = 0.01  # local deviation below this, of 1, is noise and stays small
-LUMA_BAND = (2, 22)  # radius in DCT index: below is shading, above is what a copy of half the size loses
+VERSION = 1  # increment if a change here changes a vector
+SIDE = 64  # pixels; the image is resized to this square
+CONTRAST_SIGMA = 3.0  # pixels of that square, the neighborhood of the contrast normalization
+CONTRAST_FLOOR = 0.01  # smaller local deviations, of 1, are noise and are not amplified
+LUMA_BAND = (2, 22)  # radius in DCT index: below is shading, above is lost in copies of half the size
 CHROMA_CUTOFF = 4
 CHROMA_WEIGHT = 0.25  # small: a gray copy of a color image keeps 0.97 of its cosine
-CHROMA_FLOOR = 0.05  # chroma energy below this counts in proportion, so that gray images have no random hue
-STRUCTURE_FLOOR = 0.03  # luma energy, weighted by frequency, that 8-bit and JPEG noise alone can reach
-COLOR_BANDWIDTH = 3 / 255  # mean colors this far apart begin to differ
+CHROMA_FLOOR = 0.05  # smaller chroma energy is scaled down, so that gray images have no random hue
+STRUCTURE_FLOOR = 0.03  # frequency-weighted luma energy of 8-bit and JPEG noise
+COLOR_BANDWIDTH = 3 / 255  # distance of mean colors that begin to differ
 NUM_COLOR_FEATURES = 64
 
 
 def describe(images: list[Image.Image]) -> NDArray[np.float32]:
-    """Descriptors of RGB images.
+    """Compute descriptors of RGB images.
 
     Returns:
         [B, D] float32 of unit norm.
@@ -55,7 +55,7 @@ def _describe(image: Image.Image) -> NDArray[np.float32]:
 
 
 def _square(image: Image.Image) -> NDArray[np.float64]:
-    # BOX is exact area averaging and quick for large images; small ones need interpolation.
+    # BOX is exact area averaging and fast for large images; small ones need interpolation.
     method = Image.Resampling.BOX if min(image.size) >= 2 * SIDE else Image.Resampling.BILINEAR
     return np.asarray(image.resize((SIDE, SIDE), method), np.float64) / 255
 
@@ -68,7 +68,7 @@ def _even_contrast(luma: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _chroma(pixels: NDArray[np.float64], luma: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The coarse layout of color, of norm CHROMA_WEIGHT at most."""
+    """Return the coarse layout of color, of norm at most CHROMA_WEIGHT."""
     band = _band()
     parts = [_dct(pixels[..., channel] - luma)[band.chroma] * band.chroma_radius for channel in (0, 2)]
     hue = np.concatenate(parts)
@@ -77,7 +77,7 @@ def _chroma(pixels: NDArray[np.float64], luma: NDArray[np.float64]) -> NDArray[n
 
 
 def _dct(plane: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Orthonormal DCT in units where a plane of ones has a mean coefficient of 1."""
+    """Return the orthonormal DCT, scaled so that a plane of ones has a mean coefficient of 1."""
     return np.asarray(dctn(plane, norm="ortho")) / SIDE
 
 
@@ -86,7 +86,7 @@ def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class _Band:
-    """Which DCT coefficients count, and their radii: photographs have amplitudes of 1 / radius (Field 1987)."""
+    """Masks and radii of the used DCT coefficients: amplitudes of photographs fall as 1 / radius (Field 1987)."""
 
     def __init__(self) -> None:
         index = np.arange(SIDE)
@@ -104,5 +104,5 @@ def _band() -> _Band:
 
 @lru_cache(maxsize=1)
 def _color_projection() -> NDArray[np.float64]:
-    """[3, F] random Fourier features (Rahimi and Recht 2007) of the kernel exp(-distance² / 2 bandwidth²)."""
+    """Return [3, F] random Fourier features (Rahimi and Recht 2007) of the kernel exp(-distance² / 2 bandwidth²)."""
     return np.random.default_rng(0).standard_normal((3, NUM_COLOR_FEATURES)) / COLOR_BANDWIDTH

@@ -1,4 +1,4 @@
-"""One pass over a collection: each image is decoded once, embedded and scored; what is in the cache is not repeated."""
+"""Decode, embed and score each image of a collection once, with a cache of results per shard."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from components.data.shards import ImageError, ShardReader, decode_image
 log = logging.getLogger(__name__)
 
 COPIES, SEMANTIC, SCORES = "copies", "semantic", "scores"  # folders of data/embeddings
-PENDING_PIXELS = 50_000_000  # decoded images that wait for a full batch hold at most this and one more image
+PENDING_PIXELS = 50_000_000  # limit of decoded images that wait for a full batch, before the last one
 
-Part = Embedder | Scorer  # one thing that is computed of each image
+Part = Embedder | Scorer  # something computed from each image
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The images of one shard, what is computed of them, and where it is kept."""
+    """Images of one shard, what to compute from them, and the cache."""
 
     collection: Path
     shard: str
-    rows: pa.Table  # [n] image_id, offset, length; not a slice, which would be sent with all that it was cut from
+    rows: pa.Table  # [n] image_id, offset, length; a copy, because pickling a slice sends the whole table
     parts: Mapping[str, Part]
     cache: Path
 
 
 @dataclass(frozen=True)
 class EmbeddedShard:
-    """What the cache holds of one shard, by the names of the parts."""
+    """Cached results of one shard, by part name."""
 
     num_images: int
     paths: Mapping[str, Path]
-    fresh: bool  # something was computed now, not found
+    fresh: bool  # whether something was computed now
 
 
 def embed_collection(
@@ -59,10 +59,10 @@ def embed_collection(
     """Embed and score every shard of a collection into `cache`.
 
     Args:
-        collection: folder below which the shards lie.
-        images: its manifest, as `read_collection` gives it.
-        parts: resolved, by name; models are loaded once in each worker.
-        cache: folder of all embedders and scorers; each has one of its own in there, named by its digest.
+        collection: base folder of the shards.
+        images: its manifest, from `read_collection`.
+        parts: by name; models are loaded once per worker.
+        cache: parent folder of the caches of all embedders and scorers, which are named by digest.
         workers: processes, see `map_shards`.
     """
     tasks = [
@@ -76,9 +76,9 @@ def embed_collection(
 
 
 def embed_shard(task: ShardTask) -> EmbeddedShard:
-    """Compute what is missing of one shard; files appear whole, so a killed run loses this shard at most."""
+    """Compute the missing results of one shard; files are written atomically, so a killed run loses one shard."""
     reader = ShardReader(task.collection)
-    reader.read(task.shard, 0, 0)  # refuses a shard that is missing or lies elsewhere
+    reader.read(task.shard, 0, 0)  # raises if the shard is missing or outside of the collection
     key = _key(task)
     paths = {name: _kept(task.cache, part, key) for name, part in task.parts.items()}
     missing = {name: task.parts[name] for name, path in paths.items() if _num_rows(path) != len(task.rows)}
@@ -89,11 +89,11 @@ def embed_shard(task: ShardTask) -> EmbeddedShard:
 
 
 def write_parts(shards: Sequence[EmbeddedShard], folder: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Assemble a collection's shards from the cache, one file a part, one shard in memory at a time.
+    """Concatenate a collection's shards from the cache, one file per part, one shard in memory at a time.
 
     Args:
-        shards: of the collection, in the order of its manifest.
-        folder: gets `copies/<name>.npy`, `semantic/<name>.npy` and `scores/<name>.parquet`, as there are.
+        shards: of the collection, in manifest order.
+        folder: receives `copies/<name>.npy`, `semantic/<name>.npy` and `scores/<name>.parquet`, if present.
         name: of the collection.
 
     Returns:
@@ -111,13 +111,13 @@ def write_parts(shards: Sequence[EmbeddedShard], folder: Path, name: str) -> dic
 
 
 def read_embeddings(path: Path, images: pa.Table) -> NDArray[np.float32]:
-    """Embeddings of all images of a manifest, in its order, mapped from the file and not read into memory.
+    """Open the embeddings of all images of a manifest, in its order, memory-mapped.
 
     Returns:
         [N, D] float32 of unit norm; [0, 0] for an empty manifest.
 
     Raises:
-        CurationError: no such file, a damaged one, or another number of embeddings than of images.
+        CurationError: the file is missing or damaged, or its length differs from the manifest's.
     """
     if not len(images):
         return np.zeros((0, 0), np.float32)
@@ -133,11 +133,11 @@ def read_embeddings(path: Path, images: pa.Table) -> NDArray[np.float32]:
 
 
 def read_scores(path: Path, images: pa.Table) -> pa.Table:
-    """Scores of all images of a manifest, in its order: [N] rows of `SCORES_SCHEMA`.
+    """Read the scores of all images of a manifest, in its order: [N] rows of `SCORES_SCHEMA`.
 
     Raises:
-        DatasetError: no such file, or a damaged one.
-        CurationError: scores of other images.
+        DatasetError: the file is missing or damaged.
+        CurationError: the scores belong to other images.
     """
     scores = read_table(path, SCORES_SCHEMA)
     if not scores["image_id"].equals(images["image_id"]):
@@ -146,7 +146,7 @@ def read_scores(path: Path, images: pa.Table) -> pa.Table:
 
 
 def images_digest(images: pa.Table) -> str:
-    """SHA-256 over the image ids in order: which images, in which order, a set of embeddings belongs to."""
+    """Return the SHA-256 over the ordered image ids, which identifies the images of a set of embeddings."""
     digest = hashlib.sha256()
     for batch in images.select(["image_id"]).to_batches(max_chunksize=65_536):
         digest.update("".join(batch["image_id"].to_pylist()).encode())
@@ -154,10 +154,10 @@ def images_digest(images: pa.Table) -> str:
 
 
 def split_by_shard(images: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of each shard, in manifest order.
+    """Yield each shard with its rows, in manifest order.
 
     Raises:
-        CurationError: the rows of a shard do not stand together.
+        CurationError: the rows of a shard are not contiguous.
     """
     shards = images["shard"].combine_chunks().dictionary_encode()
     codes = np.asarray(shards.indices)
@@ -169,7 +169,7 @@ def split_by_shard(images: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def _key(task: ShardTask) -> str:
-    """SHA-256 of what the results depend on: the shard's bytes, and what the manifest says lies where in them."""
+    """Return the SHA-256 over the shard's bytes and the places of its images, on which the results depend."""
     digest = hashlib.sha256(sha256_file(task.collection / task.shard).encode())
     for row in task.rows.to_pylist():
         digest.update(f"{row['image_id']} {row['offset']} {row['length']}\n".encode())
@@ -183,7 +183,7 @@ def _kept(cache: Path, part: Part, key: str) -> Path:
 
 
 class _Batches(Generic[Made]):
-    """Collects images until a batch is full, and what is made of each batch."""
+    """Collect images into batches, and the result of each batch."""
 
     def __init__(self, make: Callable[[list[Image.Image]], Made], size: int):
         self._make, self._size = make, size
@@ -204,7 +204,7 @@ class _Batches(Generic[Made]):
 
 
 def _compute(task: ShardTask, reader: ShardReader, parts: Mapping[str, Part]) -> dict[str, bytes]:
-    """The file of each part."""
+    """Compute the file content of each part."""
     batches: dict[str, _Batches[Any]] = {
         name: _Batches(part.score, 1) if isinstance(part, Scorer) else _Batches(load(part), part.batch_size)
         for name, part in parts.items()
@@ -224,7 +224,7 @@ def _compute(task: ShardTask, reader: ShardReader, parts: Mapping[str, Part]) ->
 
 
 def _vectors_file(made: list[NDArray[np.float32]], image_ids: pa.ChunkedArray) -> bytes:
-    """The .npy of [n, D] float32 of unit norm."""
+    """Encode vectors as .npy, [n, D] float32 of unit norm."""
     vectors = np.concatenate(made)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))

@@ -1,4 +1,4 @@
-"""The models that turn images into embeddings for curation, and the digest that names each of them."""
+"""Load the models that embed images for curation, identified by digests."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from components.curation.config import (
 )
 from components.model.preprocessing import center_crops, normalize, resize_short_side, squeeze, to_input
 
-VERSION = 2  # raise it whenever a change here changes an embedding
+VERSION = 2  # increment if a change here changes an embedding
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """What an embedder is: enough to name it and to load it in any worker."""
+    """Definition of an embedder, sufficient to load it in any worker."""
 
     config: EmbedderConfig
     location: Path | None  # the weights folder or the file; None for the descriptor
@@ -44,7 +44,7 @@ class Embedder:
 
     @property
     def batch_size(self) -> int:
-        """Images embedded at once; 1 where shapes differ between images."""
+        """Images per batch; 1 if their shapes differ."""
         if isinstance(self.config, DescriptorConfig):
             return 64
         if isinstance(self.config, ModelConfig) or self.config.resize == "square":
@@ -53,18 +53,18 @@ class Embedder:
 
 
 def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> Embedder:
-    """Find the embedder's file or weights and name its bytes.
+    """Find the embedder's file or weights and compute its digest.
 
     Args:
-        config: what to find.
+        config: of the embedder.
         root: the workspace, to which paths are relative.
-        key: of `config` among the parameters, for messages.
+        key: parameter name of `config`, for messages.
 
     Raises:
-        CurationError: no such file or folder.
+        CurationError: the file or folder does not exist.
     """
     location = _locate(config, root, key)
-    definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # bytes count, not where they lie
+    definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # the bytes count, not their path
     definition |= {"version": VERSION, "descriptor_version": descriptor.VERSION if location is None else None}
     if location is not None:
         files = [location / name for name in WEIGHTS_FILES] if location.is_dir() else [location]
@@ -73,9 +73,9 @@ def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> 
     return Embedder(config, location, digest)
 
 
-@lru_cache(maxsize=2)  # one for copies, one for meaning
+@lru_cache(maxsize=2)  # one for copies, one semantic
 def load(embedder: Embedder) -> Embed:
-    """Load an embedder once a process; it maps B RGB images to [B, D] float32, not yet normalized."""
+    """Load an embedder once per process; it maps B RGB images to [B, D] float32, unnormalized."""
     config, location = embedder.config, embedder.location
     if isinstance(config, DescriptorConfig):
         return descriptor.describe
@@ -89,7 +89,7 @@ def normalized_pixels(image: Image.Image, resize: str, size: int) -> NDArray[np.
     """Resize and normalize one RGB image as SSCD does (facebookresearch/sscd-copy-detection, README).
 
     Returns:
-        [3, H, W] float32: H = W = size for "square", else the shorter side = size and the ratio kept.
+        [3, H, W] float32: H = W = size for "square", else the shorter side = size with the aspect ratio preserved.
     """
     keep_ratio = resize == "short_side"
     resized = resize_short_side(image, size, Image.Resampling.BILINEAR) if keep_ratio else squeeze(image, size)
@@ -176,7 +176,7 @@ def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
         batch = np.stack([normalized_pixels(image, config.resize, config.size) for image in images])
         try:
             vectors = session.run(None, {name: batch})[0]
-        except Exception as error:  # as above
+        except Exception as error:  # of any type, as above
             raise _refused(path, batch, error) from None
         return _checked(vectors, len(images), path)
 
@@ -184,7 +184,7 @@ def _load_onnx(config: OnnxConfig, path: Path) -> Embed:
 
 
 def _checked(vectors: Any, num_images: int, path: Path) -> NDArray[np.float32]:
-    """The output of someone else's file, if it is an array or tensor [B, D]."""
+    """Return the output of an external model, validated as an array or tensor [B, D]."""
     shape = list(getattr(vectors, "shape", ()))
     if len(shape) != 2 or shape[0] != num_images:
         given = f"shape {shape}" if shape else type(vectors).__name__
@@ -199,7 +199,7 @@ def _refused(path: Path, batch: NDArray[np.float32], error: Exception) -> Curati
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """One thread an embedding process: parallelizm is over shards, and sums do not depend on the thread count."""
+    """Use one torch thread: parallelism is over shards, and sums must not depend on the number of threads."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Why one image is in the curated set, or out of it: read from the set's two tables, whatever their size."""
+"""Explain why an image is in the curated set or out of it, from the set's two tables of any size."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ ORIGIN = {
     "retrieved": "it is near an image of a seed set",
     "balanced": "it was drawn in the balanced sample of its cluster",
 }
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 @dataclass(frozen=True)
 class CuratedTables:
-    """Where one curated set says what is in and what is out."""
+    """Tables of a curated set."""
 
     manifest: Path
     rejected: Path
-    evaluation: Path | None = None  # the evaluation sets, if they are at hand, to name what a copy is a copy of
+    evaluation: Path | None = None  # the evaluation sets, if available, to name originals of copies
 
 
 @dataclass(frozen=True)
 class Mention:
-    """Another image that the answer names."""
+    """A related image of an explanation."""
 
     image_id: str
     where: str  # kept | left out | evaluation set | not at hand
@@ -48,7 +48,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that is known of one image of the pool."""
+    """Curation results of one image of the pool."""
 
     image_id: str  # in the pool
     source: str
@@ -60,23 +60,23 @@ class Explanation:
     similarity: float | None  # to `other`
     other: Mention | None  # the image that it duplicates, or the seed that retrieved it
     seed_set: str | None
-    packed_as: str | None  # its id in the curated set, where faces were blurred
+    packed_as: str | None  # its id in the curated set, if faces were blurred
     cluster_path: str | None
     scores: dict[str, float]
     group: list[Mention] = field(default_factory=list)  # the other images of its group of duplicates
-    listed_again: list[str] = field(default_factory=list)  # where else in the pool the same bytes stand
+    listed_again: list[str] = field(default_factory=list)  # other places of the same bytes in the pool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
 
-def explain(tables: CuratedTables, asked: str) -> Explanation:
-    """Find one image, and say why it is in or out.
+def explain(tables: CuratedTables, query: str) -> Explanation:
+    """Find an image, and explain why it is in or out.
 
     Args:
-        tables: the curated set.
-        asked: an image id or the beginning of one, a source URI or its last part, or a file with the image's bytes.
+        tables: of the curated set.
+        query: an image id or its prefix, a source URI or its last part, or a file with the image's bytes.
 
     Raises:
         CurationError: nothing matches, or several images do.
@@ -84,17 +84,17 @@ def explain(tables: CuratedTables, asked: str) -> Explanation:
     for path, schema in ((tables.manifest, CURATED_SCHEMA), (tables.rejected, REJECTED_SCHEMA)):
         if missing := sorted(set(schema.names) - set(_open(path).schema.names)):
             raise CurationError(f"{path}: an older version of Pedigree wrote it, without {missing}; run it again")
-    kept = [_pool_row(row) for row in _matching(tables.manifest, asked, ("image_id", "derived_from"))]
-    rejected = _matching(tables.rejected, asked, ("image_id",))
+    kept = [_pool_row(row) for row in _matching(tables.manifest, query, ("image_id", "derived_from"))]
+    rejected = _matching(tables.rejected, query, ("image_id",))
     again = [row for row in rejected if row["reason"] == EXACT]
     once = [row for row in rejected if row["reason"] != EXACT]
-    found = {row["image_id"]: row for row in [*again, *once, *kept]}  # the last says what became of the image
+    found = {row["image_id"]: row for row in [*again, *once, *kept]}  # later ones override: they have the final outcome
     if not found:
-        raise CurationError(f"{asked!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
+        raise CurationError(f"{query!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
     if len(found) > 1:
         listed = ", ".join(f"{i[:16]} ({row['source_uri']})" for i, row in list(found.items())[:SHOWN_MATCHES])
         more = ", ..." if len(found) > SHOWN_MATCHES else ""
-        raise CurationError(f"{asked!r}: {len(found)} images match: {listed}{more}; give more of the id")
+        raise CurationError(f"{query!r}: {len(found)} images match: {listed}{more}; give more of the id")
     (row,) = found.values()
     return _explanation(tables, row, [other for other in again if other is not row])
 
@@ -122,19 +122,19 @@ def _explanation(tables: CuratedTables, row: dict[str, Any], again: list[dict[st
     )
 
 
-def _matching(path: Path, asked: str, id_columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows by id or its beginning; if there are none, by source URI or its last part."""
+def _matching(path: Path, query: str, id_columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Find rows by id or its prefix; if there are none, by source URI or its last part."""
     rows: list[dict[str, Any]] = []
-    wanted = sha256_file(Path(asked)) if Path(asked).is_file() else asked
-    if ID_PREFIX.fullmatch(wanted):
-        starts = [pc.starts_with(pc.field(name), wanted) for name in id_columns]
+    prefix = sha256_file(Path(query)) if Path(query).is_file() else query
+    if ID_PREFIX.fullmatch(prefix):
+        starts = [pc.starts_with(pc.field(name), prefix) for name in id_columns]
         rows = _rows(path, starts[0] if len(starts) == 1 else starts[0] | starts[1])
     uri = pc.field("source_uri")
-    return rows or _rows(path, (uri == asked) | pc.ends_with(uri, f"/{asked}") | pc.ends_with(uri, f"#{asked}"))
+    return rows or _rows(path, (uri == query) | pc.ends_with(uri, f"/{query}") | pc.ends_with(uri, f"#{query}"))
 
 
 def _rows(path: Path, condition: Any) -> list[dict[str, Any]]:
-    """The rows that meet a condition, read as a stream."""
+    """Return the rows that match a condition, scanning the file."""
     try:
         return _open(path).to_table(filter=condition).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
@@ -153,7 +153,7 @@ def _unreadable(path: Path, error: Exception) -> CurationError:
 
 
 def _pool_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the curated manifest under its id in the pool."""
+    """Return a row of the curated manifest under its id in the pool."""
     packed = row["derived_from"] is not None
     return row | {"image_id": row["derived_from"] or row["image_id"], "packed_as": row["image_id"] if packed else None}
 
@@ -168,7 +168,7 @@ def _group(tables: CuratedTables, row: dict[str, Any]) -> list[Mention]:
 
 
 def _mention(tables: CuratedTables, image_id: str) -> Mention:
-    """What is known of an image that another one's row names."""
+    """Look up an image that another row refers to."""
     same, derived = pc.field("image_id") == image_id, pc.field("derived_from") == image_id
     if rows := _rows(tables.manifest, same | derived):
         return _kept(rows[0])

@@ -1,7 +1,7 @@
-"""Where faces are in an image, and how they are made unrecognizable.
+"""Detect and blur faces.
 
-Default detector: the frontal-face LBP cascade that scikit-image carries (OpenCV's). It does not see faces in profile,
-turned by more than a few degrees, or smaller than 24 pixels at the working size; README.md has its recall.
+Default detector: the frontal-face LBP cascade of scikit-image (from OpenCV). It misses faces in profile, rotated by
+more than a few degrees, or smaller than 24 pixels at the working size; README.md has its recall.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from components.curation.score_models import find_file, open_onnx, run_onnx
 
 CASCADE_WINDOW = 24  # pixels, the cascade's smallest face
 SCALE_FACTOR = 1.1  # from one size of window to the next
-MARGIN = 0.3  # of a box's side, on each of its sides: hair, chin and what the detector cut off
-CELLS = 4  # a blurred face is what 4 x 4 averages of color can say
+MARGIN = 0.3  # of a box's side, on each side, for hair, chin and tight boxes
+CELLS = 4  # a blurred face retains 4 x 4 color averages
 
 Box = dict[str, int]  # x, y, w, h in pixels of the image
 FindFaces = Callable[[Image.Image], list[Box]]
 
 
 def locate(config: FacesConfig, root: Path) -> Path:
-    """The detector's file.
+    """Return the detector's file.
 
     Raises:
-        CurationError: there is no file at the path.
+        CurationError: the file does not exist.
     """
     if isinstance(config, FaceOnnxConfig):
         return find_file(config.path, root, "embed.scores.faces.path")
@@ -39,21 +39,21 @@ def locate(config: FacesConfig, root: Path) -> Path:
 
 
 def load(config: FacesConfig, path: Path) -> FindFaces:
-    """Load a detector, which maps an RGB image to boxes, ordered from the top."""
+    """Load a detector, which maps an RGB image to boxes sorted from the top."""
     if isinstance(config, FaceOnnxConfig):
         return _load_onnx(config, path)
     return _load_cascade(config, path)
 
 
 def blur(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of an RGB image without metadata, in which nothing of the boxes and a margin is left but 4 x 4 averages.
+    """Return a copy of an RGB image without metadata, with each box and a margin reduced to 4 x 4 color averages.
 
-    The averages are smoothed back to full size, so no edge of a cell is left either. What they do not hold is gone
-    from the pixels, so that no method can bring it back; metadata goes because it may hold a preview of the face.
+    The averages are upsampled smoothly, without cell edges. All other detail is removed from the pixels, so that it
+    cannot be recovered; metadata is dropped because it may contain a thumbnail of the face.
 
     Args:
         image: RGB.
-        boxes: as the detector found them; parts beyond the image are ignored.
+        boxes: from the detector; parts outside of the image are ignored.
     """
     blurred = Image.fromarray(np.array(image))  # pixels only
     for box in boxes:
@@ -65,9 +65,9 @@ def blur(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 
 def _averages(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[4, 4, 3] rounded means of the cells of [H, W, 3]; fewer cells where there are fewer pixels.
+    """Return [4, 4, 3] rounded cell means of [H, W, 3]; fewer cells if there are fewer pixels.
 
-    Exact sums: Pillow's resize would let a trace of the order inside a cell through its rounding.
+    Sums are exact: rounding in Pillow's resize would leak traces of the pixel order within a cell.
     """
     sums, counts = pixels.astype(np.int64), np.ones((1, 1, 1), np.int64)
     for axis in (0, 1):
@@ -125,7 +125,7 @@ def _load_onnx(config: FaceOnnxConfig, path: Path) -> FindFaces:
 
 
 def _fit(image: Image.Image, side: int, enlarge: bool = False) -> tuple[Image.Image, float]:
-    """The image with its longer side brought to `side` (or left as it is, where shorter), and by what factor."""
+    """Return the image with its longer side resized to `side` (smaller images only if `enlarge`), and the factor."""
     scale = side / max(image.size)
     if scale >= 1 and not enlarge:
         return image, 1.0
@@ -134,7 +134,7 @@ def _fit(image: Image.Image, side: int, enlarge: bool = False) -> tuple[Image.Im
 
 
 def _boxes(corners: NDArray[np.float64], size: tuple[int, int]) -> list[Box]:
-    """Boxes inside the image from [M, 4] corners x1, y1, x2, y2 in its pixels; empty ones are dropped."""
+    """Convert [M, 4] corners x1, y1, x2, y2 to boxes clipped to the image; drop empty ones."""
     limits = np.array([*size, *size])
     inside = np.unique(np.clip(np.rint(corners), 0, limits).astype(int), axis=0)
     ordered = sorted(inside.tolist(), key=lambda corner: (corner[1], corner[0]))

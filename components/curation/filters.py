@@ -1,6 +1,6 @@
-"""Filters on the manifest's columns and the scores: each is one function that names the images it refuses.
+"""Filters on manifest columns and scores; each function returns the images that it rejects.
 
-Animated images never come this far: ingest quarantines them.
+Ingest already rejects animated images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from components.curation.rejections import rejections
 
 
 def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table) -> pa.Table:
-    """Rejections by all filters; an image is rejected by the first that refuses it.
+    """Apply all filters; an image is rejected by the first that matches.
 
     Args:
         pool: a pool manifest.
@@ -50,7 +50,7 @@ def filter_images(pool: pa.Table, config: FilterConfig, scores: pa.Table) -> pa.
 
 
 def repeated_rows(pool: pa.Table) -> pa.Table:
-    """Images whose very bytes are listed before, such as by two sources: `exact_duplicate`."""
+    """Reject images whose bytes are listed earlier, such as by two sources: `exact_duplicate`."""
     image_ids = pool["image_id"].to_numpy()
     first = np.unique(image_ids, return_index=True)[1]
     rows = np.setdiff1d(np.arange(len(image_ids)), first)
@@ -59,68 +59,68 @@ def repeated_rows(pool: pa.Table) -> pa.Table:
 
 
 def too_small(width: NDArray[np.int32], height: NDArray[np.int32], min_side: int) -> pa.Table:
-    """Images whose shorter side has fewer than `min_side` pixels: `too_small`."""
+    """Reject images whose shorter side has fewer than `min_side` pixels: `too_small`."""
     rows = np.flatnonzero(np.minimum(width, height) < min_side)
     return rejections(rows, "too_small", [f"{width[r]} x {height[r]}, shorter side < {min_side}" for r in rows])
 
 
 def too_long(width: NDArray[np.int32], height: NDArray[np.int32], max_ratio: float) -> pa.Table:
-    """Images whose longer side is more than `max_ratio` times the shorter: `aspect_ratio`."""
+    """Reject images whose longer side is more than `max_ratio` times the shorter: `aspect_ratio`."""
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     rows = np.flatnonzero(longer > max_ratio * shorter)
     return rejections(rows, "aspect_ratio", [f"{width[r]} x {height[r]}, ratio > {max_ratio:g}" for r in rows])
 
 
 def other_format(formats: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table:
-    """Images that are in none of the `allowed` formats: `format`."""
+    """Reject images that are in none of the `allowed` formats: `format`."""
     rows = np.flatnonzero(~_matches(formats, _any_of(allowed)))
     named = formats.take(pa.array(rows)).to_pylist()
     return rejections(rows, "format", [f"{name}, not {', '.join(allowed)}" for name in named])
 
 
 def blocked_domain(uris: pa.ChunkedArray, domains: tuple[str, ...]) -> pa.Table:
-    """Images whose URI has one of the `domains` or a sub-domain of it as host or first folder: `blocked_source`."""
+    """Reject images whose URI has one of the `domains` or a subdomain as host or first folder: `blocked_source`."""
     before, after = r"(?i)^(?:[a-z][a-z0-9+.-]*://)?(?:[^/?#]*@)?(?:[^/?#@]*\.)?", r"\.?(?::\d*)?(?:[/?#]|$)"
     return _blocked(uris, {f"domain {name}": f"{before}{re.escape(name)}{after}" for name in domains})
 
 
 def blocked_path(uris: pa.ChunkedArray, globs: tuple[str, ...]) -> pa.Table:
-    """Images whose whole URI matches one of the `globs` (* any text, ? one character): `blocked_source`."""
+    """Reject images whose whole URI matches one of the `globs` (* any text, ? one character): `blocked_source`."""
     wild = {"*": ".*", "?": "."}
     patterns = {glob: "".join(wild.get(letter) or re.escape(letter) for letter in glob) for glob in globs}
     return _blocked(uris, {f"path {glob}": f"(?s)^{pattern}$" for glob, pattern in patterns.items()})
 
 
 def blocked_license(licenses: pa.ChunkedArray, blocked: tuple[str, ...]) -> pa.Table:
-    """Images under one of the `blocked` licenses: `license`."""
+    """Reject images under one of the `blocked` licenses: `license`."""
     return _licensed(licenses, _matches(licenses, _any_of(blocked)), "is blocked")
 
 
 def not_allowed_license(licenses: pa.ChunkedArray, allowed: tuple[str, ...]) -> pa.Table:
-    """Images under none of the `allowed` licenses; an expression must be listed as it stands: `license`."""
+    """Reject images under none of the `allowed` licenses; expressions must match literally: `license`."""
     return _licensed(licenses, ~_matches(licenses, _any_of(allowed)), "is not among those allowed")
 
 
 def grayscale(share: NDArray[np.float32], highest: float) -> pa.Table:
-    """Images of which more than `highest` of the pixels are gray: `grayscale`."""
+    """Reject images with a share of gray pixels above `highest`: `grayscale`."""
     rows = np.flatnonzero(share > highest)
     return rejections(rows, "grayscale", [f"gray share {share[r]:.3f} > {highest:g}" for r in rows])
 
 
 def blank(entropy: NDArray[np.float32], lowest: float) -> pa.Table:
-    """Images whose luma has less than `lowest` bits of entropy: `blank`."""
+    """Reject images whose luma has less than `lowest` bits of entropy: `blank`."""
     rows = np.flatnonzero(entropy < lowest)
     return rejections(rows, "blank", [f"entropy {entropy[r]:.2f} bits < {lowest:g}" for r in rows])
 
 
 def not_safe(nsfw: NDArray[np.float32], highest: float) -> pa.Table:
-    """Images that the classifier gives more than `highest`: `nsfw`."""
+    """Reject images with a classifier score above `highest`: `nsfw`."""
     rows = np.flatnonzero(nsfw > highest)
     return rejections(rows, "nsfw", [f"score {nsfw[r]:.3f} > {highest:g}" for r in rows])
 
 
 def _nsfw(scores: pa.Table) -> NDArray[np.float32]:
-    """[N] what the classifier said of every image."""
+    """Return [N] the classifier's score of every image."""
     if scores["nsfw"].null_count:
         missing = "curate.filters.max_nsfw needs a score that the stage embed did not compute"
         raise CurationError(
@@ -142,10 +142,10 @@ def _licensed(licenses: pa.ChunkedArray, refused: NDArray[np.bool_], why: str) -
 
 
 def _any_of(names: tuple[str, ...]) -> str:
-    """A pattern for the whole text, in any case; none matches no text."""
+    """Return a case-insensitive pattern for the whole text; no names match nothing."""
     return f"(?i)^(?:{'|'.join(map(re.escape, names))})$" if names else "[^\\s\\S]"
 
 
 def _matches(texts: pa.ChunkedArray, pattern: str) -> NDArray[np.bool_]:
-    """[N] which texts have a part that matches (RE2: time linear in the text, whatever the pattern)."""
+    """Return [N] whether each text contains a match (RE2, in time linear in the text for any pattern)."""
     return pc.match_substring_regex(texts, pattern).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""The gates of curation: what must hold after each of its steps, or the stage stops and names the rows.
+"""Gates of curation: conditions after each step; the stage stops at a failed one and lists the rows.
 
-What is checked over all rows is exact. Products of embeddings are exact too, for as many images as `SAMPLE_PAIRS`
-products allow: each of those against all others.
+Checks of rows cover all rows. Checks of similarities compute exact products of a sample of images with all others,
+`SAMPLE_PAIRS` products in total.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from components.data.manifest import (
 )
 
 SAMPLE_PAIRS = 200_000_000
-SAMPLE_IMAGES = 100  # at least, however many products that takes
+SAMPLE_IMAGES = 100  # minimum, regardless of the number of products
 BLOCK = 2048  # rows of a product
-MARGIN = 1e-4  # float32 products are off by less
-DECIMALS = 6  # of a similarity, as in curation
+MARGIN = 1e-4  # upper bound of the error of float32 products
+DECIMALS = 6  # of similarities, as in curation
 ORIGINS = ("seed", "retrieved", "balanced")
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Some images of a matrix of embeddings, which may be memory-mapped."""
+    """A subset of images of an embedding matrix, which may be memory-mapped."""
 
     images: pa.Table  # [R], with a column image_id
     vectors: NDArray[np.float32]  # [N, D] of unit norm
@@ -55,7 +55,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Limit:
-    """How alike two images may be, and how many of the checked may break it, because an index missed them."""
+    """Limit of the similarity of two images, and the share that may exceed it because an index missed pairs."""
 
     similarity: float  # cosine, inclusive
     allowed_share: float = 0.0
@@ -65,25 +65,25 @@ class Limit:
 class Balance:
     """Clusters of the top level, before and after sampling."""
 
-    labels: NDArray[np.int64]  # [M] the cluster of each image that was drawn
-    before: NDArray[np.int64]  # [C] images of each cluster that could be drawn
-    max_share: float | None  # of the drawn images, in one cluster; None: no more than before
+    labels: NDArray[np.int64]  # [M] the cluster of each sampled image
+    before: NDArray[np.int64]  # [C] candidates of each cluster
+    max_share: float | None  # of the sample in one cluster; None: as before sampling
 
 
 @dataclass(frozen=True)
 class Drift:
-    """An earlier curated set, and how far this one may be from it."""
+    """An earlier curated set, and how far this one may differ."""
 
     sources: Mapping[str, int]  # images of each source in the earlier set
-    max_source_shift: float  # of the share of any source
-    size_ratio: tuple[float, float]  # least and most images, as multiples of the earlier set's
+    max_source_shift: float  # change of any source's share
+    size_ratio: tuple[float, float]  # minimum and maximum size relative to the earlier set
 
 
 def after_filter(docs: DataDocs, images: pa.Table, min_side: int, licenses: Sequence[str] | None) -> None:
-    """Each image once, large enough, and under a license that is allowed (None: any that is stated).
+    """Check that images are distinct, large enough and under an allowed license (None: any).
 
     Raises:
-        DatasetError: with the failing rows; so do all gates.
+        DatasetError: with the failing rows, as in all gates.
     """
     examination = Examination(images)
     _, inverse, counts = np.unique(images["image_id"].to_numpy().astype("S64"), return_inverse=True, return_counts=True)
@@ -95,7 +95,7 @@ def after_filter(docs: DataDocs, images: pa.Table, min_side: int, licenses: Sequ
 
 
 def after_dedup(docs: DataDocs, left: Embedded, limit: Limit) -> None:
-    """No two images that are left are alike."""
+    """Check that no two remaining images are similar."""
     failing, checked = alike(left, left, limit.similarity)
     examination = Examination(left.images)
     meaning = f"no other image that is left has a cosine above {limit.similarity:g}, else raise curate.num_neighbors"
@@ -104,7 +104,7 @@ def after_dedup(docs: DataDocs, left: Embedded, limit: Limit) -> None:
 
 
 def after_decontamination(docs: DataDocs, left: Embedded, evaluation: Embedded, limit: Limit) -> None:
-    """No image that is left is an evaluation image, or is like one."""
+    """Check that no remaining image is an evaluation image or similar to one."""
     examination = Examination(left.images)
     same = mask_of(pc.is_in(left.images["image_id"], evaluation.images["image_id"].combine_chunks()))
     examination.rows("no_evaluation_image", "no image_id of an evaluation set", same)
@@ -115,16 +115,16 @@ def after_decontamination(docs: DataDocs, left: Embedded, evaluation: Embedded, 
 
 
 def after_sampling(docs: DataDocs, drawn: pa.Table, balance: Balance) -> None:
-    """No cluster has a larger share of what was drawn than it may have.
+    """Check that no cluster exceeds its share of the sample.
 
     Args:
-        docs: what to show it in.
-        drawn: [M] rows of the images that were drawn.
+        docs: receives the result.
+        drawn: [M] manifest rows of the sample.
         balance: their clusters.
     """
     before = balance.before.max() / max(balance.before.sum(), 1)  # 0 where all images are seeds
     share = before if balance.max_share is None else balance.max_share
-    most = int(np.ceil(share * len(balance.labels) - 1e-9))  # a part of an image is one image
+    most = int(np.ceil(share * len(balance.labels) - 1e-9))  # round up to whole images
     too_large = np.bincount(balance.labels, minlength=len(balance.before)) > most
     examination = Examination(drawn)
     meaning = f"no cluster has more than {share:.2%} of the sample"
@@ -133,17 +133,17 @@ def after_sampling(docs: DataDocs, drawn: pa.Table, balance: Balance) -> None:
 
 
 def all_accounted(docs: DataDocs, folder: Path, pool: pa.Table) -> None:
-    """Each row of the pool is in the curated set, perhaps with blurred faces, or among the rejected; nothing else is.
+    """Check that each pool row is either in the curated set, perhaps with blurred faces, or rejected, and nothing else.
 
     Args:
-        docs: what to show it in.
+        docs: receives the result.
         folder: the curated set.
         pool: all rows, with a column image_id.
     """
     kept, rejected = _pool_ids(read_manifest(folder / MANIFEST)), read_table(folder / REJECTED, REJECTED_SCHEMA)
     ids = pool["image_id"].to_numpy().astype("S64")
-    told = np.concatenate([kept.to_numpy(), rejected["image_id"].to_numpy()]).astype("S64")
-    names, inverse = np.unique(np.concatenate([ids, told]), return_inverse=True)
+    listed = np.concatenate([kept.to_numpy(), rejected["image_id"].to_numpy()]).astype("S64")
+    names, inverse = np.unique(np.concatenate([ids, listed]), return_inverse=True)
     in_pool = np.bincount(inverse[: len(ids)], minlength=len(names))
     in_tables = np.bincount(inverse[len(ids) :], minlength=len(names))
     examination = Examination(pool)
@@ -155,13 +155,13 @@ def all_accounted(docs: DataDocs, folder: Path, pool: pa.Table) -> None:
 def validate_curated(
     docs: DataDocs, folder: Path, licenses: Sequence[str] | None, drift: Drift | None
 ) -> ValidationReport:
-    """The whole curated set: its rows, its bytes, and how far it is from an earlier one.
+    """Check the curated set: its rows, its bytes, and its difference from an earlier one.
 
     Args:
-        docs: what to show it in.
+        docs: receives the result.
         folder: the curated set.
-        licenses: that are allowed; None: any that is stated.
-        drift: what to compare it with; None: there is no earlier set.
+        licenses: allowed ones; None: any.
+        drift: comparison with an earlier set; None: there is none.
     """
     table = read_manifest(folder / MANIFEST)
     examination = examine_manifest(table, folder)
@@ -177,14 +177,14 @@ def validate_curated(
 
 
 def alike(left: Embedded, right: Embedded, threshold: float) -> tuple[Mask, int]:
-    """Which of the left images have a right one above `threshold`, an image itself left out; and how many were asked.
+    """Find the left images with a similarity above `threshold` to a right one other than itself, in a sample.
 
     Returns:
-        [R] which fail, all False for those that were not asked; the number of those that were.
+        [R] which fail, False outside of the sample; the sample size.
     """
     failing = np.zeros(len(left.rows), dtype=bool)
-    asked = sampled_rows(len(left.rows), max(SAMPLE_IMAGES, SAMPLE_PAIRS // max(len(right.rows), 1)))
-    for queries in _blocks(asked):
+    sample_rows = sampled_rows(len(left.rows), max(SAMPLE_IMAGES, SAMPLE_PAIRS // max(len(right.rows), 1)))
+    for queries in _blocks(sample_rows):
         vectors = left.vectors[left.rows[queries]]  # [q, D]
         for others in _blocks(right.rows):
             block = right.vectors[others]  # [b, D]
@@ -194,7 +194,7 @@ def alike(left: Embedded, right: Embedded, threshold: float) -> tuple[Mask, int]
             at, column = np.nonzero(products > threshold - MARGIN)
             cosine = np.einsum("ij,ij->i", vectors[at], block[column], dtype=np.float64).round(DECIMALS)
             failing[queries[at[cosine.astype(np.float32) > np.float32(threshold)]]] = True
-    return failing, len(asked)
+    return failing, len(sample_rows)
 
 
 def _blocks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -203,7 +203,7 @@ def _blocks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 def _check_licenses(examination: Examination, licenses: Sequence[str] | None) -> None:
     if licenses is not None:
-        names = pa.array([name.lower() for name in licenses], pa.string())  # in any case, as the filter takes them
+        names = pa.array([name.lower() for name in licenses], pa.string())  # case-insensitive, as in the filter
         allowed = mask_of(pc.is_in(pc.utf8_lower(examination.table["license"]), names))
         examination.rows("license_allowed", f"license is one of {', '.join(licenses)}", ~allowed)
 
@@ -217,8 +217,9 @@ def _check_drift(examination: Examination, drift: Drift) -> None:
         for name, count in zip(names, counts, strict=True)
     }
     moved = [name for name, shift in shifts.items() if abs(shift) > drift.max_source_shift]
-    told = ", ".join(f"{name} {shifts[name]:+.1%}" for name in moved)
-    meaning = f"no source's share moved by more than {drift.max_source_shift:.0%}" + (f", but {told}" if told else "")
+    listed = ", ".join(f"{name} {shifts[name]:+.1%}" for name in moved)
+    meaning = f"no source's share moved by more than {drift.max_source_shift:.0%}"
+    meaning += f", but {listed}" if listed else ""
     examination.rows("sources_as_before", meaning, np.isin(sources, moved))
     lost = [name for name, count in drift.sources.items() if count / before > drift.max_source_shift]
     lost = [name for name in lost if name not in shifts]

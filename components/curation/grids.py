@@ -1,4 +1,4 @@
-"""Grids of images: what stayed, and what went beside the image that it duplicates."""
+"""Grids of kept images, and of removed images beside their originals."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ PAIRS_PER_REASON = 8
 
 @dataclass(frozen=True)
 class Album:
-    """Where the images of the pool and of the evaluation sets are found."""
+    """Access to the images of the pool and of the evaluation sets."""
 
     pool: Pool
     evaluation: pa.Table
     evaluation_folder: Path
 
     def pool_tile(self, row: int) -> Image.Image:
-        """The pool image of that row, fitted into a square tile; its faces are blurred here too."""
+        """Return a pool image as a square tile, with blurred faces."""
         image = _decode(self.pool.images, row, self.pool.folder)
         boxes = self.pool.faces[row].as_py()
         return fit(blur(image, boxes) if boxes else image)
 
     def find_tile(self, image_id: str) -> Image.Image:
-        """The image of that id, from the pool or from an evaluation set."""
+        """Return the tile of an image id, from the pool or from an evaluation set."""
         row = pc.index(self.pool.images["image_id"], image_id).as_py()
         if row >= 0:
             return self.pool_tile(row)
@@ -46,30 +46,30 @@ class Album:
 
 
 def kept_grid(album: Album, rows: NDArray[np.int64]) -> bytes:
-    """JPEG of an even sample of the kept images; ids are hashes, so their order is a random one."""
+    """Return a JPEG of evenly spaced kept images, which is a random sample, because ids are hashes."""
     return _plain_grid(album, rows, KEPT_IMAGES)
 
 
 def removed_grid(album: Album, rejected: pa.Table) -> bytes:
-    """JPEG of removed images of each reason: left the image, right the one that it duplicates, if there is one."""
+    """Return a JPEG of removed images by reason: on the left the image, on the right its original, if any."""
     tiles = []
     for item in _examples(rejected):
         other = None if item["duplicate_of"] is None else album.find_tile(item["duplicate_of"])
         similarity = "" if item["similarity"] is None else f"  {item['similarity']:.3f}"
-        told = (f"{item['reason'].replace('_', ' ')}{similarity}", item["detail"])
-        tiles.append(Tile(_pair(album.pool_tile(item["row"]), other), told))
+        captions = (f"{item['reason'].replace('_', ' ')}{similarity}", item["detail"])
+        tiles.append(Tile(_pair(album.pool_tile(item["row"]), other), captions))
     return jpeg(draw_sheet(in_columns(tiles, COLUMNS), "" if tiles else "no image was removed"))
 
 
 def reason_grid(album: Album, rejected: pa.Table) -> bytes:
-    """JPEG of images removed for one reason; those without another image beside them stand closer."""
+    """Return a JPEG of images removed for one reason; a denser grid if they have no originals."""
     if rejected["duplicate_of"].null_count < len(rejected):
         return removed_grid(album, rejected)
     return _plain_grid(album, rejected["row"].to_numpy(), 2 * KEPT_COLUMNS)
 
 
 def _plain_grid(album: Album, rows: NDArray[np.int64], count: int) -> bytes:
-    """JPEG of `count` of the pool's rows, evenly chosen."""
+    """Return a JPEG of `count` evenly spaced pool rows."""
     shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
     return jpeg(draw_sheet(in_columns([Tile(album.pool_tile(int(row))) for row in shown], KEPT_COLUMNS)))
 
@@ -83,7 +83,7 @@ def _pair(image: Image.Image, other: Image.Image | None) -> Image.Image:
 
 
 def _examples(rejected: pa.Table) -> list[dict]:
-    """A few rejections of each reason; the least similar first, because those are the ones to look at."""
+    """Return a few rejections of each reason, least similar first, because those are the most doubtful."""
     table = rejected.sort_by([("reason", "ascending"), ("similarity", "ascending"), ("row", "ascending")])
     reasons = table["reason"].to_numpy()
     first = {reason: int(np.argmax(reasons == reason)) for reason in np.unique(reasons)}

@@ -1,4 +1,4 @@
-"""What curation reads: the collections, and what the stage `embed` made of them."""
+"""Inputs of curation: the collections and their embeddings."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ EMBEDDER = "embedder.json"  # among the embeddings
 
 @dataclass(frozen=True)
 class Inputs:
-    """The pool and the evaluation sets, and their embeddings, in the order of the manifests."""
+    """The pool and the evaluation sets with their embeddings, in manifest order."""
 
     pool: pa.Table  # [N]
     evaluation: pa.Table  # [R]
-    copies: NDArray[np.float32]  # [N, D] by which copies are found
+    copies: NDArray[np.float32]  # [N, D] for copy detection
     references: References
-    semantic: NDArray[np.float32]  # [N, D'] by which images are clustered and retrieved
+    semantic: NDArray[np.float32]  # [N, D'] for clustering and retrieval
     scores: pa.Table  # [N]
 
 
 def read_collections(root: Path) -> tuple[pa.Table, pa.Table]:
-    """The manifests of the pool and of the evaluation sets.
+    """Read the manifests of the pool and of the evaluation sets.
 
     Raises:
-        CurationError: there is no pool, or no image in it.
+        CurationError: there is no pool, or it is empty.
     """
     if not (root / POOL).is_dir():
-        raise CurationError(f"{root / POOL}: no pool yet; take images in first: pedigree ingest SOURCE --name NAME")
+        raise CurationError(f"{root / POOL}: no pool yet; add images first: pedigree ingest SOURCE --name NAME")
     pool = read_collection(root / POOL)
     if not len(pool):
         raise CurationError(f"{root / POOL}: the pool has no images; take some in: pedigree ingest SOURCE --name NAME")
@@ -53,11 +53,10 @@ def read_collections(root: Path) -> tuple[pa.Table, pa.Table]:
 
 
 def read_inputs(root: Path) -> Inputs:
-    """Everything that the stage `curate` reads.
+    """Read all inputs of the stage `curate`.
 
     Raises:
-        CurationError: there is no pool, or no image in it.
-        CurationError: there are no embeddings, or they belong to other images.
+        CurationError: the pool is missing or empty, or there are no embeddings of exactly its images.
     """
     pool, evaluation = read_collections(root)
     path = Layout(root).embeddings / EMBEDDER

@@ -1,4 +1,4 @@
-"""What curation left out, in lines for the console: how many images, why, two of them, and the setting that decides."""
+"""Console lines on rejected images: counts, reasons, two examples, and the deciding setting."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from components.curation.inputs import Inputs
 from components.curation.rejections import MEANING, SETTING, value_counts
 
 EXAMPLES = 2
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 def left_out_lines(config: CurateConfig, inputs: Inputs, rejected: pa.Table) -> Iterator[str]:
-    """Yield a line for all, then one for each reason, in the order in which they are looked for.
+    """Yield a line with the total, then one for each reason, in the order of the steps.
 
     Args:
         config: section `curate`.
@@ -31,8 +31,8 @@ def left_out_lines(config: CurateConfig, inputs: Inputs, rejected: pa.Table) -> 
     for reason in (reason for reason in MEANING if reason in counts):
         rows = rejected.filter(pc.equal(rejected["reason"], reason)).sort_by("row").slice(0, EXAMPLES).to_pylist()
         examples = "; ".join(_example(row, inputs) for row in rows)
-        told = f"{reason} {counts[reason]:,}, {100 * counts[reason] / total:.1f} %, {MEANING[reason]}"
-        yield f"left out, {told}: {examples}{_decided_by(config, reason)}"
+        summary = f"{reason} {counts[reason]:,}, {100 * counts[reason] / total:.1f} %, {MEANING[reason]}"
+        yield f"left out, {summary}: {examples}{_decided_by(config, reason)}"
 
 
 def _example(row: dict[str, Any], inputs: Inputs) -> str:
@@ -42,7 +42,7 @@ def _example(row: dict[str, Any], inputs: Inputs) -> str:
 
 
 def _name_of(image_id: str, inputs: Inputs) -> str:
-    """Where an image of the pool or of an evaluation set came from; the same bytes may be in both."""
+    """Return the source URI of an image of the pool or of an evaluation set."""
     for table in (inputs.pool, inputs.evaluation):
         if (row := pc.index(table["image_id"], image_id).as_py()) >= 0:
             return one_line(table["source_uri"][row].as_py())

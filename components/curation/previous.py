@@ -1,4 +1,4 @@
-"""The curated set before this one, for the gate that looks at how far this one is from it."""
+"""Find the previous curated set, for the drift gate."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from components.data.manifest import read_manifest
 
 @dataclass(frozen=True)
 class Previous:
-    """What there is to compare with, and where the next set will find this one."""
+    """The previous set, and the path where this one is recorded."""
 
     drift: Drift | None
-    note: str  # for the reader of the report
+    note: str  # for the report
     path: Path
 
 
 def find_previous(config: CurateConfig, pool: pa.Table, root: Path) -> Previous:
-    """The set that `gates.previous` names, else the last one of the same parameters and the same sources.
+    """Find the set named by `gates.previous`, else the last one of the same parameters and sources.
 
     Raises:
         CurationError: the named manifest is missing.
@@ -49,10 +49,10 @@ def find_previous(config: CurateConfig, pool: pa.Table, root: Path) -> Previous:
 
 
 def remember(previous: Previous, kept: pa.Table) -> None:
-    """Keep what the next curated set is compared with.
+    """Record this curated set for comparison with the next one.
 
     Args:
-        previous: what this set was compared with.
-        kept: rows of the pool that are in.
+        previous: of this set.
+        kept: pool rows in the set.
     """
     write_json(previous.path, value_counts(kept["source"]))

@@ -1,4 +1,4 @@
-"""Why images of the pool are left out: the one table that every step of curation adds rows to."""
+"""The table of rejected images, to which every step of curation adds rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rejections(
     duplicate_of: Sequence[str] | None = None,
     similarity: NDArray[np.float32] | None = None,
 ) -> pa.Table:
-    """A table of SCHEMA; `reason` and `detail` may be one text for all rows."""
+    """Return a table of SCHEMA; `reason` and `detail` may be one text for all rows."""
     assert ({reason} if isinstance(reason, str) else set(reason)) <= MEANING.keys(), "a reason without a meaning"
     count = len(rows)
     columns = [
@@ -72,10 +72,10 @@ def rejections(
 
 
 def remaining(rows: NDArray[np.int64], rejected: pa.Table, advice: str) -> NDArray[np.int64]:
-    """The rows that are not rejected.
+    """Return the rows that are not rejected.
 
     Raises:
-        CurationError: there is none left; the message counts the reasons and ends with `advice`.
+        CurationError: none is left; the message counts the reasons and ends with `advice`.
     """
     left = rows[~np.isin(rows, rejected["row"].to_numpy())]
     if len(rows) and not len(left):
@@ -85,6 +85,6 @@ def remaining(rows: NDArray[np.int64], rejected: pa.Table, advice: str) -> NDArr
 
 
 def value_counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """How many rows have each of a column's values, by value."""
+    """Count the rows of each value of a column, sorted by value."""
     counts = column.combine_chunks().value_counts().to_pylist()
     return dict(sorted((item["values"], item["counts"]) for item in counts))

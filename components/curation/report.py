@@ -1,4 +1,4 @@
-"""What curation did, for people: a funnel, pictures of what stayed and what went, and one self-contained page."""
+"""Report of curation: a funnel, pictures of kept and removed images, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from components.curation.unique import Unique
 from components.data.expectations import Check
 
 MAP_POINTS = 20_000  # images on the coverage map
-UNSEEN = "nsfw"  # the reason whose images no picture shows
+UNSEEN = "nsfw"  # the reason whose images are not shown
 # The scores that a filter has a limit for: the reason, the parameter of `filters`, and what the score is.
 SCORES = {
     "gray_share": ("grayscale", "max_gray_share", "share of gray pixels"),
     "entropy": ("blank", "min_entropy", "entropy of the brightness, bits"),
     "nsfw": ("nsfw", "max_nsfw", "probability of not being safe"),
 }
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 @dataclass(frozen=True)
 class Curation:
-    """A finished curation: what the report is made of."""
+    """Results of a curation, for the report."""
 
     config: CurateConfig
     inputs: Inputs
     funnel: list[tuple[str, int]]  # step, images left after it
-    found: Pool  # what was found of each image
+    found: Pool  # with findings of each image
     unique: Unique
     selection: Selection
     rejected: pa.Table
-    gates: list[tuple[str, Check]]  # passed, with the step after which each stands
-    note: str  # what the set was compared with
+    gates: list[tuple[str, Check]]  # passed checks with their step
+    note: str  # on the comparison with the previous set
 
     @property
     def recalls(self) -> dict[str, float]:
-        """Of each index that was searched, see `Neighbors`."""
-        asked = any(one.retrieve == "sample" for one in self.config.seed_sets.values())
-        return self.unique.recalls | ({"images like the seeds": self.selection.recall} if asked else {})
+        """Recall of each searched index, see `Neighbors`."""
+        has_samples = any(one.retrieve == "sample" for one in self.config.seed_sets.values())
+        return self.unique.recalls | ({"images like the seeds": self.selection.recall} if has_samples else {})
 
     @property
     def kept(self) -> NDArray[np.int64]:
-        """Rows of the pool that are in, ascending."""
+        """Pool rows in the curated set, ascending."""
         return self.selection.chosen["row"].to_numpy()
 
 
@@ -74,7 +74,7 @@ def write_report(result: Curation, root: Path, folder: Path) -> None:
 
 
 def evenness(sizes: NDArray[np.int64]) -> float:
-    """Entropy of the clusters' shares over the entropy of equal shares: 1 is perfectly even."""
+    """Return the entropy of the cluster shares relative to equal shares; 1 is perfectly even."""
     if len(sizes) < 2 or not sizes.sum():
         return 1.0
     shares = sizes[sizes > 0] / sizes.sum()
@@ -111,7 +111,7 @@ def _page(result: Curation, album: grids.Album, kept: bytes) -> bytes:
 
 
 def _funnel(steps: list[tuple[str, int]]) -> list[tuple[str, int, str]]:
-    """Each step with the images left and how many it took."""
+    """Return each step with the number of images left and removed."""
     before = [steps[0][1], *(images for _, images in steps)]
     taken = [previous - images for previous, (_, images) in zip(before, steps, strict=False)]
     return [(name, images, f"-{gone:,}" if gone else "") for (name, images), gone in zip(steps, taken, strict=True)]
@@ -126,29 +126,29 @@ def _faces(result: Curation) -> list[str]:
 
 
 def _part(part: CompositionRow) -> tuple[Any, ...]:
-    """As the paper's Table 15, with how often an image was found that was in already."""
+    """Return a row as in the paper's Table 15, with the number of collisions."""
     found = ("–", "–") if part.retrieved is None else (part.retrieved, part.collisions)
     return (part.seed_set, part.mode, part.seeds or "–", *found, part.final)
 
 
 def _levels(levels: list[Clusters]) -> list[dict[str, Any]]:
-    """The top level first: its clusters are what the sample is balanced over before all others."""
+    """Describe the levels, top level first, in the order of balancing."""
     shown = []
     for number, level in reversed(list(enumerate(levels, 1))):
         before, after = level.before, level.after
         name = "" if len(levels) == 1 else f"Level {number}: "
         largest = [f"{100 * sizes.max() / max(sizes.sum(), 1):.2f} %" for sizes in (before, after)]
-        told = (
+        summary = (
             f"evenness {evenness(before):.3f} before and {evenness(after):.3f} after (1 is even); "
             f"the largest cluster has {largest[0]} before, {largest[1]} after"
         )
         picture = Picture(charts.cluster_sizes(before, after), "Share of the images in each cluster")
-        shown.append({"name": f"{name}{len(before):,} clusters", "told": told, "picture": picture})
+        shown.append({"name": f"{name}{len(before):,} clusters", "summary": summary, "picture": picture})
     return shown
 
 
 def _coverage(result: Curation) -> Picture:
-    """The pool on the plane of its first two principal components."""
+    """Draw the pool on its first two principal components."""
     generator = np.random.default_rng(0)
     rows = np.sort(generator.permutation(len(result.inputs.pool))[:MAP_POINTS])
     plane = principal_components(result.inputs.semantic[rows], 2)
@@ -164,8 +164,8 @@ def _reasons(rejected: pa.Table, album: grids.Album) -> list[dict[str, Any]]:
         if reason != UNSEEN:
             grid = grids.reason_grid(album, rejected.filter(pc.equal(rejected["reason"], reason)))
             picture = Picture(grid, f"Images left out: {reason}", "jpeg")
-        told = f"{counts[reason]:,} images · {MEANING[reason]}"
-        shown.append({"name": reason.replace("_", " "), "told": told, "picture": picture})
+        summary = f"{counts[reason]:,} images · {MEANING[reason]}"
+        shown.append({"name": reason.replace("_", " "), "summary": summary, "picture": picture})
     return shown
 
 

@@ -1,7 +1,6 @@
-"""Retrieval of pool images like the seeds, DINOv2's appendix A.4 (arXiv 2304.07193), counted as in its Table 15.
+"""Retrieve pool images similar to seeds, DINOv2's appendix A.4 (arXiv 2304.07193), with counts as in its Table 15.
 
-Unlike there, an image that several seeds find is taken once, for the seed that it is nearest to, and the collisions
-are counted.
+Unlike there, an image found by several seeds is included once, for its nearest seed, and collisions are counted.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from components.core.progress import track
 from components.curation.config import IndexConfig, SeedSetConfig
 from components.curation.neighbors import VectorRows, cosine, find_neighbors
 
-BLOCK_BYTES = 2**24  # of vectors or products held at once
+BLOCK_BYTES = 2**24  # of vectors or products at a time
 
 
 @dataclass(frozen=True)
 class SeedSet:
-    """Images of the pool that others are wanted to be like."""
+    """Query images for retrieval."""
 
     rows: NDArray[np.int64]  # [S] of the pool
     config: SeedSetConfig
@@ -30,26 +29,26 @@ class SeedSet:
 
 @dataclass(frozen=True)
 class CompositionRow:
-    """What one seed set brings in, in one way: a row of Table 15."""
+    """Contribution of one seed set by one mode: a row of Table 15."""
 
     seed_set: str
     seeds: int
     mode: str  # "as is", "sample k=4", "cluster"
-    retrieved: int | None  # images found, before any cap, each as often as it is found; None: as is
-    collisions: int  # of what is found, under the cap: found again, or nearer to a seed of another set
+    retrieved: int | None  # found images with repetitions, before the cap; None for "as is"
+    collisions: int  # repetitions, and images nearer to a seed of another set
     final: int  # images in the curated set
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Images to take for the sake of a seed, each once."""
+    """Distinct retrieved images."""
 
     row: NDArray[np.int64]  # [M] ascending
-    query_row: NDArray[np.int64]  # [M] the nearest of the seeds that found it
+    query_row: NDArray[np.int64]  # [M] nearest seed that found it
     similarity: NDArray[np.float32]  # [M] cosine to it
-    seed_set: list[str]  # [M] that seed's
+    seed_set: list[str]  # [M] of that seed
     composition: list[CompositionRow]
-    recall: float = 1.0  # of the index that "sample" searched, see `Neighbors`
+    recall: float = 1.0  # of the index for "sample", see `Neighbors`
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,18 @@ def retrieve(
     index: IndexConfig,
     generator: np.random.Generator,
 ) -> Retrieval:
-    """Images like those of each seed set.
+    """Retrieve images similar to those of each seed set.
 
-    "sample": the k nearest candidates of each seed. "cluster": of each cluster that holds at least `min_seeds` seeds
-    of the set, up to `per_cluster` random candidates, and up to `cap` random ones of all these.
+    "sample": the k nearest candidates of each seed. "cluster": from each cluster with at least `min_seeds` seeds of the
+    set, up to `per_cluster` random candidates, and of all these up to `cap` random ones.
 
     Args:
         vectors: [N, D] of unit norm, of the whole pool; in memory or memory-mapped.
-        candidates: [N] what may be retrieved; seeds never are.
-        labels: [N] cluster (of the finest level) of each seed and candidate, negative for none; "cluster" reads it.
+        candidates: [N] retrievable images; seeds are always excluded.
+        labels: [N] finest cluster of each seed and candidate, negative for none; used by "cluster".
         seed_sets: by name.
-        index: how "sample" searches.
-        generator: draws for "cluster".
+        index: search settings of "sample".
+        generator: for the draws of "cluster".
 
     Raises:
         CurationError: the index finds too few of the exact neighbors.
@@ -99,7 +98,7 @@ def retrieve(
 def _by_sample(
     vectors: NDArray[np.float32], rows: NDArray[np.int64], seed_sets: Mapping[str, SeedSet], index: IndexConfig
 ) -> dict[str, _Found]:
-    """The k nearest rows of each seed, one search for all sets."""
+    """Find the k nearest rows of each seed, in one search for all sets."""
     if not seed_sets:
         return {}
     queries = np.concatenate([seeds.rows for seeds in seed_sets.values()])
@@ -123,13 +122,13 @@ def _by_cluster(
     seeds: SeedSet,
     generator: np.random.Generator,
 ) -> _Found:
-    """Random rows of the clusters that hold enough seeds, each with the nearest seed of its cluster."""
+    """Draw random rows from clusters with enough seeds, each with the nearest seed of its cluster."""
     config = seeds.config
     at = labels[seeds.rows]
     clusters, counts = np.unique(at[at >= 0], return_counts=True)
-    wanted = clusters[counts >= config.min_seeds]
+    selected = clusters[counts >= config.min_seeds]
     ordered = rows[np.argsort(labels[rows], kind="stable")]
-    firsts, ends = (np.searchsorted(labels[ordered], wanted, side=side) for side in ("left", "right"))
+    firsts, ends = (np.searchsorted(labels[ordered], selected, side=side) for side in ("left", "right"))
     drawn = []
     for first, end in zip(firsts, ends, strict=True):
         drawn.append(generator.choice(ordered[first:end], min(config.per_cluster, end - first), replace=False))
@@ -148,18 +147,18 @@ def _by_cluster(
 
 
 def _nearest(vectors: NDArray[np.float32], rows: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The nearest of the seeds for each row: [n]."""
+    """Return the nearest seed of each row: [n]."""
     nearest = np.empty(len(rows), np.int64)
-    asked = vectors[seeds]
-    step = max(1, BLOCK_BYTES // (4 * max(asked.shape)))
+    seed_vectors = vectors[seeds]
+    step = max(1, BLOCK_BYTES // (4 * max(seed_vectors.shape)))
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
-        nearest[block] = seeds[(vectors[rows[block]] @ asked.T).argmax(axis=1)]
+        nearest[block] = seeds[(vectors[rows[block]] @ seed_vectors.T).argmax(axis=1)]
     return nearest
 
 
 def _each_once(found: dict[str, _Found], seed_sets: Mapping[str, SeedSet]) -> Retrieval:
-    """Keep each image for its nearest seed; of equally near ones the first set's, then the lowest row."""
+    """Keep each image once, for its nearest seed; ties go to the first set, then to the lowest row."""
     names = [name for name in seed_sets if name in found]
     none = [np.zeros(0, np.int64)]
     row = np.concatenate(none + [found[name].row for name in names])

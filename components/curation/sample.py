@@ -1,7 +1,7 @@
 """Balanced sampling over a hierarchy of clusters (arXiv 2405.15613, section 3.4).
 
-From the top down, the children of a node share what the node gives: the same cap on each, as high as it can be. A
-cluster that holds less than its share leaves the rest to its siblings, so that the target is met exactly.
+From the top down, each node's quota is divided among its children with the highest possible common cap. A cluster
+smaller than its share leaves the rest to its siblings, so that the target is met exactly.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from components.curation.cluster import Hierarchy
 
 
 def balanced_sample(hierarchy: Hierarchy, target: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Positions of the chosen points, ascending: random members of each finest cluster, without replacement.
+    """Return the ascending positions of sampled points, drawn without replacement from each finest cluster.
 
     Args:
         hierarchy: of N points; one level balances over flat clusters.
-        target: points wanted; all where there are no more.
-        generator: draws clusters and members.
+        target: number of points; all if there are fewer.
+        generator: for the draws.
     """
     counts = [len(centroids) for centroids in hierarchy.centroids]
     members = [_members(labels, count) for labels, count in zip(hierarchy.labels, counts, strict=True)]
@@ -37,11 +37,11 @@ def balanced_sample(hierarchy: Hierarchy, target: int, generator: np.random.Gene
 
 
 def allocate(sizes: NDArray[np.int64], target: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """How many points to take of each cluster: min(cap, size), and the remainder one each to random larger clusters.
+    """Return the quota of each cluster: min(cap, size), plus one for random larger clusters up to the target.
 
     Args:
         sizes: [C].
-        target: the sum of the result, or all points where there are no more.
+        target: sum of the result; all points if there are fewer.
         generator: draws the clusters that get one more.
     """
     if sizes.sum() <= target:
@@ -54,11 +54,11 @@ def allocate(sizes: NDArray[np.int64], target: int, generator: np.random.Generat
 
 
 def balanced_cap(sizes: NDArray[np.int64], target: int) -> int:
-    """The largest cap c for which the sum of min(c, size) is at most `target`, by bisection.
+    """Return the largest cap c for which the sum of min(c, size) is at most `target`, by bisection.
 
     Args:
         sizes: [C] points of each cluster.
-        target: points wanted, below the sum of `sizes`.
+        target: number of points, below the sum of `sizes`.
     """
     low, high = 0, int(sizes.max())
     while high - low > 1:
@@ -71,6 +71,6 @@ def balanced_cap(sizes: NDArray[np.int64], target: int) -> int:
 
 
 def _members(labels: NDArray[np.int64], num_clusters: int) -> list[NDArray[np.int64]]:
-    """The rows of each cluster, ascending."""
+    """Return the rows of each cluster, ascending."""
     ends = np.cumsum(np.bincount(labels, minlength=num_clusters))
     return np.split(np.argsort(labels, kind="stable"), ends[:-1])

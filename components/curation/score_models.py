@@ -1,4 +1,4 @@
-"""Model files that scores need: found, named by their bytes, opened for one thread."""
+"""Find and open the ONNX files of scores, single-threaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from components.curation.config import CurationError
 
 
 def find_file(path: str, root: Path, key: str) -> Path:
-    """The file that `key` of the configuration names, relative to the workspace `root`.
+    """Return the file that the config key `key` names, relative to the workspace `root`.
 
     Raises:
-        CurationError: there is none.
+        CurationError: the file does not exist.
     """
     found = root / path
     if not found.is_file():
@@ -21,7 +21,7 @@ def find_file(path: str, root: Path, key: str) -> Path:
 
 
 def open_onnx(path: Path) -> Any:
-    """An onnxruntime session of one thread on the CPU, so that a score does not depend on the machine's cores.
+    """Open a single-threaded CPU session, so that scores do not depend on the number of cores.
 
     Raises:
         CurationError: onnxruntime is not installed, or cannot read the file.
@@ -39,7 +39,7 @@ def open_onnx(path: Path) -> Any:
 
 
 def run_onnx(session: Any, path: Path, pixels: Any) -> Any:
-    """The first output for one input.
+    """Return the first output for one input.
 
     Raises:
         CurationError: the file does not take arrays of this shape.

@@ -1,4 +1,4 @@
-"""What curation asks of an image's pixels, once, while they are decoded: thresholds on it may change at any time."""
+"""Scores of an image's pixels, computed once at decoding; thresholds may change later."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from components.core.storage import sha256_file
 from components.curation import faces, nsfw
 from components.curation.config import ScoresConfig
 
-VERSION = 2  # raise it whenever a change here, in nsfw.py or in faces.py changes a score
-SAMPLE_SIDE = 256  # pixels: larger images are looked at on a grid of at most this side
-GRAY_TOLERANCE = 8  # of 255: how far the channels of a gray pixel may lie apart, as JPEG makes them
+VERSION = 2  # increment if a change here, in nsfw.py or in faces.py changes a score
+SAMPLE_SIDE = 256  # pixels: larger images are subsampled to a grid of at most this side
+GRAY_TOLERANCE = 8  # of 255: maximum channel difference of a gray pixel, allowing for JPEG
 
 BOX = pa.struct([pa.field(name, pa.int32(), nullable=False) for name in ("x", "y", "w", "h")])
 SCORES_SCHEMA = pa.schema(
@@ -33,7 +33,7 @@ SCORES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Enough to name the scores and to compute them in any worker; models are loaded on first use."""
+    """Definition of the scores, sufficient to compute them in any worker; models are loaded on first use."""
 
     config: ScoresConfig
     nsfw_model: Path | None
@@ -41,7 +41,7 @@ class Scorer:
     digest: str  # SHA-256 over the parameters, the models' bytes and the code version
 
     def score(self, images: list[Image.Image]) -> dict[str, pa.Array]:
-        """The columns of SCORES_SCHEMA after `image_id`, one value an RGB image, whatever images stand beside it."""
+        """Return the columns of SCORES_SCHEMA after `image_id`, one value per RGB image, independent of the others."""
         samples = [sample_pixels(image) for image in images]
         classify, find_faces = _models(self)
         columns = {
@@ -54,7 +54,7 @@ class Scorer:
 
 
 def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
-    """Find the models that the scores need and name their bytes.
+    """Find the models that the scores need and compute their digest.
 
     Raises:
         CurationError: a model's file or package is missing.
@@ -63,7 +63,7 @@ def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
     faces_model = None if config.faces is None else faces.locate(config.faces, root)
     definition = {
         "version": VERSION,
-        "config": config.model_dump(exclude={"nsfw": {"path"}, "faces": {"path"}}),  # bytes count, not where they lie
+        "config": config.model_dump(exclude={"nsfw": {"path"}, "faces": {"path"}}),  # the bytes count, not their path
         "models": [path and sha256_file(path) for path in (nsfw_model, faces_model)],
     }
     digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
@@ -71,7 +71,7 @@ def load_scorer(config: ScoresConfig, root: Path) -> Scorer:
 
 
 def sample_pixels(image: Image.Image) -> Image.Image:
-    """The image itself up to SAMPLE_SIDE, else pixels of it on a regular grid; none are mixed, so colors stay."""
+    """Return the image, subsampled on a regular grid if larger than SAMPLE_SIDE, without mixing colors."""
     scale = SAMPLE_SIDE / max(image.size)
     if scale >= 1:
         return image
@@ -80,7 +80,7 @@ def sample_pixels(image: Image.Image) -> Image.Image:
 
 
 def gray_share(image: Image.Image) -> float:
-    """Share of an RGB image's pixels whose channels lie at most GRAY_TOLERANCE apart."""
+    """Return the share of pixels whose channels differ by at most GRAY_TOLERANCE."""
     red, green, blue = image.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
     lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
@@ -89,14 +89,14 @@ def gray_share(image: Image.Image) -> float:
 
 
 def entropy(image: Image.Image) -> float:
-    """Shannon entropy of the histogram of an RGB image's luma (ITU-R 601), in bits: 0 (one flat color) to 8."""
+    """Return the Shannon entropy of an RGB image's luma histogram (ITU-R 601), in bits: 0 (one flat color) to 8."""
     return image.convert("L").entropy()
 
 
 @lru_cache(maxsize=1)
 def _models(scorer: Scorer) -> tuple[nsfw.Classify | None, faces.FindFaces | None]:
-    """What is configured of the two, loaded once a process."""
-    asked, looked_for = scorer.config.nsfw, scorer.config.faces
-    classify = nsfw.load(asked, scorer.nsfw_model) if asked and scorer.nsfw_model else None
-    find_faces = faces.load(looked_for, scorer.faces_model) if looked_for and scorer.faces_model else None
+    """Load the configured models, once per process."""
+    nsfw_config, face_config = scorer.config.nsfw, scorer.config.faces
+    classify = nsfw.load(nsfw_config, scorer.nsfw_model) if nsfw_config and scorer.nsfw_model else None
+    find_faces = faces.load(face_config, scorer.faces_model) if face_config and scorer.faces_model else None
     return classify, find_faces

@@ -1,7 +1,7 @@
-"""The mix that a curated set is made of: seed sets as they are, images like theirs, and a balanced sample of the rest.
+"""Compose the curated set of seed sets, retrieved images, and a balanced sample of the rest.
 
-DINOv2 (arXiv 2304.07193), appendix A.4 for the first two; DINOv3 (arXiv 2508.10104), section 3.1, which found the mix
-with a sample balanced by hierarchical k-means better than each alone.
+DINOv2 (arXiv 2304.07193), appendix A.4 for the first two; DINOv3 (arXiv 2508.10104), section 3.1, found the mix with a
+sample balanced by hierarchical k-means better than each part alone.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ Rows = NDArray[np.int64]  # of the pool, ascending
 class Clusters:
     """One level of the hierarchy."""
 
-    before: NDArray[np.int64]  # [C] images of each cluster that could be drawn
-    after: NDArray[np.int64]  # [C] images that were
+    before: NDArray[np.int64]  # [C] candidates of each cluster
+    after: NDArray[np.int64]  # [C] sampled images
 
 
 @dataclass(frozen=True)
 class Sample:
     """The balanced part."""
 
-    drawn: Rows  # whether or not they came in by another part
-    top_labels: NDArray[np.int64]  # the cluster of the top level of each of those
+    drawn: Rows  # including images that another part also has
+    top_labels: NDArray[np.int64]  # top-level cluster of each drawn image
     levels: list[Clusters]  # from the images up
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The images that are in, and how they came there."""
+    """Chosen and rejected images of the composition."""
 
     chosen: pa.Table  # rows of CHOSEN_SCHEMA, by row
     rejected: pa.Table  # of the others
-    clustered: Rows  # none where nothing needs clusters
-    paths: list[str]  # the clusters of each of them, from the top down
+    clustered: Rows  # empty if nothing needs clusters
+    paths: list[str]  # clusters of each clustered image, from the top down
     sample: Sample | None  # None: no balanced part
     parts: list[CompositionRow]  # Table 15, and the balanced sample
-    recall: float  # of the index that retrieval searched, see `Neighbors`
+    recall: float  # of the retrieval index, see `Neighbors`
 
 
 def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) -> dict[str, SeedSet]:
-    """The rows of each seed set, which is a source of the pool.
+    """Find the rows of each seed set, which is a source of the pool.
 
     Args:
-        pool: its manifest.
-        rows: those that passed the filters.
+        pool: manifest.
+        rows: that passed the filters.
         configs: by source.
 
     Raises:
-        CurationError: the pool has no such source, no image of it is left, or there is nothing else.
+        CurationError: a seed set has no images, or all images are queries only.
     """
     sources = pool["source"].to_numpy()[rows]
     found = {name: SeedSet(rows[sources == name], config) for name, config in configs.items()}
@@ -76,25 +76,25 @@ def find_seeds(pool: pa.Table, rows: Rows, configs: dict[str, SeedSetConfig]) ->
 
 
 def rows_of(seeds: dict[str, SeedSet], as_is: bool) -> Rows:
-    """Rows of the seed sets that are taken as they are, or of those that only ask for images like theirs."""
+    """Return the rows of seed sets that are included as they are, or of those used as queries only."""
     parts = [one.rows for one in seeds.values() if one.config.as_is == as_is]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
 
 
 def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: CurateConfig, seed: int) -> Selection:
-    """Cluster what is left, retrieve and draw from it, and put the parts together.
+    """Cluster the candidates, retrieve and sample from them, and combine the parts.
 
-    An image that several parts bring is in for the first of them: seeds, then retrieved images, then the sample.
+    An image in several parts is attributed to the first: seeds, then retrieved images, then the sample.
 
     Args:
         inputs: the pool and its embeddings.
-        unique: rows of the pool that may be in.
+        unique: candidate rows of the pool.
         seeds: the seed sets.
         config: section `curate`.
-        seed: of k-means and of the draws.
+        seed: of k-means and sampling.
 
     Raises:
-        CurationError: no part brings anything in, or the index finds too few of the exact neighbors.
+        CurationError: the result is empty, or the index finds too few of the exact neighbors.
     """
     taken, asking = np.intersect1d(unique, rows_of(seeds, as_is=True)), rows_of(seeds, as_is=False)
     vectors, hierarchy, sample = inputs.semantic, None, None
@@ -125,7 +125,7 @@ def select(inputs: Inputs, unique: Rows, seeds: dict[str, SeedSet], config: Cura
 
 
 def _draw(hierarchy: Hierarchy, rows: Rows, target: int | None, generator: np.random.Generator) -> Sample:
-    """The balanced part: `target` of the rows, which the hierarchy clusters; None: all."""
+    """Sample `target` of the clustered rows in balance; None: all."""
     target = len(rows) if target is None else target
     drawn = balanced_sample(hierarchy, target, generator) if len(rows) else rows
     ancestors = _ancestors(hierarchy)
@@ -133,12 +133,12 @@ def _draw(hierarchy: Hierarchy, rows: Rows, target: int | None, generator: np.ra
 
 
 def _by_set(rows: Rows, seeds: dict[str, SeedSet]) -> dict[str, Rows]:
-    """Those of the rows that belong to each seed set."""
+    """Split rows by seed set."""
     return {name: rows[np.isin(rows, one.rows)] for name, one in seeds.items()}
 
 
 def _put_together(pool: pa.Table, taken: dict[str, Rows], retrieval: Retrieval, sample: Rows) -> pa.Table:
-    """All parts in the order in which an image belongs to them, each image once: rows of CHOSEN_SCHEMA."""
+    """Concatenate the parts in order of precedence, each image once: rows of CHOSEN_SCHEMA."""
     parts = [_part(rows, "seed", pa.array([name] * len(rows), pa.string())) for name, rows in taken.items()]
     retrieved = _part(retrieval.row, "retrieved", pa.array(retrieval.seed_set, pa.string()))
     query_ids = pool["image_id"].take(pa.array(retrieval.query_row))
@@ -157,7 +157,7 @@ def _part(rows: Rows, origin: str, seed_set: pa.Array) -> pa.Table:
 
 
 def _composition(chosen: pa.Table, retrieval: Retrieval, sample: Sample | None) -> list[CompositionRow]:
-    """The rows of Table 15 with what is really in, and one for the sample, if there is one."""
+    """Return the rows of Table 15 with final counts, and one for the sample, if there is one."""
     origins, names = chosen["origin"].to_numpy(), chosen["seed_set"].to_numpy()
     rows = []
     for row in retrieval.composition:
@@ -170,7 +170,7 @@ def _composition(chosen: pa.Table, retrieval: Retrieval, sample: Sample | None) 
 
 
 def _ancestors(hierarchy: Hierarchy) -> list[NDArray[np.int64]]:
-    """[N] the cluster of each point, of each level from the images up."""
+    """Return [N] the cluster of each point, for each level from the finest up."""
     labels = [hierarchy.labels[0]]
     for parents in hierarchy.labels[1:]:
         labels.append(parents[labels[-1]])

@@ -1,4 +1,4 @@
-"""The stages `embed` and `curate`: from a pool of images to a curated set, and why each image is in or out."""
+"""The stages `embed` and `curate`: from a pool of images to a curated set with a reason for each image."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ from components.data.manifest import FINDINGS
 
 log = logging.getLogger(__name__)
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
-    """Embed and score the pool, embed the evaluation sets; shards that were seen before come from the cache.
+    """Embed and score the pool, and embed the evaluation sets; cached shards are not computed again.
 
     Args:
         config: section `embed`.
         root: the workspace.
-        seed: unused, embeddings have no randomness; every stage takes one.
+        seed: unused, because embeddings are deterministic; every stage takes one.
     """
     del seed
     pool, evaluation = read_collections(root)
     parts: dict[str, Part] = {COPIES: resolve(config.embedder, root), SCORES: load_scorer(config.scores, root)}
     if config.semantic is not None:
         parts[SEMANTIC] = resolve(config.semantic, root, "embed.semantic")
-    asked = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
+    collections = ((POOL, pool, parts), (EVALUATION, evaluation, {COPIES: parts[COPIES]}))
     cache = Layout(root).cache("embeddings")
     done = {
         folder.name: embed_collection(root / folder, images, its_parts, cache, config.workers)
-        for folder, images, its_parts in asked
+        for folder, images, its_parts in collections
     }
     with atomic_dir(Layout(root).embeddings) as folder:
         shapes = {name: write_parts(shards, folder, name) for name, shards in done.items()}
@@ -83,12 +83,12 @@ def embed(config: EmbedConfig, root: Path, seed: int) -> dict[str, Any]:
 
 
 def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
-    """Filter, drop copies, retrieve, cluster, sample in balance, pack; each step has its gate, the whole a report.
+    """Filter, drop copies, retrieve, cluster, sample in balance, and pack, with a gate after each step and a report.
 
     Args:
         config: section `curate`.
         root: the workspace.
-        seed: of k-means and of sampling.
+        seed: of k-means and sampling.
     """
     inputs, licenses = read_inputs(root), config.filters.allowed_licenses
     previous = find_previous(config, inputs.pool, root)
@@ -115,8 +115,8 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
             gates.validate_curated(docs, folder, licenses, previous.drift)
     kept = _images(inputs, selection.chosen["row"].to_numpy())
     remember(previous, kept)
-    asked = [("candidates", len(candidates))] if len(candidates) < len(rows) else []  # without what only asks
-    first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *asked]
+    candidate_step = [("candidates", len(candidates))] if len(candidates) < len(rows) else []  # without queries
+    first = [("pool", len(inputs.pool)), ("filtered", len(rows)), *candidate_step]
     funnel = [*first, *unique.funnel, ("curated", len(kept))]
     result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
     write_report(result, root, Layout(root).report("curate"))
@@ -130,7 +130,7 @@ def _images(inputs: Inputs, rows: np.ndarray) -> pa.Table:
 
 
 def _with_findings(root: Path, inputs: Inputs, unique: Unique, selection: Selection) -> Pool:
-    """The pool with what is known of each image: its group of duplicates, its clusters, its scores."""
+    """Return the pool with the findings of each image: duplicate group, clusters, scores."""
     count = len(inputs.pool)
     keeper, paths = np.full(count, -1, np.int64), np.full(count, None, object)
     keeper[unique.compared] = unique.compared[unique.groups.keeper]
@@ -144,7 +144,7 @@ def _with_findings(root: Path, inputs: Inputs, unique: Unique, selection: Select
 
 
 def _figures(result: Curation) -> dict[str, Any]:
-    """The stage's numbers, for metrics."""
+    """Return the stage's metrics."""
     sample = result.selection.sample
     levels = {f"level_{number}": level for number, level in enumerate(sample.levels if sample else (), 1)}
     return {

@@ -1,4 +1,4 @@
-"""One image of each group of duplicates, and none that an evaluation set has."""
+"""Keep one image of each group of duplicates, and none that matches an evaluation image."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from components.data.expectations import DataDocs
 
 @dataclass(frozen=True)
 class Unique:
-    """What is left of the images that were compared; `rows` are rows of the pool."""
+    """Images left after deduplication and decontamination; rows refer to the pool."""
 
     rows: NDArray[np.int64]  # [U] left
-    compared: NDArray[np.int64]  # [F] that `groups` and `contamination` count
+    compared: NDArray[np.int64]  # [F] images of `groups` and `contamination`
     groups: Groups
     contamination: Contamination
     rejected: pa.Table
@@ -31,21 +31,21 @@ class Unique:
 
     @property
     def recalls(self) -> dict[str, float]:
-        """Of each index that was searched, see `Neighbors`."""
+        """Recall of each searched index, see `Neighbors`."""
         sets = {f"evaluation set {name}": recall for name, recall in self.contamination.recall.items()}
         return {"duplicates in the pool": self.groups.recall} | sets
 
 
 def drop_copies(inputs: Inputs, rows: NDArray[np.int64], first: NDArray[np.int64], config: CurateConfig) -> Unique:
-    """Group duplicates, drop each group that touches an evaluation image, keep one image of each other group.
+    """Group duplicates, drop groups that match an evaluation image, and keep one image of each other group.
 
-    Components that touch an evaluation image go before one image is kept of each other component: what stays is
-    the same as in the paper's order, and every copy of an evaluation image is reported as one.
+    Matching groups are dropped before keepers are chosen: the result equals that of the paper's order, and every copy
+    of an evaluation image is reported as such.
 
     Args:
         inputs: the pool and its embeddings.
         rows: of the pool, ascending, to compare.
-        first: rows that stay before all others of their group.
+        first: preferred keepers.
         config: section `curate`.
 
     Raises:
@@ -69,10 +69,10 @@ def drop_copies(inputs: Inputs, rows: NDArray[np.int64], first: NDArray[np.int64
 
 
 def check_copies(docs: DataDocs, inputs: Inputs, unique: Unique, config: CurateConfig) -> None:
-    """Let what is left pass, or stop; as many may break the rule as the measured recall of the index explains.
+    """Check the remaining images; allow as many violations as the measured recall of the index explains.
 
     Raises:
-        DatasetError: with the rows that are alike.
+        DatasetError: with the rows that are too similar.
     """
     left = gates.Embedded(inputs.pool.take(pa.array(unique.rows)), inputs.copies, unique.rows)
     gates.after_dedup(docs, left, gates.Limit(config.dedup_similarity, 1 - unique.groups.recall))

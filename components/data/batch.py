@@ -1,4 +1,4 @@
-"""Batches of crops and masks, made ahead of the training step in worker processes.
+"""Prepare batches of crops and masks in worker processes, ahead of the training step.
 
 A batch is a pure function of (seed, step, rank, number of ranks), and all ranks' batches of a step together of
 (seed, step) alone: neither the number of workers nor a restart changes what is trained on.
@@ -30,25 +30,25 @@ from components.model.preprocessing import to_input
 
 logger = logging.getLogger(__name__)
 
-_MASKS = 1_000_000  # third number of the masks' generators, out of the way of the crops' numbers
+_MASKS = 1_000_000  # third seed of the mask generators, disjoint from those of crops
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step: B images; crop-major, so that row g * B + i is crop g of image i."""
+    """Batch of one rank in one step: B images, crop-major, so that row g * B + i is crop g of image i."""
 
     global_crops: Tensor  # [G*B, 3, H, W] uint8, or float32 once normalized
     local_crops: Tensor  # [L*B, 3, h, w] likewise
-    masks: Tensor | None  # [G*B, P] bool, True where the student sees the mask token; None: nothing is masked
+    masks: Tensor | None  # [G*B, P] bool, true patches are replaced by the mask token; None: no masking
     skipped: list[BadImage]
-    gram_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the anchor sees the global crops
+    gram_crops: Tensor | None = None  # [G*B, 3, sH, sW] likewise; None: the Gram teacher uses the global crops
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, for copies that the GPU makes beside its work; torch's loader calls this."""
+        """Return the batch in pinned memory, for asynchronous copies to the GPU; called by torch's loader."""
         return replace(self, **{name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)})
 
     def normalize(self, device: torch.device) -> Batch:
-        """The batch on `device`, with ImageNet's mean and standard deviation."""
+        """Return the batch on `device`, normalized by ImageNet's mean and standard deviation."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         crops = [to_input(c.to(device, non_blocking=True)) for c in (self.global_crops, self.local_crops)]
         gram = None if self.gram_crops is None else to_input(self.gram_crops.to(device, non_blocking=True))
@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What determines the batches of one rank."""
+    """Everything that determines the batches of one rank."""
 
     seed: int
     batch_size: int  # images over all ranks
@@ -66,12 +66,12 @@ class BatchPlan:
     masking: MaskingConfig | None
     rank: int = 0
     num_ranks: int = 1
-    gram_scale: int = 1  # of the anchor's crops; 1: it sees the global ones
-    gram_after_steps: int = 0  # the step before which there is no anchor, and no crops for it
+    gram_scale: int = 1  # of the Gram teacher's crops; 1: it uses the global crops
+    gram_after_steps: int = 0  # no Gram crops before this step
 
 
 class TrainingBatches(Dataset[Batch | Exception]):
-    """This rank's batch of each step. Rank r takes the r-th equal part of the step's positions."""
+    """This rank's batch by step. Rank r takes the r-th equal part of the step's positions."""
 
     def __init__(self, stream: ImageStream, plan: BatchPlan) -> None:
         if len(stream) < plan.batch_size:
@@ -82,14 +82,14 @@ class TrainingBatches(Dataset[Batch | Exception]):
         self._stream, self._plan = stream, plan
 
     def __getitem__(self, step: int) -> Batch | Exception:
-        """The batch of `step`; what makes it impossible is returned, because a worker would wrap what it raises."""
+        """Return the batch of `step`, or the expected error, because torch wraps exceptions that a worker raises."""
         try:
             return self._batch(step)
         except (DatasetError, StorageError) as error:
             return error
 
     def check_shared_memory(self, num_workers: int) -> None:
-        """Raise EngineError unless batches of the ranks on this machine fit into what is free of /dev/shm."""
+        """Raise EngineError unless the batches of this machine's ranks fit into the free space of /dev/shm."""
         plan = self._plan
         on_this_machine = plan.batch_size // plan.num_ranks * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         size = crop_bytes(plan.crops, on_this_machine, plan.gram_scale)
@@ -99,7 +99,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
         plan = self._plan
         share = plan.batch_size // plan.num_ranks
         first = step * plan.batch_size + plan.rank * share
-        if get_worker_info() is not None:  # not in the trainer itself, which will fork: threads do not survive that
+        if get_worker_info() is not None:  # not in the trainer, whose threads would not survive its forks
             for position in range(first, first + share):
                 self._stream.fetch_ahead(position)
         gram_scale = plan.gram_scale if step >= plan.gram_after_steps else 1
@@ -117,7 +117,7 @@ class TrainingBatches(Dataset[Batch | Exception]):
         )
 
     def _masks(self, step: int, share: int) -> Tensor | None:
-        """This rank's part of the step's masks: drawn for all ranks together, so that their number is immaterial."""
+        """Return this rank's part of the step's masks, which are sampled jointly for all ranks."""
         plan = self._plan
         if plan.masking is None:
             return None
@@ -132,13 +132,13 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
     """Yield the batches of `steps` in order, prepared ahead by `config.num_workers` processes.
 
     Raises:
-        DatasetError: the curated set is unusable, or more than `max_bad_images` of it.
-        StorageError: it is streamed, and S3 does not answer or refuses.
-        EngineError: /dev/shm is too small for what the processes prepare.
+        DatasetError: the curated set is unusable, or has more than `max_bad_images` bad images.
+        StorageError: the set is streamed, and S3 does not answer or refuses.
+        EngineError: /dev/shm is too small for the prefetched batches.
     """
     options: dict[str, Any] = {}
     if config.num_workers:
-        # Forked: a worker starts at once, without a second import of torch; it uses neither threads nor the device.
+        # Fork starts workers at once, without importing torch again; workers use neither threads nor the device.
         batches.check_shared_memory(config.num_workers)
         options = {"num_workers": config.num_workers, "prefetch_factor": PREFETCH, "multiprocessing_context": "fork"}
         options["worker_init_fn"] = _leave_stopping_to_the_trainer
@@ -150,15 +150,15 @@ def iterate_batches(batches: TrainingBatches, config: StreamConfig, steps: range
         for item in batch.skipped:
             if item.image_id not in bad:
                 bad[item.image_id] = item
-                told = (item.image_id, item.reason, len(bad), config.max_bad_images)
-                logger.warning("image %s is skipped: %s (%d of at most %d)", *told)
+                details = (item.image_id, item.reason, len(bad), config.max_bad_images)
+                logger.warning("image %s is skipped: %s (%d of at most %d)", *details)
         if len(bad) > config.max_bad_images:
             raise too_many_bad(list(bad.values()), config)
         yield batch
 
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
-    """Ignore SIGTERM, which may go to the whole process group: the trainer still has a step to finish and save."""
+    """Ignore SIGTERM, which may be sent to the whole process group: the trainer must finish and save its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

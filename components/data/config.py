@@ -1,4 +1,4 @@
-"""How images become training crops and masks. No torch here, so that the CLI starts fast."""
+"""Parameters of the training stream, crops and masks. Imports no torch, so that the CLI starts fast."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 class MaskingConfig(Config):
-    """Which patches the student does not see. Defaults: `ibot` of DINOv2's `ssl_default_config.yaml`."""
+    """Masking of the student's patches. Defaults: `ibot` of DINOv2's `ssl_default_config.yaml`."""
 
-    mask_probability: float = Field(default=0.5, ge=0, le=1)  # of the global crops of a batch, how many are masked
+    mask_probability: float = Field(default=0.5, ge=0, le=1)  # share of a batch's global crops that are masked
     mask_ratio_min: float = Field(default=0.1, ge=0, le=1)  # of a masked crop's patches
     mask_ratio_max: float = Field(default=0.5, ge=0, le=1)
 
@@ -30,10 +30,10 @@ class MaskingConfig(Config):
 
 
 class BlurProbability(Config):
-    """How often a crop is really blurred, for each kind of crop.
+    """Effective blur probability, by kind of crop.
 
-    dinov2/data/transforms.py hands 1 - p to RandomApply, so that the p = 1.0, 0.1 and 0.5 of augmentations.py mean
-    0.0, 0.9 and 0.5; all released weights were trained with these (dinov3 issue 286).
+    dinov2/data/transforms.py passes 1 - p to RandomApply, so that p = 1.0, 0.1 and 0.5 in augmentations.py mean 0.0,
+    0.9 and 0.5; all released weights were trained with these (dinov3 issue 286).
     """
 
     global1: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -41,7 +41,7 @@ class BlurProbability(Config):
     local: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
-NUM_GLOBAL = 2  # the objective pairs the crops of an image: the teacher's view of one is the other's target
+NUM_GLOBAL = 2  # the objective pairs crops: the teacher's output for one is the other's target
 
 
 class CropConfig(Config):
@@ -76,15 +76,13 @@ class CropConfig(Config):
 
 
 class StreamConfig(Config):
-    """How the curated set is read."""
+    """Reading of the curated set."""
 
-    num_workers: int = Field(default=10, ge=0)  # processes that read, decode and crop; 0: the training process itself
-    window_shards: PositiveInt = 16  # images are shuffled inside windows of so many shuffled shards
-    cache_gib: PositiveFloat = 40.0  # of shards streamed from S3; holds two windows at least. Local shards need none
-    mix: dict[Origin, float] | None = None  # share of each part among the images; None: the set as it is
-    max_bad_images: int = Field(
-        default=100, ge=0
-    )  # images that cannot be decoded are skipped, up to so many different ones on each rank since its start
+    num_workers: int = Field(default=10, ge=0)  # processes that read, decode and crop; 0: in the training process
+    window_shards: PositiveInt = 16  # images are shuffled within windows of this many shuffled shards
+    cache_gib: PositiveFloat = 40.0  # for shards streamed from S3; at least two windows
+    mix: dict[Origin, float] | None = None  # share of each part in the stream; None: the set as it is
+    max_bad_images: int = Field(default=100, ge=0)  # distinct undecodable images that a rank may skip since its start
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

@@ -1,12 +1,12 @@
 """Multi-crop augmentation: two global and several local crops of an image (dinov2/data/augmentations.py).
 
-The blur trap: dinov2's `GaussianBlur(p)` blurs with probability 1 - p, so that the p = 1.0, 0.1 and 0.5 written there
-mean that global crops are blurred never and in 90 % of cases, and local ones in 50 %, against DINO's intent of always,
-10 % and 50 % (dinov3 issue 286). All released weights were trained so, and so are ours by default;
-`crops.blur_probability` holds what is really done: {global1: 1.0, global2: 0.1, local: 0.5} is DINO's intent.
+Blur: dinov2's `GaussianBlur(p)` blurs with probability 1 - p, so that its p = 1.0, 0.1 and 0.5 blur the global crops
+never and in 90 % of cases, and local ones in 50 %, while DINO intended always, 10 % and 50 % (dinov3 issue 286). All
+released weights were trained this way, and so are ours by default; `crops.blur_probability` holds the effective values
+({global1: 1.0, global2: 0.1, local: 0.5} is DINO's intent).
 
-Fast path: a JPEG is decoded at 1/2, 1/4 or 1/8 where no crop needs more; crop and resize are one call on bytes; colors
-are changed for all crops of a size at once (`photometrics.py`).
+Speed: a JPEG is decoded at 1/2, 1/4 or 1/8 if no crop needs more; crop and resize are one call on uint8; colors are
+changed for all crops of one size at once (`photometrics.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from components.data.photometrics import Jitter, Photometrics, change_colors
 from components.data.shards import load_image, open_image, upright_size
 
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
-CROP_TRIES = 10  # then the largest centered crop, as torchvision's RandomResizedCrop does
+CROP_TRIES = 10  # then a central crop, as in torchvision's RandomResizedCrop
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -35,7 +35,7 @@ class Crops:
 
     global_crops: NDArray[np.uint8]  # [G, 3, H, W]
     local_crops: NDArray[np.uint8]  # [L, 3, h, w]
-    gram_crops: NDArray[np.uint8] | None = None  # [G, 3, sH, sW], the global ones before their colors were changed
+    gram_crops: NDArray[np.uint8] | None = None  # [G, 3, sH, sW], global crops without color changes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Kind:
 
 @dataclass(frozen=True)
 class Draw:
-    """All that is random about one crop."""
+    """All random parameters of one crop."""
 
     box: Box
     size: int
@@ -57,10 +57,10 @@ class Draw:
 
 
 def sample_crops(data: bytes, config: CropConfig, seed: int, position: int, gram_scale: int = 1) -> Crops:
-    """Crops of the encoded image at `position` of the stream; crop i draws from its own generator (seed, position, i).
+    """Crop the encoded image at `position` of the stream; crop i draws from its own generator (seed, position, i).
 
-    With `gram_scale` s above 1 the global crops also come s times as large, without changes of color, as DINOv3's
-    Gram teacher sees them (`crops.gram_teacher_no_distortions` of its released configurations).
+    With `gram_scale` s above 1, also return the global crops s times as large without color changes, for DINOv3's Gram
+    teacher (`crops.gram_teacher_no_distortions` of its released configurations).
 
     Raises:
         ImageError: the bytes cannot be decoded.
@@ -80,7 +80,7 @@ def sample_crops(data: bytes, config: CropConfig, seed: int, position: int, gram
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], generator: np.random.Generator) -> Box:
-    """Left, top, right and bottom of a random crop: area share from `scale`, aspect ratio 3/4 to 4/3.
+    """Draw a random crop box: share of the area from `scale`, aspect ratio 3/4 to 4/3.
 
     torchvision's RandomResizedCrop.get_params.
     """
@@ -98,7 +98,7 @@ def crop_box(width: int, height: int, scale: tuple[float, float], generator: np.
 
 
 def draw_crops(width: int, height: int, config: CropConfig, seed: int, position: int) -> list[Draw]:
-    """What is random about the crops of an image of that size, global ones first."""
+    """Draw the random parameters of an image's crops, global ones first."""
     blur = config.blur_probability
     first = _Kind(config.global_size, config.global_scale, blur.global1, 0.0)
     second = _Kind(config.global_size, config.global_scale, blur.global2, config.solarize_probability)
@@ -123,7 +123,7 @@ def _draw_crop(width: int, height: int, kind: _Kind, config: CropConfig, generat
 
 
 def _draw_jitter(config: CropConfig, generator: np.random.Generator) -> Jitter:
-    """Strengths as torchvision's ColorJitter draws them."""
+    """Draw jitter strengths as torchvision's ColorJitter does."""
     strengths = (config.brightness, config.contrast, config.saturation)
     brightness, contrast, saturation = (float(generator.uniform(1 - s, 1 + s)) for s in strengths)
     turns = float(generator.uniform(-config.hue, config.hue))
@@ -131,17 +131,17 @@ def _draw_jitter(config: CropConfig, generator: np.random.Generator) -> Jitter:
 
 
 def shrinking(draws: Sequence[Draw]) -> float:
-    """By how much an image may be decoded smaller with no side of a crop's box below the crop's own size."""
+    """Return how many times smaller an image may be decoded without upsampling any crop."""
     return min(min(d.box[2] - d.box[0], d.box[3] - d.box[1]) / d.size for d in draws)
 
 
 def _make(pixels: torch.Tensor, scale: tuple[float, float], draws: Sequence[Draw]) -> NDArray[np.uint8]:
-    """Cut crops of one size out of an image, then change their colors.
+    """Crop and resize an image, then change the colors of the crops.
 
     Args:
         pixels: [1, 3, H, W] uint8.
-        scale: width and height of `pixels` over those of the image in which the boxes were drawn.
-        draws: of the crops.
+        scale: width and height of `pixels` relative to the image in which the boxes were drawn.
+        draws: of crops of one size.
 
     Returns:
         [N, 3, size, size] uint8.

@@ -1,4 +1,4 @@
-"""The evaluation set: its images, and their classes and splits where it has labels."""
+"""The evaluation set: images, with classes and splits if it has labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
 
-TEST_SHARE = 5  # without given splits, one labeled image in five is a test image
+TEST_SHARE = 5  # without given splits, one in five labeled images is a test image
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Labels:
     """Classes of the labeled images, as indices into the evaluation set's images."""
 
     classes: tuple[str, ...]
-    targets: NDArray[np.int64]  # [N] class of each image; -1 where it has none
+    targets: NDArray[np.int64]  # [N] class of each image; -1 for none
     train: NDArray[np.int64]  # indices of train images
-    test: NDArray[np.int64]  # indices of test images, each of a class that train has
+    test: NDArray[np.int64]  # indices of test images whose class is in train
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images in the order of their id, each once; `labels` is None where classes cannot be measured."""
+    """Distinct images sorted by id; `labels` is None if classification cannot be measured."""
 
-    root: Path  # that the shards are relative to
+    root: Path  # base folder of the shard paths
     images: pa.Table
     labels: Labels | None
 
     def take(self, indices: NDArray[np.int64]) -> EvaluationSet:
-        """Some of the images, without labels."""
+        """Return a subset of the images, without labels."""
         return EvaluationSet(self.root, self.images.take(pa.array(indices)), None)
 
 
@@ -62,7 +62,7 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
 
 
 def _warn_of_mixture(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) -> None:
-    """Say what the measures of classes cover, where several sets lie in `root`: they are measured as one."""
+    """Warn that several sets in `root` are evaluated as one, and that unlabeled images are not classified."""
     sources = table["source"].to_numpy(zero_copy_only=False)
     sets, bare = np.unique(sources[labeled]), np.unique(sources[~labeled])
     if len(sets) > 1:

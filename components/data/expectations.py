@@ -1,7 +1,7 @@
-"""The door that a dataset passes: what must hold of its rows and bytes, checked, shown in Data Docs, and enforced.
+"""Validate a dataset's rows and bytes with Great Expectations, and write Data Docs.
 
-Exact facts about all rows (uniqueness, places inside shards, counts) are computed in Arrow and NumPy and given to
-Great Expectations as one row of failure counts; a seeded sample of the rows goes through its column expectations.
+Exact facts about all rows (uniqueness, places inside shards, counts) are computed in Arrow and NumPy and passed to
+Great Expectations as one row of failure counts; a seeded sample of rows is validated by its column expectations.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from components.data.manifest import (
 )
 from components.data.shards import ALLOWED_FORMATS, ShardReader
 
-SAMPLE_ROWS = 100_000  # go through the column expectations
-SAMPLE_IMAGES = 256  # have their bytes hashed again
+SAMPLE_ROWS = 100_000  # validated by the column expectations
+SAMPLE_IMAGES = 256  # whose bytes are hashed again
 SHOWN_IDS = 10
 FAILING_ROWS = "failing-rows.parquet"
 
 Mask = NDArray[np.bool_]
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 @dataclass(frozen=True)
 class SnapshotFacts:
-    """What ingest counted, for the manifest to agree with."""
+    """Counts of ingest, which the manifest must match."""
 
     source: str
     seen: int
@@ -58,17 +58,17 @@ class Check:
     meaning: str
     checked: int  # rows, or images
     failing: int
-    allowed: int = 0  # that may fail
+    allowed: int = 0  # to fail
 
     @property
     def passed(self) -> bool:
-        """Whether no more failed than may."""
+        """Whether at most `allowed` failed."""
         return self.failing <= self.allowed
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All expectations of a dataset, passed."""
+    """The passed expectations of a dataset."""
 
     rows: int
     checks: list[Check]
@@ -77,7 +77,7 @@ class ValidationReport:
 
 @dataclass
 class Examination:
-    """The rows of a dataset, and the checks made of them."""
+    """Rows of a dataset with their checks."""
 
     table: pa.Table  # with a column image_id
     checks: list[Check] = field(default_factory=list)
@@ -89,12 +89,12 @@ class Examination:
         self.masks[name] = failing
 
     def sampled(self, name: str, meaning: str, failing: Mask, checked: int, allowed: int) -> None:
-        """Record a check of some of the rows, of which a few may fail."""
+        """Record a check of a sample of the rows, of which `allowed` may fail."""
         self.checks.append(Check(name, meaning, checked, int(failing.sum()), allowed))
         self.masks[name] = failing
 
     def fact(self, name: str, meaning: str, difference: int) -> None:
-        """Record a check of the dataset as a whole, which fails by some difference."""
+        """Record a check of the whole dataset, which fails unless `difference` is 0."""
         self.checks.append(Check(name, meaning, 1, abs(difference)))
 
 
@@ -102,7 +102,7 @@ def validate_snapshot(folder: Path, facts: SnapshotFacts, docs_folder: Path) -> 
     """Check a snapshot's manifest against its schema, its shards and what ingest counted.
 
     Args:
-        folder: the snapshot, complete but perhaps not in its final place.
+        folder: the complete snapshot, possibly in a staging directory.
         facts: what ingest counted.
         docs_folder: replaced by Data Docs of this validation.
 
@@ -124,7 +124,7 @@ def validate_snapshot(folder: Path, facts: SnapshotFacts, docs_folder: Path) -> 
 
 
 def examine_manifest(table: pa.Table, folder: Path) -> Examination:
-    """The checks that hold for every manifest, over all rows, and over the bytes of a sample of them."""
+    """Run the checks common to all manifests, over all rows and over the bytes of a sample."""
     examination = Examination(table)
     examination.fact("not_empty", "there is at least one image", int(table.num_rows == 0))
     is_id = mask_of(pc.match_substring_regex(table["image_id"], "^[0-9a-f]{64}$"))
@@ -144,7 +144,7 @@ def examine_manifest(table: pa.Table, folder: Path) -> Examination:
 
 
 def mask_of(values: Any) -> Mask:
-    """An Arrow column of booleans as NumPy's, empty ones as False."""
+    """Convert an Arrow column of booleans to NumPy, with nulls as False."""
     return np.asarray(pc.fill_null(values, False).to_numpy(), dtype=bool)
 
 
@@ -154,7 +154,7 @@ def _outside_shards(table: pa.Table, folder: Path) -> Mask:
     sizes = np.array([_shard_size(folder, name) for name in names] or [0], dtype=np.int64)
     size = sizes[encoded.indices.to_numpy()] if table.num_rows else np.zeros(0, dtype=np.int64)
     offset, length = table["offset"].to_numpy(), table["length"].to_numpy()
-    # Subtracted and not added: a hostile length could overflow the sum.
+    # Subtraction, because a hostile length could overflow a sum.
     return (offset < 512) | (length < 1) | (length > size) | (offset > size - length)
 
 
@@ -178,17 +178,17 @@ def _wrong_bytes(table: pa.Table, folder: Path) -> Mask:
 
 
 def sampled_rows(rows: int, most: int) -> NDArray[np.int64]:
-    """Ascending indices of all rows, or of `most` drawn with seed 0."""
+    """Return the ascending indices of all rows, or of `most` rows drawn with seed 0."""
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
 
 
 class DataDocs:
-    """The examinations of one dataset, judged by Great Expectations one after the other and shown on one site.
+    """Validations of one dataset by Great Expectations, shown on one Data Docs site.
 
     Args:
-        folder: replaced by the site, which is written when the block ends, however it ends.
+        folder: replaced by the site, which is written at the end of the block, even after an error.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -197,7 +197,7 @@ class DataDocs:
         self._context = _context(self._gx, folder)
         self._source = self._context.data_sources.add_pandas("pedigree")
         self._suites = 0
-        self.passed: list[tuple[str, Check]] = []  # each check, with what it was made of
+        self.passed: list[tuple[str, Check]] = []  # each check, with the name of its examination
 
     def __enter__(self) -> DataDocs:
         return self
@@ -206,7 +206,7 @@ class DataDocs:
         self._context.build_data_docs()
 
     def judge(self, examination: Examination, what: str, schema: pa.Schema | None = None) -> ValidationReport:
-        """Let an examination pass or stop it; with a schema, a sample of the rows goes through its expectations too.
+        """Validate an examination, and with a schema also a sample of its rows by column expectations.
 
         Raises:
             DatasetError: with the failing rows in `folder/failing-rows.parquet`.
@@ -256,7 +256,7 @@ def _describe(examination: Examination, failed: list[Check], docs_folder: Path, 
 
 
 def _great_expectations() -> Any:
-    """The library, quiet and without its analytics, which it switches on while it is imported."""
+    """Import the library, with logging reduced and analytics off; it enables analytics at import."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     import great_expectations
@@ -265,7 +265,7 @@ def _great_expectations() -> Any:
 
 
 def _context(gx: Any, docs_folder: Path) -> Any:
-    """A context in memory, whose only Data Docs site is `docs_folder`."""
+    """Return an in-memory context whose only Data Docs site is `docs_folder`."""
     from great_expectations.data_context.types import base
 
     shutil.rmtree(docs_folder, ignore_errors=True)

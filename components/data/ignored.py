@@ -1,4 +1,4 @@
-"""Files that systems and programs leave in folders, archives and buckets: no image of the user's is among them."""
+"""Metadata files that operating systems and programs leave in folders, archives and buckets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN_KINDS = 8
 
 @dataclass
 class Ignored:
-    """Files that are no image and are not examined, counted by kind, with an example of each."""
+    """Counts of ignored files by kind, with an example of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Ignored:
             self.examples.setdefault(kind, example)
 
     def update(self, other: Ignored) -> None:
-        """Add another account to this one."""
+        """Add the counts of another instance."""
         for kind, count in other.counts.items():
             self.add(kind, other.examples[kind], count)
 
@@ -50,10 +50,10 @@ class Ignored:
 
 
 def ignored_kind(path: PurePosixPath) -> str | None:
-    """Return what makes a file one to be ignored: the system's name in its path, `._*`, or `hidden`; else None."""
+    """Return why a file is ignored: a system name in its path, `._*`, or `hidden`; else None."""
     for part in path.parts:
         if part.startswith("._"):
-            return "._*"  # AppleDouble: what macOS keeps of a file on a disk of another system
+            return "._*"  # AppleDouble: metadata of macOS on foreign file systems
         if part.lower() in SYSTEM_NAMES or part in {".DS_Store", ".thumbnails", ".ipynb_checkpoints"}:
             return part
         if part.startswith("."):

@@ -1,7 +1,7 @@
-"""Take a source into a collection: examine every file, keep each image once, and say why the rest was left out.
+"""Ingest a source into a collection: examine every file, store each image once, and record why others are rejected.
 
-A snapshot holds only what the collection did not hold before, in order of `image_id`, and appears when it is validated.
-The metadata of all files of one ingest is held in memory (about 1 KB a file); their pixels never are.
+A snapshot holds only images that are new to the collection, sorted by `image_id`, and appears once it is validated. The
+metadata of all files of one ingest is held in memory (about 1 KB per file), but not their pixels.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from components.data.shards import EXTENSIONS, MAX_PIXELS, PIXEL_CEILING, ImageE
 
 logger = logging.getLogger(__name__)
 
-SMALL_SOURCE_BYTES = 256 * 1024**2  # starting worker processes costs more than reading so little
-DECODED_BYTES = 40  # of memory for a pixel while it is decoded; measured: 36 at most (four channels of 16 bits)
+SMALL_SOURCE_BYTES = 256 * 1024**2  # below this, starting worker processes takes longer than reading
+DECODED_BYTES = 40  # memory per pixel during decoding; measured: at most 36 (four channels of 16 bits)
 
 TOO_MANY_PIXELS = (
     f"; `pedigree ingest --max-pixels` raises that to {PIXEL_CEILING} at most, for {DECODED_BYTES} bytes of memory a "
@@ -56,14 +56,14 @@ TOO_MANY_PIXELS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one file (or row, or archive member) turned out to be."""
+    """Result of examining one file, row or archive member."""
 
     uri: str  # relative to the source's root
     folder: str = ""  # as in `Entry`
     label: str | None = None
     split: str | None = None
     image_id: str | None = None
-    reason: str | None = None  # why it is not taken
+    reason: str | None = None  # why it is rejected
     detail: str = ""
     format: str = ""
     width: int = 0
@@ -71,27 +71,27 @@ class Finding:
     path: str = ""  # the local file that holds its bytes
     offset: int = 0
     length: int = 0
-    notes: tuple[str, ...] = ()  # what was changed or left out when it was read
+    notes: tuple[str, ...] = ()  # what decoding changed or dropped
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one ingest did. seen = stored + held_out + already_present + all rejected."""
+    """Result of one ingest. seen = stored + held_out + already_present + all rejected."""
 
     seen: int
-    stored: int  # in the pool, or in the evaluation set where the whole source is one
-    held_out: int  # in the evaluation set, of a pool's source
+    stored: int  # in the pool, or in the evaluation set if the whole source is one
+    held_out: int  # of a pool source, in the evaluation set
     already_present: int
     rejected: dict[str, int]  # reason -> files
     ignored: int  # hidden files and the like
-    labels: dict[str, int]  # label -> images, those that were present included
-    unlabeled: int  # images without
-    notes: tuple[str, ...]  # lines: which labels were taken, and what was guessed, followed or left out
+    labels: dict[str, int]  # label -> images, including those already present
+    unlabeled: int  # images without label
+    notes: tuple[str, ...]  # lines on labels, and on what was guessed, followed or left out
     bytes_stored: int
     source_version: str
-    pool_snapshot: Path | None  # the new folder; None if nothing was new for it
+    pool_snapshot: Path | None  # the new folder; None if nothing was new
     evaluation_snapshot: Path | None
-    holds: tuple[Path, ...] = ()  # of an ingest for one run: the snapshots that together hold what the source holds now
+    holds: tuple[Path, ...] = ()  # of an ingest for one run: snapshots with the source's present content
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items()) or "none"
@@ -99,34 +99,34 @@ class IngestReport:
         stored = f"{self.stored} new images stored"
         if self.pool_snapshot is None and self.evaluation_snapshot is None:
             stored = "nothing new, no snapshot made"
-        told = f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, "
-        return f"{told}rejected: {reasons}, ignored: {self.ignored}"
+        report_text = f"{self.seen} seen: {stored}{held_out}, {self.already_present} already there, "
+        return f"{report_text}rejected: {reasons}, ignored: {self.ignored}"
 
 
 @dataclass(frozen=True)
 class _Account:
-    """All findings of a source, each in its place."""
+    """All findings of a source, sorted by outcome."""
 
-    images: list[Finding]  # each once, sorted by image_id, as are the next two
-    pool: list[Finding]  # new to it, as are those of the next
+    images: list[Finding]  # distinct, sorted by image_id, as are the next two
+    pool: list[Finding]  # new images, as in the next
     evaluation: list[Finding]
-    all_evaluation: list[Finding]  # those that were present included
+    all_evaluation: list[Finding]  # including images already present
     rejected: list[Finding]
     copies: list[tuple[Finding, Finding]]  # the image that is kept, and its copy
-    relabeled: list[tuple[Finding, str | None]]  # present, and the other label that it has there
-    used: list[Path]  # of an ingest for one run: the snapshots that hold what is present
+    relabeled: list[tuple[Finding, str | None]]  # present image, with the different label it has there
+    used: list[Path]  # of an ingest for one run: snapshots with the images already present
     facts: expectations.SnapshotFacts
 
 
 def ingest(request: IngestRequest) -> IngestReport:
-    """Store what is new of a source as validated snapshots.
+    """Store the new images of a source as validated snapshots.
 
     Args:
         request: what to read and where to put it.
 
     Raises:
-        IngestError: a source that is not there, has no image in it, or changes while it is read.
-        DatasetError: what was read does not add up; nothing is stored.
+        IngestError: the source does not exist, has no images, or changes while it is read.
+        DatasetError: the validation failed; nothing is stored.
         StorageError: S3 does not answer.
     """
     home = request.evaluation if request.as_evaluation else request.pool
@@ -141,7 +141,7 @@ def ingest(request: IngestRequest) -> IngestReport:
             raise IngestError(_no_images(request.source, findings, listing))
         findings, placed, origin = ingest_lines.label_findings(findings, listing)
         account = _settle(findings, request)
-        # Both are written and validated before the first is renamed into its place, at the end of the block.
+        # Both are written and validated before they are renamed into place at the end of the block.
         pool = _write_snapshot(request.pool, account.pool, account, request, stack)
         evaluation = _write_snapshot(request.evaluation, account.evaluation, account, request, stack)
         provenance = _provenance(findings, request)
@@ -168,7 +168,7 @@ def _report(
     made: tuple[Path | None, Path | None],
     notes: list[str],
 ) -> IngestReport:
-    """Count what came of an ingest; `made` are the new snapshots of the pool and of the evaluation set."""
+    """Count the results of an ingest; `made` are the new snapshots of the pool and of the evaluation set."""
     return IngestReport(
         seen=account.facts.seen,
         stored=len(account.evaluation if request.as_evaluation else account.pool),
@@ -189,7 +189,7 @@ def _report(
 
 @contextmanager
 def _exclusive(collection: Path) -> Iterator[None]:
-    """Hold a collection, so that two ingests cannot both store one image; what a killed ingest left is removed."""
+    """Lock a collection, so that two ingests cannot store one image twice; delete leftovers of killed ingests."""
     collection.mkdir(parents=True, exist_ok=True)
     handle = os.open(collection, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -214,7 +214,7 @@ def _examine(listing: sources.Listing, request: IngestRequest) -> list[Finding]:
 
 
 def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None:
-    """The processes of a request, and no more than memory has room for, where images above the usual limit may come."""
+    """Return the number of workers, limited by memory if images above the usual size limit are allowed."""
     workers = request.workers or workers
     if request.max_pixels <= MAX_PIXELS:
         return workers
@@ -225,8 +225,8 @@ def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None
     return min(workers or len(os.sched_getaffinity(0)), fit)
 
 
-def examine_batch(batch: sources.Batch, max_pixels: int) -> list[Finding]:
-    """Decode every image of a batch; images that cannot be read again cheaply are copied to the batch's spool file."""
+def examine_batch(batch: sources.EntryBatch, max_pixels: int) -> list[Finding]:
+    """Decode every image of a batch; copy images that are expensive to read again to the batch's spool file."""
     with ExitStack() as stack:
         spool = stack.enter_context(batch.spool.open("wb")) if batch.spool else None
         return [_examine_entry(entry, data, max_pixels, spool) for entry, data in sources.read_batch(batch)]
@@ -254,10 +254,10 @@ def _examine_entry(
 
 
 def _settle(findings: list[Finding], request: IngestRequest) -> _Account:
-    """Decide for each finding: rejected, a copy, already there, for the pool, or for the evaluation set."""
+    """Classify each finding: rejected, copy, already present, pool, or evaluation set."""
     first: dict[str, Finding] = {}
     rejected, copies = [], []
-    # Of equal bytes that which is for testing is kept, then that which has a label, then the first by name.
+    # Of equal bytes keep the test image, else the labeled one, else the first by name.
     for finding in sorted(findings, key=lambda finding: (finding.split != "test", finding.label is None)):
         if finding.reason is not None:
             rejected.append(finding)
@@ -284,7 +284,7 @@ def _is_held_out(image: Finding, request: IngestRequest) -> bool:
 
 
 def _with_splits(evaluation: list[Finding]) -> list[Finding]:
-    """Images of an evaluation set with the splits of the source, or by content where it has not both of them."""
+    """Assign splits to evaluation images: those of the source, or by content if it lacks one of them."""
     labeled = [image for image in evaluation if image.label is not None]
     if {"train", "test"} <= {image.split for image in labeled or evaluation}:
         return [image if image.split else replace(image, split=_split_by_content(image)) for image in evaluation]
@@ -292,14 +292,14 @@ def _with_splits(evaluation: list[Finding]) -> list[Finding]:
 
 
 def _split_by_content(image: Finding) -> str:
-    """Half of the images for each; another part of the hash decides than of who is held out."""
+    """Assign half of the images to each split, by a part of the hash that the holdout does not use."""
     return "train" if int(str(image.image_id)[32:48], 16) % 2 == 0 else "test"
 
 
 def _present(request: IngestRequest) -> dict[str, str | None]:
-    """Ids of what the source brought before to stay, with labels: it need not be stored again.
+    """Return the ids, with labels, of images that earlier ingests of the source stored permanently.
 
-    What two sources bring is in both: each has its license, and can be used alone.
+    Images of two sources are stored in both: each source has its license, and can be used alone.
     """
     home = request.evaluation if request.as_evaluation else request.pool
     present: dict[str, str | None] = {}
@@ -313,7 +313,7 @@ def _present(request: IngestRequest) -> dict[str, str | None]:
 def _cover(
     training: list[Finding], evaluation: list[Finding], request: IngestRequest
 ) -> tuple[dict[str, str | None], list[Path]]:
-    """Snapshots that hold, together, nothing but what the source holds now, and each image once.
+    """Choose disjoint snapshots of the source that contain only its present images.
 
     Returns:
         The ids of the images in them, with labels; and the snapshots.
@@ -321,10 +321,10 @@ def _cover(
     present: dict[str, str | None] = {}
     used: list[Path] = []
     for collection, images in ((request.pool, training), (request.evaluation, evaluation)):
-        wanted = {_as_stored(image, request.license) for image in images}
+        current = {_as_stored(image, request.license) for image in images}
         held = {folder: _rows(folder) for folder in _snapshots(collection / request.name)}
         for folder, rows in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
-            if rows <= wanted and not any(row[0] in present for row in rows):
+            if rows <= current and not any(row[0] in present for row in rows):
                 used.append(folder)
                 present |= {row[0]: row[1] for row in rows}
     return present, used
@@ -335,7 +335,7 @@ def _snapshots(source: Path) -> list[Path]:
 
 
 def _as_stored(image: Finding, license_: str) -> tuple[str, str | None, str | None, str, str]:
-    """What a manifest says of an image beside what its bytes say."""
+    """Return the manifest's fields of an image that do not follow from its bytes, with its id."""
     return str(image.image_id), image.label, image.split, image.uri, license_
 
 
@@ -346,7 +346,7 @@ def _rows(snapshot: Path) -> set[tuple[str, str | None, str | None, str, str]]:
 
 
 def _place(image_id: str) -> float:
-    """A number in [0, 1), uniform over images, and the same for an image wherever it comes from."""
+    """Return a number in [0, 1) by the image's hash, uniform over images and independent of its source."""
     return int(image_id[48:], 16) / 16**16
 
 
@@ -356,7 +356,7 @@ def _snapshot_name(taken: list[Finding], license_: str) -> str:
 
 
 def _provenance(findings: Iterable[Finding], request: IngestRequest) -> Provenance:
-    """Whence the source comes; its version, where it names none, is a digest of all its names and bytes."""
+    """Return the source's provenance; its version, if it gives none, is a digest of all names and bytes."""
     lines = sorted(f"{finding.uri} {finding.image_id or finding.reason}\n" for finding in findings)
     digest = "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
     return Provenance(
@@ -371,7 +371,7 @@ def _provenance(findings: Iterable[Finding], request: IngestRequest) -> Provenan
 def _write_snapshot(
     collection: Path, taken: list[Finding], account: _Account, request: IngestRequest, stack: ExitStack
 ) -> Path | None:
-    """Write and validate one snapshot aside; it gets its name when `stack` ends well."""
+    """Write and validate one snapshot in a staging directory, which is renamed when `stack` exits without error."""
     if not taken:
         return None
     folder = collection / request.name / _snapshot_name(taken, request.license)
@@ -432,5 +432,5 @@ def _no_images(source: str, findings: list[Finding], listing: sources.Listing) -
     reasons = Counter(str(finding.reason) for finding in findings)
     found = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     example = findings[0]
-    told = f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
-    return told + ignored
+    report_text = f"{source}: no image in {len(findings)} files ({found}); for example {example.uri}: {example.detail}"
+    return report_text + ignored

@@ -1,4 +1,4 @@
-"""What an ingest is asked to do; checked before anything is read."""
+"""Parameters of an ingest, validated before anything is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_MESSAGE = 2000  # characters of an error
 
 
 class IngestError(PedigreeError):
-    """A source that cannot be ingested; one line says what was found and what is allowed, whatever names are in it."""
+    """A source cannot be ingested; one line, with names escaped, says what was found and what is allowed."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message, MAX_MESSAGE))
@@ -36,7 +36,7 @@ def _stripped(text: str) -> str:
 
 
 class IngestRequest(Config):
-    """One source and the collection that takes it up."""
+    """One source and its target collection."""
 
     source: Annotated[
         str, AfterValidator(_stripped)
@@ -45,14 +45,14 @@ class IngestRequest(Config):
     license: Annotated[str, AfterValidator(_stripped)]  # under which the images may be used, such as CC-BY-4.0
     pool: Path = RELATIVE.pool
     evaluation: Path = RELATIVE.evaluation
-    holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share held out into the evaluation set, by content
+    holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share of images for the evaluation set, chosen by hash
     as_evaluation: bool = False  # the whole source is an evaluation set
-    one_run: bool = False  # for one run, which takes exactly what the source holds now; no later run takes it unasked
-    max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image; more need memory, here and in each stage
-    source_version: str | None = None  # None: a digest of all bytes that were seen
+    one_run: bool = False  # only for one run, with exactly the source's present content
+    max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image; large ones need memory in each stage
+    source_version: str | None = None  # None: a digest of all bytes
     ingested_at: Annotated[datetime, AfterValidator(_whole_seconds_utc)] | None = None  # None: now
     shard_bytes: int = Field(GIB, gt=0)
-    workers: int | None = Field(None, ge=1)  # processes; None: one a core, or this one if the source is small
+    workers: int | None = Field(None, ge=1)  # processes; None: one per core, or in-process for a small source
     docs_folder: Path = RELATIVE.data_docs
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What an ingest says of its source beside the counts: labels, splits, links, what was ignored or rejected."""
+"""Report lines of an ingest beside the counts: labels, splits, links, ignored and rejected files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MAX_EXAMPLES, EXAMPLES = 6, {"exact_copy": 1}  # of one reason, each with anothe
 
 
 def label_findings(findings: Sequence[Finding], listing: Listing) -> tuple[list[Finding], Placement, str]:
-    """Give every finding its split and label.
+    """Assign split and label to every finding.
 
     Returns:
-        The findings; what their folders say; and where the labels come from.
+        The findings, the placement by folders, and the origin of the labels.
     """
     images = [finding for finding in findings if finding.reason is None]
     placed = place({finding.folder for finding in images}, listing.links)
     given = any(finding.label is not None for finding in images)
-    if given:  # an archive that gives labels says by itself what its classes are
+    if given:  # labels in archives take precedence over folders
         placed.labels, placed.wrappers = {}, []
         tables = {"a column of the tables" if batch.row_group is not None else "`.cls` members"
                   for batch in listing.batches}  # fmt: skip
@@ -47,22 +47,22 @@ def label_findings(findings: Sequence[Finding], listing: Listing) -> tuple[list[
 
 
 def one_run_lines(images: Sequence[Finding], request: IngestRequest) -> Iterator[str]:
-    """A line on images that were given to one run."""
+    """Yield a line on images that were given to one run."""
     if request.one_run:
         yield (
             f"source {request.name}: this run takes exactly these {len(images):,} images, and no other run takes them; "
-            "`pedigree ingest` takes images in to stay"
+            "`pedigree ingest` adds images permanently"
         )
 
 
 def label_lines(images: Sequence[Finding], placed: Placement, origin: str, in_the_pool: bool) -> Iterator[str]:
-    """Lines on labels and splits.
+    """Yield lines on labels and splits.
 
     Args:
-        images: each image of the source once.
-        placed: what its folders say.
-        origin: where the labels come from.
-        in_the_pool: the source, or a part of it, is for training.
+        images: distinct images of the source.
+        placed: labels and splits by folder.
+        origin: of the labels.
+        in_the_pool: whether the source, or a part of it, is for training.
     """
     labels = Counter(finding.label for finding in images if finding.label is not None)
     yield label_line(labels, [finding.uri for finding in images if finding.label is None], origin)
@@ -80,7 +80,7 @@ def label_lines(images: Sequence[Finding], placed: Placement, origin: str, in_th
 def evaluation_lines(
     images: Sequence[Finding], evaluation: Sequence[Finding], copies: Sequence[tuple[Finding, Finding]]
 ) -> Iterator[str]:
-    """Lines on classes that cannot be evaluated, and on copies with another label than the image that is kept."""
+    """Yield lines on classes that cannot be evaluated, and on copies whose label differs from the kept image's."""
     labels = {finding.label for finding in images if finding.label is not None}
     line = untested_line(labels, [(finding.label, finding.split) for finding in evaluation])
     if labels and line is not None:
@@ -95,7 +95,7 @@ def evaluation_lines(
 
 
 def relabeled_lines(relabeled: Sequence[tuple[Finding, str | None]]) -> Iterator[str]:
-    """A line on images that the pool holds under another label than the source gives them now."""
+    """Yield a line on images whose stored label differs from the source's present one."""
     if relabeled:
         image, label = relabeled[0]
         there, here = (one_line(str(name)) for name in (label, image.label))
@@ -106,7 +106,7 @@ def relabeled_lines(relabeled: Sequence[tuple[Finding, str | None]]) -> Iterator
 
 
 def source_lines(listing: Listing, findings: Sequence[Finding], rejected: Sequence[Finding]) -> Iterator[str]:
-    """Lines on what was not taken, on links, and on pixels that were changed or left out."""
+    """Yield lines on rejected and ignored files, links, and lossy decoding."""
     yield from counted([*listing.notes, *((note, finding.uri) for finding in findings for note in finding.notes)])
     if listing.ignored.counts:
         yield str(listing.ignored)
@@ -119,12 +119,12 @@ def source_lines(listing: Listing, findings: Sequence[Finding], rejected: Sequen
         if len(shown) < EXAMPLES.get(reason, MAX_EXAMPLES):
             shown.setdefault(finding.detail, finding.uri)
     for reason, count in sorted(counts.items()):
-        told = (f"{one_line(uri)}: {one_line(detail, MAX_DETAIL)}" for detail, uri in examples[reason].items())
-        yield f"rejected, {reason} {count}, such as {'; '.join(told)}"
+        described = (f"{one_line(uri)}: {one_line(detail, MAX_DETAIL)}" for detail, uri in examples[reason].items())
+        yield f"rejected, {reason} {count}, such as {'; '.join(described)}"
 
 
 def counted(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """One line for each note, with the number of names that have it and the first of them."""
+    """Return one line for each note, with the number of its names and the first of them."""
     names: dict[str, list[str]] = {}
     for note, name in notes:
         names.setdefault(note, []).append(name)

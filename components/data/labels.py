@@ -1,4 +1,4 @@
-"""Labels and splits that a source's folders and the `.cls` members of its archives give to its images."""
+"""Labels and splits of images from folder names and from `.cls` members of archives."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ SHOWN_CLASSES = 20
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder's name means, `train` or `test` (for all others); None where it means none."""
+    """Return the split that a folder name denotes, `train`, or `test` for all other splits; None for other names."""
     found = _SPLIT.fullmatch(name) or _SPLIT.fullmatch(_SUFFIX.sub("", name))
     return None if found is None else TRAIN if found["train"] else TEST
 
 
 @dataclass
 class Placement:
-    """What the folders of a source say of the images in them."""
+    """Labels and splits by folder of a source."""
 
     labels: dict[str, str | None]  # folder -> label
     splits: dict[str, str | None]  # folder -> train, test
-    wrappers: list[str] = field(default_factory=list)  # folders above all classes
-    split_names: dict[str, set[str]] = field(default_factory=dict)  # split -> folders that were taken as it
-    beside: set[str] = field(default_factory=set)  # folders with images that stand beside the splits
-    links: set[str] = field(default_factory=set)  # labels that are names of links
+    wrappers: list[str] = field(default_factory=list)  # folders that contain all classes
+    split_names: dict[str, set[str]] = field(default_factory=dict)  # split -> names of its folders
+    beside: set[str] = field(default_factory=set)  # folders with images beside the split folders
+    links: set[str] = field(default_factory=set)  # labels from names of links
 
 
 def place(folders: Collection[str], links: Collection[str] = ()) -> Placement:
-    """Read labels and splits off the folders that hold images.
+    """Derive labels and splits from the folders that contain images.
 
-    A folder that holds all the others is no class, and folders named as splits are none where nothing else stands
-    beside them, or both kinds of split do. Of what is left, two or more folders beside each other are classes.
+    A single top folder is no class. Folders with split names are splits if there is no other folder beside them, or if
+    both a train and a test split exist. Of the remaining path, two or more sibling folders are classes.
 
     Args:
-        folders: paths relative to the source, such as `train/cat/cam1`; "" holds loose images.
-        links: those of their paths that are links.
+        folders: paths relative to the source, such as `train/cat/cam1`; "" for images at the top.
+        links: paths that are links.
     """
     parts = {folder: PurePosixPath(folder).parts for folder in sorted(folders)}
     rest = dict(parts)
@@ -68,38 +68,38 @@ def place(folders: Collection[str], links: Collection[str] = ()) -> Placement:
             if "/".join(parts[folder][: len(parts[folder]) - len(names) + 1]) in links:
                 placed.links.add(names[0])
     labeled = [folder for folder, label in placed.labels.items() if label is not None] or list(parts)
-    if not {TRAIN, TEST} <= {placed.splits[folder] for folder in labeled}:  # one split alone divides nothing
+    if not {TRAIN, TEST} <= {placed.splits[folder] for folder in labeled}:  # a single split is not a split
         placed.splits = dict.fromkeys(parts)
     return placed
 
 
 def placement_lines(placed: Placement) -> Iterator[str]:
-    """Lines for the user on the folders that are no classes."""
+    """Yield lines for the user on folders that are not classes."""
     if placed.wrappers:
         above = "/".join(one_line(name) for name in placed.wrappers)
         if any(placed.labels.values()):
-            yield f"all other folders lie in {above}: labels are read below it"
+            yield f"all other folders are in {above}: labels are read below it"
         else:
-            yield f"all images in folders lie in {above}: no label, for a class needs another class beside it"
+            yield f"all images in folders are in {above}: no labels, because one class needs at least one other"
     names = {split: some_of(sorted(taken), 6) for split, taken in sorted(placed.split_names.items(), reverse=True)}
     if names:
         taken = "; ".join(f"{name} as {split}" for split, name in names.items())
         yield f"folders taken as splits, not as classes: {taken}"
         if not any(placed.splits.values()):
-            yield "only one split has images (labeled ones, where there are labels), so it divides nothing"
+            yield "only one split has images (labeled ones, where there are labels), so it is not used as a split"
     if placed.beside:
-        yield f"images of {some_of(sorted(placed.beside))} have no label: these folders stand beside the splits"
+        yield f"images of {some_of(sorted(placed.beside))} have no label: these folders are siblings of the splits"
     if odd := sorted({label for label in placed.labels.values() if label and split_of(label)}):
-        yield f"{some_of(odd)}: the name of a split, taken as a class because of the folders beside it"
+        yield f"{some_of(odd)}: the name of a split, taken as a class because of its sibling folders"
 
 
 def label_line(counts: Mapping[str, int], unlabeled: Sequence[str], origin: str) -> str:
-    """The line that says which labels were taken, from where, and how many images have none.
+    """Describe the labels, their origin, and how many images have none.
 
     Args:
         counts: label -> images.
-        unlabeled: images without one.
-        origin: where labels come from, such as `folder names`.
+        unlabeled: images without label.
+        origin: of the labels, such as `folder names`.
     """
     bare = f"{len(unlabeled)} images without label"
     if not counts:
@@ -115,7 +115,7 @@ def label_line(counts: Mapping[str, int], unlabeled: Sequence[str], origin: str)
 
 
 def untested_line(labels: Collection[str], members: Sequence[tuple[str | None, str | None]]) -> str | None:
-    """The line on classes that cannot be evaluated, if there are any.
+    """Describe classes that cannot be evaluated; None if there are none.
 
     Args:
         labels: all classes of the source.
@@ -127,15 +127,15 @@ def untested_line(labels: Collection[str], members: Sequence[tuple[str | None, s
     poor = sorted(label for label in labels if not (counts[label, TRAIN] and counts[label, TEST]))
     if not poor:
         return None
-    told = some_of([f"{label} ({counts[label, TRAIN]} train, {counts[label, TEST]} test)" for label in poor], 10)
+    described = some_of([f"{label} ({counts[label, TRAIN]} train, {counts[label, TEST]} test)" for label in poor], 10)
     return (
         f"{len(poor)} of {len(labels)} classes cannot be evaluated, for each needs a train and a test image in the "
-        f"evaluation set: {told}"
+        f"evaluation set: {described}"
     )
 
 
 class MemberLabels:
-    """The labels of one archive in WebDataset's form: `KEY.cls` holds that of the images `KEY.*`."""
+    """Labels of one archive in WebDataset format: `KEY.cls` holds the label of the images `KEY.*`."""
 
     def __init__(self, archive: str) -> None:
         self._archive = archive
@@ -143,10 +143,10 @@ class MemberLabels:
         self._used: set[str] = set()
 
     def add(self, member: str, text: str) -> None:
-        """Take the text of a `.cls` member.
+        """Add the text of a `.cls` member.
 
         Raises:
-            IngestError: its key has another label already.
+            IngestError: its key already has another label.
         """
         key = member.rpartition(".")[0]
         if self._labels.setdefault(key, text) != text:
@@ -154,10 +154,10 @@ class MemberLabels:
             raise IngestError(f"{self._archive}: two labels for the key {key}: {labels}; correct its `.cls` members")
 
     def of(self, member: str) -> str | None:
-        """Return the label of an image: that of its name without the extension, else of WebDataset's key.
+        """Return the label of an image, by the longest prefix of its name that has one.
 
-        WebDataset ends a key at the first dot after the last slash. Archives are made by hand whose keys hold dots
-        (`shot.00.jpg` beside `shot.00.cls`): there the longest name with a label is the key.
+        WebDataset ends a key at the first dot after the last slash, but keys of handmade archives contain dots
+        (`shot.00.jpg` beside `shot.00.cls`).
         """
         folder, slash, name = member.rpartition("/")
         parts = name.split(".")
@@ -168,5 +168,5 @@ class MemberLabels:
         return None
 
     def unused(self) -> list[str]:
-        """Members with labels of no image."""
+        """Return the `.cls` members that match no image."""
         return [f"{key}.cls" for key in sorted(self._labels.keys() - self._used)]

@@ -1,7 +1,7 @@
-"""The one definition of the manifests: what is known of each image, and how it is read and written as Parquet.
+"""Schemas of the manifests, and reading and writing them as Parquet.
 
-Stages depend on them, so they hold content only: the same images of a source give the same bytes, whoever brings them,
-when and from where. That stands beside the snapshot (`provenance.py`).
+Manifests are inputs of stages and contain no provenance: the same images of a source give the same bytes, whoever
+ingests them, when and from where. `provenance.py` writes that beside the snapshot.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POOL_SCHEMA = pa.schema(
         pa.field("source_uri", pa.string(), nullable=False),  # relative to the source's root
         pa.field("license", pa.string(), nullable=False),
         pa.field("label", pa.string()),
-        pa.field("split", pa.string()),  # train | test: of evaluation sets always, of a pool where its source says so
+        pa.field("split", pa.string()),  # train | test: always in evaluation sets, in a pool if its source has splits
     ]
 )
 
@@ -40,13 +40,13 @@ FINDINGS = (
     pa.field("cluster_path", pa.string()),  # from the top level down: "3/17/204"
     pa.field("gray_share", pa.float32()),  # of the pixels
     pa.field("entropy", pa.float32()),  # bits, of the luma histogram
-    pa.field("nsfw", pa.float32()),  # probability; empty where it was not asked
-    pa.field("num_faces", pa.int32()),  # empty where none were looked for
+    pa.field("nsfw", pa.float32()),  # probability; null if not computed
+    pa.field("num_faces", pa.int32()),  # null if not computed
 )
 CURATED_SCHEMA = pa.schema(
     [
         *POOL_SCHEMA,
-        pa.field("derived_from", pa.string()),  # image_id in the pool, where the bytes were changed (faces blurred)
+        pa.field("derived_from", pa.string()),  # image_id in the pool, if the bytes were changed (faces blurred)
         pa.field("origin", pa.string(), nullable=False),  # seed | retrieved | balanced
         pa.field("seed_set", pa.string()),  # of a seed, or of the seed that retrieved this one
         pa.field("query_id", pa.string()),  # the seed image that retrieved this one
@@ -99,14 +99,14 @@ def read_manifest(path: Path) -> pa.Table:
 
 
 def read_collection(root: Path) -> pa.Table:
-    """All images below `root`, with `shard` relative to `root`.
+    """Read the manifests of all images below `root`, with `shard` relative to `root`.
 
     Args:
-        root: a collection of snapshots (`<root>/<source>/<snapshot>/manifest.parquet`, taken in sorted order), or a
-            folder that holds one `manifest.parquet` itself, such as the curated set.
+        root: a collection of snapshots (`<root>/<source>/<snapshot>/manifest.parquet`, in sorted order), or a folder
+            with one `manifest.parquet`, such as the curated set.
 
     Returns:
-        The rows of all manifests; an empty pool table where there is none yet.
+        The rows of all manifests; an empty pool table if there is none.
     """
     if (root / MANIFEST).is_file():
         return read_manifest(root / MANIFEST)
@@ -120,13 +120,13 @@ def read_collection(root: Path) -> pa.Table:
 
 
 def snapshot_manifests(root: Path) -> list[Path]:
-    """Manifests of the finished snapshots below a collection, sorted; names with a leading dot are unfinished."""
+    """Return the sorted manifests of the finished snapshots in a collection; unfinished ones have a leading dot."""
     found = (path for path in root.glob(f"*/*/{MANIFEST}") if path.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
 def write_table(table: pa.Table, schema: pa.Schema, path: Path) -> None:
-    """Write rows of a known schema as zstd Parquet; the file appears whole, and equal rows give equal bytes."""
+    """Write rows of a known schema as zstd Parquet, atomically; equal rows give equal bytes."""
     conformed = _conform(table, schema, path).combine_chunks()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
@@ -144,7 +144,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def manifest_schema(columns: list[str], path: Path) -> pa.Schema:
-    """The schema, pool or curated, that has exactly these columns."""
+    """Return the schema, pool or curated, with exactly these columns."""
     for schema in (POOL_SCHEMA, CURATED_SCHEMA):
         if set(columns) == set(schema.names):
             return schema
@@ -165,7 +165,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _conform(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
-    """The same rows in the schema's column order and types (Parquet keeps seconds as milliseconds)."""
+    """Cast rows to the schema's column order and types (Parquet stores seconds as milliseconds)."""
     if set(table.column_names) != set(schema.names):
         missing = sorted(set(schema.names) - set(table.column_names))
         unknown = sorted(set(table.column_names) - set(schema.names))

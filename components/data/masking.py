@@ -18,12 +18,12 @@ TRIES_PER_BLOCK = 10
 def sample_masks(
     num_images: int, grid: tuple[int, int], config: MaskingConfig, generator: np.random.Generator
 ) -> np.ndarray:
-    """Masks for a batch of global crops; true means that the student does not see the patch.
+    """Sample masks for a batch of global crops; true patches are hidden from the student.
 
     `dinov2/data/collate.py`: floor(mask_probability * num_images) crops are masked. The interval of ratios is cut into
-    as many equal slices, each masked crop draws its ratio from its own, so every batch spans the interval; then the
-    crops are shuffled. Each mask holds exactly floor(ratio * patches) patches: what blocks leave over is topped up
-    with random single patches, as in DINOv3 (DINOv2 leaves such masks smaller than asked).
+    as many equal slices, and each masked crop draws its ratio from its own slice, so that every batch spans the
+    interval; then the masks are shuffled. Each mask has exactly floor(ratio * patches) patches: blocks are completed by
+    random single patches, as in DINOv3 (DINOv2 leaves such masks smaller).
 
     Args:
         num_images: global crops in the batch.
@@ -46,7 +46,7 @@ def sample_masks(
 
 
 def _sample_mask(grid: tuple[int, int], target: int, generator: np.random.Generator) -> np.ndarray:
-    """One [rows, columns] mask of exactly `target` patches: blocks while they fit, then single patches."""
+    """Sample a [rows, columns] mask of exactly `target` patches: blocks while they fit, then single patches."""
     mask = np.zeros(grid, dtype=bool)
     remaining = target
     while remaining > 0:
@@ -60,11 +60,11 @@ def _sample_mask(grid: tuple[int, int], target: int, generator: np.random.Genera
 
 
 def _add_block(mask: np.ndarray, limit: int, generator: np.random.Generator) -> int:
-    """Mask one random block that adds 1 to `limit` new patches; the number added, 0 if no try fits."""
+    """Mask a random block that adds 1 to `limit` new patches; return the number added, 0 if no try fits."""
     rows, columns = mask.shape
     log_aspect = math.log(1 / MIN_BLOCK_ASPECT)
     for _ in range(TRIES_PER_BLOCK):
-        # Below the least block, the interval is turned round rather than empty, as in the released code.
+        # If `limit` is below the minimum, the bounds are swapped, as in the released code.
         area = generator.uniform(min(MIN_BLOCK_PATCHES, limit), max(MIN_BLOCK_PATCHES, limit))
         aspect = math.exp(generator.uniform(-log_aspect, log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,7 +1,7 @@
-"""The endless, shuffled order of images, in which one integer is a position.
+"""Infinite shuffled order of images, addressed by integer positions.
 
-Shards are shuffled, then images inside windows of shards, so that a reader touches few shards at a time. Everything is
-a pure function of (seed, epoch, dataset): which process asks, and how many there are, changes nothing.
+Shards are shuffled, then images within windows of shards, so that a reader needs few shards at a time. The order is a
+pure function of (seed, epoch, dataset), independent of the number of processes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SHARDS, _IMAGES, _SLOTS = 1_000_001, 1_000_002, 1_000_003
 
 @dataclass(frozen=True)
 class Window:
-    """Some shards' images in one epoch of a part."""
+    """Images of one window of shards in one epoch of a part."""
 
     key: tuple[int, int, int]  # part, epoch, number
     start: int  # index of the first image in the epoch
     rows: Rows  # in the order of the stream
-    stored: Rows  # the same by shard and offset
+    stored: Rows  # the same rows, sorted by shard and offset
 
 
 class Shuffle:
-    """Epoch after epoch of the same images, each time in another order; index i is image i % len of epoch i // len.
+    """Epochs of the same images in different orders; index i is image i % len of epoch i // len.
 
     Args:
         rows: [n] rows of the manifest, sorted by shard and offset.
@@ -53,16 +53,16 @@ class Shuffle:
         return len(self._rows)
 
     def holds(self, row: int) -> bool:
-        """Whether a row of the manifest belongs to this part."""
+        """Return whether a manifest row belongs to this part."""
         return bool((self._rows == row).any())
 
     def row(self, index: int) -> int:
-        """Row of the manifest at an index."""
+        """Return the manifest row at an index."""
         window = self.window(index)
         return int(window.rows[index % len(self) - window.start])
 
     def indices(self, row: int, first: int, stop: int) -> list[int]:
-        """All indices from `first` and below `stop` at which a row of this part comes."""
+        """Return all indices of a row of this part in [first, stop)."""
         found = []
         for epoch in range(first // len(self), -(-stop // len(self))):
             order, starts = self._epoch(epoch)
@@ -72,7 +72,7 @@ class Shuffle:
         return [index for index in found if first <= index < stop]
 
     def count(self, stop: int, draws: Rows) -> None:
-        """Add to `draws` [N] how often each row of the manifest comes before index `stop`."""
+        """Add to `draws` [N] the number of occurrences of each manifest row before index `stop`."""
         epochs, rest = divmod(stop, len(self))
         draws[self._rows] += epochs
         index = epochs * len(self)
@@ -82,18 +82,18 @@ class Shuffle:
             index, rest = index + len(rows), rest - len(rows)
 
     def window(self, index: int) -> Window:
-        """The window that holds an index."""
+        """Return the window that contains an index."""
         epoch, offset = divmod(index, len(self))
         order, starts = self._epoch(epoch)
         return self._window(epoch, int(np.searchsorted(starts, offset, side="right")) - 1, order, starts)
 
     def after(self, window: Window) -> Window:
-        """The window that comes next, perhaps the first one of the next epoch."""
+        """Return the next window, possibly the first one of the next epoch."""
         return self.window(window.key[1] * len(self) + window.start + len(window.rows))
 
     def _window(self, epoch: int, number: int, order: Rows, starts: Rows) -> Window:
         if (epoch, number) not in self._windows:
-            if len(self._windows) > 2:  # the next window begins before all images of the last one are read
+            if len(self._windows) > 2:  # windows overlap in time
                 self._windows.pop(next(iter(self._windows)))
             shards = order[number * self._size : (number + 1) * self._size]
             stored = np.concatenate([self._rows[self._starts[s] : self._starts[s + 1]] for s in shards])
@@ -103,9 +103,9 @@ class Shuffle:
         return self._windows[epoch, number]
 
     def _epoch(self, epoch: int) -> tuple[Rows, Rows]:
-        """Shuffled shards of an epoch, and the offset at which each window begins."""
+        """Return the shuffled shards of an epoch, and the offset of each window."""
         if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # the next epoch is fetched ahead before this one ends
+            if len(self._epochs) > 1:  # the next epoch is prefetched before this one ends
                 self._epochs.pop(next(iter(self._epochs)))
             generator = np.random.default_rng([self._seed, epoch, _SHARDS + 10 * self._part])
             order = generator.permutation(len(self._numbers))
@@ -115,9 +115,9 @@ class Shuffle:
 
 
 class Order:
-    """Positions of the stream: shares of several parts, each with epochs of its own.
+    """Positions of the stream: a mix of several parts, each with its own epochs.
 
-    Of every `period` positions exactly share x period belong to each part, in an order drawn anew for each period.
+    Of every `period` positions exactly share x period belong to each part, in a random order per period.
 
     Args:
         parts: at least one.
@@ -134,36 +134,36 @@ class Order:
         self._drawn: dict[int, tuple[Rows, Rows]] = {}
 
     def __len__(self) -> int:
-        """Images that may come."""
+        """Return the number of images in all parts."""
         return sum(len(part) for part in self._parts)
 
     def locate(self, position: int) -> tuple[Shuffle, int]:
-        """The part that a position belongs to, and its index in there."""
+        """Return the part of a position, and its index in the part."""
         number, slot = divmod(position, self.period)
         slots, ranks = self._period(number)
         part = int(slots[slot])
         return self._parts[part], number * self._counts[part] + int(ranks[slot])
 
     def row(self, position: int) -> int:
-        """Row of the manifest that belongs at `position`."""
+        """Return the manifest row at `position`."""
         part, index = self.locate(position)
         return part.row(index)
 
     def positions(self, row: int, part: Shuffle, first: int, stop: int) -> list[int]:
-        """All positions from `first` and below `stop` at which a row of a part comes."""
+        """Return all positions of a row of a part in [first, stop)."""
         number = self._parts.index(part)
         begin, end = self._before(number, first), self._before(number, stop)
         return [self._position(number, index) for index in part.indices(row, begin, end)]
 
     def draws(self, stop: int, num_rows: int) -> Rows:
-        """[num_rows]: how often each row of the manifest belongs at a position below `stop`."""
+        """Return [num_rows] the number of positions below `stop` of each manifest row."""
         draws = np.zeros(num_rows, np.int64)
         for number, part in enumerate(self._parts):
             part.count(self._before(number, stop), draws)
         return draws
 
     def _before(self, part: int, position: int) -> int:
-        """How many positions below this one belong to a part."""
+        """Return the number of positions below this one that belong to a part."""
         number, slot = divmod(position, self.period)
         return number * self._counts[part] + int((self._period(number)[0][:slot] == part).sum())
 
@@ -172,8 +172,8 @@ class Order:
         return number * self.period + int(np.flatnonzero(self._period(number)[0] == part)[rank])
 
     def _period(self, number: int) -> tuple[Rows, Rows]:
-        """Of each slot of a period: its part, and how many slots of that part come before it."""
-        number = number if len(self._counts) > 1 else 0  # one part alone: all periods are alike
+        """Return for each slot of a period its part, and the number of earlier slots of that part."""
+        number = number if len(self._counts) > 1 else 0  # with one part all periods are equal
         if number not in self._drawn:
             if len(self._drawn) > 2:
                 self._drawn.pop(next(iter(self._drawn)))

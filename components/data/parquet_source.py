@@ -1,6 +1,6 @@
-"""Parquet tables of images as people have them: which columns are read, what each row holds, and what is left out.
+"""Read images and labels from Parquet tables of various layouts, and report what is skipped.
 
-A table comes from outside: nothing in its schema, metadata or rows is trusted.
+Tables are untrusted: so are their schema, metadata and rows.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class NoImageColumnError(IngestError):
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a table."""
+    """Columns of a table to read."""
 
     image: str
     label: str | None
-    names: tuple[str, ...] | None  # of the classes, where the labels are their numbers
-    told: tuple[str, ...]  # what was guessed, and what is left out
+    names: tuple[str, ...] | None  # of the classes, if the labels are their indices
+    notes: tuple[str, ...]  # what was guessed, and what is left out
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Row:
     data: bytes | None
     label: str | None
     problem: str = ""
-    note: str = ""  # why there is no label
+    note: str = ""  # why the label is missing
 
 
 @dataclass(frozen=True)
 class _Features:
-    """What the `datasets` library wrote of the columns into the schema's metadata."""
+    """Column types that the `datasets` library wrote into the schema's metadata."""
 
     images: frozenset[str]
     classes: dict[str, tuple[str, ...]]  # names of the classes by column
@@ -79,8 +79,8 @@ def find_columns(schema: pa.Schema, uri: str) -> Columns:
     """Choose the columns of the images and of their labels.
 
     Raises:
-        NoImageColumnError: no column can be the images.
-        IngestError: more than one can.
+        NoImageColumnError: no column can contain the images.
+        IngestError: several columns can.
     """
     fields = [field for field in schema if schema.names.count(field.name) == 1]
     features = _read_features(schema)
@@ -92,18 +92,18 @@ def find_columns(schema: pa.Schema, uri: str) -> Columns:
             what = "more than one column can be the images; rename one to `image`"
             raise IngestError(f"{uri}: {what}; found: {_found(schema)}")
         raise NoImageColumnError(uri, f"no column holds encoded images; {_advice(schema)}; found: {_found(schema)}")
-    told = [] if image in USUAL_IMAGE else [f"column `{_short(image)}` is read as the images"]
+    notes = [] if image in USUAL_IMAGE else [f"column `{_short(image)}` is read as the images"]
     others = [field.name for field in schema if field.name != image and _has_bytes(field.type)]
-    told += [f"column `{_short(name)}` holds images or bytes too, and is not read" for name in others]
-    label, said = _label_column([field for field in fields if field.name != image], features)
-    return Columns(image, label, features.classes.get(label or ""), (*told, *said))
+    notes += [f"column `{_short(name)}` holds images or bytes too, and is not read" for name in others]
+    label, label_notes = _label_column([field for field in fields if field.name != image], features)
+    return Columns(image, label, features.classes.get(label or ""), (*notes, *label_notes))
 
 
 def read_rows(path: str, row_group: int, columns: Columns) -> Iterator[Row]:
-    """The rows of one row group, one in memory at a time.
+    """Yield the rows of one row group, one in memory at a time.
 
     Raises:
-        pyarrow.ArrowException, OSError, UnicodeDecodeError: damaged.
+        pyarrow.ArrowException, OSError, UnicodeDecodeError: the file is damaged.
     """
     with ExitStack() as stack:
         parquet = stack.enter_context(pq.ParquetFile(path))
@@ -112,28 +112,28 @@ def read_rows(path: str, row_group: int, columns: Columns) -> Iterator[Row]:
         labels: Iterator[Any] = repeat(None)
         if columns.label is not None:
             labels = _values(stack.enter_context(pq.ParquetFile(path)), row_group, columns.label)
-        # The images are the first: their number, not that of the labels, is the number of rows.
+        # `zip` stops with the images; the labels repeat or have as many values.
         for number, (value, label) in enumerate(zip(images, labels, strict=False), start=first):
             yield _row(number, value, label, columns)
 
 
 def partition_of(relative: PurePosixPath) -> dict[str, str | None]:
-    """Values of the folders `key=value` above a table, as Hive, Spark and pyarrow write them."""
+    """Return the values of Hive partition folders `key=value` above a table."""
     pairs = (part.split("=", 1) for part in relative.parts[:-1] if "=" in part)
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, value in pairs}
 
 
 def partition_label(relative: PurePosixPath) -> tuple[str | None, list[str]]:
-    """The label that the folders above a table give it, and what to tell of these folders."""
+    """Return the label from the partition folders above a table, and notes on these folders."""
     values = partition_of(relative)
     key = _choose(list(values), USUAL_LABEL, KNOWN_LABEL, alone=False)
-    told = [] if key is None else [f"labels are read from the folders `{_short(key)}=...`"]
-    told += [f"the folders `{_short(other)}=...` are not read" for other in values if other != key]
-    return (values[key] or None) if key is not None else None, told
+    notes = [] if key is None else [f"labels are read from the folders `{_short(key)}=...`"]
+    notes += [f"the folders `{_short(other)}=...` are not read" for other in values if other != key]
+    return (values[key] or None) if key is not None else None, notes
 
 
 def _choose(names: Sequence[str], usual: Sequence[str], known: set[str], *, alone: bool) -> str | None:
-    """The column of a usual name, else the only one of a known name, else (`alone`) the only one that there is."""
+    """Return the column with a usual name, else the only one with a known name, else (`alone`) the only one."""
     for name in usual:
         found = [each for each in names if each == name] or [each for each in names if each.casefold() == name]
         if len(found) == 1:
@@ -155,11 +155,11 @@ def _label_column(fields: list[pa.Field], features: _Features) -> tuple[str | No
     if not _is_class(kind):
         shown = f"column `{_short(label)}` holds {_short(str(kind))}, not one class an image"
         return None, [f"no labels are read: {shown} (text or whole numbers)"]
-    told = [] if label == "label" else [f"column `{_short(label)}` is read as the label"]
+    notes = [] if label == "label" else [f"column `{_short(label)}` is read as the label"]
     if classes := features.classes.get(label):
         shown = ", ".join(map(_short, classes[:MAX_COLUMNS])) + (", ..." if len(classes) > MAX_COLUMNS else "")
-        told.append(f"the labels' names are those of the schema's metadata: {shown}")
-    return label, told
+        notes.append(f"the labels' names are those of the schema's metadata: {shown}")
+    return label, notes
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -172,14 +172,14 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    """Bytes, or the struct of bytes and path that the `datasets` library writes."""
+    """Return whether a type is bytes, or the struct of bytes and path of the `datasets` library."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)  # pyright: ignore[reportAttributeAccessIssue]
     return _is_bytes(kind)
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    """Bytes at any depth."""
+    """Return whether a type contains bytes at any depth."""
     inner = [kind.field(number).type for number in range(kind.num_fields)]
     return _is_bytes(kind) or any(map(_has_bytes, inner))
 
@@ -199,15 +199,15 @@ def _read_features(schema: pa.Schema) -> _Features:
         images = frozenset(name for name, feature in features if feature.get("_type") == "Image")
         listed = {name: feature["names"] for name, feature in features if feature.get("_type") == "ClassLabel"}
         classes = {name: tuple(names) for name, names in listed.items() if all(isinstance(n, str) for n in names)}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):  # none, or not as the library writes it
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):  # absent, or malformed
         return _Features(frozenset(), {})
     return _Features(images, classes)
 
 
 def _values(parquet: pq.ParquetFile, row_group: int, column: str) -> Iterator[Any]:
-    """The values of a column, one in memory at a time: a few bytes of a dictionary page can be many large images."""
+    """Yield the values of a column one at a time, because a small dictionary page can expand to many large images."""
     size = 1
-    if _has_dictionary(parquet.schema_arrow.field(column).type):  # each batch would hold the whole dictionary again
+    if _has_dictionary(parquet.schema_arrow.field(column).type):  # each batch would contain the whole dictionary
         size = max(parquet.metadata.row_group(row_group).num_rows, 1)
     for batch in parquet.iter_batches(size, row_groups=[row_group], columns=[column]):
         yield from (value.as_py() for value in batch.column(0))
@@ -231,17 +231,17 @@ def _row(number: int, value: Any, label: Any, columns: Columns) -> Row:
 
 
 def _class_name(value: Any, names: tuple[str, ...] | None) -> tuple[str | None, str]:
-    """The label of a value, and why it is none."""
+    """Return the label of a value, and a note if it is rejected."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None, ""
-    if isinstance(value, float):  # a table with gaps keeps whole numbers so
+    if isinstance(value, float):  # integers with missing values are stored as floats
         if not value.is_integer():
-            return None, "labels that are no whole numbers are read as none"
+            return None, "labels that are not whole numbers are left out"
         value = int(value)
     if names is not None and isinstance(value, int):
         known = 0 <= value < len(names)
         unknown = "" if value == -1 else "labels without a name in the schema's metadata are read as none"
-        return (names[value], "") if known else (None, unknown)  # -1: the library's word for no label
+        return (names[value], "") if known else (None, unknown)  # the library encodes a missing label as -1
     text = str(value)
     if len(text.encode(errors="replace")) > MAX_LABEL_BYTES:
         return None, f"labels of more than {MAX_LABEL_BYTES} bytes are read as none"
@@ -254,7 +254,7 @@ def _found(schema: pa.Schema) -> str:
 
 
 def _advice(schema: pa.Schema) -> str:
-    """What the column that was perhaps meant holds, and what to do."""
+    """Describe the most likely intended image column, and what to do."""
     names = {field.name.casefold(): field for field in schema}
     likely = [names[name] for name in (*USUAL_IMAGE, "images", *sorted(KNOWN_IMAGE)) if name in names]
     likely += [field for field in schema if _has_bytes(field.type)]
@@ -275,6 +275,6 @@ def _remedy(kind: pa.DataType) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of at most `MAX_SHOWN` characters."""
+    """Return one printable line of at most `MAX_SHOWN` characters."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

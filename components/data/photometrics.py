@@ -1,8 +1,8 @@
-"""Color and blur of training crops, for a stack of crops at once, in float32.
+"""Color augmentation and blur of a stack of training crops, in float32.
 
 The operations and their order are torchvision's (`ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize`),
-as dinov2/data/augmentations.py uses them. Only NumPy's elementwise operations and row sums are used, which round each
-element alike wherever it stands: a crop comes out the same alone, in any stack and on any number of threads.
+as used by dinov2/data/augmentations.py. Only NumPy's elementwise operations and row sums are used, whose rounding does
+not depend on the position: the result for a crop is equal in any stack and with any number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Levels = NDArray[np.uint8]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision
 BLUR_RADIUS = 4  # pixels; dinov2's kernel of 9
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_BLOCK = 65_536  # pixels whose hue turns at a time: what that needs stays in the processor's cache
+_BLOCK = 65_536  # pixels per hue shift, so that temporaries fit the cache
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Photometrics:
-    """What happens to the colors of one crop, in this order; None or False: not this one."""
+    """Color changes of one crop, in this order; None or False: skipped."""
 
     jitter: Jitter | None = None
     gray: bool = False
@@ -43,7 +43,7 @@ class Photometrics:
 
 
 def change_colors(crops: Levels, draws: Sequence[Photometrics]) -> Levels:
-    """Apply to each crop what was drawn for it.
+    """Apply the drawn color changes to each crop.
 
     Args:
         crops: [N, 3, H, W] RGB.
@@ -63,7 +63,7 @@ def change_colors(crops: Levels, draws: Sequence[Photometrics]) -> Levels:
         if draw.blur_sigma is not None:
             blur(crop, draw.blur_sigma)
         if draw.solarize:
-            np.minimum(crop, 255 - crop, out=crop)  # of x and 255 - x, the smaller one is the one below 128
+            np.minimum(crop, 255 - crop, out=crop)  # min(x, 255 - x) inverts values from 128 on
     return changed
 
 
@@ -80,8 +80,8 @@ def _jitter(crops: Levels, jitters: Sequence[Jitter]) -> Levels:
     count, _, height, width = crops.shape
     planes = np.empty((3, count, height * width), np.float32)
     planes[:] = crops.reshape(count, 3, -1).transpose(1, 0, 2)
-    together = max(_BLOCK // planes.shape[2], 1)  # crops whose hue turns in one go
-    work = np.empty((6, together, planes.shape[2]), np.float32)  # one allocation for all: fresh memory is slow
+    together = max(_BLOCK // planes.shape[2], 1)  # crops per hue shift
+    work = np.empty((6, together, planes.shape[2]), np.float32)  # allocated once, because fresh memory is slow
     hue_at = [jitter.order.index(HUE) for jitter in jitters]
     for number, (jitter, at) in enumerate(zip(jitters, hue_at, strict=True)):
         for kind in jitter.order[:at]:
@@ -107,12 +107,12 @@ def _enhance(crop: Floats, kind: int, factor: float, work: Floats) -> None:
     elif gray is not None:
         gray *= np.float32(1 - factor)
         crop += gray
-    if factor > 1:  # else it lies between two colors
+    if factor > 1:  # otherwise the blend stays in range
         np.clip(crop, 0, 255, out=crop)
 
 
 def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
-    """Turn the hue in place by a share of the color circle; the largest and smallest channel keep their values.
+    """Shift the hue in place by a share of the color circle, preserving the largest and smallest channel values.
 
     HSV by sorting the channels, without a case for each of the six sectors of the hue.
 
@@ -156,7 +156,7 @@ def shift_hue(planes: Floats, turns: Floats, work: Floats) -> None:
 
 
 def luma(planes: Floats, work: Floats | None = None) -> Floats:
-    """Gray of [3, ...] planes, as PIL's mode L but not rounded; in the first of the two planes of `work`, if given."""
+    """Return the gray of [3, ...] planes as PIL's mode L, without rounding; in `work[0]` if given."""
     if work is None:
         work = np.empty((2, *planes.shape[1:]), np.float32)
     gray, part = work[0], work[1]
@@ -169,7 +169,7 @@ def luma(planes: Floats, work: Floats | None = None) -> Floats:
 def blur(crop: Levels, sigma: float) -> None:
     """Gaussian blur of [3, H, W] in place: a kernel of 9 pixels and mirrored edges (torchvision's GaussianBlur).
 
-    In whole numbers: weights are in 256ths, and each of the two passes rounds to whole levels.
+    Integer arithmetic: weights are in 256ths, and each of the two passes rounds to whole levels.
     """
     weights = _kernel(sigma)
     height, width = crop.shape[1:]
@@ -180,17 +180,17 @@ def blur(crop: Levels, sigma: float) -> None:
     row = width + 2 * radius
     padded = np.empty((height + 2 * radius, row), np.uint16)
     once, twice, pair = np.empty((3, height * row), np.uint16)
-    kept = as_strided(twice, (height, width), (row * twice.itemsize, twice.itemsize))
+    blurred = as_strided(twice, (height, width), (row * twice.itemsize, twice.itemsize))
     for plane in crop:
         # Both passes run over flat arrays: a row's neighbors beyond its ends are its own mirrored margin.
         _mirror(plane, padded, radius)
         _weigh(padded.ravel(), weights[: radius + 1], row, once, pair)
         _weigh(once, weights[: radius + 1], 1, twice[: once.size - 2 * radius], pair)
-        np.copyto(plane, kept, casting="unsafe")
+        np.copyto(plane, blurred, casting="unsafe")
 
 
 def _kernel(sigma: float) -> NDArray[np.uint16]:
-    """The kernel's weights in 256ths, from its middle outwards, without those that round to nothing."""
+    """Return the kernel's weights in 256ths, from the center outward, without those that round to zero."""
     weights = np.exp(-0.5 * (np.arange(BLUR_RADIUS + 1) / sigma) ** 2)
     rounded = np.rint(256 * weights / (weights[0] + 2 * weights[1:].sum())).astype(np.uint16)
     rounded[0] = 256 - 2 * rounded[1:].sum()
@@ -213,11 +213,11 @@ def _weigh(
     total: NDArray[np.uint16],
     work: NDArray[np.uint16],
 ) -> None:
-    """Symmetric kernel over neighbors `stride` apart, rounded to whole levels.
+    """Apply a symmetric kernel to neighbors `stride` apart, rounded to whole levels.
 
     Args:
         values: [n + 2 * radius * stride] in 0 to 255.
-        weights: [radius + 1] in 256ths, from the kernel's middle outwards.
+        weights: [radius + 1] in 256ths, from the center outward.
         stride: distance of neighbors in `values`.
         total: [n], written.
         work: [n or more], overwritten.

@@ -1,7 +1,7 @@
-"""What the samples of an opened image mean as RGB of 8 bits: wide samples, channels, pages, transparency.
+"""Convert opened images to 8-bit RGB: wide samples, channels, pages, transparency.
 
-All that decodes an image comes through here, so that ingest, curation, training, evaluation and a served model see the
-same pixels. What is decided depends on the bytes of the image alone. Each decision that loses something is a note.
+All decoding uses this module, so that ingest, curation, training, evaluation and a served model see the same pixels.
+The conversion depends on the bytes of the image only. Each lossy decision is reported as a note.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from components.core.errors import PedigreeError
 
-SAMPLE_BITS = (8, 10, 12, 14, 16)  # that instruments use of 16
-BRIGHT_SHARE = 1000  # one pixel in so many may be brighter than the range, such as dead pixels of a sensor
-MAX_PAGES = 32  # of a TIFF; each costs a walk through its tags
+SAMPLE_BITS = (8, 10, 12, 14, 16)  # of 16, as used by instruments
+BRIGHT_SHARE = 1000  # one in this many pixels may exceed the range, such as dead pixels of a sensor
+MAX_PAGES = 32  # of a TIFF; each one takes a pass over its tags
 SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, EXTRA, KIND = 254, 258, 259, 262, 277, 284, 338, 339
 WHITE_IS_ZERO, SEPARATE_PLANES, REDUCED = 0, 2, 1  # values of these tags
 # What Pillow says of layouts that it does not read; the last, of more planes than its modes have.
@@ -29,7 +29,7 @@ KINDS = {2: "signed ", 3: "floating-point ", 5: "complex ", 6: "complex "}
 
 
 class ImageError(PedigreeError):
-    """Bytes that are not an image we take: `reason` is one word for tables, `detail` says it to a person."""
+    """Bytes are not a supported image: `reason` is one word for tables, `detail` a sentence for people."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -42,14 +42,14 @@ class ImageError(PedigreeError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """RGB of 8 bits, and what was lost on the way to it."""
+    """An image as 8-bit RGB, with notes on what the conversion lost."""
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
 def check_tiff(image: Image.Image) -> list[str]:
-    """Refuse a TIFF that would be misread; return what is lost of one that is read.
+    """Refuse a TIFF that Pillow misreads; return notes on what is lost of any other.
 
     Raises:
         ImageError: `multi_page`, or `unsupported_format`.
@@ -59,7 +59,7 @@ def check_tiff(image: Image.Image) -> list[str]:
     tags = image.tag_v2
     wide = max(tags.get(BITS, (1,))) > 8
     if tags.get(PLANES) == SEPARATE_PLANES and wide and image.tile and image.tile[0].codec_name == "raw":
-        # Pillow reads the bytes of a plane as samples of 8 bits: another picture, without an error.
+        # Pillow reads the bytes of a plane as 8-bit samples: a wrong picture, without an error.
         raise ImageError("unsupported_format", f"{_tiff_layout(tags)}, uncompressed in planes; save it interleaved")
     if not wide and max(tags.get(KIND, (1,))) in KINDS:
         raise ImageError("unsupported_format", f"{_tiff_layout(tags)}; save it with samples from 0")
@@ -75,7 +75,7 @@ def check_tiff(image: Image.Image) -> list[str]:
 
 
 def explain_tiff(data: bytes) -> ImageError | None:
-    """Why Pillow cannot open these bytes, where they are a whole TIFF of a kind that is not read."""
+    """Explain why Pillow cannot open an intact TIFF of an unsupported kind; None for other bytes."""
     if not data.startswith((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")):
         return None
     try:
@@ -86,22 +86,22 @@ def explain_tiff(data: bytes) -> ImageError | None:
         layout = _tiff_layout(tags)
         packed = int(tags.get(COMPRESSION, 1))
         TiffImagePlugin.TiffImageFile(io.BytesIO(data))
-    except SyntaxError as error:  # as Pillow refuses a file of its own format
+    except SyntaxError as error:  # Pillow's error for an invalid file of a format
         if str(error) in UNREAD:
             return ImageError("unsupported_format", f"{layout}; gray and RGB of 8 or 16 bits are read, save it so")
         if packed not in TiffImagePlugin.COMPRESSION_INFO:
             return ImageError("unsupported_format", f"{layout}, compressed by method {packed}; save it with deflate")
-    except Exception:  # damaged: Pillow's parsers raise many types on hostile bytes
+    except Exception:  # damaged: Pillow's parsers raise many types
         return None
     return None
 
 
 def load_rgb(image: Image.Image) -> Loaded:
-    """Decode an opened image as RGB; its EXIF rotation is not undone.
+    """Decode an opened image as RGB, without applying EXIF rotation.
 
     Raises:
         ImageError: `unsupported_format`.
-        Exception: of Pillow, which raises many types on hostile bytes.
+        Exception: of any type, from Pillow on hostile bytes.
     """
     raw, stream = _raw_mode(image), image.fp  # pyright: ignore[reportAttributeAccessIssue] - of ImageFile
     known = _known_bits(image)
@@ -115,8 +115,8 @@ def load_rgb(image: Image.Image) -> Loaded:
 
 
 def first_line(error: Exception) -> str:
-    """An error of Pillow in one line, without places in memory."""
-    if isinstance(error, UnidentifiedImageError):  # its text is the object that was read
+    """Return an error of Pillow in one line, without memory addresses."""
+    if isinstance(error, UnidentifiedImageError):  # its message is the repr of the stream
         return "its head cannot be read"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", (str(error) or type(error).__name__).splitlines()[0])
 
@@ -127,7 +127,7 @@ def _lay_over_white(image: Image.Image) -> Image.Image:
             pixels = image.convert("RGBA")
             white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, pixels).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy all pixels
+        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy all pixels
     except (ValueError, OSError) as error:
         raise ImageError("unsupported_format", f"{image.mode} pixels: {first_line(error)}") from None
 
@@ -146,7 +146,7 @@ def _scale_gray(image: Image.Image, known: int | None, *, inverted: bool) -> Loa
 
 
 def _scale_color(image: Image.Image, raw: str, stream: io.BytesIO) -> Loaded:
-    """Samples of 16 bits of which Pillow has kept the upper 8."""
+    """Scale 16-bit samples, of which Pillow decodes the upper 8 bits."""
     upper = np.asarray(image)  # [H, W, C]
     if upper[..., :3].max() >= 1 << (SAMPLE_BITS[-2] - 8):
         return Loaded(_lay_over_white(image), (_note(16),))
@@ -158,13 +158,13 @@ def _scale_color(image: Image.Image, raw: str, stream: io.BytesIO) -> Loaded:
 
 
 def _lower_bytes(image: Image.Image, raw: str, stream: io.BytesIO) -> NDArray[np.uint8]:
-    """The lower 8 of 16 bits, [H, W, C]: as read with the other order of bytes."""
+    """Return the lower 8 of 16 bits, [H, W, C], by decoding with the opposite byte order."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PLANES) == SEPARATE_PLANES:
         detail = f"{_tiff_layout(image.tag_v2)} of which {SAMPLE_BITS[-2]} or fewer are used, in planes"
-        raise ImageError("unsupported_format", f"{detail}; save it interleaved")  # libtiff gives planes in one order
+        raise ImageError("unsupported_format", f"{detail}; save it interleaved")  # libtiff converts to native order
     native, other = ("L", "B") if sys.byteorder == "little" else ("B", "L")
     order = {native: other, other: native, "N": other}[raw[-1]]
-    swapped = "RGBA" if raw.startswith("LA") else raw[:-1] + order  # gray and opacity: four bytes as they stand
+    swapped = "RGBA" if raw.startswith("LA") else raw[:-1] + order  # gray and alpha: four bytes as stored
     stream.seek(0)
     again = Image.open(stream, formats=[str(image.format)])
     assert isinstance(again, type(image))
@@ -177,10 +177,10 @@ def _lower_bytes(image: Image.Image, raw: str, stream: io.BytesIO) -> NDArray[np
 
 
 def _narrow(values: NDArray[np.integer], known: int | None) -> tuple[NDArray[np.uint8], str]:
-    """The samples by the upper 8 of the bits that they use, and the note that tells so."""
+    """Return the upper 8 of the used bits of each sample, and a note on it."""
     bits = known or _bits_of(int(values.max()))
     share = values.size / BRIGHT_SHARE
-    if known is None and np.count_nonzero(values >= 1 << (bits - 4)) < share:  # almost black but for a few pixels
+    if known is None and np.count_nonzero(values >= 1 << (bits - 4)) < share:  # almost black except for a few pixels
         bits = next(b for b in SAMPLE_BITS if np.count_nonzero(values >= 1 << b) < share)
     return np.minimum(values >> (bits - 8), 255).astype(np.uint8), _note(bits)
 
@@ -194,25 +194,25 @@ def _note(bits: int) -> str:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How Pillow will unpack the samples."""
+    """Return the raw mode by which Pillow unpacks the samples."""
     tiles = getattr(image, "tile", [])
     args = tiles[0].args if tiles else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
 def _known_bits(image: Image.Image) -> int | None:
-    """The bits of wide gray samples that the file states, as Pillow will give them; no file states it with 16."""
+    """Return the number of significant bits of wide gray samples, if the file states it."""
     tiles = getattr(image, "tile", [])
     if tiles and tiles[0].codec_name in {"ppm", "ppm_plain"} and tiles[0].args[1] != 0xFFFF:
-        return 16  # Pillow scales them from the largest value that the file states
+        return 16  # Pillow scales from the file's maximum value to 16 bits
     return 12 if _raw_mode(image) == "I;12" else None
 
 
 def _count_previews(image: TiffImagePlugin.TiffImageFile) -> int:
-    """The pages behind the first, if all of them are smaller copies of it.
+    """Return the number of further pages, if all are reduced copies of the first.
 
     Raises:
-        ImageError: pages of their own.
+        ImageError: a page is not a reduced copy.
     """
     if not getattr(image, "is_animated", False):
         return 0
@@ -228,7 +228,7 @@ def _count_previews(image: TiffImagePlugin.TiffImageFile) -> int:
         image.seek(0)
     except ImageError:
         raise
-    except Exception as error:  # a page that cannot be read is not known to be a preview
+    except Exception as error:  # an unreadable page may not be a preview
         raise ImageError("multi_page", f"TIFF with pages that cannot be read: {first_line(error)}") from None
     return previews
 
@@ -245,7 +245,7 @@ def _num_pages(image: TiffImagePlugin.TiffImageFile) -> str:
 
 
 def _tiff_layout(tags: TiffImagePlugin.ImageFileDirectory_v2) -> str:
-    """Such as: TIFF of 5 channels of 16 bits."""
+    """Describe a layout, such as `TIFF of 5 channels of 16 bits`."""
     bits = tags.get(BITS, (1,))
     samples = int(tags.get(SAMPLES, len(bits)))
     kind = KINDS.get(max(tags.get(KIND, (1,))), "")

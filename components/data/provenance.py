@@ -1,6 +1,6 @@
-"""Who brought a snapshot, when and from where: a JSON file beside its folder, tracked with it and no stage's input.
+"""Provenance of a snapshot: a JSON file beside its folder, in git, but no input of a stage.
 
-The same images are the same data, whoever brings them: what is in the folder says nothing of that.
+The same images are the same data whoever ingests them, so the folder itself contains no provenance.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ SUFFIX = ".provenance.json"
 class Provenance(Config):
     """Where a snapshot comes from."""
 
-    source: str  # the folder or address as it was given; a local one absolute
-    source_version: str  # given by the source, or a digest of all its names and bytes
+    source: str  # given folder or address; local paths are absolute
+    source_version: str  # as given, or a digest of all names and bytes
     ingested_at: datetime
     ingested_by: str  # user of the machine
-    one_run: bool = False  # brought for one run: only a run that names the snapshot takes it
+    one_run: bool = False  # ingested for one run: other runs use it only if they name it
 
     def write(self, snapshot: Path) -> None:
         """Write the file beside the snapshot's folder."""
@@ -30,15 +30,15 @@ class Provenance(Config):
 
 
 def provenance_file(snapshot: Path) -> Path:
-    """The file beside a snapshot's folder."""
+    """Return the path of the file beside a snapshot's folder."""
     return snapshot.with_name(snapshot.name + SUFFIX)
 
 
 def read_provenance(snapshot: Path) -> Provenance | None:
-    """The provenance of a snapshot; None where nothing was written, as by earlier versions.
+    """Read the provenance of a snapshot; None if there is none, as for earlier versions.
 
     Raises:
-        ConfigError: the file was changed by hand to something else.
+        ConfigError: the file is malformed.
     """
     path = provenance_file(snapshot)
     try:

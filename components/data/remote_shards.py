@@ -1,7 +1,7 @@
-"""Shards read straight from S3: ranges of objects, fetched ahead, in a local cache of bounded size.
+"""Read shards from S3 by object ranges, with prefetching and a local cache of bounded size.
 
-Objects never change (DVC names them by their content), so a block of one is right for ever. The cache is shared by all
-processes of the machine; the block that was not used for longest goes first.
+Objects are immutable (DVC names them by content), so cached blocks stay valid. All processes of the machine share the
+cache; the least recently used block is evicted first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from components.core.errors import DatasetError
 from components.core.locks import try_lock, wait_for_lock
 from components.core.storage import ATTEMPTS, StorageError, s3_client, s3_errors, split_s3_uri
 
-BLOCK = 8 * 2**20  # bytes fetched at once
-FETCHERS = 4  # threads of each process that fetch ahead
+BLOCK = 8 * 2**20  # bytes per request
+FETCHERS = 4  # prefetching threads per process
 # The client itself repeats requests that fail, but not those whose answer breaks off half-way.
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-_LOCKS = 1024  # files that keep two processes from fetching the same block
+_LOCKS = 1024  # lock files, so that two processes do not fetch the same block
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteShards:
-    """Reads images of shards on S3 by offset; safe to share between threads, to fork and to pickle.
+    """Reader of images in shards on S3 by offset; thread-safe, fork-safe and picklable.
 
     Args:
         objects: address (`s3://bucket/key`) of each shard.
         cache: folder for fetched blocks.
-        limit: bytes that the cache may take, at least one block.
+        limit: maximum bytes of the cache, at least one block.
     """
 
     def __init__(self, objects: Mapping[str, str], cache: Path, limit: int) -> None:
@@ -54,10 +54,10 @@ class RemoteShards:
         self.__init__(*state)
 
     def read(self, shard: str, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset` of a shard.
+        """Return `length` bytes at `offset` of a shard.
 
         Raises:
-            DatasetError: no address is known for the shard, it is shorter than that, or the cache cannot be used.
+            DatasetError: the shard has no known address or is too short, or the cache is unusable.
             StorageError: S3 does not answer or refuses.
         """
         if offset < 0 or length < 0:
@@ -68,7 +68,7 @@ class RemoteShards:
             begin, end = max(offset - start, 0), min(offset + length - start, BLOCK)
             try:
                 part = _read_cached(self._path(shard, block), begin, end)
-                if len(part) < end - begin:  # not there, or left over by a machine that lost power
+                if len(part) < end - begin:  # missing, or truncated by a power loss
                     part = self._fetch_once(shard, block, end)[begin:end]
             except OSError as error:
                 advice = "it must be writable and have space; lower stream.cache_gib if it has too little"
@@ -80,19 +80,19 @@ class RemoteShards:
         return b"".join(parts)
 
     def fetch_ahead(self, shard: str, offset: int, length: int) -> None:
-        """Begin to fetch what a later `read` will need; what goes wrong is told by that one."""
+        """Start prefetching for a later `read`, which reports any error."""
         self._same_process()
         for block in _blocks(offset, length):
             if (shard, block) != self._last_asked and not self._path(shard, block).exists():
                 self._wanted.put((shard, block))
-                if len(self._fetchers) < FETCHERS:  # daemons: a worker that ends does not wait for them
+                if len(self._fetchers) < FETCHERS:  # daemons, so that an exiting worker does not wait
                     self._fetchers.append(threading.Thread(target=self._fetch_wanted, daemon=True))
                     self._fetchers[-1].start()
             self._last_asked = (shard, block)
 
     def forget(self, shard: str, offset: int, length: int) -> None:
-        """Drop blocks from the cache, because their bytes are wrong."""
-        with self._locked("write"):  # whoever makes room has listed them
+        """Drop corrupt blocks from the cache."""
+        with self._locked("write"):  # excludes a concurrent `_make_room`
             for block in _blocks(offset, length):
                 self._path(shard, block).unlink(missing_ok=True)
 
@@ -104,7 +104,7 @@ class RemoteShards:
         self._last_asked: tuple[str, int] | None = None
 
     def _same_process(self) -> None:
-        if self._pid != os.getpid():  # in a forked child: its parent's connections and threads are not here
+        if self._pid != os.getpid():  # forked: the parent's connections and threads are unusable
             self._start()
 
     def _fetch_wanted(self) -> None:
@@ -114,10 +114,10 @@ class RemoteShards:
             except BlockingIOError:
                 continue  # another process is fetching this block
             except (DatasetError, StorageError, OSError) as error:
-                logger.debug("fetching ahead: %s", error)  # whoever reads the block meets it again
+                logger.debug("fetching ahead: %s", error)  # the reader of the block gets the error again
 
     def _fetch_once(self, shard: str, block: int, end: int, *, wait: bool = True) -> bytes:
-        """Fetch a block into the cache, unless another process has done so by now and it has `end` bytes."""
+        """Fetch a block into the cache, unless another process has just cached it with at least `end` bytes."""
         self._same_process()
         path = self._path(shard, block)
         number = int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % _LOCKS
@@ -139,7 +139,7 @@ class RemoteShards:
             return self._get(bucket, key, f"bytes={block * BLOCK}-{(block + 1) * BLOCK - 1}")
 
     def _get(self, bucket: str, key: str, span: str) -> bytes:
-        """A range of an object; nothing past its end."""
+        """Return a range of an object; empty past its end."""
         self._client = self._client or s3_client()
         attempt = 1
         while True:
@@ -158,7 +158,7 @@ class RemoteShards:
                 attempt += 1
 
     def _make_room(self, size: int) -> None:
-        """Remove blocks, the longest unused first, until `size` more bytes fit; also what a killed process left."""
+        """Evict the least recently used files, including leftovers of killed processes, until `size` bytes fit."""
         with os.scandir(self._cache) as entries:
             blocks = [(e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if e.is_file()]
         taken = sum(length for _, length, _ in blocks)
@@ -194,7 +194,7 @@ def _blocks(offset: int, length: int) -> range:
 
 
 def _read_cached(path: Path, begin: int, end: int) -> bytes:
-    """A part of a cached block, which is then the last used one; nothing if it is not there."""
+    """Return a part of a cached block and mark it as recently used; empty if it is not cached."""
     try:
         os.utime(path)
         with path.open("rb", buffering=0) as file:

@@ -1,8 +1,8 @@
-"""An honest uncurated pool of real photographs that wheels carry, for a first run without images of one's own.
+"""Build a realistic uncurated pool from photographs in installed packages, for a first run without own images.
 
-Tiles of each photograph at several scales, a long tail over the photographs, and what real pools have: copies,
-tiny images and broken files. A labeled evaluation set comes from a region of each photograph of which the pool has no
-pixel, but for a few planted leaks. `ground_truth.json` says what was planted; only tests read it.
+The pool has tiles of each photograph at several scales, a long-tailed distribution, copies, tiny images and broken
+files. A labeled evaluation set comes from a separate region of each photograph, except for a few planted leaks.
+`ground_truth.json` lists what was planted; only tests read it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ POOL_ONLY = ("cell", "clock", "moon", "page")  # too small or too flat for an ev
 EVALUATION_SHARE = 1 / 3  # of each photograph's width, on its right
 POOL_WINDOWS = {44: (1.5, 2.0), 96: (0.8, 1.3), 208: (0.5, 0.7)}  # side in pixels -> range of resize factors
 EVALUATION_WINDOWS = {40: (1.6, 2.0), 80: (1.0, 1.4)}
-STRIDE = 0.7  # of a window: two tiles of one scale share 30 % at most
+STRIDE = 0.7  # of a window: tiles of one scale overlap by at most 30 %
 ASPECTS = (0.8, 1.0, 1.25)
 MAX_EVALUATION_TILES = 50  # of each photograph
 # Flatter tiles (sky, darkness, plain skin) would all look alike: of its 3 × 3 cells, so many must hold something.
@@ -59,14 +59,14 @@ MIN_DEVIATION, MIN_CELL_DEVIATION, MIN_CELLS = 9.0, 4.0, 5  # deviations of gray
 COPIES = {"exact": 40, "re_encoded": 60, "resized": 40}
 LEAKS = {"leak_exact": 10, "leak_re_encoded": 10, "leak_resized": 10}
 TINY = 15
-BOMB_SIDE = 12_000  # pixels: over the decoder's limit, in a file of some kilobytes
+BOMB_SIDE = 12_000  # pixels: above the decoder's limit, in a file of some kilobytes
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A view of one region of a photograph, and the file that it becomes."""
+    """A crop of a photograph, and its file."""
 
     photograph: str
     box: Box
@@ -77,7 +77,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Planted:
-    """A file that is in the pool on purpose."""
+    """A planted file of the pool."""
 
     path: str
     kind: str
@@ -85,11 +85,11 @@ class Planted:
 
 
 def build_sample_pool(folder: Path, seed: int = 0) -> None:
-    """Write `pool/<label>/`, `evaluation/{train,test}/<label>/` and `ground_truth.json`; the folder appears whole.
+    """Write `pool/<label>/`, `evaluation/{train,test}/<label>/` and `ground_truth.json` atomically.
 
     Args:
         folder: replaced if it exists.
-        seed: same seed, same bytes.
+        seed: equal seeds give equal bytes.
     """
     photographs = load_photographs()
     generator = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def build_sample_pool(folder: Path, seed: int = 0) -> None:
     pool = [tile for name, photo in photographs.items() for tile in _pool(name, photo, generator)]
     with atomic_dir(folder) as staging:
         for tile in track([*evaluation, *pool], "sample pool", len(evaluation) + len(pool)):
-            _write(staging / tile.path, _encode(_view(photographs, tile), "JPEG", quality=tile.quality))
+            _write(staging / tile.path, _encode(_cut(photographs, tile), "JPEG", quality=tile.quality))
         planted = _plant(staging, pool, evaluation, generator)
         boxes = {tile.path: [tile.photograph, *tile.box] for tile in [*pool, *evaluation]}
         truth = {"seed": seed, "planted": [asdict(item) for item in planted], "boxes": boxes}
@@ -110,7 +110,7 @@ def build_sample_pool(folder: Path, seed: int = 0) -> None:
 
 
 def load_photographs() -> dict[str, Image.Image]:
-    """The photographs, RGB or gray, from the files in the installed wheels (nothing is downloaded)."""
+    """Load the photographs, RGB or gray, from installed packages, without downloads."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -126,7 +126,7 @@ def load_photographs() -> dict[str, Image.Image]:
 
 
 def pool_width(name: str, photo: Image.Image) -> int:
-    """Pixels from the left that the pool may show; the rest is the evaluation set's."""
+    """Return the width of the pool's region, from the left; the rest is for the evaluation set."""
     return photo.width if name in POOL_ONLY else round(photo.width * (1 - EVALUATION_SHARE))
 
 
@@ -138,15 +138,15 @@ def _pool(name: str, photo: Image.Image, generator: np.random.Generator) -> Iter
         size = (round(side * aspect**0.5), round(side / aspect**0.5))
         boxes += [(box, factors) for box in _grid(region, size, STRIDE) if _textured(photo, box)]
     if len(boxes) > PHOTOGRAPHS[name]:
-        kept = np.sort(generator.choice(len(boxes), PHOTOGRAPHS[name], replace=False))
-        boxes = [boxes[index] for index in kept]
+        chosen = np.sort(generator.choice(len(boxes), PHOTOGRAPHS[name], replace=False))
+        boxes = [boxes[index] for index in chosen]
     for number, (box, factors) in zip(generator.permutation(len(boxes)), boxes, strict=True):
         path = f"pool/{name}/{number:05d}.jpg"
         yield Tile(name, box, generator.uniform(*factors), int(generator.integers(82, 96)), path)
 
 
 def _evaluation(name: str, photo: Image.Image, generator: np.random.Generator) -> Iterator[Tile]:
-    """Tiles of the region kept back: bands across it go to train and test in turn, and no two splits share a pixel."""
+    """Yield tiles of the held-out region; horizontal bands alternate between train and test, without overlap."""
     left, band = pool_width(name, photo), max(EVALUATION_WINDOWS)
     found: list[tuple[str, Box, tuple[float, float]]] = []
     for number, top in enumerate(range(0, photo.height - band + 1, band)):
@@ -154,8 +154,8 @@ def _evaluation(name: str, photo: Image.Image, generator: np.random.Generator) -
         for side, factors in EVALUATION_WINDOWS.items():
             boxes = (box for box in _grid(region, (side, side), 1.0) if _textured(photo, box))
             found += [("test" if number % 2 else "train", box, factors) for box in boxes]
-    kept = np.sort(generator.permutation(len(found))[:MAX_EVALUATION_TILES])
-    for number, index in enumerate(kept):
+    chosen = np.sort(generator.permutation(len(found))[:MAX_EVALUATION_TILES])
+    for number, index in enumerate(chosen):
         split, box, factors = found[index]
         path = f"evaluation/{split}/{name}/{number:03d}.jpg"
         yield Tile(name, box, generator.uniform(*factors), int(generator.integers(82, 96)), path)
@@ -179,8 +179,8 @@ def _textured(photo: Image.Image, box: Box) -> bool:
     return sum(bool(cell.std() >= MIN_CELL_DEVIATION) for cell in cells) >= MIN_CELLS
 
 
-def _view(photographs: dict[str, Image.Image], tile: Tile) -> Image.Image:
-    # Cropped before it is resized, so that no pixel from beyond the box is mixed in.
+def _cut(photographs: dict[str, Image.Image], tile: Tile) -> Image.Image:
+    # Cropped before resizing, so that no pixels outside of the box are mixed in.
     return _resize(photographs[tile.photograph].crop(tile.box), tile.factor)
 
 
@@ -201,7 +201,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _plant(root: Path, pool: list[Tile], evaluation: list[Tile], generator: np.random.Generator) -> list[Planted]:
-    """Write everything that is in the pool on purpose; each original is used once."""
+    """Write all planted files; each original is used once."""
     originals = [tile for tile in pool if tile.photograph not in POOL_ONLY]
     order = iter([originals[index] for index in generator.permutation(len(originals))])
     leaked = iter([evaluation[index] for index in generator.permutation(len(evaluation))])
@@ -233,7 +233,7 @@ def _copy(original: Path, kind: str, suffix: str) -> bytes:
 
 
 def _plant_forms(root: Path, order: Iterator[Tile]) -> list[Planted]:
-    """Good images in forms that careless decoders get wrong; each takes the place of an ordinary tile."""
+    """Replace ordinary tiles by valid images in forms that careless decoders get wrong."""
     planted = []
     for kind, suffix in (("grayscale", "png"), ("alpha", "png"), ("exif_rotation", "jpg")):
         tile = next(tile for tile in order if tile.factor <= POOL_WINDOWS[208][1])  # large, sharp views
@@ -277,7 +277,7 @@ def _plant_broken(root: Path, order: Iterator[Tile]) -> list[Planted]:
 
 
 def _pixel_bomb(side: int) -> bytes:
-    """A valid black-and-white PNG of side × side pixels, all black: a few kilobytes that decode to many."""
+    """Return a valid black PNG of side × side pixels: a decompression bomb of a few kilobytes."""
     rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))

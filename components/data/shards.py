@@ -1,4 +1,4 @@
-"""Shards: uncompressed tars of original image bytes, equal bytes for equal images, read by offset; and decoding."""
+"""Write, read and decode shards: deterministic uncompressed tars of original image bytes, read by offset."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OPEN_SHARDS = 64  # descriptors kept by one reader
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif", "PPM": "ppm"}
-MAX_PIXELS = 50_000_000  # of an image from outside, where no other limit is given
-PIXEL_CEILING = 2**30  # no limit is higher; what ingest has admitted is decoded by all later stages
-MAX_SCANS = 100  # of a progressive JPEG: each is a pass over the whole image, and real ones have about 10
+MAX_PIXELS = 50_000_000  # default limit for untrusted images
+PIXEL_CEILING = 2**30  # upper bound of the limit; later stages decode all images that ingest admitted
+MAX_SCANS = 100  # of a progressive JPEG: each is a pass over the whole image; real files have about 10
 EXIF_ORIENTATION = 0x0112
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,11 +46,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ShardWriter:
-    """Writes `00000.tar`, `00001.tar`, ... with members `<image_id>.<extension>` in sorted order.
+    """Writer of `00000.tar`, `00001.tar`, ... with members `<image_id>.<extension>` in sorted order.
 
-    A shard is closed before it would pass `max_bytes`; an image larger than that has a shard of its own.
-    Members have no times or owners, so the same images give the same bytes. `first` is the number to begin with, for
-    a writer that makes a part of what `shard_starts` lays out.
+    A shard is closed before it would exceed `max_bytes`; a larger image gets its own shard. Members have no times or
+    owners, so that equal images give equal bytes. `first` is the number of the first shard, for a writer of one of
+    the shards that `shard_starts` lays out.
     """
 
     def __init__(self, folder: Path, max_bytes: int, first: int = 0):
@@ -73,10 +73,10 @@ class ShardWriter:
             self._finish()
 
     def add(self, image_id: str, extension: str, data: bytes) -> tuple[str, int, int]:
-        """Append one image; returns its shard's file name, and the offset and length of its bytes in there.
+        """Append one image; return its shard's file name, and the offset and length of its bytes.
 
         Raises:
-            DatasetError: images that do not come in strictly ascending order of their id.
+            DatasetError: ids are not strictly ascending.
         """
         if image_id <= self._last_id:
             raise DatasetError(f"images must be added in ascending order of id: {image_id} came after {self._last_id}")
@@ -114,7 +114,7 @@ class ShardWriter:
 
 
 def shard_starts(lengths: Iterable[int], max_bytes: int) -> list[int]:
-    """Places of the images with which `ShardWriter` begins a shard, for encoded images of these lengths in bytes."""
+    """Return the indices at which `ShardWriter` begins a shard, for images of these lengths in bytes."""
     starts, written = [], 0
     for place, length in enumerate(lengths):
         if not starts or written + _member_bytes(length) + RECORD > max_bytes:
@@ -125,12 +125,12 @@ def shard_starts(lengths: Iterable[int], max_bytes: int) -> list[int]:
 
 
 def _member_bytes(length: int) -> int:
-    """What a file of this length takes in a tar, with its header and padding."""
+    """Return the size of a file of this length in a tar, with header and padding."""
     return BLOCK + length + -length % BLOCK
 
 
 class _Descriptor:
-    """An open file that closes when its last user lets go: a thread may read on while the cache drops it."""
+    """An open file that closes with its last reference: a thread may still read it when the cache drops it."""
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -142,7 +142,7 @@ class _Descriptor:
 
 
 class ShardReader:
-    """Reads images of the shards below `root` by offset; safe to share between threads, to fork and to pickle."""
+    """Reader of images in the shards below `root` by offset; thread-safe, fork-safe and picklable."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -155,7 +155,7 @@ class ShardReader:
         self.__init__(root)
 
     def read(self, shard: str, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset` of a shard named relative to the root.
+        """Return `length` bytes at `offset` of a shard named relative to the root.
 
         Raises:
             DatasetError: the shard is missing, lies outside the root, or is shorter than offset + length.
@@ -165,7 +165,7 @@ class ShardReader:
             place = f"bytes {offset} to {offset + length}"
             raise DatasetError(f"{self._root / shard}: {place} are not inside its {file.size} bytes")
         parts = []
-        while length > 0:  # one call may return less than asked, and never more than 2 GiB
+        while length > 0:  # one call may return fewer bytes, and at most 2 GiB
             part = os.pread(file.number, length, offset)
             if not part:
                 raise DatasetError(f"{self._root / shard}: became shorter while it was read")
@@ -179,7 +179,7 @@ class ShardReader:
         self._pid = os.getpid()
 
     def _descriptor(self, shard: str) -> _Descriptor:
-        if self._pid != os.getpid():  # in a forked child: the lock may have been held by a thread that is not here
+        if self._pid != os.getpid():  # forked: a thread of the parent may have held the lock
             self._start()
         with self._lock:
             file = self._open.get(shard)
@@ -192,7 +192,7 @@ class ShardReader:
             return file
 
     def _open_shard(self, shard: str) -> _Descriptor:
-        # Names are checked, links are not followed by hand: DVC may link a tracked file to its cache.
+        # Only names are checked, not link targets: DVC may link a tracked file to its cache.
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise DatasetError(f"shard {shard!r} does not lie inside {self._root}")
@@ -203,15 +203,15 @@ class ShardReader:
 
 
 def decode_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:
-    """Decode one image to RGB, upright (EXIF), with transparency laid over white.
+    """Decode an image to RGB, upright by EXIF, with transparency composited over white.
 
     Args:
-        data: encoded bytes, from anyone: nothing in them is trusted.
-        max_pixels: an image with more is refused before its pixels are decoded. Bytes that ingest has not admitted
-            need a limit, such as `MAX_PIXELS`.
+        data: untrusted encoded bytes.
+        max_pixels: larger images are refused before decoding. Bytes that ingest has not admitted need a limit, such as
+            `MAX_PIXELS`.
 
     Returns:
-        An RGB image, whose `format` is the format of `data`.
+        An RGB image; its `format` is that of `data`.
 
     Raises:
         ImageError: reason `truncated` (damaged or cut short), `not_an_image`, `too_many_pixels`, `too_many_scans`,
@@ -221,7 +221,7 @@ def decode_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image
 
 
 def decode_noted(data: bytes, *, max_pixels: int) -> Loaded:
-    """Decode as `decode_image`, with notes of what was scaled or left out."""
+    """Decode as `decode_image` does, with notes on what was scaled or dropped."""
     opened = open_image(data, max_pixels=max_pixels)
     notes = check_tiff(opened)
     loaded = _load(opened)
@@ -229,10 +229,10 @@ def decode_noted(data: bytes, *, max_pixels: int) -> Loaded:
 
 
 def open_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:
-    """Read what encoded bytes say of themselves; pixels are decoded by `load_image` only.
+    """Parse the header of an encoded image; `load_image` decodes the pixels.
 
     Raises:
-        ImageError: as `decode_image`, where the head of the file tells.
+        ImageError: as `decode_image`, for problems visible in the header.
     """
     if not data:
         raise ImageError("not_an_image", "the file is empty")
@@ -256,11 +256,11 @@ def open_image(data: bytes, *, max_pixels: int = PIXEL_CEILING) -> Image.Image:
 
 
 def load_image(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
-    """Decode what `open_image` opened, as `decode_image` does.
+    """Decode an image that `open_image` opened, as `decode_image` does.
 
     Args:
         image: from `open_image`.
-        shrink: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, where that is at most 1/shrink smaller.
+        shrink: allowed reduction; a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size within it.
 
     Raises:
         ImageError: as `decode_image`.
@@ -269,7 +269,7 @@ def load_image(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
 
 def _load(image: Image.Image, shrink: float = 1.0) -> Loaded:
-    name = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with previews or a gain map behind it
+    name = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with appended previews or a gain map
     try:
         if name == "JPEG" and shrink >= 2:
             factor = max(f for f in (2, 4, 8) if f <= shrink)
@@ -279,15 +279,15 @@ def _load(image: Image.Image, shrink: float = 1.0) -> Loaded:
         raise
     except Exception as error:
         raise ImageError("truncated", f"{name}: {first_line(error)}") from None
-    turn = _orientation(image)  # only now: Pillow turns a TIFF itself, and what stands behind the pixels counts
+    turn = _orientation(image)  # after decoding: Pillow rotates TIFFs itself, and metadata may follow the pixels
     upright = loaded.image if turn is None else loaded.image.transpose(turn)
     upright.format = name
     return Loaded(upright, loaded.notes)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height that an opened image will have, after EXIF rotation."""
-    if image.format == "TIFF":  # Pillow turns these itself, and says so from the start
+    """Return width and height of an opened image after EXIF rotation."""
+    if image.format == "TIFF":  # Pillow rotates these itself, and reports the final size
         return image.size
     sideways = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE)
     sideways += (Image.Transpose.ROTATE_90,)
@@ -313,9 +313,9 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns the image upright."""
+    """Return the transposition that makes the image upright."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except Exception:  # damaged EXIF does not affect the pixels
         return None
     return TRANSPOSE.get(orientation) if isinstance(orientation, int) else None

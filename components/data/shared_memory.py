@@ -1,4 +1,4 @@
-"""Room in /dev/shm, through which the processes of a loader hand over batches. Without it torch waits forever."""
+"""Check the free space of /dev/shm, by which loader processes pass batches; torch hangs if it is full."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ MIB = 2**20
 
 
 def crop_bytes(crops: CropConfig, num_images: int, gram_scale: int = 1) -> int:
-    """Bytes of the crops of one batch, as uint8 RGB."""
+    """Return the bytes of one batch's crops, as uint8 RGB."""
     global_area = crops.global_size**2 * NUM_GLOBAL * (1 if gram_scale == 1 else 1 + gram_scale**2)
     return 3 * num_images * (global_area + crops.num_local * crops.local_size**2)
 
 
 def check_shared_memory(key: str, num_workers: int, batch_bytes: int) -> None:
-    """Check that the batches of `num_workers` processes fit into what is free of /dev/shm.
+    """Check that the batches of `num_workers` processes fit into the free space of /dev/shm.
 
     Args:
-        key: of the number of processes in the configuration.
-        num_workers: processes; 0 hand over nothing.
+        key: config key of the number of processes.
+        num_workers: processes; 0 uses no shared memory.
         batch_bytes: of one batch of every rank on this machine.
 
     Raises:
-        EngineError: they do not; the message says what does.
+        EngineError: they do not fit; the message names a number that does.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return

@@ -1,4 +1,4 @@
-"""What bytes are that no decoder of ours opens, by how they begin."""
+"""Identify files that cannot be decoded, by their first bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-HEAD_BYTES = 512  # enough for every signature; a tar's stands at byte 257
+HEAD_BYTES = 512  # enough for all signatures; a tar's is at byte 257
 
 IMAGE_NAME = re.compile(
     r"\.(jpe?g|jpe|jfif|a?png|webp|bmp|dib|tiff?|gif|p[pgbn]m|hei[cf]|avif|ico|jp2|jxl|psd|svg)$", re.IGNORECASE
@@ -22,7 +22,7 @@ UNCOMPRESS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """A kind of file: `reason` is one word for tables, `detail` says it to a person."""
+    """A kind of file: `reason` is one word for tables, `detail` a sentence for people."""
 
     reason: str
     detail: str
@@ -30,7 +30,7 @@ class Signature:
 
 # First bytes of the formats that we read (WebP is told by its RIFF form): what begins so and fails is a damaged image.
 _ALLOWED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*")
-_BITMAPS = (b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")  # so short that text may begin with them
+_BITMAPS = (b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")  # so short that text may match
 
 # (place, first bytes, what it is, reason, advice)
 _OTHERS = (
@@ -66,17 +66,17 @@ _HTML = (b"<!doctype html", b"<html")
 
 
 def begins_like_an_image(head: bytes) -> bool:
-    """Return whether a file begins as those of the formats that we read do."""
+    """Return whether a file begins like a supported image format."""
     return head.startswith(_ALLOWED) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def may_be_an_image(head: bytes) -> bool:
-    """Return whether a file of any name is worth decoding."""
+    """Return whether a file, whatever its name, may be an image."""
     return begins_like_an_image(head) or head.startswith(_BITMAPS)
 
 
 def signature(head: bytes) -> Signature | None:
-    """Return what a file is that is no image of ours, by its first `HEAD_BYTES`; None where they say nothing."""
+    """Identify an unsupported file by its first `HEAD_BYTES`; return None if they match nothing."""
     if head[:4] == b"RIFF" and head[8:12] != b"WEBP":
         return Signature(NO_IMAGE, _RIFF.get(head[8:12], f"RIFF of kind {head[8:12]!r}") + ", no image")
     if head[4:8] == b"ftyp":
@@ -90,7 +90,7 @@ def signature(head: bytes) -> Signature | None:
 
 
 def damage(path: str, error: Exception) -> tuple[str, str]:
-    """Return the reason and the detail for which an archive cannot be read: it is damaged, or another kind of file."""
+    """Return reason and detail for an unreadable archive: it is damaged, or another kind of file."""
     with Path(path).open("rb") as file:
         head = file.read(HEAD_BYTES)
     found = signature(head)
@@ -100,7 +100,7 @@ def damage(path: str, error: Exception) -> tuple[str, str]:
 
 
 def _of_media_container(head: bytes) -> Signature:
-    """HEIC, AVIF or video: all begin with an ISO `ftyp` box, which names the brands that it holds."""
+    """Distinguish HEIC, AVIF and video, which all begin with an ISO `ftyp` box that lists brands."""
     brand, brands = head[8:12], head[8 : max(12, int.from_bytes(head[:4], "big"))]
     if brand in {b"avif", b"avis"} or (brand in _HEIC and b"avif" in brands):
         return Signature(UNSUPPORTED, f"AVIF; {CONVERT}")

@@ -1,7 +1,7 @@
-"""Where images come from: folders, S3 prefixes, tar shards and Parquet files, listed and read without trust.
+"""List and read untrusted sources of images: folders, S3 prefixes, tar shards and Parquet files.
 
-Listing is cheap and gives batches; a batch is read by whichever process examines it. Nothing is ever unpacked to a name
-that a source chose: a member's name is only recorded.
+Listing is cheap and yields batches, which the examining processes read. Nothing is unpacked to a name from a source;
+member names are only recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from components.data.walk import as_text, walk
 MIB = 1024**2
 MAX_IMAGE_BYTES = 256 * MIB  # of one encoded image
 MAX_ROW_GROUP_BYTES = 4096 * MIB  # of one Parquet row group, uncompressed
-BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # what one process holds at once
+BATCH_ENTRIES, BATCH_BYTES = 256, 64 * MIB  # limits of one batch
 CONNECTIONS = 8  # to S3, by one process
 
 CONTAINERS = (".tar", ".parquet")
@@ -36,20 +36,20 @@ CONTAINERS = (".tar", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What may be one image, and where its bytes are."""
+    """A possible image, and where its bytes are."""
 
     uri: str
-    label: str | None  # that its archive gives it
-    folder: str  # relative, with the folders that may name its label and split
+    label: str | None  # from its archive
+    folder: str  # relative path, whose parts may name label and split
     path: str  # a local file, or the key of an S3 object
     offset: int
     length: int
-    note: str = ""  # told with the number of entries that have it
+    note: str = ""  # reported with the number of entries that share it
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What is not taken, and why."""
+    """A rejected file, and why."""
 
     uri: str
     reason: str
@@ -57,25 +57,25 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Entries that one process reads; what cannot be read again cheaply is copied to the file `spool`."""
+class EntryBatch:
+    """Entries for one process; data that is expensive to read again is copied to the file `spool`."""
 
     entries: list[Entry]
-    bucket: str | None = None  # the entries are objects of this bucket
-    row_group: int | None = None  # the one entry is a Parquet file, of which this row group is read
+    bucket: str | None = None  # of the entries, if they are S3 objects
+    row_group: int | None = None  # of the single entry, a Parquet file
     spool: Path | None = None
 
 
 @dataclass
 class Listing:
-    """A source, before any image of it was decoded."""
+    """A listed source, before decoding."""
 
-    root: str = ""  # with which the URIs begin; what follows is relative to the source
-    batches: list[Batch] = field(default_factory=list)
+    root: str = ""  # prefix of the URIs; the rest is relative to the source
+    batches: list[EntryBatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)  # hidden files, and members of archives that are not images
     links: set[str] = field(default_factory=set)  # folders, relative, that are links
-    notes: list[tuple[str, str]] = field(default_factory=list)  # what was guessed or left out, and a name of it
+    notes: list[tuple[str, str]] = field(default_factory=list)  # (note on what was guessed or skipped, name)
     num_bytes: int = 0
 
 
@@ -88,14 +88,14 @@ class _File:
 
 
 def list_source(source: str, spool: Path) -> Listing:
-    """Find all that may be an image.
+    """List all possible images of a source.
 
     Args:
         source: as in `IngestRequest`.
         spool: an empty folder on disk for archives and objects that come from S3.
 
     Raises:
-        IngestError: nothing there, or nothing that we can read.
+        IngestError: the source does not exist, is empty or unreadable.
         StorageError: S3 does not answer.
     """
     listing = Listing(root=_root_of(source))
@@ -114,7 +114,7 @@ def list_source(source: str, spool: Path) -> Listing:
                 listing.refusals.append(_large_file(file))
             else:
                 entries.append(Entry(file.uri, None, _folder(file.relative), file.path, 0, file.size))
-        listing.batches = [Batch(part, bucket) for part in _batches(entries)]
+        listing.batches = [EntryBatch(part, bucket) for part in _batches(entries)]
     spooled = (batch.bucket is not None or batch.row_group is not None for batch in listing.batches)
     listing.batches = [
         replace(batch, spool=spool / f"batch-{number:08d}") if needed else batch
@@ -124,15 +124,15 @@ def list_source(source: str, spool: Path) -> Listing:
 
 
 def _root_of(source: str) -> str:
-    """What the URIs of a source's files begin with: its folder, or the folder of its one file."""
+    """Return the URI prefix of a source: its folder, or the folder of its single file."""
     if "://" in source:
         return source.rpartition("/")[0] + "/" if source.lower().endswith(CONTAINERS) else source.rstrip("/") + "/"
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     return os.path.join(as_text(str(Path(folder))), "") if folder else ""
 
 
-def read_batch(batch: Batch) -> Iterator[tuple[Entry, bytes | Refusal]]:
-    """The bytes of each entry of a batch (each row, for Parquet), or why there are none."""
+def read_batch(batch: EntryBatch) -> Iterator[tuple[Entry, bytes | Refusal]]:
+    """Yield the bytes of each entry of a batch (of each row, for Parquet), or a refusal."""
     if batch.row_group is not None:
         yield from _read_rows(batch.entries[0], batch.row_group)
     elif batch.bucket is not None:
@@ -214,7 +214,7 @@ def _folder(path: PurePosixPath) -> str:
 
 
 def _without_metadata(listing: Listing, files: list[_File], bucket: str | None, spool: Path) -> list[_File]:
-    """The files but for tables without images that lie beside images."""
+    """Return the files without Parquet tables that contain no images but lie beside images."""
     tables = [file for file in files if file.relative.suffix.lower() == ".parquet"]
     if not any(IMAGE_NAME.search(file.relative.name) for file in files):
         return files
@@ -283,7 +283,7 @@ def _list_containers(listing: Listing, files: list[_File], bucket: str | None, s
         containers = [_download(bucket, file, spool, number) for number, file in _numbered(containers)]
     without: list[NoImageColumnError] = []
     for file in containers:
-        # Folders of archives are shards, collections or crawls, and no classes; but they may be splits.
+        # Folders of archives are shards, collections or crawls rather than classes, but they may be splits.
         folder = "/".join(part for part in file.relative.parent.parts if split_of(part))
         add: Callable[[Listing, _File, str], None]
         add = _list_tar if file.relative.suffix.lower() == ".tar" else _list_parquet
@@ -324,14 +324,14 @@ def _list_tar(listing: Listing, file: _File, folder: str) -> None:
         )
         for image in found.images
     ]  # fmt: skip
-    listing.batches += [Batch(part) for part in _batches(entries)]
+    listing.batches += [EntryBatch(part) for part in _batches(entries)]
 
 
 def _list_parquet(listing: Listing, file: _File, folder: str) -> None:
     with pq.ParquetFile(file.path) as parquet:
         columns = find_columns(parquet.schema_arrow, file.uri)
-        label, told = (None, []) if columns.label is not None else partition_label(file.relative)
-        listing.notes += [(note, file.uri) for note in (*columns.told, *told)]
+        label, partition_notes = (None, []) if columns.label is not None else partition_label(file.relative)
+        listing.notes += [(note, file.uri) for note in (*columns.notes, *partition_notes)]
         if parquet.metadata.num_rows == 0:
             detail = f"column `{columns.image}` is there, but the table has no rows; write it again with its rows"
             listing.refusals.append(Refusal(file.uri, "no_rows", detail))
@@ -341,7 +341,8 @@ def _list_parquet(listing: Listing, file: _File, folder: str) -> None:
                 detail = f"{size} bytes; at most {MAX_ROW_GROUP_BYTES} are read"
                 listing.refusals.append(Refusal(uri, "too_large", detail))
             else:
-                listing.batches.append(Batch([Entry(file.uri, label, folder, file.path, 0, size)], row_group=number))
+                entry = Entry(file.uri, label, folder, file.path, 0, size)
+                listing.batches.append(EntryBatch([entry], row_group=number))
 
 
 def _read_at(path: str, offset: int, length: int) -> bytes:

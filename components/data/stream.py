@@ -1,6 +1,6 @@
-"""The stream of curated images by position, from local shards or straight from S3.
+"""The stream of curated images by position, from local shards or from S3.
 
-`order.py` says which image belongs at a position; here its bytes are read and decoded, and a bad one is replaced.
+`order.py` maps positions to images; this module reads and decodes them, and replaces undecodable ones.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from components.data.shards import ImageError, ShardReader, decode_image
 
 # Of a curated set that is not on disk: the S3 address of each shard, beside its manifest.
 ADDRESSES = "shards.json"
-WHOLE = "all"  # the one part of a set that is not mixed
+WHOLE = "all"  # the single part of a set without mix
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that was skipped, and why."""
+    """A skipped image, and why."""
 
     image_id: str
     reason: str
@@ -43,7 +43,7 @@ class BadImage:
 
 @dataclass(frozen=True)
 class StreamImage(Generic[T]):
-    """The image at a position: the one that belongs there, or the next that can be decoded."""
+    """The image at a position: the scheduled one, or the next decodable one."""
 
     image: T
     image_id: str
@@ -53,8 +53,8 @@ class StreamImage(Generic[T]):
 class ImageStream:
     """Images of `root` (the curated set of a workspace, `data/curated`) by position.
 
-    Without a mix, position p is image p % len(self) of epoch p // len(self). If the set is not on disk, it is streamed
-    from the addresses that the workspace has for it (`components.lineage.streaming` writes them).
+    Without a mix, position p is image p % len(self) of epoch p // len(self). A set that is not on disk is streamed from
+    the addresses in the workspace (written by `components.lineage.streaming`).
     """
 
     def __init__(self, root: Path, config: StreamConfig, seed: int) -> None:
@@ -64,9 +64,9 @@ class ImageStream:
         table = read_manifest(root / MANIFEST)
         if table.num_rows == 0:
             raise DatasetError(f"{root}: no images to train on; loosen the curation or ingest more images")
-        self.digest = sha256_file(root / MANIFEST)  # the manifest holds every image's own SHA-256
+        self.digest = sha256_file(root / MANIFEST)  # the manifest contains every image's SHA-256
         self._root, self._config = root, config
-        self._ids = table["image_id"]  # in chunks: together, 34 million would be too many bytes for one array
+        self._ids = table["image_id"]  # chunked, because 34 million ids exceed one array's size limit
         self._derived_from = table["derived_from"]
         self._offsets = table["offset"].to_numpy()
         self._lengths = table["length"].to_numpy()
@@ -74,41 +74,41 @@ class ImageStream:
         self._shard_names = names
         self._shard = pc.index_in(table["shard"], pa.array(names)).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
         self._parts = self._shuffles(table["origin"], seed)
-        # In one sequence however they are written: `config.json`, by which the order is computed again, sorts its keys.
+        # In a fixed order: `config.json`, from which `lineage.seen` recomputes the order, sorts its keys.
         mix = config.mix or {}
         shares = {str(name): mix[name] for name in ORIGINS if name in mix} or {WHOLE: 1.0}
         self._order = Order(self._parts, shares, seed)
         self._remote = self._remote_shards()
         self._reader = self._remote or ShardReader(root)
-        self._ahead: dict[tuple[int, int, int], int] = {}  # window -> images whose bytes were asked for
+        self._ahead: dict[tuple[int, int, int], int] = {}  # window -> number of prefetched images
 
     def __len__(self) -> int:
-        """Different images that may come."""
+        """Return the number of distinct images."""
         return len(self._order)
 
     def row(self, position: int) -> int:
-        """Row of the manifest that belongs at `position`."""
+        """Return the manifest row scheduled at `position`."""
         return self._order.row(position)
 
     def shard(self, position: int) -> str:
-        """Name of the shard that holds the image at `position`."""
+        """Return the name of the shard with the image at `position`."""
         return self._shard_names[self._shard[self.row(position)]]
 
     def image_ids(self, first: int, count: int) -> list[str]:
-        """Ids of the images that belong at `count` positions from `first` on; `seen` knows what bad images change."""
+        """Return the ids scheduled at `count` positions from `first`, ignoring undecodable images, unlike `seen`."""
         return [self._ids[self.row(position)].as_py() for position in range(first, first + count)]
 
     def draws(self, stop: int) -> dict[str, int]:
-        """How often each image belongs at a position below `stop`, by id; those that come, in the manifest's order."""
+        """Count how often each image is scheduled below `stop`, by id in manifest order, without zeros."""
         draws = self._order.draws(stop, len(self._ids))
         rows = np.flatnonzero(draws)
         return dict(zip(self._ids.take(pa.array(rows)).to_pylist(), draws[rows].tolist(), strict=True))
 
     def seen(self, image_id: str, first: int, count: int) -> list[int]:
-        """The positions, of `count` from `first` on, whose batch holds this image; exact also beside bad images.
+        """Return the positions, of `count` from `first`, at which this image is read, considering undecodable images.
 
-        An image comes at its own positions if it can be decoded, and instead of the bad ones right before them. One
-        whose faces were blurred may also be named by the id that it had before.
+        A decodable image is read at its scheduled positions and in place of undecodable ones directly before them. An
+        image with blurred faces may also be given by its original id.
         """
         found = (pc.index(column, image_id).as_py() for column in (self._ids, self._derived_from))  # pyright: ignore[reportAttributeAccessIssue]
         row = next((row for row in found if row >= 0), -1)
@@ -128,18 +128,18 @@ class ImageStream:
         return sorted({position for position in at if position < stop})
 
     def image(self, position: int) -> StreamImage[Image.Image]:
-        """Decode the image at `position`, as `find` does."""
+        """Decode the image at `position` as `find` does."""
         return self.find(position, decode_image)
 
     def find(self, position: int, decode: Callable[[bytes], T]) -> StreamImage[T]:
-        """Decode the image at `position`; a bad one is replaced by the next position's, and reported.
+        """Decode the image at `position`; replace an undecodable one by the next position's, and report it.
 
         Args:
             position: 0 or more.
-            decode: makes what is wanted of the image's bytes; raises ImageError if they are bad.
+            decode: converts the image's bytes; raises ImageError if they are bad.
 
         Raises:
-            DatasetError: more than `max_bad_images` different ones in a row cannot be decoded, or a shard is missing or
+            DatasetError: more than `max_bad_images` distinct images in a row are undecodable, or a shard is missing or
                 too short.
         """
         skipped: dict[str, BadImage] = {}
@@ -155,10 +155,10 @@ class ImageStream:
         raise too_many_bad(list(skipped.values()), self._config)
 
     def fetch_ahead(self, position: int) -> None:
-        """Have bytes fetched that will be needed after `position`; of local shards, nothing.
+        """Prefetch bytes for positions after `position`; no-op for local shards.
 
-        All of a window's images come in it, so its bytes are fetched in stored order: while a window is read, the same
-        share of the next one.
+        Each window is prefetched in stored order, because all its images are needed: while a window is read, the same
+        share of the next one is fetched.
         """
         if self._remote is None:
             return
@@ -179,7 +179,7 @@ class ImageStream:
         data = self._reader.read(*self._place(row))
         if self._remote is None or _sha256(data) == image_id:
             return data
-        self._remote.forget(*self._place(row))  # perhaps the cache is damaged, not what it was filled from
+        self._remote.forget(*self._place(row))  # the cache may be damaged rather than its source
         data = self._remote.read(*self._place(row))
         if _sha256(data) != image_id:
             shard = self._place(row)[0]
@@ -189,15 +189,15 @@ class ImageStream:
         return data
 
     def _place(self, row: int) -> tuple[str, int, int]:
-        """Shard, offset and length of an image."""
+        """Return shard, offset and length of an image."""
         return self._shard_names[self._shard[row]], int(self._offsets[row]), int(self._lengths[row])
 
     def _reach(self) -> int:
-        """How many positions further an image may be taken from: where two epochs meet, a bad one may come twice."""
+        """Return the maximum distance of a replacement; twice the limit, since adjacent epochs may repeat an image."""
         return 2 * self._config.max_bad_images
 
     def _shuffles(self, origins: pa.ChunkedArray, seed: int) -> dict[str, Shuffle]:
-        """The whole set, or the parts that the mix names; rows sorted by shard and offset, whatever the manifest's."""
+        """Return the whole set, or the parts of the mix, with rows sorted by shard and offset."""
         stored, size = np.lexsort((self._offsets, self._shard)), self._config.window_shards
         if self._config.mix is None:
             return {WHOLE: Shuffle(stored, self._shard, size, seed)}
@@ -212,13 +212,13 @@ class ImageStream:
         return {n: Shuffle(parts[n], self._shard, size, seed, 1 + ORIGINS.index(n)) for n in parts}
 
     def _remote_shards(self) -> RemoteShards | None:
-        """Shards on S3, if the set is not on disk."""
+        """Return the reader of shards on S3, if the set is not on disk."""
         addresses = self._root / ADDRESSES
         if not addresses.is_file():
             return None
         ends = np.zeros(len(self._shard_names), np.int64)
         np.maximum.at(ends, self._shard, self._offsets + self._lengths)
-        held = 2 * self._config.window_shards * len(self._parts)  # a window and the next one, of each part
+        held = 2 * self._config.window_shards * len(self._parts)  # the current and the next window of each part
         needed, limit = int(np.sort(ends)[-held:].sum()), int(self._config.cache_gib * 2**30)
         if needed > limit:
             raise DatasetError(
@@ -234,7 +234,7 @@ def _sha256(data: bytes) -> str:
 
 
 def too_many_bad(bad: list[BadImage], config: StreamConfig) -> DatasetError:
-    """The error that ends a run over too many bad images, naming the last ones."""
+    """Return the error for too many undecodable images, naming the last ones."""
     named = "; ".join(f"{item.image_id[:12]} ({item.reason})" for item in bad[-3:])
     return DatasetError(
         f"{len(bad)} images cannot be decoded, at most {config.max_bad_images} are allowed (stream.max_bad_images). "

@@ -1,4 +1,4 @@
-"""A snapshot's summary: one HTML file beside the manifest, complete in itself, equal bytes for equal snapshots."""
+"""Summary of a snapshot: a self-contained HTML file beside the manifest; equal snapshots give equal bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _outcome(passed: bool) -> Cell:
 
 
 def _sizes(sides: np.ndarray) -> list[tuple[str, int, str]]:
-    """Images in each range of sizes."""
+    """Count the images in each range of sizes."""
     names = [*(f"{low} to {high - 1}" for low, high in pairwise(SIZE_EDGES)), f"from {SIZE_EDGES[-1]}"]
     end = max(int(sides.max()), SIZE_EDGES[-1]) + 1
     counts = np.histogram(sides, [*SIZE_EDGES, end])[0].tolist()

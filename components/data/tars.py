@@ -1,4 +1,4 @@
-"""Images of an uncompressed tar by their place in the file, listed without trust: no member is ever unpacked."""
+"""List the images of an untrusted uncompressed tar by offset, without unpacking members."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link"}
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What may be an image, and where its bytes are in the tar."""
+    """A possible image, and where its bytes are in the tar."""
 
     name: str
     label: str | None
@@ -30,7 +30,7 @@ class Member:
 
 @dataclass
 class TarListing:
-    """What a tar holds."""
+    """Contents of a tar."""
 
     images: list[Member] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)  # member ("" for the tar), reason, detail
@@ -39,11 +39,11 @@ class TarListing:
 
 
 def list_tar(path: str, uri: str, max_bytes: int) -> TarListing:
-    """List what may be an image: by its name, or by its first bytes. What stands before damage is taken.
+    """List possible images by name or first bytes. Members before damage are listed.
 
     Args:
         path: of the file.
-        uri: its name in messages.
+        uri: name in messages.
         max_bytes: larger members are refused.
 
     Raises:
@@ -68,7 +68,7 @@ def list_tar(path: str, uri: str, max_bytes: int) -> TarListing:
 def _take(
     found: TarListing, labels: MemberLabels, file: BinaryIO, member: tarfile.TarInfo, size: int, max_bytes: int
 ) -> None:
-    """Put one member where it belongs."""
+    """Classify one member."""
     if member.isdir():
         return
     unsafe, kind = _unsafe(member, size), ignored_kind(PurePosixPath(member.name))
@@ -92,12 +92,12 @@ def _take(
 def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     last = -1
     while (member := archive.next()) is not None:
-        if not last < member.offset < size:  # a hostile size can send the reader back to where it was
+        if not last < member.offset < size:  # a hostile size can make the reader loop
             raise tarfile.ReadError(f"member {member.name!r} does not follow the one before it")
         last = member.offset
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - tarfile would keep them all in memory
         yield member
-    # At a damaged header tarfile stops as it does at the end, and all behind it would be lost in silence.
+    # tarfile treats a damaged header like the end, which would silently drop the rest.
     with Path(str(archive.name)).open("rb") as file:
         file.seek(archive.offset)  # pyright: ignore[reportAttributeAccessIssue]
         if any(file.read(tarfile.BLOCKSIZE)):
@@ -105,7 +105,7 @@ def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _unsafe(member: tarfile.TarInfo, size: int) -> tuple[str, str] | None:
-    """The reason and the detail for which a member must not be read."""
+    """Return reason and detail if a member must not be read."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or member.size < 0:
         return "unsafe_member", "its name leads out of the archive, or its size is negative"

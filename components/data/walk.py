@@ -1,7 +1,7 @@
-"""Files of a local folder, each once and in an order that no file system decides, with what its links lead to.
+"""List the files of a local folder, each once and in sorted order, following links.
 
-A real folder is always taken under its own name. A link to a folder that is not there by itself is followed and keeps
-the link's name; of several links to it, the first by name.
+A real folder is always listed under its own name. A link to a folder outside of the tree is followed under the link's
+name; of several links to it, the first by name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file below the folder that was walked."""
+    """A file below the root folder."""
 
-    relative: str  # as text, as is the next
+    relative: str  # decoded as text, as is `uri`
     uri: str
     path: str
     size: int
@@ -31,19 +31,19 @@ class LocalFile:
 
 @dataclass
 class Walk:
-    """What was found below a folder."""
+    """Files below a folder."""
 
     files: list[LocalFile] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)  # path, reason, detail
     ignored: Ignored = field(default_factory=Ignored)
-    links: set[str] = field(default_factory=set)  # folders, relative, that are links which were followed
-    repeated: list[str] = field(default_factory=list)  # links to what is taken under another name, left out
+    links: set[str] = field(default_factory=set)  # relative paths of followed links to folders
+    repeated: list[str] = field(default_factory=list)  # skipped links to files listed under another name
     outside: list[str] = field(default_factory=list)  # links out of the folder, with their targets; followed
-    num_outside: int = 0  # files that were reached by these
+    num_outside: int = 0  # files reached by them
 
 
 def walk(root: str) -> Walk:
-    """Find all files below a folder.
+    """List all files below a folder.
 
     Raises:
         OSError: the folder itself cannot be read.
@@ -55,13 +55,13 @@ class _Walker:
     def __init__(self, root: str):
         self._root = root
         self._home = os.path.realpath(root)
-        self._seen: set[Identity] = set()  # folders whose files are taken, and files that were reached by a link
-        self._folder_links: list[str] = []  # relative, as is the next
+        self._seen: set[Identity] = set()  # listed folders, and files reached by links
+        self._folder_links: list[str] = []  # relative, as in the next
         self._file_links: list[str] = []
         self.found = Walk()
 
     def walk(self) -> Walk:
-        """Take all files, those by links last."""
+        """List all files, those behind links last."""
         with os.scandir(self._root):
             pass
         self._take_folder("")
@@ -94,7 +94,7 @@ class _Walker:
                     self._take_file(name)
 
     def _entries(self, relative: str) -> list[os.DirEntry[str]]:
-        """The entries of a folder; none where they were taken already under another name."""
+        """Return the entries of a folder; none if it is already listed under another name."""
         path = self._path(relative)
         if not self._is_new(os.stat(path)):
             self.found.repeated.append(as_text(relative))
@@ -115,7 +115,7 @@ class _Walker:
             self._refuse(relative, "special_file", "a pipe, a socket or a device")
 
     def _follow(self, relative: str) -> None:
-        """Take what a link leads to, unless it is there by another name."""
+        """List the target of a link, unless it is listed under another name."""
         path = self._path(relative)
         try:
             status = os.stat(path)
@@ -142,7 +142,7 @@ class _Walker:
                 self.found.num_outside += len(self.found.files) - before
 
     def _is_taken(self, status: os.stat_result, target: str) -> bool:
-        """Whether what a link leads to was reached already, for a file also by the folder that it lies in."""
+        """Return whether a link's target is already listed, a file also by its folder."""
         if (status.st_dev, status.st_ino) in self._seen:
             return True
         parent = os.stat(os.path.dirname(target))
@@ -158,7 +158,7 @@ class _Walker:
         return os.path.join(self._root, relative) if relative else self._root
 
     def _shown(self, target: str) -> str:
-        """A path for a detail: relative where it lies in the folder, as the details are shared."""
+        """Return a path for messages: relative if it lies in the root folder, because details are shared."""
         if os.path.isabs(target) and _is_in(os.path.normpath(target), self._home):
             relative = os.path.relpath(target, self._home)
             target = "the folder itself" if relative == "." else relative
@@ -169,7 +169,7 @@ class _Walker:
 
 
 def as_text(path: str) -> str:
-    """Return a path to be written down: file systems take names that are no text, Parquet does not."""
+    """Return a path as valid text for Parquet; file names may be undecodable."""
     return os.fsencode(path).decode(errors="replace")
 
 
@@ -178,7 +178,7 @@ def _is_in(path: str, folder: str) -> bool:
 
 
 def _count_files(path: str) -> int:
-    """Files below a folder; 1 for a file or a link."""
+    """Count the files below a folder; 1 for a file or a link."""
     if os.path.islink(path) or not os.path.isdir(path):
         return 1
     return sum(len(names) for _, _, names in os.walk(path))

@@ -15,7 +15,7 @@ from components.training.config import OptimizerConfig, TrainingConfig, check_cr
 
 
 class StudentConfig(Config):
-    """What is one student's own. Its heads have the teacher's shapes, since both speak of the same prototypes."""
+    """Settings of one student. Its heads have the teacher's shapes, because they share prototypes."""
 
     backbone: ViTConfig = ViTConfig()  # L/14, MLP, no stochastic depth: Table 16
 
@@ -33,15 +33,15 @@ class DistillOptimizerConfig(OptimizerConfig):
 
 
 class DistillConfig(TrainingConfig):
-    """A frozen teacher with its heads; no masking; the moving average of the student ships."""
+    """Distillation from a frozen teacher with its heads; no masking; the student's EMA is exported."""
 
     # A folder, or models:/NAME/VERSION.
     teacher_weights: str = Field(default=str(RELATIVE.weights("adapted")), min_length=1)
 
     students: dict[str, StudentConfig] = Field(min_length=1)
-    share_teacher: bool = True  # students that are to be trained step together; False: one by one, for less memory
+    share_teacher: bool = True  # train students concurrently; False: one after another, in less memory
     batch_size: PositiveInt = 2_048  # Table 16
-    optimizer: DistillOptimizerConfig = DistillOptimizerConfig()
+    optimizer: DistillOptimizerConfig = DistillOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
     def _students_fit(self) -> Self:

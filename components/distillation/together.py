@@ -1,4 +1,4 @@
-"""Students trained side by side on the same batches, so that their frozen teacher looks at each image once."""
+"""Train students concurrently on the same batches, with one forward pass of the frozen teacher's backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from components.data.batch import Batch
 from components.data.crops import NUM_GLOBAL
 from components.model.vit import VisionTransformer, ViTOutput
 from components.training.cost import backbone_flops, training_flops
-from components.training.delivery import Begun
+from components.training.delivery import StartedTraining
 from components.training.loop import Job, Run, note
 from components.training.step import DivergedError
 
@@ -23,35 +23,35 @@ logger = logging.getLogger(__name__)
 
 
 class Student(Run):
-    """The training of one student, which logs to a run of its own."""
+    """The training of one student, which logs to its own tracker run."""
 
-    def __init__(self, begun: Begun, tracked: StageRun, flops_per_image: float) -> None:
-        """Take up its newest checkpoint, if there is one.
+    def __init__(self, started: StartedTraining, tracked: StageRun, flops_per_image: float) -> None:
+        """Resume from its newest checkpoint, if there is one.
 
         Args:
-            begun: the training.
-            tracked: its run of the tracker.
-            flops_per_image: of all students that are trained with it.
+            started: the training.
+            tracked: its tracker run.
+            flops_per_image: of all students of the group.
         """
         self._tracked = tracked
         with reporting_to(tracked):
-            super().__init__(begun.job, begun.step, begun.checkpoints, begun.probes, lambda _: flops_per_image)
+            super().__init__(started.job, started.step, started.checkpoints, started.probes, lambda _: flops_per_image)
 
     def step(self, batch: Batch, step: int, *, together: int = 1) -> None:
-        """Take a step, as `Run.step`."""
+        """Take a step as `Run.step` does."""
         with reporting_to(self._tracked):
             super().step(batch, step, together=together)
 
 
-class Together:
-    """Several students in training, step by step on the same batches, for the training loop.
+class StudentGroup:
+    """Several students that step on the same batches, driven by the training loop.
 
-    Each is what it is alone. One whose checkpoint is ahead takes no step until the others are there; one that diverges
-    stops, and the others go on.
+    Results equal those of separate trainings. A student whose checkpoint is ahead waits until the others reach its
+    step; one that diverges stops, and the others continue.
 
     Attributes:
-        start: steps that all of them have done before.
-        diverged: why a student stopped, by its name.
+        start: steps that all students have done.
+        diverged: errors of stopped students, by name.
     """
 
     def __init__(self, students: Mapping[str, Run]) -> None:
@@ -59,23 +59,23 @@ class Together:
         self.name = ", ".join(run.name for run in students.values())
         self.start = min(run.start for run in students.values())
         self.diverged: dict[str, DivergedError] = {}
-        self._look = OneLook(self.job.networks.teacher.backbone)
+        self._shared_teacher = SharedTeacher(self.job.networks.teacher.backbone)
         self._checkpoints = ExitStack()
 
     def waited(self, seconds: float, step: int) -> None:
-        """Count time in which the step waited for its batch."""
+        """Record how long the step waited for its batch."""
         for run in self._stepping(step).values():
             run.waited(seconds, step)
 
     def step(self, batch: Batch, step: int) -> None:
-        """Let each student take the step.
+        """Take the step with each student.
 
         Raises:
-            DivergedError: no student is left; it is the first one's.
+            DivergedError: all students have diverged; the first one's error.
         """
         stepping = self._stepping(step)
         for number, (student, run) in enumerate(stepping.items()):
-            self._look.turn(first=number == 0, last=number + 1 == len(stepping))
+            self._shared_teacher.select(first=number == 0, last=number + 1 == len(stepping))
             try:
                 run.step(batch, step, together=len(stepping))
             except DivergedError as error:
@@ -86,21 +86,21 @@ class Together:
             logger.error("%s. The others go on", self.diverged[student])
 
     def save(self, steps_done: int) -> None:
-        """Begin a checkpoint of each; one that diverged goes on from before its last step."""
+        """Start a checkpoint of each student; a diverged one resumes from before its last step."""
         for run in self._stepping(steps_done - 1).values():
             run.save(steps_done)
 
     def failed(self) -> bool:
-        """Whether a checkpoint begun last cannot be written."""
+        """Return whether writing a latest checkpoint has failed."""
         return any(run.failed() for run in self.students.values())
 
     def wait(self) -> None:
-        """Return once the last checkpoints stand."""
+        """Wait until the latest checkpoints are complete."""
         for run in self.students.values():
             run.wait()
 
     def note(self) -> str:
-        """Loss of each student and speed, as last measured; empty before."""
+        """Return the last loss of each student, and the speed; empty before the first row."""
         return note([run.rows[-1] for run in self.students.values() if run.rows])
 
     def __enter__(self) -> object:
@@ -115,32 +115,32 @@ class Together:
         return {s: run for s, run in self.students.items() if run.start <= step and s not in self.diverged}
 
 
-class OneLook:
-    """Takes the place of a frozen backbone's forward: runs it for the first student of a step, and keeps what it gives.
+class SharedTeacher:
+    """Replace a frozen backbone's forward: run it for the first student of a step and reuse the features for others.
 
-    Features are kept, not logits: of K prototypes for each patch, those of all parts of a batch would not fit.
+    Features are reused rather than logits, because the K logits of every patch of a batch would not fit into memory.
     """
 
     def __init__(self, backbone: VisionTransformer) -> None:
         self._forward = backbone.forward
-        self._kept: deque[ViTOutput] = deque()  # of the parts of a batch, in order
+        self._features: deque[ViTOutput] = deque()  # by micro-batch, in order
         self._first = self._last = True
         backbone.forward = self  # pyright: ignore[reportAttributeAccessIssue]
 
-    def turn(self, *, first: bool, last: bool) -> None:
-        """The next student's parts come, those of the first and of the last one of the step."""
+    def select(self, *, first: bool, last: bool) -> None:
+        """Announce the next student, and whether it is the first or the last one of the step."""
         self._first, self._last = first, last
 
     def __call__(self, images: Tensor) -> ViTOutput:
-        """Features of one part's global crops."""
-        seen = self._forward(images) if self._first else self._kept.popleft()
+        """Return the features of a micro-batch's global crops."""
+        features = self._forward(images) if self._first else self._features.popleft()
         if not self._last:
-            self._kept.append(seen)
-        return seen
+            self._features.append(features)
+        return features
 
 
 def joint_flops(jobs: Sequence[Job]) -> float:
-    """`training_flops` of students whose teacher looks at the images once; its heads run for each."""
+    """Return the `training_flops` of a group whose teacher backbone runs once; its heads run for each student."""
     config, teacher = jobs[0].config, jobs[0].networks.teacher.backbone.config
     shared = NUM_GLOBAL * backbone_flops(teacher, config.crops.global_size)
     return sum(training_flops(job.networks, config.crops, None) for job in jobs) - (len(jobs) - 1) * shared

@@ -1,4 +1,4 @@
-"""Parameters of the evaluation. No torch here, so that the CLI starts fast."""
+"""Parameters of the evaluation. Imports no torch, so that the CLI starts fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.model.config import Preprocessing
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
 
 
-Version = Annotated[str, Field(pattern=EXACT_URI)]  # never an alias: an input must not move
+Version = Annotated[str, Field(pattern=EXACT_URI)]  # no alias: an input must not change
 
 
 class KnnConfig(Config):
@@ -41,10 +41,10 @@ class LinearConfig(Config):
 
 
 class InstanceConfig(Config):
-    """Retrieval of an image by an augmented view of it: what is measured where there are no labels."""
+    """Retrieval of an image by an augmented view of it: the evaluation without labels."""
 
     num_queries: PositiveInt = 2000  # at most; images drawn at random
-    crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area that a view shows
+    crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area in a view
     jitter: float = Field(default=0.3, ge=0, lt=1)  # brightness, contrast and saturation change by up to this factor
 
     @field_validator("crop_scale")
@@ -62,7 +62,7 @@ class EvaluateConfig(Config):
     preprocessing: Preprocessing = Preprocessing()  # crop_size: a multiple of the backbone's patch size
     batch_size: PositiveInt = 256
     num_workers: int = Field(default=8, ge=0)  # processes that decode images; 0 decodes in the stage's own
-    champions: dict[str, Version] = Field(default_factory=dict)  # model's name -> today's, where it has one
+    champions: dict[str, Version] = Field(default_factory=dict)  # model -> its current champion, if any
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
     instance: InstanceConfig = InstanceConfig()
@@ -77,5 +77,5 @@ class EvaluateConfig(Config):
 
     @property
     def batch_bytes(self) -> int:
-        """Size of one batch of images."""
+        """Bytes of one batch of images."""
         return 3 * self.batch_size * self.preprocessing.crop_size**2

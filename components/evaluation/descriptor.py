@@ -1,4 +1,4 @@
-"""A descriptor that nothing was trained for: what colors and edges alone can tell of an image."""
+"""Training-free baseline descriptor from colors and edges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOR_BINS = (8, 4, 4)  # hue, saturation, value
 
 
 def describe(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Histogram of oriented gradients beside a joint color histogram, each with unit length.
+    """Concatenate a histogram of oriented gradients and a joint color histogram, each of unit norm.
 
     Args:
         image: [S, S, 3] RGB, 8 bits.

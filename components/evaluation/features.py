@@ -1,4 +1,4 @@
-"""Frozen features, extracted once: every image is decoded a single time and shown to all models."""
+"""Extract frozen features; each image is decoded once for all models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Features = dict[str, NDArray[np.float32]]  # by model, [N, D]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How an image becomes a view of itself; the draws depend on the seed and the image's place only."""
+    """Random augmentation, which depends on the seed and the image's index only."""
 
     config: InstanceConfig
     seed: int
@@ -62,7 +62,7 @@ class EvaluationImages(Dataset[Tensor]):
 def augmented_view(
     image: Image.Image, size: int, config: InstanceConfig, generator: np.random.Generator
 ) -> Image.Image:
-    """A random part of the image, mirrored or not, with brightness, contrast and saturation changed."""
+    """Return a random crop with random flip, brightness, contrast and saturation."""
     box = crop_box(image.width, image.height, config.crop_scale, generator)
     view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if generator.random() < 0.5:
@@ -73,7 +73,7 @@ def augmented_view(
 
 
 def backbone_extractor(backbone: VisionTransformer) -> Extractor:
-    """Class tokens after the last norm, float32."""
+    """Return an extractor of class tokens after the last norm, float32."""
     device = next(backbone.parameters()).device
 
     @torch.inference_mode()
@@ -84,13 +84,13 @@ def backbone_extractor(backbone: VisionTransformer) -> Extractor:
 
 
 def descriptor_extractor(images: Tensor) -> NDArray[np.float32]:
-    """The training-free descriptor of each image, [B, 452]."""
+    """Return the training-free descriptor of each image, [B, 452]."""
     return np.stack([describe(image) for image in images.numpy()])
 
 
 @torch.inference_mode()
 def patch_features(backbone: VisionTransformer, images: Tensor) -> NDArray[np.float32]:
-    """Patch tokens after the last norm, [B, P, D], for pictures."""
+    """Return patch tokens after the last norm, [B, P, D], for pictures."""
     device = next(backbone.parameters()).device
     return backbone(to_input(images.to(device).permute(0, 3, 1, 2))).patch_tokens.float().cpu().numpy()
 
@@ -98,10 +98,10 @@ def patch_features(backbone: VisionTransformer, images: Tensor) -> NDArray[np.fl
 def extract_features(
     extractors: Mapping[str, Extractor], images: EvaluationImages, config: EvaluateConfig, what: str
 ) -> Features:
-    """Features of all images by each extractor, in the order of the images."""
+    """Extract the features of all images by each extractor, in image order."""
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     check_shared_memory("evaluate.num_workers", config.num_workers, config.batch_bytes)
-    # Its own generator keeps the loader from drawing on the global one.
+    # With its own generator the loader does not use the global one.
     loader = DataLoader(images, config.batch_size, num_workers=config.num_workers, generator=torch.Generator())
     with progress(what, len(images)) as advance:
         for batch in loader:  # [B, S, S, 3]

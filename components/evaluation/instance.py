@@ -1,4 +1,4 @@
-"""Retrieval of images by augmented views of them, which needs no labels."""
+"""Label-free retrieval of images by their augmented views."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CHUNK = 1024  # queries compared at once
 def retrieval_ranks(
     queries: NDArray[np.floating], gallery: NDArray[np.floating], targets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Place of each query's own image among all of the gallery by cosine similarity, 1 is first.
+    """Return the rank of each query's own image in the gallery by cosine similarity, 1 is first.
 
-    Images that are as similar as the right one count before it: features that are all the same win nothing.
-    With one right answer a query, average precision is 1 / rank.
+    Ties with the correct image rank before it, so that identical features score worst. With one correct image per
+    query, average precision is 1 / rank.
 
     Args:
         queries: [Q, D] features of the views.

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 # Multiply-adds of one pass over the features below which BLAS gets one thread: more wait for each other longer
 # than they work (0.3 s for 0.04 s beside another stage on 2 cores).
 SMALL_PASS = 100_000_000
-SPLIT_SEED = 0  # dinov2/eval/log_regression.py draws the validation split with this seed, whatever the run's
+SPLIT_SEED = 0  # dinov2/eval/log_regression.py always draws the validation split with this seed
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """Class of each test image [T], and the C that was chosen."""
+    """Class of each test image [T], and the chosen C."""
 
     predictions: NDArray[np.int64]
     c: float
@@ -35,7 +35,7 @@ class LinearResult:
 def linear_predictions(
     train: NDArray[np.floating], targets: NDArray[np.int64], test: NDArray[np.floating], config: LinearConfig, name: str
 ) -> LinearResult:
-    """Fit by L-BFGS with an L2 penalty; C is chosen on a random part of train, then all of train is fitted.
+    """Fit by L-BFGS with an L2 penalty; choose C on a random part of train, then refit on all of train.
 
     dinov2/eval/log_regression.py (the protocol of the 12 fine-grained sets, arXiv:2304.07193, Table 8), float64.
 
@@ -44,12 +44,12 @@ def linear_predictions(
         targets: [N] classes, two or more.
         test: [T, D] features.
         config: grid and solver.
-        name: of the features, for progress.
+        name: of the features, for the progress display.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
     small = train.size * len(np.unique(targets)) < SMALL_PASS
     with warnings.catch_warnings(), threadpool_limits(1 if small else None, user_api="blas"):
-        # With a tolerance of 1e-12 the solver always ends at its iteration limit or at machine precision.
+        # With a tolerance of 1e-12 the solver always stops at its iteration limit or at machine precision.
         warnings.simplefilter("ignore", ConvergenceWarning)
         c = _choose_c(train, targets, config, name)
         predictions = _solver(config, c).fit(train, targets).predict(test)
@@ -59,15 +59,15 @@ def linear_predictions(
 def _choose_c(train: NDArray[np.float64], targets: NDArray[np.int64], config: LinearConfig, name: str) -> float:
     grid = sorted(config.c_grid)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(targets))
-    held, kept = np.split(order, [max(1, round(len(targets) * config.validation_fraction))])
-    if len(np.unique(targets[kept])) < 2:
+    validation, fitted = np.split(order, [max(1, round(len(targets) * config.validation_fraction))])
+    if len(np.unique(targets[fitted])) < 2:
         log.warning("too few train images to hold some out: C is the middle of its grid")
         return grid[len(grid) // 2]
-    model = _solver(config, grid[0]).set_params(warm_start=True)  # the optimum does not depend on where it starts
+    model = _solver(config, grid[0]).set_params(warm_start=True)  # the optimum does not depend on the start
     scores = []
     for c in track(grid, f"logistic regression of {name}", len(grid), "values of C"):
-        model.set_params(C=c).fit(train[kept], targets[kept])
-        scores.append(top1_accuracy(np.asarray(model.predict(train[held])), targets[held]))
+        model.set_params(C=c).fit(train[fitted], targets[fitted])
+        scores.append(top1_accuracy(np.asarray(model.predict(train[validation])), targets[validation]))
     return grid[int(np.argmax(scores))]  # the strongest penalty among equals
 
 

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: which images are shown, and their nearest neighbors."""
+"""Pictures of an evaluation: sampled queries and their nearest neighbors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPACE = Tile(Image.new("RGB", (TILE // 8, 1), "white"))  # between a query and i
 
 @dataclass(frozen=True)
 class Neighbors:
-    """One query, its class, and its nearest images with their classes; classes are None without labels."""
+    """A query and its nearest images with their classes; classes are None without labels."""
 
     query: Image.Image
     query_class: str | None
@@ -31,7 +31,7 @@ class Neighbors:
 
 
 def choose_queries(images: EvaluationSet, count: int, seed: int) -> list[int]:
-    """Images to show, at random: test images of different classes as far as they go, or any where none are known."""
+    """Choose random images to show: test images of as many classes as possible, or any images without labels."""
     generator = np.random.default_rng(seed)
     if images.labels is None:
         return [int(index) for index in generator.permutation(images.images.num_rows)[:count]]
@@ -44,7 +44,7 @@ def choose_queries(images: EvaluationSet, count: int, seed: int) -> list[int]:
 def neighbor_rows(
     images: EvaluationSet, pixels: EvaluationImages, features: NDArray[np.floating], queries: Sequence[int]
 ) -> list[Neighbors]:
-    """Each query with its nearest train images, or nearest other images where there are no classes."""
+    """Find the nearest train images of each query, or the nearest other images without labels."""
     labels = images.labels
     gallery = np.arange(len(features)) if labels is None else labels.train
     count = min(NUM_NEIGHBORS + 1, len(gallery))
@@ -64,7 +64,7 @@ def neighbor_rows(
 
 
 def draw_neighbors(rows: Sequence[Neighbors]) -> Image.Image:
-    """A row for each query: the query, then its nearest images, framed green where the class is right and red else."""
+    """Draw a row for each query: the query, then its nearest images, framed green if the class matches, else red."""
     sheet = []
     for row in rows:
         found = zip(row.images, row.classes, strict=True)
@@ -74,7 +74,7 @@ def draw_neighbors(rows: Sequence[Neighbors]) -> Image.Image:
 
 
 def _verdict(query_class: str | None, name: str | None) -> str:
-    """Color of a neighbor's frame."""
+    """Return the color of a neighbor's frame."""
     return PLAIN if query_class is None else RIGHT if name == query_class else WRONG
 
 

@@ -1,4 +1,4 @@
-"""What a reviewer opens: one HTML file with the numbers, what they mean, and the pictures inside it."""
+"""Report for reviewers: one HTML file with metrics, their meanings and embedded pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANINGS = {
     "feature_std": "spread on the sphere: 1 even, 0 collapsed",
     "linear_c": "the chosen C",
 }
-KEY = ("knn_top1", "linear_top1", "instance_recall_at_1", "effective_rank")  # looked at first
+KEY = ("knn_top1", "linear_top1", "instance_recall_at_1", "effective_rank")  # shown first
 
 
 def write_comparison(path: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
@@ -40,15 +40,15 @@ def write_report(
     differences: Mapping[str, Mapping[str, Interval]],
     intervals: Mapping[str, Mapping[str, Interval]],
 ) -> None:
-    """Write the HTML report; the pictures `pca.jpg` and `neighbors.jpg` beside `path` are put inside it.
+    """Write the HTML report with the embedded pictures `pca.jpg` and `neighbors.jpg` beside `path`.
 
     Args:
         path: the HTML file.
         title: what was evaluated.
         facts: one-line statements on the data and the protocol.
-        scores: for each model, its metrics; the first model is the candidate.
-        differences: for each other model that was compared with intervals, candidate minus it, by metric.
-        intervals: for each model, of its accuracies.
+        scores: metrics by model; the first model is the candidate.
+        differences: intervals of candidate minus another model, by model and metric.
+        intervals: of the accuracies, by model and metric.
     """
     models = list(scores)
     page = render(
@@ -66,7 +66,7 @@ def write_report(
 
 
 def _key_figures(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
-    """The candidate's main metrics, each beside the value of the model that follows it."""
+    """Return the candidate's main metrics, each with the value of the next model."""
     (_, candidate), *others = scores.items()
     found = []
     for metric in (metric for metric in KEY if metric in candidate):
@@ -78,7 +78,7 @@ def _key_figures(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, s
 def _score_rows(
     scores: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Interval]]
 ) -> list[list[Cell]]:
-    """A row for each metric, a column for each model."""
+    """Return a row for each metric, a column for each model."""
     rows = []
     for metric in dict.fromkeys(metric for values in scores.values() for metric in values):
         row = {model: values.get(metric) for model, values in scores.items()}

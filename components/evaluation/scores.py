@@ -1,4 +1,4 @@
-"""Metrics of several models on one evaluation set, each with its value on every test image."""
+"""Metrics of several models on one evaluation set, with values per test image."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from components.evaluation.linear import linear_predictions
 
 @dataclass
 class Scores:
-    """Metrics of one model; `by_image` holds the values on single images whose mean a metric is, for intervals."""
+    """Metrics of one model; for metrics that are means over images, `by_image` holds the values, for intervals."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)  # [T] each
 
     def add(self, metric: str, by_image: NDArray[np.floating]) -> None:
-        """Add a metric that is a mean over images."""
+        """Add a metric that is the mean over images."""
         self.by_image[metric] = by_image
         self.metrics[metric] = float(by_image.mean())
 
     def intervals(self) -> dict[str, Interval]:
-        """95 % intervals of the accuracies."""
+        """Return the 95 % intervals of the accuracies."""
         return {metric: accuracy_interval(values) for metric, values in self.by_image.items() if is_accuracy(values)}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of each model, and what they were measured on."""
+    """Scores of each model, and what was measured."""
 
     scores: dict[str, Scores]
     features: Features  # [N, D]
@@ -46,7 +46,7 @@ class Measured:
 
 
 def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[str, Extractor], seed: int) -> Measured:
-    """Score every model: by classes where the set has labels, else by retrieval of augmented views."""
+    """Score every model: by classification if the set has labels, else by retrieval of augmented views."""
     crops = EvaluationImages(images, config.preprocessing)
     features = extract_features(extractors, crops, config, "features")
     if images.labels is None:
@@ -64,7 +64,7 @@ def measure(config: EvaluateConfig, images: EvaluationSet, extractors: Mapping[s
 
 
 def values_by_image(measured: Measured, images: EvaluationSet) -> pa.Table:
-    """A row for each model, metric and test image: what is needed to compare models of different runs in pairs."""
+    """Return a row for each model, metric and test image, for paired comparisons of models of different runs."""
     ids = images.images["image_id"].take(pa.array(measured.rows))
     parts = [
         pa.table({"image_id": ids, "model": [model] * len(ids), "metric": [metric] * len(ids), "value": values})
@@ -75,7 +75,7 @@ def values_by_image(measured: Measured, images: EvaluationSet) -> pa.Table:
 
 
 def knn_scores(config: KnnConfig, features: NDArray[np.float32], labels: Labels) -> Scores:
-    """Accuracy of nearest neighbors for every k; in a train set of fewer than k images all of them vote."""
+    """Compute the kNN accuracy for every k, which is limited to the number of train images."""
     counts = {k: min(k, len(labels.train)) for k in config.num_neighbors}
     found = nearest(features[labels.test], features[labels.train], max(counts.values()))
     votes = labels.targets[labels.train][found.indices]  # [T, K]
@@ -91,7 +91,7 @@ def knn_scores(config: KnnConfig, features: NDArray[np.float32], labels: Labels)
 def differences(
     scores: Mapping[str, Scores], model: str, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """For each other model, `model` minus it by metric: the mean over the same images and its 95 % interval."""
+    """Compute `model` minus each other model by metric: the mean over the same images with its 95 % interval."""
     generator = np.random.default_rng(seed)
     return {
         other: {

@@ -1,4 +1,4 @@
-"""Evaluate one model: its frozen features beside those of untrained ones and of the champion, on the same images."""
+"""Evaluate the frozen features of one model beside untrained baselines and the champion, on the same images."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         model: a name among `config.models`.
 
     Returns:
-        The model's metrics; those of `random`, `descriptor` and `champion` under their names; differences with
+        The model's metrics; those of `random`, `descriptor` and `champion` under these names; differences with
         intervals under `minus_<name>`; and counts.
 
     Raises:
-        DatasetError: no evaluation images, no test images, or a crop that does not fit a model.
+        DatasetError: no evaluation images, no test images, or a crop size that does not fit a model.
     """
     layout = Layout(root)
     images = read_evaluation_set(layout.evaluation)
@@ -76,15 +76,15 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
 
 
 def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, VisionTransformer]:
-    """The candidate (first), the champion where one is named, and an untrained network of the candidate's shape."""
+    """Load the candidate (first), the champion if configured, and an untrained network of the candidate's shape."""
     candidate = load_backbone(root / config.models[model])
     found = {model: candidate}
     if model in config.champions:
         found[CHAMPION] = load_backbone(download_weights(config.champions[model], root))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # With the small initial LayerScale the class token hardly depends on the image, and beating it says little:
-        # logistic regression is at chance. At 1 the untrained blocks do their work, and it is an honest opponent.
+        # With the small initial LayerScale the class token hardly depends on the image, so that logistic regression is
+        # at chance. With a LayerScale of 1 the random blocks contribute, which makes a meaningful baseline.
         found[RANDOM] = VisionTransformer(candidate.config.model_copy(update={"layer_scale_init": 1.0}))
     device, size = "cuda" if torch.cuda.is_available() else "cpu", config.preprocessing.crop_size
     for name, backbone in found.items():

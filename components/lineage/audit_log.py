@@ -1,9 +1,9 @@
 """The audit log: who did what to which model, as hash-chained objects in an object-locked S3 bucket.
 
-One object an event, `events/<name>/<sequence>.json`. Each holds the hash of the one before, so that no event can be
-changed, dropped or put in between without a reader noticing. Events are written with `If-None-Match: *`: two writers
-can never both be number 7. Retention is the bucket's default, which its owner sets and the writer cannot weaken; in a
-bucket without a default each event is locked for ten years in governance mode. A bucket without object lock is refused.
+Each event is one object, `events/<name>/<sequence>.json`, with the hash of the previous event, so that readers detect
+changed, removed or inserted events. Events are written with `If-None-Match: *`, so that two writers cannot use the same
+sequence number. Retention is the bucket's default, which its owner sets and the writer cannot weaken; in a bucket
+without a default each event is locked for ten years in governance mode. A bucket without object lock is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
 
 @dataclass(frozen=True)
 class Event:
-    """Something a person or a program did: `actor` did `action` to `subject`, a version of the model `name`."""
+    """An action: `actor` did `action` to `subject`, a version of the model `name`."""
 
     name: str
     action: str
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Entry:
-    """An event as it stands in the log; `hash` is the SHA-256 of the canonical JSON of all other fields."""
+    """An event in the log; `hash` is the SHA-256 of the canonical JSON of all other fields."""
 
     name: str
     sequence: int
@@ -57,9 +57,10 @@ class Entry:
 
 
 class OvertakenError(RecordError):
-    """Another event came first, so that what was decided was decided without knowing of it."""
+    """Another event was appended first, so the decision was made without knowing it."""
 
     def __init__(self, entry: Entry) -> None:
+        self.entry = entry
         super().__init__(
             f"event {entry.sequence} came first: {entry.action} of {entry.subject} by {entry.actor}, "
             f"{entry.details.get('reason', '')!r}; look again, then decide again"
@@ -70,7 +71,7 @@ class AuditLog:
     """The events of all models in one bucket.
 
     Args:
-        bucket: name of the object-locked bucket; the endpoint and credentials are the standard AWS variables.
+        bucket: name of the object-locked bucket; the standard AWS variables set endpoint and credentials.
     """
 
     def __init__(self, bucket: str) -> None:
@@ -81,7 +82,7 @@ class AuditLog:
 
     @classmethod
     def from_environment(cls) -> AuditLog:
-        """The log in the bucket that PEDIGREE_AUDIT_BUCKET names.
+        """Return the log in the bucket that PEDIGREE_AUDIT_BUCKET names.
 
         Raises:
             RecordError: the variable is not set.
@@ -92,15 +93,15 @@ class AuditLog:
         return cls(bucket)
 
     def append(self, event: Event, after: int | None = None) -> Entry:
-        """Write `event` at the end of its model's chain, after the chain before it has been verified.
+        """Verify the chain of the event's model, and append the event.
 
         Args:
             event: what was done, or is about to be.
-            after: the number of events that the actor knew of; another one since then is an error.
+            after: number of events that the actor has seen; more events are an error.
 
         Raises:
-            RecordError: the chain is broken, or the bucket keeps nothing locked; another event came first.
-            StorageError: S3 refuses or does not answer; the same for `read`.
+            RecordError: the chain is broken, the bucket has no object lock, or another event came first.
+            StorageError: S3 refuses or does not answer, as in `read`.
         """
         lock = self._lock()
         for _ in range(ATTEMPTS):
@@ -113,10 +114,10 @@ class AuditLog:
         raise RecordError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
 
     def read(self, name: str) -> list[Entry]:
-        """All events of the model `name`, oldest first, verified; empty when there are none.
+        """Return the verified events of the model `name`, oldest first; empty if there are none.
 
         Raises:
-            RecordError: an entry was changed, replaced, deleted or is out of its place; the message names it.
+            RecordError: an entry was changed, replaced, deleted or moved; the message names it.
         """
         objects = self._objects(f"events/{_checked(name)}/")
         entries: list[Entry] = []
@@ -128,10 +129,10 @@ class AuditLog:
         return entries
 
     def names(self) -> list[str]:
-        """Names of the models that have events."""
-        asked = {"Bucket": self.bucket, "Prefix": "events/", "Delimiter": "/"}
+        """Return the names of models with events."""
+        query = {"Bucket": self.bucket, "Prefix": "events/", "Delimiter": "/"}
         with s3_errors(self._place):
-            pages = self._client.get_paginator("list_object_versions").paginate(**asked)
+            pages = self._client.get_paginator("list_object_versions").paginate(**query)
             return [p["Prefix"].split("/")[1] for page in pages for p in page.get("CommonPrefixes", [])]
 
     def _verified(self, key: str, body: bytes, before: Entry | None) -> Entry:
@@ -151,7 +152,7 @@ class AuditLog:
         return RecordError(f"audit log broken at s3://{self.bucket}/{key}: {what}")
 
     def _objects(self, prefix: str) -> list[tuple[str, str]]:
-        """(key, version id) of every object, in order; a second version or a delete marker is tampering."""
+        """Return (key, version id) of every object, in order; raise on a second version or a delete marker."""
         found: dict[str, str] = {}
         with s3_errors(self._place):
             for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
@@ -168,7 +169,7 @@ class AuditLog:
             return self._client.get_object(Bucket=self.bucket, Key=key, VersionId=version)["Body"].read()
 
     def _put(self, entry: Entry, lock: Mapping[str, Any]) -> bool:
-        """Write the object unless the key is taken; taken by these very bytes (a resent request) counts as written."""
+        """Write the object unless the key exists; return whether it holds these bytes, also after a resent request."""
         key, body = _key(entry.name, entry.sequence), _canonical(dataclasses.asdict(entry))
         with s3_errors(self._place):
             try:
@@ -176,7 +177,7 @@ class AuditLog:
                     Bucket=self.bucket, Key=key, Body=body, ContentType="application/json", IfNoneMatch="*", **lock
                 )
             except ClientError as error:
-                # 409: on AWS, another conditional put of the same key was under way.
+                # 409: on AWS, a concurrent conditional put of the same key.
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
                     raise
                 return self._is(key, body)
@@ -189,7 +190,7 @@ class AuditLog:
             return False
 
     def _lock(self) -> dict[str, Any]:
-        """What a put must say so that its object is locked: nothing, where the bucket has a default retention."""
+        """Return the lock options of a put; none if the bucket has a default retention."""
         if self._owner_retains is None:
             self._owner_retains = "DefaultRetention" in self._lock_configuration().get("Rule", {})
         if self._owner_retains:

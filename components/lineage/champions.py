@@ -1,6 +1,6 @@
-"""Who was champion when, as the audit log says; and where the registry says otherwise.
+"""The history of champions from the audit log, and contradictions of the registry.
 
-An alias keeps no who and no when, and anybody who may write the registry can move it. The log is what counts.
+An alias records neither who set it nor when, and anyone with write access to the registry can move it. The log decides.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from components.core.references import ModelReference
@@ -21,7 +22,7 @@ CHANGES = (PROMOTE, ROLLBACK)
 
 @dataclass(frozen=True)
 class Reign:
-    """The time in which a version was the champion; `until` is None for the one that still is."""
+    """The period in which a version was the champion; `until` is None for the current one."""
 
     version: str  # NAME/3
     since: str
@@ -29,14 +30,14 @@ class Reign:
     event: Entry
 
     def holds(self, time: datetime.datetime) -> bool:
-        """Whether the version was the champion at that time."""
+        """Return whether the version was the champion at that time."""
         begin, end = (datetime.datetime.fromisoformat(t) if t else None for t in (self.since, self.until))
         assert begin is not None
         return begin <= time and (end is None or time < end)
 
 
 def line_of_succession(entries: Iterable[Entry]) -> list[str]:
-    """The champions that a rollback can return to, oldest first; the last one is the champion, empty: there is none.
+    """Return the champions to which a rollback can return, oldest first; the last is the champion, empty without one.
 
     A promotion puts a version on top, a rollback takes off those above the version that it returns to.
     """
@@ -51,14 +52,14 @@ def line_of_succession(entries: Iterable[Entry]) -> list[str]:
 
 
 def reigns(entries: Iterable[Entry]) -> list[Reign]:
-    """Each change of the champion, oldest first."""
+    """Return the changes of the champion, oldest first."""
     changes = [entry for entry in entries if entry.action in CHANGES]
-    ends = [*(entry.time for entry in changes[1:]), None]
-    return [Reign(entry.subject, entry.time, end, entry) for entry, end in zip(changes, ends, strict=True)]
+    pairs = zip_longest(changes, changes[1:])
+    return [Reign(entry.subject, entry.time, later.time if later else None, entry) for entry, later in pairs if entry]
 
 
 def unexplained(name: str, entries: Sequence[Entry], aliases: Mapping[str, Any], versions: Iterable[Any]) -> list[str]:
-    """What the registry says of a model and no event explains, a sentence each.
+    """Describe each fact of a model in the registry that no audit event explains.
 
     Args:
         name: of the released model.

@@ -1,4 +1,4 @@
-"""What of a stage's inputs differs from those that a `dvc.lock` has: its command, parameters, code and data."""
+"""Compare a stage's command, parameters, code and data with those in a `dvc.lock`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Kind = Literal["command", "parameter", "code", "data", "record"]
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs, in words; kind `record`: there is nothing to compare with."""
+    """One difference; kind `record` means that there is nothing to compare with."""
 
     kind: Kind
     what: str
 
 
 def changes(entry: Mapping[str, Any], inputs: Mapping[str, Any], before: Record, now: Record) -> list[Change]:
-    """The differences between a stage's entry in a `dvc.lock` and its inputs now.
+    """List the differences between a stage's entry in a `dvc.lock` and its present inputs.
 
     Args:
         entry: of the stage, in the `dvc.lock` of `before`.
-        inputs: `cmd`, `params` and `deps` (path -> DVC id), as of `Ledger.foresee`; an id of None is not compared.
-        before: the commit that `entry` is from.
-        now: the workspace that `inputs` are from.
+        inputs: `cmd`, `params` and `deps` (path -> DVC id) from `Ledger.foresee`; an id of None is not compared.
+        before: the commit of `entry`.
+        now: the workspace of `inputs`.
     """
     found = []
     if entry["cmd"] != inputs["cmd"]:
@@ -48,7 +48,7 @@ def changes(entry: Mapping[str, Any], inputs: Mapping[str, Any], before: Record,
 
 
 def changed_files(path: str, before: Record, now: Record) -> dict[str, str]:
-    """The files that two versions of a list of code differ in, each with `changed`, `new` or `gone`."""
+    """Return the files in which two versions of a code list differ, each with `changed`, `new` or `gone`."""
     return _differing(*(read_list((record.read(path) or b"").decode()) for record in (before, now)))
 
 
@@ -58,7 +58,7 @@ def _differing(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]
 
 
 def _sources(path: str, before: Record, now: Record) -> list[str]:
-    """The tracked snapshots below a data folder that differ; none for what a stage makes."""
+    """Return the differing tracked snapshots below a data folder; none for outputs of stages."""
     return [f"{name} {how}" for name, how in _differing(before.tracked(path), now.tracked(path)).items()]
 
 

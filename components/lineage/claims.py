@@ -1,4 +1,4 @@
-"""What the registry and the audit log refer to: runs, commits and DVC objects that must stay, and for whose sake."""
+"""Find the runs, commits and DVC objects to which the registry and the audit log refer, and which `gc` must keep."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from components.core.mlflow_client import reported
-from components.core.references import COMMIT, DATA_ID, RUN_ID
+from components.core.references import COMMIT, DATA_ID, RUN_ID, ModelReference
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.lock_file import RecordError
 from components.lineage.provenance import Tag, data_versions
 
-REMOVED_TAG = "pedigree.removed"  # on the MLflow runs of a run that `pedigree gc` removed: when
+REMOVED_TAG = "pedigree.removed"  # time of removal, on the MLflow runs of a run that `pedigree gc` removed
 DATA_TAGS = (Tag.CURATED, Tag.POOL, Tag.EVALUATION)
 PAGE = 200
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One version or audit event, and what of ours it refers to.
+    """References of one version or audit event.
 
     Attributes:
         because: `registered` or `audited`.
-        by: such as `version pedigree-candidates/3`.
+        by: the referrer, such as `version pedigree-candidates/3`.
         runs: run ids.
         ids: DVC ids.
         lock_sha256: of the `dvc.lock` that it was registered with.
@@ -39,17 +39,17 @@ class Claim:
 
 
 def versions(client: Any) -> list[Any]:
-    """All versions of all registered models.
+    """Return all versions of all registered models.
 
     Raises:
-        TrackingError: MLflow does not answer; the same for all below that take its client.
+        TrackingError: MLflow does not answer, as in all functions that take its client.
     """
     with reported():
         return list(_pages(lambda token: client.search_model_versions(max_results=PAGE, page_token=token)))
 
 
 def champions(client: Any) -> dict[str, str]:
-    """`NAME-candidates 3` -> `champion as NAME 1`, for each candidate that was promoted to a champion of today."""
+    """Return `NAME-candidates 3` -> `champion as NAME 1` for each candidate that is a current champion."""
     found = {}
     for version in versions(client):
         with reported():
@@ -60,15 +60,15 @@ def champions(client: Any) -> dict[str, str]:
 
 
 def version_claims(found: Iterable[Any]) -> list[Claim]:
-    """What each version that names its commit was made by and from."""
+    """Return the claim of each version with a commit tag."""
     return [_claim(version) for version in found if version.tags.get(Tag.COMMIT)]
 
 
 def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
-    """What audit events name, by themselves or by their MLflow run; and a line for each such run that is gone.
+    """Return the claims of audit events and of their MLflow runs, and a note for each missing run.
 
     Raises:
-        RecordError: a chain is broken: nothing is removed until that is explained.
+        RecordError: a chain is broken, so nothing may be removed.
         StorageError: S3 does not answer.
     """
     claims, notes = [], []
@@ -84,7 +84,7 @@ def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
 
 
 def mlflow_runs(client: Any, model_names: Iterable[str], query: str) -> list[Any]:
-    """MLflow's runs of these models (each is an experiment) that match a query."""
+    """Return MLflow's runs of these models (each is an experiment) that match a query."""
     with reported():
         experiments = [client.get_experiment_by_name(name) for name in sorted(set(model_names))]
         ids = [experiment.experiment_id for experiment in experiments if experiment is not None]
@@ -94,7 +94,7 @@ def mlflow_runs(client: Any, model_names: Iterable[str], query: str) -> list[Any
 
 
 def _claim(version: Any) -> Claim:
-    by, tags = f"version {version.name}/{version.version}", version.tags
+    by, tags = f"version {ModelReference.of_version(version)}", version.tags
     try:
         ids = {data.dvc for tag in DATA_TAGS for data in data_versions(tags, tag)}
     except (ValueError, TypeError):
@@ -106,7 +106,7 @@ def _claim(version: Any) -> Claim:
 
 
 def _run_tags(client: Any, entry: Entry) -> Mapping[str, str] | None:
-    """Tags of the MLflow run that an event names; none where it names none; None if MLflow does not have it."""
+    """Return the tags of an event's MLflow run; empty without a run; None if MLflow does not have it."""
     from mlflow.exceptions import MlflowException
 
     if not isinstance(entry.details.get("run"), str):

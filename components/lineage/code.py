@@ -1,9 +1,9 @@
-"""The code of each stage as parsed, in files that `dvc.yaml` names as inputs: `python -m components.lineage.code`.
+"""Write the code fingerprints of each stage, which are inputs in `dvc.yaml`: `python -m components.lineage.code`.
 
-A line of `reports/code/STAGE.txt` is a file that the stage can load and the SHA-256 of what it says: of a module its
-syntax tree, so that comments, docstrings and layout do not count; of any other file its bytes. A stage can load what
-its entry in `components.stages` and the command line import, at the top or inside functions, and what these import.
-DVC runs this whenever a byte of `components` has changed, so a list is never older than the code.
+A line of `reports/code/STAGE.txt` is a file that the stage can import and a SHA-256: for a module, of its syntax tree,
+so that comments, docstrings and layout do not count; for any other file, of its bytes. Importable files are those that
+the stage's entry in `components.stages` and the command line import, at the top or inside functions, transitively. DVC
+runs this whenever a byte of `components` changes, so the lists are never out of date.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from components.core.layout import RELATIVE
 from components.core.storage import write_bytes
 from components.stages import STAGES
 
-STAGE = "code"  # in dvc.yaml; bookkeeping, no work
+STAGE = "code"  # in dvc.yaml; bookkeeping only
 PACKAGE = "components"
 COMMAND_LINE = "components.__main__"
 # They name every stage. What a stage needs of `recipe` are its own config models, which the stage imports itself.
 NOT_FOLLOWED = ("components/recipe.py", "components/stages.py")
-BY_NAME = ("import_module", "__import__")  # functions that import what a string names
+BY_NAME = ("import_module", "__import__")  # functions that import by name
 
 
 class Code:
@@ -42,15 +42,15 @@ class Code:
 
     @cached_property
     def files(self) -> frozenset[str]:
-        """Paths of all files that DVC watches (see .dvcignore), relative to `root`."""
+        """Paths of all files that DVC tracks as code (see .dvcignore), relative to `root`."""
         found = (path.relative_to(self.root) for path in (self.root / PACKAGE).rglob("*") if path.is_file())
         return frozenset(p.as_posix() for p in found if "__pycache__" not in p.parts and p.suffix != ".md")
 
     def fingerprints(self, modules: Iterable[str]) -> dict[str, str]:
-        """SHA-256 of each file that the named modules can load, themselves included, by path.
+        """Return the SHA-256 of each file that the named modules can import, including themselves, by path.
 
         Raises:
-            InputError: a file is no Python, or imports what only a running program knows.
+            InputError: a file is not valid Python, or imports a module by a computed name.
         """
         waiting, found = [path for name in modules for path in self._of_module(name)], {}
         while waiting:
@@ -77,7 +77,7 @@ class Code:
             yield from self.files & {text, f"{folder}/{text}"}
 
     def _of_module(self, name: str) -> Iterator[str]:
-        """The file of a module, and those of the packages that it lies in; none for what is not of this package."""
+        """Yield the files of a module and of its parent packages; none for modules of other packages."""
         parts = name.split(".")
         if parts[0] == PACKAGE:
             packages = ("/".join((*parts[:end], "__init__.py")) for end in range(1, len(parts) + 1))
@@ -88,11 +88,11 @@ class Module:
     """One parsed file.
 
     Args:
-        path: relative to the folder that holds the package.
+        path: relative to the folder that contains the package.
         source: its bytes.
 
     Raises:
-        InputError: it is no Python.
+        InputError: not valid Python.
     """
 
     def __init__(self, path: str, source: bytes) -> None:
@@ -110,16 +110,16 @@ class Module:
 
     @cached_property
     def imports(self) -> frozenset[str]:
-        """Dotted names of all that is imported; `from a import b` gives `a` and `a.b`.
+        """Dotted names of all imports; `from a import b` gives `a` and `a.b`.
 
         Raises:
-            InputError: a module is imported by a name that is no literal.
+            InputError: a module is imported by a computed name.
         """
         return frozenset(name for node in self._nodes for name in self._imported_by(node))
 
     @cached_property
     def strings(self) -> frozenset[str]:
-        """All string literals: one that is the name of a module or file counts as its import."""
+        """All string literals; the name of a module or file counts as an import."""
         constants = (node.value for node in self._nodes if isinstance(node, ast.Constant))
         return frozenset(value for value in constants if isinstance(value, str))
 
@@ -137,8 +137,8 @@ class Module:
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Call) and _name(node.func) in BY_NAME and not _is_literal(node.args):
             raise InputError(
-                f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that only a running program knows, "
-                "so a change of that module would go unseen; write the whole name as a literal"
+                f"{self.path}, line {node.lineno}: {_name(node.func)} takes a name that is computed at run time, "
+                "so changes of that module would go unnoticed; write the whole name as a literal"
             )
 
 
@@ -146,7 +146,7 @@ def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> N
     """Write `reports/code/STAGE.txt` of every stage.
 
     Raises:
-        InputError: as for `Code.fingerprints`.
+        InputError: as in `Code.fingerprints`.
     """
     code = Code(root)
     lists = {stage: code.fingerprints([COMMAND_LINE, *_modules(names)]) for stage, names in stages.items()}
@@ -156,12 +156,12 @@ def write_lists(root: Path, stages: Mapping[str, tuple[str, ...]] = STAGES) -> N
 
 
 def list_of(stage: str) -> str:
-    """Path of the list of a stage of `dvc.yaml`, such as `evaluate@small`."""
+    """Return the path of the code list of a stage of `dvc.yaml`, such as `evaluate@small`."""
     return str(RELATIVE.code_lists / f"{stage.partition('@')[0]}.txt")
 
 
 def read_list(text: str) -> dict[str, str]:
-    """The fingerprints that a list holds, by path."""
+    """Parse the fingerprints of a code list, by path."""
     return dict(line.rsplit(" ", 1) for line in text.splitlines())
 
 
@@ -170,7 +170,7 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def _is_literal(arguments: list[ast.expr]) -> bool:
-    """Whether the first of a call's arguments is the whole name of a module."""
+    """Return whether a call's first argument is the literal absolute name of a module."""
     value = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else None
     return isinstance(value, str) and not value.startswith(".")
 
@@ -180,7 +180,7 @@ def _name(function: ast.expr) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """A syntax tree as text: without positions, docstrings and empty fields, which Python versions add to."""
+    """Return a syntax tree as text without positions, docstrings and empty fields, to which Python versions add."""
     if isinstance(value, ast.Constant):
         return f"{type(value.value).__name__} {value.value!a}"
     if isinstance(value, ast.AST):
@@ -193,7 +193,7 @@ def _canonical(value: Any) -> str:
 
 
 def _is_docstring(statement: Any) -> bool:
-    """A string that stands alone: nothing uses it, wherever it stands."""
+    """Return whether a statement is an unused string."""
     value = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 

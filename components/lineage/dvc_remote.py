@@ -1,4 +1,4 @@
-"""The DVC remote on S3, read without DVC: content is addressed by md5, so a plain S3 client finds every object."""
+"""Read the DVC remote on S3 without DVC: objects are addressed by md5."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ class Remote:
         self._client = s3_client()
 
     def address(self, dvc_id: str) -> str:
-        """S3 address of an object by its md5 (`<md5>` or `<md5>.dir`)."""
+        """Return the S3 address of an object by its id (`<md5>` or `<md5>.dir`)."""
         return f"s3://{self._bucket}/{self._key(dvc_id)}"
 
     def listing(self, dvc_id: str) -> dict[str, str]:
-        """Files of a tracked folder: path -> md5."""
+        """Return the files of a tracked folder: path -> md5."""
         return {item["relpath"]: item["md5"] for item in json.loads(self.read(dvc_id))}
 
     def read(self, dvc_id: str) -> bytes:
-        """Bytes of an object."""
+        """Return the bytes of an object."""
         with s3_errors(self.address(dvc_id)):
             return self._client.get_object(Bucket=self._bucket, Key=self._key(dvc_id))["Body"].read()
 
     def missing(self, dvc_ids: Iterable[str]) -> list[str]:
-        """Those of the objects that are not there."""
-        wanted = list(dvc_ids)
+        """Return the ids of missing objects."""
+        ids = list(dvc_ids)
         with ThreadPoolExecutor(10) as pool:
-            there = list(pool.map(self._exists, wanted))
-        return [dvc_id for dvc_id, found in zip(wanted, there, strict=True) if not found]
+            present = list(pool.map(self._exists, ids))
+        return [dvc_id for dvc_id, found in zip(ids, present, strict=True) if not found]
 
     def file(self, folder: Path, path: str, md5: str) -> bytes:
-        """A file of a tracked folder: from disk if it is still this version there, else from the remote."""
+        """Return a file of a tracked folder, from disk if it has this md5 there, else from the remote."""
         local = folder / path
         return local.read_bytes() if local.is_file() and file_md5(local) == md5 else self.read(md5)
 

@@ -1,4 +1,4 @@
-"""Which runs stay and which DVC objects are needed, and for whose sake."""
+"""Determine which runs and DVC objects `gc` keeps, and why."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Rule:
 
 
 @dataclass
-class Kept:
-    """What stays.
+class NeededObjects:
+    """Objects to keep.
 
     Attributes:
-        ids: DVC objects that something needs.
-        elsewhere: versions and events of other repositories, which need nothing that lies here.
+        ids: of needed DVC objects.
+        elsewhere: versions and events of other repositories, whose data is not here.
     """
 
     ids: set[str] = field(default_factory=set)
@@ -43,7 +43,7 @@ class Kept:
 
 
 def kept_runs(root: Path, runs: Sequence[Run], rule: Rule, claims: Iterable[Claim]) -> dict[str, str]:
-    """Run id -> the first reason for which it stays: `KIND: PARTICULARS`.
+    """Return run id -> the first reason to keep it, as `KIND: DETAILS`.
 
     `runs` are all runs, newest first.
     """
@@ -67,42 +67,44 @@ def kept_runs(root: Path, runs: Sequence[Run], rule: Rule, claims: Iterable[Clai
     return _with_named(root, runs, why)
 
 
-def needed_objects(root: Path, gone: Iterable[Run], claims: Sequence[Claim], needs: Needs, here: Iterable[str]) -> Kept:
-    """What everything but the runs that go needs.
+def needed_objects(
+    root: Path, gone: Iterable[Run], claims: Sequence[Claim], needs: Needs, here: Iterable[str]
+) -> NeededObjects:
+    """Return the objects that anything but the removed runs needs.
 
-    `here` are the ids of all objects that lie in the cache or on the remote.
+    `here` are the ids of all objects in the cache or on the remote.
 
     Raises:
-        RecordError: what a version needs is not known here, though some of its data is.
+        RecordError: the commit of a registered version is missing, but some of its data is present.
     """
-    away, kept = {f"{BRANCHES}{run.id}" for run in gone}, Kept()
+    away, needed = {f"{BRANCHES}{run.id}" for run in gone}, NeededObjects()
     tips_of = {name: sha for name, sha in _commits_of_refs(root) if name not in away}
     trees = [tree for tree in worktrees(root) if tree.branch not in away]
     tips = {*tips_of.values(), *(tree.head for tree in trees)}
     covered = tips | _commits_of_runs(root, [name for name in tips_of if name.startswith(BRANCHES)])
     for sha in covered:
-        kept.ids |= needs.of_commit(sha)
+        needed.ids |= needs.of_commit(sha)
     for tree in trees:
         if tree.folder.is_dir():
-            kept.ids |= needs.of_folder(tree.folder)
-    kept.ids |= needs.of_history(sorted(tips))
+            needed.ids |= needs.of_folder(tree.folder)
+    needed.ids |= needs.of_history(sorted(tips))
     lying = set(here)
     for claim in claims:
         ids = needs.whole(claim.ids & lying)
         absent = _absent(root, claim.commits - covered)
         if absent and ids:
             raise RecordError(
-                f"{claim.by}: commit {min(absent)[:12]} is not in this repository, but its data lies here, so what it "
-                f"needs is not known; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
+                f"{claim.by}: commit {min(absent)[:12]} is not in this repository, but its data is here, so what it "
+                f"needs is unknown; fetch its branch {' '.join(f'runs/{name}' for name in claim.runs)} first, "
                 "or, if that is lost, delete the version in MLflow"
             )
-        kept.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))
-        kept.elsewhere += [claim.by] if absent else []
-    return kept
+        needed.ids |= ids.union(*(_registered_at(root, sha, claim, needs) for sha in claim.commits - covered - absent))
+        needed.elsewhere += [claim.by] if absent else []
+    return needed
 
 
 def only_needed_by(root: Path, runs: Iterable[Run], needs: Needs) -> dict[str, set[str]]:
-    """Run id -> the DVC objects that its last commit needs, and no other run, reference or folder."""
+    """Return run id -> the DVC objects that only the run's last commit needs."""
     of = {run.id: needs.of_commit(run.tip) for run in runs if run.commits}
     users = Counter(id_ for ids in of.values() for id_ in ids)
     others = [needs.of_commit(sha) for name, sha in _commits_of_refs(root) if not name.startswith(BRANCHES)]
@@ -113,14 +115,14 @@ def only_needed_by(root: Path, runs: Iterable[Run], needs: Needs) -> dict[str, s
 
 
 def model_names(root: Path, runs: Iterable[Run]) -> set[str]:
-    """Names of the models that the checkout and its runs train, which are MLflow's experiments."""
+    """Return the names of models of the checkout and its runs, which are MLflow's experiments."""
     texts = [Record(root).read(PARAMS), *(Record(root, run.tip).read(PARAMS) for run in runs if run.commits)]
     values = [read_yaml(text, PARAMS) for text in texts if text]
     return {str(found["name"]) for found in values if isinstance(found, Mapping) and found.get("name")}
 
 
 def _with_named(root: Path, runs: Sequence[Run], why: dict[str, str]) -> dict[str, str]:
-    """Add the runs that the parameters of the checkout or of a run that stays name, such as a teacher's folder."""
+    """Add runs named in the parameters of the checkout or of a kept run, such as a teacher's folder."""
     named = {
         run.id: set(RUN_ID.findall((Record(root, run.tip).read(PARAMS) or b"").decode())) for run in runs if run.commits
     }
@@ -135,20 +137,20 @@ def _with_named(root: Path, runs: Sequence[Run], why: dict[str, str]) -> dict[st
 
 
 def _registered_at(root: Path, sha: str, claim: Claim, needs: Needs) -> set[str]:
-    """What a commit of no run needs, and the one after it that has the `dvc.lock` of the registration."""
+    """Return the needs of a commit outside of runs, and of its successor with the `dvc.lock` of the registration."""
     record = find_record(root, sha, claim.lock_sha256) if claim.lock_sha256 else None
     return needs.of_commit(sha) | (needs.of_commit(record.revision) if record and record.revision else set())
 
 
 def _commits_of_runs(root: Path, branches: Sequence[str]) -> set[str]:
-    """Commits of runs, one a stage, so that also what a later one replaced is there."""
+    """Return all commits of runs, one per stage, to include outputs that later commits replaced."""
     if not branches:
         return set()
     return set(git(root, "rev-list", *branches, "--not", f"--exclude={BRANCHES}*", "--all", "--").split())
 
 
 def _commits_of_refs(root: Path) -> list[tuple[str, str]]:
-    """(name, commit) of each reference that is a commit, or a tag of one."""
+    """Return (name, commit) of each reference to a commit, directly or by a tag."""
     form = "--format=%(refname) %(objecttype) %(objectname) %(*objecttype) %(*objectname)"
     found = []
     for line in git(root, "for-each-ref", form).splitlines():
@@ -158,5 +160,5 @@ def _commits_of_refs(root: Path) -> list[tuple[str, str]]:
 
 
 def _absent(root: Path, commits: Iterable[str]) -> set[str]:
-    """Those of the commits that the repository does not have."""
+    """Return the commits that are missing in the repository."""
     return {sha for sha in commits if try_git(root, "cat-file", "-e", sha) is None}

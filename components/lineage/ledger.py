@@ -1,7 +1,7 @@
-"""The ledger: which bytes went into and came out of each step. The only file that calls DVC's API.
+"""The ledger: inputs and outputs of each stage. This is the only file that calls DVC's API.
 
-DVC is the record here, not the engine: the flow asks whether a stage changed, runs the stage's own
-command, then records the outputs. `dvc repro` does the same with no server at all.
+DVC is the record, not the engine: the flow checks whether a stage changed, runs the stage's command, then records the
+outputs. `dvc repro` does the same without any server.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from components.core.errors import DISK_FULL, PedigreeError, ServiceError
 from components.core.layout import Layout
 from components.lineage.lock_file import overlap
 
-logging.getLogger("dvc").setLevel(logging.WARNING)  # else it tells of each file it writes
+logging.getLogger("dvc").setLevel(logging.WARNING)  # else it logs each written file
 # No bars and spinners of its own on a terminal: the door shows what goes on.
 for bars in ("dvc.progress", "dvc_data.callbacks"):
     logging.getLogger(bars).setLevel(logging.CRITICAL)
@@ -45,12 +45,12 @@ dvc.ui.ui.error_console = Console(quiet=True, force_terminal=False)
 
 
 class _ReadOnce(JSONFileLoader):
-    """Read each of botocore's descriptions of S3 once in a process: DVC opens a session for each use of the remote."""
+    """Cache botocore's service descriptions per process, because DVC opens a session for each use of the remote."""
 
     read: ClassVar[dict[str, Any]] = {}
 
     def load_file(self, file_path: str) -> Any:
-        """The parsed file, which nobody changes; None if there is none."""
+        """Return the parsed file, which is never modified; None if it does not exist."""
         if file_path not in self.read:
             self.read[file_path] = super().load_file(file_path)
         return self.read[file_path]
@@ -62,24 +62,24 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class LedgerError(PedigreeError):
-    """The ledger cannot do what was asked; the message says which file or stage and what to do."""
+    """A ledger operation failed; the message names the file or stage and what to do."""
 
 
 class LedgerUnreachableError(LedgerError, ServiceError):
-    """The remote storage or the repository's lock did not answer: worth another try."""
+    """The remote storage did not answer or the repository is locked; a retry may succeed."""
 
 
 class Outcome(Enum):
-    """What the ledger knows of a stage before it runs."""
+    """Status of a stage before it runs."""
 
-    UNCHANGED = "unchanged"  # dvc.lock holds it and the outputs are in place
-    RESTORED = "restored"  # an earlier run, on any branch, made it from the same inputs
-    CHANGED = "changed"  # it has to run
+    UNCHANGED = "unchanged"  # recorded in dvc.lock, with outputs in place
+    RESTORED = "restored"  # computed from the same inputs by an earlier run on any branch
+    CHANGED = "changed"  # must run
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of `dvc.yaml`, `foreach` expanded: its name, command line, and the stages it waits for."""
+    """One stage of `dvc.yaml`, with `foreach` expanded; `needs` are the stages on which it depends."""
 
     name: str
     command: str
@@ -92,11 +92,11 @@ class Foreseen:
     """What a run would do with a stage.
 
     Attributes:
-        stage: name, as of `Stage`.
+        stage: name, as in `Stage`.
         outcome: RESTORED or CHANGED, as far as the inputs are known.
-        waits: the stages it needs whose outputs are not in place.
-        here: its outputs are in place, as they are going to be.
-        inputs: what `dvc.lock` would say: `cmd`, `params`, and `deps` with their DVC ids, None where that is not known.
+        waits: required stages whose outputs are not in place.
+        here: whether its final outputs are in place.
+        inputs: future entry of `dvc.lock`: `cmd`, `params`, and `deps` with DVC ids, None if unknown.
     """
 
     stage: str
@@ -110,24 +110,24 @@ class Ledger:
     """DVC's record of one workspace.
 
     Args:
-        root: folder holding `dvc.yaml`, its `.dvc` folder and `params.yaml`.
+        root: folder with `dvc.yaml`, `.dvc` and `params.yaml`.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def stages(self) -> list[Stage]:
-        """All stages of `dvc.yaml` in an order in which they can run."""
+        """Return all stages of `dvc.yaml` in topological order."""
         with self._repo() as repo:
             return [stage for _, stage in self._in_order(repo)]
 
     def take_up(self, name: str) -> Outcome:
-        """Bring a stage's outputs into place if they are known for today's inputs; else clear them away to run."""
+        """Restore a stage's outputs if they are recorded for the present inputs; else delete them for a run."""
         with self._repo() as repo:
             stage = self._stage(repo, name)
             if not stage.changed():
                 return Outcome.UNCHANGED
-            stage.remove_outs(ignore_remove=False)  # DVC restores over nothing that it does not know
+            stage.remove_outs(ignore_remove=False)  # DVC does not overwrite untracked files
             try:
                 repo.stage_cache.restore(stage, run_cache=True, pull=self._has_remote(repo))
             except RunCacheNotFoundError:
@@ -136,10 +136,10 @@ class Ledger:
             return Outcome.RESTORED
 
     def record(self, name: str) -> None:
-        """Write a finished stage into `dvc.lock`, and its outputs and run-cache entry to the remote.
+        """Record a finished stage in `dvc.lock`, and push its outputs and run-cache entry to the remote.
 
         Raises:
-            LedgerError: an output is missing or is not there as `dvc.yaml` says.
+            LedgerError: an output is missing or contradicts `dvc.yaml`.
             LedgerUnreachableError: the remote does not answer.
         """
         with self._repo() as repo:
@@ -147,7 +147,7 @@ class Ledger:
         self.push(name)
 
     def push(self, name: str) -> None:
-        """Send a recorded stage's outputs, and the entry by which any later run finds them, to the remote."""
+        """Push a recorded stage's outputs and its run-cache entry to the remote."""
         with self._repo() as repo:
             if not self._has_remote(repo):
                 return
@@ -156,7 +156,7 @@ class Ledger:
             remote = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
             folder = Path(repo.stage_cache._get_cache_dir(_get_stage_hash(stage)))
             entries = sorted(folder.iterdir()) if folder.is_dir() else []
-            # What git keeps (`cache: false`) is no target of a push, but without it nothing is restored elsewhere.
+            # Outputs in git (`cache: false`) are not pushed, but restoring the stage elsewhere requires them.
             for objects in repo.stage_cache.get_used_objs((e.parent.name, e.name) for e in entries).values():
                 if repo.cloud.push(objects).failed:
                     raise LedgerUnreachableError(f"DVC remote: outputs of {name} were not all sent")
@@ -165,15 +165,15 @@ class Ledger:
                 remote.fs.put_file(os.fspath(entry), target)
 
     def foresee(self, helper: str | None = None) -> list[Foreseen]:
-        """Find out what a run in this workspace would do with each stage, from this machine's cache alone.
+        """Predict what a run in this workspace would do with each stage, from the local cache alone.
 
-        Tracked data and outputs that are known are brought into place; nothing is recorded, sent or fetched.
+        Tracked data and cached outputs are checked out; nothing is recorded, pushed or fetched.
 
         Args:
-            helper: a stage that is run for it where it has changed: a quick one, whose outputs others depend on.
+            helper: a quick stage that is run if it changed, because others depend on its outputs.
 
         Raises:
-            LedgerError: tracked data is not in the cache, or the helper fails; the message has its last line.
+            LedgerError: tracked data is not in the cache, or the helper failed; the message has its last line.
         """
         found: dict[str, Foreseen] = {}
         outputs: dict[str, tuple[str, ...]] = {}
@@ -191,7 +191,7 @@ class Ledger:
         return list(found.values())
 
     def adopt(self, name: str, entry: dict[str, Any]) -> None:
-        """Take the outputs of a stage's old `dvc.lock` entry as those of today's inputs, also for later runs.
+        """Record the outputs of a stage's old `dvc.lock` entry for the present inputs, also for later runs.
 
         Raises:
             LedgerError: the outputs are neither in the cache nor on the remote.
@@ -211,14 +211,14 @@ class Ledger:
             self._commit(repo, name)
 
     def fetch_run_cache(self) -> None:
-        """Learn what other machines have computed: fetch the remote's small index of finished stages."""
+        """Fetch the remote's run cache, the index of stages that other machines finished."""
         with self._repo() as repo:
             if self._has_remote(repo):
                 remote = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
                 repo.stage_cache.transfer(remote, repo.cache.legacy, force=False)
 
     def track(self, path: Path) -> str:
-        """`dvc add` a data folder and push it; returns its DVC id (`<md5>.dir`)."""
+        """Track a data folder with `dvc add` and push it; return its DVC id (`<md5>.dir`)."""
         with self._repo() as repo:
             stage: Any = repo.add(os.fspath(path))[0]  # pyright: ignore[reportArgumentType]
             self._check_cached(repo, stage)
@@ -227,20 +227,20 @@ class Ledger:
             return str(stage.outs[0].hash_info.value)
 
     def untrack(self, tracked_by: Path) -> None:
-        """Forget a tracked data folder: its `.dvc` file, the folder and git's rule for it; its objects stay."""
+        """Untrack a data folder: delete its `.dvc` file, the folder and its git rule, but not its objects."""
         with self._repo() as repo:
             repo.remove(os.fspath(tracked_by.relative_to(self.root)), outs=True)
 
     def bring_data(self) -> int:
-        """Put every tracked data folder (`*.dvc`) in place, fetching what the cache lacks; returns how many."""
+        """Check out every tracked data folder (`*.dvc`), fetching missing objects; return their number."""
         with self._repo() as repo:
             return self._place_data(repo, fetch=True)
 
     def remote_address(self) -> str:
-        """The address of the remote, once it has answered with its own settings; waits for no lock.
+        """Return the address of the remote, once it has answered; do not wait for locks.
 
         Raises:
-            LedgerError: there is no remote, or it refuses.
+            LedgerError: there is no remote, or it refused.
             LedgerUnreachableError: it does not answer.
         """
         with self._repo(locked=False) as repo:
@@ -252,21 +252,21 @@ class Ledger:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep all other users of DVC out of this workspace: ingest, and the `dvc` command."""
+        """Lock this workspace against other uses of DVC, such as ingest and the `dvc` command."""
         lock = self._repo()
         lock.__enter__()
         try:
-            yield  # what is raised here is not DVC's
+            yield  # errors of the block are not DVC's
         finally:
             lock.__exit__(None, None, None)
 
     def share_cache(self, checkout: Path) -> None:
-        """Point this workspace at the checkout's cache, and at its remote's local settings (endpoint, credentials)."""
+        """Use the checkout's cache and local remote settings (endpoint, credentials) in this workspace."""
         settings, local = (Layout(root).dvc_local_settings for root in (checkout, self.root))
         local.parent.mkdir(exist_ok=True)
         if settings.exists():
             shutil.copy(settings, local)
-        try:  # not by DVC, which writes ASCII only
+        try:  # not with DVC, which writes ASCII only
             config: Any = ConfigObj(os.fspath(local), encoding="utf-8", interpolation=False)
         except ConfigObjError as error:
             raise LedgerError(f"{settings} cannot be read ({error}); mend or delete it") from None
@@ -275,12 +275,12 @@ class Ledger:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Hold off every other use of the ledger in this process, so that `dvc.lock` is whole and stays as it is."""
+        """Block other uses of the ledger in this process, so that `dvc.lock` is complete and does not change."""
         with _ONE_AT_A_TIME:
             yield
 
     def _in_order(self, repo: Repo) -> list[tuple[Any, Stage]]:
-        """All stages in an order in which they can run: DVC's object of each, and ours."""
+        """Return all stages in topological order, each as DVC's object and ours."""
         graph = repo.index.graph  # edges go from a stage to what it depends on
         names: dict[Any, str] = {s: str(s.addressing) for s in graph.nodes if isinstance(s, PipelineStage)}
         result, done = [], set()
@@ -317,7 +317,7 @@ class Ledger:
         return len(targets)
 
     def _restore_here(self, repo: Repo, stage: Any) -> tuple[Outcome, bool]:
-        """Bring a stage's outputs into place if this machine has them: the outcome, and whether they are in place."""
+        """Restore a stage's outputs from the local cache; return the outcome, and whether they are in place."""
         try:
             repo.stage_cache.restore(stage, run_cache=True, pull=False)
         except RunCacheNotFoundError:
@@ -341,10 +341,10 @@ class Ledger:
         self._check_cached(repo, self._stage(repo, name))
 
     def _check_cached(self, repo: Repo, stage: Any) -> None:
-        """DVC logs what it could not write into its cache, such as on a full disk, and goes on.
+        """Check the cache after a commit, because DVC only logs failed cache writes, such as on a full disk.
 
         Raises:
-            LedgerError: the cache lacks a part of the stage's outputs.
+            LedgerError: the cache lacks some of the stage's outputs.
         """
         if not stage.outs_cached():
             raise LedgerError(
@@ -383,7 +383,7 @@ class Ledger:
 
 
 def _inputs(stage: Any, unsure: list[str]) -> dict[str, Any]:
-    """Command, parameters, and the DVC id of each input; None for what is missing or overlaps an `unsure` path."""
+    """Return command, parameters and DVC ids of inputs; None for a missing input, or one that overlaps `unsure`."""
     params: dict[str, Any] = {}
     deps: dict[str, Any] = {}
     for dep in stage.deps:
@@ -397,7 +397,7 @@ def _inputs(stage: Any, unsure: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _inside(root: Path) -> Iterator[None]:
-    """Run with `root` as the current folder, because DVC resolves stage addresses against it."""
+    """Set `root` as the current folder inside the block, because DVC resolves stage addresses against it."""
     before = Path.cwd()
     os.chdir(root)
     try:

@@ -1,4 +1,4 @@
-"""What `.pedigree` holds that can be made again: checkpoints of trainings that were stopped, and caches."""
+"""Removable local state in `.pedigree`: checkpoints of stopped trainings, and caches."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from components.core.layout import Layout
+from components.core.layout import TRAINING_CONFIG, TRAINING_LOCK, Layout
 from components.core.locks import record_holder, try_record_lock
 from components.lineage.removal import Removal, delete, last_use, last_write, own_bytes
 
-LOCK = "lock"  # in a training's folder: a record lock of the process that trains
-LOCKS = "locks"  # in a cache: no content
+LOCKS = "locks"  # in a cache: not an entry
 
 
 def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tuple[Removal, list[str]]:
-    """Checkpoints of trainings that no process holds, to which nothing was written since `before`, and of no kept run.
+    """Plan the removal of checkpoints of stopped trainings that are older than `before` and belong to no kept run.
 
     Returns:
-        The removal, and a line on trainings with checkpoints on S3: their folders say where, so they stay.
+        The removal, and a note on trainings with checkpoints on S3, whose folders are kept for the address.
     """
     going, left, on_s3 = {}, 0, []
     for folder in sorted(Layout(root).checkpoints().glob("[!.]*")):
@@ -31,9 +30,7 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
             left += size
         else:
             going[str(folder.relative_to(root))] = size
-    note = (
-        f"{len(on_s3)} trainings that were stopped keep checkpoints on S3, which stay, e.g. {on_s3[0]}" if on_s3 else ""
-    )
+    note = f"{len(on_s3)} stopped trainings keep checkpoints on S3, e.g. {on_s3[0]}" if on_s3 else ""
 
     def carry_out() -> None:
         for name in going:
@@ -43,7 +40,7 @@ def checkpoints_removal(root: Path, kept_commits: set[str], before: float) -> tu
 
 
 def caches_removal(root: Path, before: float) -> Removal:
-    """Entries of caches that nobody touched since `before`; what is being written has a hidden name."""
+    """Plan the removal of cache entries not used since `before`; files that are being written have hidden names."""
     going, left = {}, 0
     for entry in sorted(Layout(root).cache().glob("*/[!.]*")):
         training = Layout(root).checkpoints(entry.name)
@@ -57,24 +54,24 @@ def caches_removal(root: Path, before: float) -> Removal:
 
 
 def _begun(folder: Path) -> Mapping[str, dict]:
-    """What a training began with; nothing where it did not come so far."""
+    """Read the initial configuration of a training; empty if it was not written yet."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / TRAINING_CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 
 def _is_held(folder: Path) -> bool:
-    return record_holder(folder / LOCK) is not None
+    return record_holder(folder / TRAINING_LOCK) is not None
 
 
 def _delete_unheld(folder: Path) -> None:
-    """Delete a training's folder while holding it; a trainer that waits for it finds it gone and makes a new one."""
+    """Delete a training's folder while holding its lock; a waiting trainer then creates a new folder."""
     try:
-        with (folder / LOCK).open("a") as file:
-            if try_record_lock(file):  # else one began since the plan was made
+        with (folder / TRAINING_LOCK).open("a") as file:
+            if try_record_lock(file):  # else a trainer started after the plan was made
                 delete(folder)
-    except FileNotFoundError:  # gone
+    except FileNotFoundError:  # deleted meanwhile
         return
 
 

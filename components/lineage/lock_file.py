@@ -1,6 +1,6 @@
-"""The written record of a workspace or a commit: `dvc.lock`, `*.dvc` and the remote's address, read as plain YAML.
+"""Read the record of a workspace or a commit as plain YAML: `dvc.lock`, `*.dvc` and the remote's address.
 
-An auditor needs this to work for any old commit, with no checkout and no DVC: everything comes from git objects.
+For audits this works for any old commit without a checkout or DVC: everything is read from git objects.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ REGISTER_STAGE = "register"
 
 
 class RecordError(PedigreeError):
-    """The record lacks something, or contradicts what is on disk; the message says which file and what to do."""
+    """The record is incomplete or contradicts the disk; the message says which file and what to do."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one commit (or, with `revision=None`, the workspace as it is on disk) says about its stages and data."""
+    """The record of stages and data in a commit, or in the workspace on disk if `revision` is None."""
 
     root: Path
     revision: str | None = None
 
     def read(self, path: str) -> bytes | None:
-        """A file's bytes at the revision; None when it is not there."""
+        """Return a file's bytes at the revision; None if it does not exist."""
         if self.revision is None:
             file = self.root / path
             return file.read_bytes() if file.is_file() else None
         return file_at(self.root, self.revision, path)
 
     def stages(self) -> dict[str, Any]:
-        """The stages of `dvc.lock`: name -> {cmd, deps, params, outs}.
+        """Return the stages of `dvc.lock`: name -> {cmd, deps, params, outs}.
 
         Raises:
             RecordError: there is no readable `dvc.lock`.
@@ -51,22 +51,22 @@ class Record:
         data = self.read(LOCK)
         where = f"{LOCK} at {self.revision[:12]}" if self.revision else str(self.root / LOCK)
         if data is None:
-            raise RecordError(f"{where}: no such file, so nothing says what made this model; run `dvc repro`")
+            raise RecordError(f"{where}: no such file, so it is unknown what made this model; run `dvc repro`")
         try:
             return dict(yaml.safe_load(data)["stages"])
         except (yaml.YAMLError, TypeError, KeyError):
             raise RecordError(f"{where}: not a DVC lock file") from None
 
     def lock_sha256(self) -> str:
-        """SHA-256 of the stages of `dvc.lock` as canonical JSON.
+        """Return the SHA-256 of the stages of `dvc.lock` as canonical JSON.
 
-        The register stages are left out: they are written after the registration that quotes this number.
+        Register stages are excluded, because they are recorded after the registration that contains this hash.
         """
         stages = {name: s for name, s in self.stages().items() if name.split("@")[0] != REGISTER_STAGE}
         return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def output(self, path: str) -> str | None:
-        """DVC id of a stage's output, by its path; of a student in one, as the stage that evaluates it read it."""
+        """Return the DVC id of a stage's output by its path; of a student, from the stage that evaluates it."""
         holder, inner = self.holder(path)
         if holder is None or not inner:
             return holder
@@ -74,7 +74,7 @@ class Record:
         return next((dep["md5"] for dep in read if dep["path"] == path), None)
 
     def holder(self, path: str) -> tuple[str | None, str]:
-        """DVC id of the output that a path is or lies in, and the path in it, empty or with a slash at its end."""
+        """Return the DVC id of the output that contains a path, and the path in it, empty or ending with a slash."""
         for out in (out for stage in self.stages().values() for out in stage.get("outs", [])):
             if out["path"] == path:
                 return out["md5"], ""
@@ -83,7 +83,7 @@ class Record:
         return None, ""
 
     def tracked(self, folder: str) -> dict[str, str]:
-        """The `dvc add`ed snapshots below `folder`: path -> DVC id, in path order."""
+        """Return the snapshots below `folder` that `dvc add` tracks: path -> DVC id, sorted by path."""
         found = {}
         for file in self._dvc_files(folder):
             for out in yaml.safe_load(self.read(file) or b"").get("outs", []):
@@ -91,7 +91,7 @@ class Record:
         return found
 
     def remote_url(self) -> str | None:
-        """Address of the default DVC remote: `.dvc/config` at the revision, overridden by this machine's settings."""
+        """Return the address of the default DVC remote: `.dvc/config` at the revision, overridden by local settings."""
         parser = ConfigParser(interpolation=None)
         try:
             own = Record(self.root).read(str(RELATIVE.dvc_local_settings))
@@ -107,14 +107,14 @@ class Record:
         if self.revision is None:
             found = (p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*.dvc") if p.is_file())
         else:
-            # Relative to `root`, which may lie below the top of its git repository.
+            # Relative to `root`, which may be a subfolder of its git repository.
             listing = try_git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
 
 
 def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:
-    """The record whose `dvc.lock` has this SHA-256: at the commit or one after it; None: at none."""
+    """Find the record whose `dvc.lock` has this SHA-256, at the commit or a later one; None if there is none."""
     later = try_git(root, "rev-list", "--reverse", "--all", "--ancestry-path", f"^{commit}") or ""
     for revision in (commit, *later.split()):
         record = Record(root, revision)
@@ -127,7 +127,7 @@ def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | No
 
 
 def folder_id(folder: Path) -> str:
-    """The DVC id of a folder's present content: md5 over the JSON list of its files' md5s, by path."""
+    """Compute the DVC id of a folder's present content: md5 over the JSON list of its files' md5s, by path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = [{"md5": file_md5(p), "relpath": p.relative_to(folder).as_posix()} for p in files]
     listing = json.dumps(sorted(entries, key=lambda e: e["relpath"]), sort_keys=True)
@@ -135,25 +135,25 @@ def folder_id(folder: Path) -> str:
 
 
 def upstream(stages: Mapping[str, Any], path: str) -> list[str]:
-    """Names of the stages that made `path`, and of all that made what those read; the last one first."""
-    wanted, found = [path], []
-    while wanted:
-        target = wanted.pop(0)
+    """Return the names of the stages that produced `path`, directly or transitively, last one first."""
+    pending, found = [path], []
+    while pending:
+        target = pending.pop(0)
         for name, stage in stages.items():
             makes = any(overlap(out["path"], target) for out in stage.get("outs", []))
             if makes and name not in found:
                 found.append(name)
-                wanted += [dep["path"] for dep in stage.get("deps", [])]
+                pending += [dep["path"] for dep in stage.get("deps", [])]
     return found
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether two paths are the same, or one lies in the other."""
+    """Return whether two paths are equal or one contains the other."""
     a, b = PurePosixPath(one), PurePosixPath(other)
     return a == b or a in b.parents or b in a.parents
 
 
 def file_md5(path: Path) -> str:
-    """MD5 of a file: its address in DVC, no claim of integrity."""
+    """Return the MD5 of a file, which is its address in DVC and no proof of integrity."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,4 +1,4 @@
-"""MLflow's files of runs that failed or were killed and whose pipeline run goes; their records stay."""
+"""Remove MLflow's files of unsuccessful runs of removed pipeline runs; the run records are kept."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from components.lineage.claims import REMOVED_TAG, mlflow_runs
 from components.lineage.removal import Removal
 from components.lineage.stored import S3Store
 
-PROXIED = "mlflow-artifacts"  # scheme of files that MLflow's server itself puts on S3
-BUCKET_VARIABLE, FOLDER = "PEDIGREE_MODELS_BUCKET", "mlflow"  # where the local stack's does
+PROXIED = "mlflow-artifacts"  # scheme of artifacts that MLflow's server stores on S3
+BUCKET_VARIABLE, FOLDER = "PEDIGREE_MODELS_BUCKET", "mlflow"  # where the local stack's server stores them
 UNSUCCESSFUL = ("FAILED", "KILLED")
 
 
 def failed_files_removal(
     client: Any, models: Iterable[str], gone: Collection[str], claimed: Collection[str]
 ) -> Removal:
-    """Files of the unsuccessful MLflow runs of pipeline runs that go; the MLflow run of each of these is marked.
+    """Plan the removal of files of unsuccessful MLflow runs, and of tagging removed pipeline runs in MLflow.
 
     Args:
         client: MLflow's.
-        models: names of the models that they trained.
-        gone: ids of the runs that go.
-        claimed: MLflow runs that a registered version names.
+        models: names of the trained models.
+        gone: ids of removed pipeline runs.
+        claimed: MLflow runs of registered versions.
     """
-    names = [name for name in gone if "'" not in name]  # which no run of ours has
+    names = [name for name in gone if "'" not in name]  # run ids never contain quotes
     found = [run for name in names for run in mlflow_runs(client, models, f"tags.`pedigree.run` = '{name}'")]
     failed = [run.info for run in found if run.info.status in UNSUCCESSFUL and run.info.run_id not in claimed]
     sizes = {info.run_id: _size(client, info.run_id) for info in failed}
@@ -60,5 +60,5 @@ def _delete_files(info: Any) -> None:
     scheme, _, path = info.artifact_uri.partition(":/")
     if scheme == PROXIED and (bucket := os.environ.get(BUCKET_VARIABLE)):
         store = S3Store(f"s3://{bucket}/{FOLDER}/{path.strip('/')}/")
-        # The bucket is versioned, and MLflow deletes the newest versions only.
+        # The bucket is versioned, and MLflow deletes only the latest versions.
         store.remove({name: item for name, item in store.listing(("",)).items() if not item.there})

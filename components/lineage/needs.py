@@ -1,6 +1,6 @@
-"""Which DVC objects a commit or a folder needs: all that its `dvc.lock` and `*.dvc` files name, folders with files.
+"""Find the DVC objects that a commit or a folder needs: those in `dvc.lock` and `*.dvc`, with the files of folders.
 
-Also outputs that git keeps (`cache: false`): DVC stores them for its run cache, and restores no stage without them.
+Outputs in git (`cache: false`) are included, because DVC's run cache stores them and needs them to restore a stage.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from components.core.git import git
 from components.core.references import DATA_ID
 from components.lineage.lock_file import LOCK, RecordError
 
-FOLDER = ".dir"  # how the id of a folder's listing ends
+FOLDER = ".dir"  # suffix of the id of a folder's listing
 
 
 class Needs:
-    """Answers for one repository.
+    """Needed objects of one repository.
 
     Args:
-        root: the checkout; all its worktrees share its commits.
-        read: gives the bytes of a listing by its id; None for one that is nowhere.
+        root: the checkout; all worktrees share its commits.
+        read: returns the bytes of a listing by its id; None if it is missing.
     """
 
     def __init__(self, root: Path, read: Callable[[str], bytes | None]) -> None:
         self.root = root
-        self.unlisted: set[str] = set()  # folders that something needs and whose listing is nowhere
+        self.unlisted: set[str] = set()  # needed folders with missing listings
         self._read = read
         self._blob = functools.cache(self._named_by)
         self._files = functools.cache(self._listed)
 
     def of_commit(self, revision: str) -> set[str]:
-        """Ids of the objects that a commit needs."""
+        """Return the ids of the objects that a commit needs."""
         lines = git(self.root, "ls-tree", "-r", revision).splitlines()
         entries = [line.partition("\t") for line in lines]
         blobs = [facts.split()[2] for facts, _, path in entries if _names_data(path)]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
 
     def of_folder(self, folder: Path) -> set[str]:
-        """Ids of the objects that a worktree's files need as they are now, committed or not."""
-        asked = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-        paths = {folder / name for name in git(folder, *asked).split("\0") if _names_data(name)} | {folder / LOCK}
+        """Return the ids of the objects that a worktree's present files need, committed or not."""
+        arguments = ("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+        paths = {folder / name for name in git(folder, *arguments).split("\0") if _names_data(name)} | {folder / LOCK}
         texts = {path: path.read_bytes() for path in paths if path.is_file()}
         return self.whole(id_ for path, text in texts.items() for id_ in _ids(text, str(path)))
 
     def of_history(self, revisions: Iterable[str]) -> set[str]:
-        """Ids of ingested data that any commit up to `revisions` names: nothing can make those bytes again."""
-        asked = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
-        lines = git(self.root, *asked, "--format=", *revisions, "--", "*.dvc").splitlines()
+        """Return the ids of ingested data in any ancestor of `revisions`, because it cannot be recomputed."""
+        arguments = ("-c", "log.showRoot=true", "log", "--raw", "--no-abbrev", "--no-renames", "--full-history", "-m")
+        lines = git(self.root, *arguments, "--format=", *revisions, "--", "*.dvc").splitlines()
         changed = {sha for line in lines for sha in line.split()[2:4]}  # the file before and after each change
         blobs = [sha for sha in changed if set(sha) != {"0"}]
         return self.whole(id_ for blob in blobs for id_ in self._blob(blob))
 
     def whole(self, ids: Iterable[str]) -> set[str]:
-        """The ids, and those of the files in the folders among them."""
+        """Return the ids, and those of the files in folders among them."""
         found = set(ids)
         return found.union(*(self._files(id_) for id_ in found if id_.endswith(FOLDER)))
 
@@ -77,15 +77,15 @@ class Needs:
 
 
 def ids_of(outputs: Iterable[Any]) -> list[str]:
-    """DVC ids of the outputs of a stage, a `.dvc` file or a run-cache entry."""
+    """Return the DVC ids of the outputs of a stage, a `.dvc` file or a run-cache entry."""
     return [out["md5"] for out in outputs if DATA_ID.fullmatch(str(out.get("md5")))]
 
 
 def read_yaml(text: bytes, where: str) -> Any:
-    """Parsed YAML.
+    """Parse YAML.
 
     Raises:
-        RecordError: it is none; what it names is unknown then.
+        RecordError: it is invalid, so the objects that it names are unknown.
     """
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -96,7 +96,7 @@ def read_yaml(text: bytes, where: str) -> Any:
 
 
 def _ids(text: bytes, where: str) -> list[str]:
-    """What a `dvc.lock` or a `.dvc` file names."""
+    """Return the ids in a `dvc.lock` or a `.dvc` file."""
     try:
         found = read_yaml(text, where) or {}
         stages = found["stages"].values() if "stages" in found else [found]

@@ -1,4 +1,4 @@
-"""The provenance of a model's weights: collected once, stated by the tags of a registered version."""
+"""Collect the provenance of a model's weights, for the tags of a registered version."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class Tag(StrEnum):
-    """Tags of a registered version. On candidates they are the training side's claim; the audit log quotes them."""
+    """Tags of a registered version. On candidates the training side sets them; the audit log copies them."""
 
     COMMIT = "pedigree.git_commit"
     BRANCH = "pedigree.run_branch"
@@ -51,7 +51,7 @@ class Tag(StrEnum):
 
 @dataclass(frozen=True)
 class DataVersion:
-    """One version of a data folder: its place in the workspace, its DVC id (`<md5>.dir`) and its manifest's SHA-256."""
+    """One version of a data folder: path in the workspace, DVC id (`<md5>.dir`) and its manifest's SHA-256."""
 
     path: str
     dvc: str
@@ -60,13 +60,13 @@ class DataVersion:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a set of weights was made from.
+    """Origin of a set of weights.
 
     Attributes:
         weights_path: folder of the weights in the workspace.
-        weights_dvc: its DVC id in `dvc.lock`, which was checked against the bytes.
+        weights_dvc: its DVC id in `dvc.lock`, verified against the bytes.
         weights_sha256: of model.safetensors.
-        dirty: tracked files that no run writes (`OUTPUTS`) differed from the commit.
+        dirty: whether tracked files other than `OUTPUTS` differed from the commit.
     """
 
     commit: str
@@ -81,7 +81,7 @@ class Origin:
     curated: DataVersion
 
     def tags(self) -> dict[str, str]:
-        """The origin as tags of a model version."""
+        """Return the origin as tags of a model version."""
         return {
             Tag.COMMIT: self.commit,
             Tag.BRANCH: self.branch,
@@ -97,10 +97,10 @@ class Origin:
 
 
 def collect_origin(root: Path, weights_path: str) -> Origin:
-    """Read where the weights in `root/weights_path` come from, and check that they are what `dvc.lock` records.
+    """Read the origin of the weights in `root/weights_path`, and verify them against `dvc.lock`.
 
     Raises:
-        RecordError: no git commit, no `dvc.lock`, an output that it does not name, or weights that are not its bytes.
+        RecordError: there is no git commit or `dvc.lock`, it lacks an output, or the weights differ from it.
     """
     record = Record(root)
     commit = try_git(root, "rev-parse", "HEAD")
@@ -127,7 +127,7 @@ def collect_origin(root: Path, weights_path: str) -> Origin:
 
 
 def data_versions(tags: Mapping[str, str], tag: Tag) -> tuple[DataVersion, ...]:
-    """The data versions that a version's tag names."""
+    """Parse the data versions in a version's tag."""
     return tuple(DataVersion(**item) for item in json.loads(tags.get(tag, "[]")))
 
 

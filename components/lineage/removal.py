@@ -1,4 +1,4 @@
-"""One kind of things that `pedigree gc` removes."""
+"""Removals that `pedigree gc` plans, and file helpers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from components.core.storage import StorageError
 
 @dataclass(frozen=True)
 class Removal:
-    """Things of one kind that go.
+    """Planned removal of one kind of things.
 
     Attributes:
         kind: such as `objects on S3`.
-        found: what goes: name -> bytes that its removal frees.
-        left: bytes of this kind that stay.
-        carry_out: removes them; what is gone already is no error.
+        found: name -> bytes freed by its removal.
+        left: bytes of this kind that are kept.
+        carry_out: removes them; ignores what is already gone.
     """
 
     kind: str
@@ -29,12 +29,12 @@ class Removal:
 
     @property
     def freed(self) -> int:
-        """Bytes that it frees."""
+        """Total bytes freed."""
         return sum(self.found.values())
 
 
 def files(folder: Path) -> Iterator[os.stat_result]:
-    """Facts of all files below a folder; links are not followed, and what vanishes meanwhile is left out."""
+    """Yield the status of all files below a folder, without following links; skip files deleted meanwhile."""
     for where, _, names in os.walk(folder):
         for name in names:
             try:
@@ -44,35 +44,35 @@ def files(folder: Path) -> Iterator[os.stat_result]:
 
 
 def own_bytes(folder: Path) -> int:
-    """Bytes that deleting a folder frees: not those of files that are also in the DVC cache, as hard links."""
+    """Return the bytes that deleting a folder frees, without files hard-linked to the DVC cache."""
     return sum(facts.st_size for facts in files(folder) if facts.st_nlink == 1)
 
 
 def disk_bytes(*folders: Path) -> int:
-    """Bytes that folders take on the disk, a file with several names counted once."""
+    """Return the disk usage of folders, counting hard-linked files once."""
     seen = {(f.st_dev, f.st_ino): f.st_blocks * 512 for folder in folders for f in files(folder)}
     return sum(seen.values())
 
 
 def last_write(path: Path) -> float:
-    """When a file, or any below a folder, was last written, in seconds since 1970."""
+    """Return the last write time of a file, or of any file below a folder, in seconds since 1970."""
     return max(facts.st_mtime for facts in [*files(path)] or [path.lstat()])
 
 
 def last_use(path: Path) -> float:
-    """When a file, or any below a folder, was last written or read (as far as the disk notes that)."""
+    """Return the last write or access time (if recorded by the file system) of a file or of files below a folder."""
     return max(max(facts.st_mtime, facts.st_atime) for facts in [*files(path)] or [path.lstat()])
 
 
 def delete(path: Path) -> None:
-    """Delete a file or folder; one that is gone is no error.
+    """Delete a file or folder, if it exists.
 
     Raises:
-        StorageError: the system refuses.
+        StorageError: the system refused.
     """
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise StorageError(f"{path}: not deleted ({error.strerror}); `pedigree gc` again goes on") from error
+        raise StorageError(f"{path}: not deleted ({error.strerror}); run `pedigree gc` again") from error

@@ -1,4 +1,4 @@
-"""The runs of this repository, read from git: which there are, how each ended, and what it registered."""
+"""Read the runs of this repository from git: their states, ends and registered versions."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Run:
 
     Attributes:
         commits: its own, newest first; empty while it starts.
-        folder: its worktree, where that is kept.
-        locked: a process holds its lock file.
+        folder: its worktree, if it exists.
+        locked: whether a process holds its lock file.
     """
 
     id: str
@@ -53,31 +53,31 @@ class Run:
 
     @property
     def started(self) -> int | None:
-        """When it started, in seconds since 1970."""
+        """Start time in seconds since 1970."""
         return self.commits[-1].time if self.commits else None
 
     @property
     def ended(self) -> int | None:
-        """When its last commit was made; None while it runs."""
+        """Time of its last commit; None while it runs."""
         return None if self.locked or not self.commits else self.commits[0].time
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `failed`, `interrupted`, or `lost`: it ended without a closing commit."""
+        """`running`, `finished`, `failed`, `interrupted`, or `lost` if it ended without a closing commit."""
         if self.locked:
             return RUNNING
         return _ENDS.get(self._closing[0], LOST)
 
     @property
     def reason(self) -> str | None:
-        """Why it failed or was interrupted; of a lost run, what it did last."""
+        """Reason of a failure or interrupt; for a lost run, its last commit."""
         if self.state in (FAILED, INTERRUPTED):
             return self._closing[1]
         return f"no closing commit; the last one: {self.commits[0].subject}" if self.state == LOST else None
 
     @property
     def computed(self) -> list[str]:
-        """Stages that ran, rather than being unchanged or restored."""
+        """Stages that ran rather than being unchanged or restored."""
         subjects = (commit.subject.partition(": ") for commit in reversed(self.commits))
         return [stage for stage, _, how in subjects if how.startswith("ran for ")]
 
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Worktree:
-    """A folder that git has checked out: the checkout itself, a run's, or one that somebody made by hand."""
+    """A git worktree: the checkout, a run's folder, or one created by hand."""
 
     folder: Path
     head: str
@@ -97,13 +97,13 @@ class Worktree:
 
 
 def find_runs(root: Path) -> list[Run]:
-    """All runs that have a branch or hold a lock, newest first; also those of other checkouts of this repository."""
+    """Return all runs with a branch or a lock, newest first, including those of other checkouts of this repository."""
     branches = set(refs(root, BRANCHES))
     names = {ref.removeprefix(BRANCHES) for ref in branches}
     folders = {tree.branch: tree.folder for tree in worktrees(root) if tree.branch and tree.folder.is_dir()}
     locks = {path.stem: path for path in Layout(root).runs.glob("*.lock")}
     locks |= {name: folders[ref].with_name(f"{name}.lock") for name in names if (ref := f"{BRANCHES}{name}") in folders}
-    names |= {name for name, path in locks.items() if is_locked(path)}  # one that starts has no branch yet
+    names |= {name for name, path in locks.items() if is_locked(path)}  # a starting run has no branch yet
     found = []
     for name in names:
         commits = tuple(_own_commits(root, name)) if f"{BRANCHES}{name}" in branches else ()
@@ -113,31 +113,31 @@ def find_runs(root: Path) -> list[Run]:
 
 
 def registered(root: Path, run: Run) -> list[dict[str, Any]]:
-    """The versions that a run registered (or found registered), each with `name` and `version`."""
+    """Return the versions that a run registered or found registered, each with `name` and `version`."""
     if not any(commit.subject.startswith("register: ") for commit in run.commits):
-        return []  # what is there was in the checkout
+        return []  # the result file is from the checkout
     found = json.loads(Record(root, run.tip).read(str(RELATIVE.result("register"))) or b"{}")
     return [version for version in found.values() if isinstance(version, dict) and "version" in version]
 
 
 def worktrees(root: Path) -> list[Worktree]:
-    """The folders of this repository that git knows; each at where the project begins in it."""
+    """Return the worktrees of this repository, each with the project's folder in it."""
     prefix = git(root, "rev-parse", "--show-prefix")
     found = []
     for block in git(root, "worktree", "list", "--porcelain").split("\n\n"):
         facts = {key: value for key, _, value in (line.partition(" ") for line in block.splitlines())}
-        if set(facts.get("HEAD", "0")) != {"0"}:  # else it is bare, or has no commit yet
+        if set(facts.get("HEAD", "0")) != {"0"}:  # skip bare repositories and those without commits
             found.append(Worktree(Path(facts["worktree"], prefix), facts["HEAD"], facts.get("branch")))
     return found
 
 
 def refs(root: Path, *patterns: str) -> list[str]:
-    """Names of git's references below the patterns."""
+    """Return the names of git references that match the patterns."""
     return git(root, "for-each-ref", "--format=%(refname)", *patterns).splitlines()
 
 
 def _own_commits(root: Path, name: str) -> list[Commit]:
-    """Commits of the branch back to the one that a run begins with; of a foreign branch, those that no other has."""
+    """Return the branch's commits back to the run's first; for a foreign branch, those on no other branch."""
     branch, form = f"{BRANCHES}{name}", "--format=%H%x1f%ct%x1f%s"
     found = []
     for line in git(root, "log", "--first-parent", "-n", "200", form, branch, "--").splitlines():

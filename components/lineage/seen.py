@@ -1,8 +1,8 @@
-"""Which images a registered model had seen by a step: computed again, never taken from a log.
+"""Recompute which images a registered model had seen by a step.
 
-Order and crops are pure functions of seed and data, so `config.json` of the weights (seed, batch size, stream, the
-manifest's SHA-256) and the version of the curated set that the model's `dvc.lock` names say all. Both come from the DVC
-remote, so it does not matter what is in `data/curated` now.
+The order is a pure function of seed and data, so that `config.json` of the weights (seed, batch size, stream, the
+manifest's SHA-256) and the curated set in the model's `dvc.lock` determine it. Both are read from the DVC remote,
+independent of the present `data/curated`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components.core.layout import RELATIVE
-from components.core.references import is_registered
+from components.core.references import ModelReference, is_registered
 from components.data.config import StreamConfig
 from components.data.stream import ImageStream
 from components.lineage.dvc_remote import Remote
@@ -25,18 +25,18 @@ from components.lineage.provenance import CURATED, Tag
 from components.lineage.streaming import stream_from
 from components.lineage.trace import find_version
 
-ANY_CACHE_GIB = 1e6  # only blocks that hold the image are fetched
+ANY_CACHE_GIB = 1e6  # no limit, since only blocks with the image are fetched
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a model's history.
+    """One training in a model's history.
 
     Attributes:
-        version: registered version whose record it is in.
+        version: registered version whose record contains it.
         weights: folder in that record.
-        relation: to what it led to: `itself`, `started from` or `taught by`.
-        provenance: as `config.json` of the weights states it.
+        relation: to its successor: `itself`, `started from` or `taught by`.
+        provenance: from `config.json` of the weights.
     """
 
     version: str
@@ -47,21 +47,21 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Steps it took."""
+        """Number of steps."""
         return self.provenance["steps"]
 
     @property
     def batch_size(self) -> int:
-        """Images a step, over all ranks."""
+        """Images per step, over all ranks."""
         return self.provenance["config"]["batch_size"]
 
     @contextmanager
     def stream(self) -> Iterator[ImageStream]:
-        """The stream that it read, from the DVC remote.
+        """Open its training stream, from the DVC remote.
 
         Raises:
-            RecordError: the record's curated set is not the one that the weights state.
-            StorageError: S3 does not answer, or that version is not there any more.
+            RecordError: the record's curated set differs from the one stated by the weights.
+            StorageError: S3 does not answer, or the version was deleted.
         """
         config = StreamConfig(**self.provenance["config"]["stream"]).model_copy(update={"cache_gib": ANY_CACHE_GIB})
         with tempfile.TemporaryDirectory() as folder:
@@ -77,10 +77,10 @@ class Training:
 
 @dataclass(frozen=True)
 class History:
-    """A model's trainings, its own first, each followed by the one that it started from or was taught by.
+    """Trainings of a model, its own first, each followed by that of its initial weights or teacher.
 
     Attributes:
-        unknown: why it goes no further, if it began with weights that no record here explains.
+        unknown: why the history ends, if the first weights have no record here.
     """
 
     trainings: list[Training]
@@ -92,15 +92,15 @@ def read_history(reference: str, root: Path) -> History:
 
     Args:
         reference: `NAME@alias` or `NAME/number`.
-        root: a clone of the repository whose commits made the model.
+        root: a clone of the repository with the model's commits.
 
     Raises:
-        RecordError: no server, no such version, its record is not in the repository or contradicts what was registered,
+        RecordError: no server, no such version, its record is missing here or contradicts the registration,
             or the DVC remote is not on S3.
         StorageError: the remote does not answer, or lacks the weights' config.json.
     """
     version = find_version(reference, root)
-    name, path, relation = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
+    name, path, relation = str(ModelReference.of_version(version)), version.tags.get(Tag.WEIGHTS_PATH, ""), "itself"
     record, trainings = _record(name, version.tags, root), []
     while True:
         training = Training(name, path, relation, _provenance(record, name, path), record)
@@ -116,7 +116,7 @@ def read_history(reference: str, root: Path) -> History:
             return History(trainings)
         if is_registered(parent):
             version = find_version(parent, root)
-            name, path = f"{version.name}/{version.version}", version.tags.get(Tag.WEIGHTS_PATH, "")
+            name, path = str(ModelReference.of_version(version)), version.tags.get(Tag.WEIGHTS_PATH, "")
             record = _record(name, version.tags, root)
         elif record.output(parent) is None:
             return History(trainings, f"{path} was {relation} {parent}, which no stage of its dvc.lock makes")
@@ -126,10 +126,10 @@ def read_history(reference: str, root: Path) -> History:
 
 
 def steps_with(training: Training, image_id: str, step: int | None = None) -> list[int]:
-    """In which steps, counted from 1, up to `step` (None: the last) a training drew an image; a step for each draw.
+    """Return the steps, counted from 1, up to `step` (None: the last) in which a training drew an image, one per draw.
 
-    Exact also beside images that cannot be decoded, which the next one replaces. A step that was skipped over a loss
-    that is not finite counts: the image was looked at.
+    Replacements of undecodable images are considered. Steps skipped for a non-finite loss count, because the image was
+    processed.
     """
     with training.stream() as stream:
         positions = stream.seen(image_id, 0, (training.steps if step is None else step) * training.batch_size)
@@ -137,7 +137,7 @@ def steps_with(training: Training, image_id: str, step: int | None = None) -> li
 
 
 def draws_by(training: Training, step: int | None = None) -> dict[str, int]:
-    """How often each image was drawn up to a step (None: the last), by id: by the order, with every image decodable."""
+    """Count how often each image was drawn up to a step (None: the last), by id, assuming all images are decodable."""
     with training.stream() as stream:
         return stream.draws((training.steps if step is None else step) * training.batch_size)
 
@@ -165,7 +165,7 @@ def _provenance(record: Record, name: str, path: str) -> dict[str, Any]:
 
 
 def _check_read(record: Record, path: str, parent: str) -> None:
-    """Raise RecordError unless the stage that made `path` read the `parent` that the record holds."""
+    """Raise RecordError unless the stage that produced `path` read the `parent` of the record."""
     stages = record.stages()
     deps = stages[upstream(stages, path)[0]].get("deps", [])
     if {"path": parent, "md5": record.output(parent)} not in [{k: dep.get(k) for k in ("path", "md5")} for dep in deps]:

@@ -1,6 +1,7 @@
-"""What lies in the DVC cache and on the DVC remote: objects and run-cache entries, in the layout that both share.
+"""List and delete objects and run-cache entries in the DVC cache and on the DVC remote, which share one layout.
 
-On S3 every version counts: a deleted key of a versioned bucket keeps its bytes until its versions are deleted, too.
+On S3 all versions are considered, because a deleted key of a versioned bucket keeps its bytes until its versions are
+deleted too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from components.lineage.lock_file import Record, RecordError
 OBJECT = re.compile(r"files/md5/([0-9a-f]{2})/([0-9a-f]{30}(?:\.dir)?)")
 ENTRY = re.compile(r"runs/[0-9a-f]{2}/[0-9a-f]{64}/[0-9a-f]{64}")
 PARTS = ("files/md5/", "runs/")
-UNFINISHED = ".tmp"  # how the names of files end that DVC is writing
+UNFINISHED = ".tmp"  # suffix of files that DVC is writing
 BATCH = 1000  # S3's limit of one request that deletes
 
 
@@ -31,7 +32,7 @@ class Stored:
     Attributes:
         size: bytes, of all versions together.
         modified: when the newest version was written, in seconds since 1970.
-        there: whether a reader finds it; False where only old versions of a deleted key are left.
+        there: whether it is readable; False if only old versions of a deleted key are left.
         versions: ids of its versions and delete markers on S3.
     """
 
@@ -42,18 +43,18 @@ class Stored:
 
 
 class Store(Protocol):
-    """Either place; paths are relative to it, such as `files/md5/ab/cdef...`."""
+    """The cache or the remote; paths are relative to it, such as `files/md5/ab/cdef...`."""
 
     def listing(self) -> dict[str, Stored]:
-        """All that lies there, by path."""
+        """Return all files by path."""
         ...
 
     def read(self, path: str) -> bytes | None:
-        """A file's bytes; None if it is not there."""
+        """Return a file's bytes; None if it does not exist."""
         ...
 
     def remove(self, found: Mapping[str, Stored]) -> None:
-        """Delete files of the listing, in their order; what is gone already is no error."""
+        """Delete files of the listing, in order; ignore files already deleted."""
         ...
 
 
@@ -68,7 +69,7 @@ class DiskStore:
         self._folder = folder
 
     def listing(self) -> dict[str, Stored]:
-        """All files below `files/md5` and `runs`."""
+        """Return all files below `files/md5` and `runs`."""
         found = {}
         for part in PARTS:
             for folder, _, names in os.walk(self._folder / part):
@@ -79,14 +80,14 @@ class DiskStore:
         return found
 
     def read(self, path: str) -> bytes | None:
-        """A file's bytes; None if it is not there."""
+        """Return a file's bytes; None if it does not exist."""
         try:
             return (self._folder / path).read_bytes()
         except FileNotFoundError:
             return None
 
     def remove(self, found: Mapping[str, Stored]) -> None:
-        """Delete files, and the folders that are empty then.
+        """Delete files, and folders that become empty.
 
         Raises:
             StorageError: the system refuses.
@@ -100,7 +101,7 @@ class DiskStore:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise StorageError(f"{file}: not deleted ({error.strerror}); `pedigree gc` again goes on") from error
+                raise StorageError(f"{file}: not deleted ({error.strerror}); run `pedigree gc` again") from error
 
 
 class S3Store:
@@ -120,7 +121,7 @@ class S3Store:
         self._client = s3_client()
 
     def listing(self, parts: Sequence[str] = PARTS) -> dict[str, Stored]:
-        """All keys below these parts of the prefix that have any version, listed once."""
+        """Return all keys below these parts of the prefix with any version."""
         versions: dict[str, list[dict[str, Any]]] = {}
         with s3_errors(self.url):
             pages = self._client.get_paginator("list_object_versions")
@@ -131,7 +132,7 @@ class S3Store:
         return {path: _stored(items) for path, items in versions.items()}
 
     def read(self, path: str) -> bytes | None:
-        """An object's bytes; None if it is not there."""
+        """Return an object's bytes; None if it does not exist."""
         try:
             with s3_errors(f"{self.url}/{path}"):
                 return self._client.get_object(Bucket=self._bucket, Key=self._prefix + path)["Body"].read()
@@ -139,10 +140,10 @@ class S3Store:
             return None
 
     def remove(self, found: Mapping[str, Stored]) -> None:
-        """Delete keys with all their versions, a thousand in a request.
+        """Delete keys with all their versions, a thousand per request.
 
         Raises:
-            StorageError: S3 refuses, or one of them.
+            StorageError: S3 refused the request or a deletion.
         """
         doomed = [{"Key": self._prefix + path, "VersionId": v} for path, item in found.items() for v in item.versions]
         for start in range(0, len(doomed), BATCH):
@@ -151,19 +152,19 @@ class S3Store:
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete=request)
             if errors := answer.get("Errors"):
                 first = errors[0]
-                told = f"{first.get('Code')}: {first.get('Message')}; {len(errors)} refused"
-                raise StorageError(f"s3://{self._bucket}/{first.get('Key')}: not deleted ({told})")
+                details = f"{first.get('Code')}: {first.get('Message')}; {len(errors)} refused"
+                raise StorageError(f"s3://{self._bucket}/{first.get('Key')}: not deleted ({details})")
 
 
 def object_path(id_: str) -> str:
-    """Where the object of a DVC id lies."""
+    """Return the path of a DVC object."""
     return f"files/md5/{id_[:2]}/{id_[2:]}"
 
 
 def cached_files(checkout: Path, revision: str, path: str) -> dict[str, Path]:
-    """Where the DVC cache holds the files of a stage's output folder, by their path in it.
+    """Return the cached files of a stage's output folder, by their path in it.
 
-    Empty where the revision's `dvc.lock` does not name the folder, or the cache lacks its listing.
+    Empty if the revision's `dvc.lock` lacks the folder, or the cache lacks its listing.
     """
     folder = Layout(checkout).dvc_cache
     cache = DiskStore(folder)
@@ -176,13 +177,13 @@ def cached_files(checkout: Path, revision: str, path: str) -> dict[str, Path]:
 
 
 def objects(listing: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The objects of a listing by their DVC id, folders' listings first: none of them may outlive its files."""
+    """Return the objects of a listing by DVC id, folders first, so that none is deleted after its files."""
     found = {f"{match[1]}{match[2]}": item for path, item in listing.items() if (match := OBJECT.fullmatch(path))}
     return dict(sorted(found.items(), key=lambda pair: not pair[0].endswith(".dir")))
 
 
 def entries(listing: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The run-cache entries of a listing by their path."""
+    """Return the run-cache entries of a listing by path."""
     return {path: item for path, item in listing.items() if ENTRY.fullmatch(path)}
 
 

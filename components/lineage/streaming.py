@@ -1,7 +1,7 @@
-"""Train on a machine that does not hold the images: of the curated set only the manifest comes, the rest is streamed.
+"""Prepare training on a machine without the images: fetch the manifest only, and stream the shards.
 
-`dvc.lock` names the version of `data/curated`, its listing on the remote the object of each shard; `data.stream` reads
-ranges of those objects. A clone of the repository and the S3 variables are all that is needed, not DVC.
+`dvc.lock` names the version of `data/curated`, and its listing on the remote the object of each shard; `data.stream`
+reads ranges of these objects. This requires a clone of the repository and the S3 variables, but not DVC.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def prepare_stream(root: Path) -> bool:
-    """Fetch the manifest and write each shard's address, if the workspace does not hold the curated set itself.
+    """Fetch the manifest and write the address of each shard, unless the curated set is on disk.
 
     Returns:
-        Whether the curated set is going to be streamed.
+        Whether the curated set will be streamed.
 
     Raises:
-        RecordError: `dvc.lock` knows no curated set, or one without a manifest.
-        RecordError: the repository's DVC remote is not on S3.
+        RecordError: `dvc.lock` has no curated set with a manifest, or the DVC remote is not on S3.
         StorageError: S3 does not answer or refuses.
     """
     if (root / CURATED / MANIFEST).is_file() or not (root / LOCK).is_file():
@@ -48,8 +47,8 @@ def stream_from(remote: Remote, version: str, root: Path) -> None:
     """Write manifest and shard addresses of a version of the curated set into the workspace at `root`.
 
     Raises:
-        RecordError: that version has no manifest.
-        StorageError: S3 does not answer or refuses, or the version is not there.
+        RecordError: the version has no manifest.
+        StorageError: S3 does not answer or refuses, or the version does not exist.
     """
     files = remote.listing(version)
     if MANIFEST not in files:

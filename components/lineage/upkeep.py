@@ -1,7 +1,7 @@
-"""What `pedigree gc` removes: what no kept run, no other branch, no registered version and no audit event needs.
+"""Plan and carry out `pedigree gc`: remove what no kept run, other branch, registered version or audit event needs.
 
-A plan is made first, whole; then carried out so that whatever refers to bytes goes before them. Killed anywhere, it is
-made again from what is left and completes: nothing is remembered from one try to the next.
+A complete plan is made first, then carried out so that references are removed before the bytes. After a kill at any
+point, the next call plans from what is left and completes; there is no state between calls.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ READERS = 10  # threads that read run-cache entries from S3
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes, in the order in which it must go.
+    """Removals in their required order.
 
     Attributes:
-        kept: run id -> why it stays.
-        notes: what is left out or could not be known, a line each.
+        kept_runs: run id -> why it is kept.
+        notes: lines on what is skipped or unknown.
     """
 
     removals: list[Removal]
-    kept: dict[str, str]
+    kept_runs: dict[str, str]
     notes: list[str]
 
     def carry_out(self) -> None:
-        """Remove it all.
+        """Carry out all removals.
 
         Raises:
-            StorageError, TrackingError, RecordError: something refuses; what went before is gone, and again goes on.
+            StorageError, TrackingError, RecordError: a removal failed; earlier ones are done, and a new call continues.
         """
         for removal in self.removals:
             removal.carry_out()
@@ -66,18 +66,18 @@ class _Place:
 
 
 def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -> Plan:
-    """Decide what goes; changes nothing. Hold the locks of runs and of DVC from before it until it is carried out.
+    """Plan the removals without changing anything. Hold the locks of runs and of DVC until they are carried out.
 
     Args:
         root: the checkout.
         cache: its DVC cache.
-        rule: which runs may go.
+        rule: which runs may be removed.
         client: MLflow's.
         log: the audit log.
 
     Raises:
         TrackingError, StorageError: the registry, the audit log or the remote does not answer.
-        RecordError: the audit log is broken, or what something needs cannot be known.
+        RecordError: the audit log is broken, or needed objects cannot be determined.
     """
     found = versions(client)
     of_events, notes = audit_claims(log, client)
@@ -89,9 +89,9 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
     removals = [files, *_runs_removals(root, gone)]
     dvc, more = _dvc_removals(root, gone, claims, (disk, s3), rule, _unknown_runs(root, client, models))
     kept_commits = {commit.sha for run in runs if run.id in why for commit in run.commits}
-    checkpoints, told = checkpoints_removal(root, kept_commits, rule.before)
+    checkpoints, checkpoint_notes = checkpoints_removal(root, kept_commits, rule.before)
     removals += [*dvc, checkpoints, caches_removal(root, rule.before)]
-    return Plan(removals, why, [*notes, *more, *told])
+    return Plan(removals, why, [*notes, *more, *checkpoint_notes])
 
 
 def _places(root: Path, cache: Path) -> tuple[_Place, _Place | None]:
@@ -104,7 +104,7 @@ def _places(root: Path, cache: Path) -> tuple[_Place, _Place | None]:
 
 
 def _unknown_runs(root: Path, client: Any, models: Iterable[str]) -> list[str]:
-    """Runs of these models that MLflow knows and git here does not, and that were not removed: of other clones."""
+    """Return runs of these models in MLflow that are neither in this git repository nor removed: of other clones."""
     known = {ref.rpartition("/")[2] for ref in refs(root)}
     found = mlflow_runs(client, models, f"tags.`pedigree.stage` = '{PARENT_STAGE}'")
     tags = [run.data.tags for run in found if REMOVED_TAG not in run.data.tags]
@@ -112,7 +112,7 @@ def _unknown_runs(root: Path, client: Any, models: Iterable[str]) -> list[str]:
 
 
 def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
-    """Folders of the runs, then their branches and lock files; also what a gc that was killed left of others."""
+    """Plan the removal of run folders, then of branches and lock files, including leftovers of a killed gc."""
     branches = {ref.removeprefix(BRANCHES) for ref in refs(root, BRANCHES)}
     runs = Layout(root).runs
     names = {path.name.removesuffix(".lock") for path in runs.glob("*") if RUN_ID.match(path.name)}
@@ -144,15 +144,15 @@ def _dvc_removals(
     root: Path, gone: Sequence[Run], claims: Sequence[Claim], places: Sequence[_Place | None], rule: Rule,
     unknown: Sequence[str],
 ) -> tuple[list[Removal], list[str]]:  # fmt: skip
-    """Run-cache entries whose outputs go or are gone, then the objects that nothing needs; on S3 first."""
+    """Plan the removal of run-cache entries with removed outputs, then of unneeded objects; on S3 first."""
     there = [place for place in places if place]
     needs = Needs(root, partial(_first, [place.store for place in there]))
     here = {id_ for place in there for id_ in place.objects}
-    kept = needed_objects(root, gone, claims, needs, here)
+    required = needed_objects(root, gone, claims, needs, here)
     young = {
         id_ for place in there for id_, item in place.objects.items() if item.there and item.modified > rule.before
     }
-    needed, notes = kept.ids | needs.whole(young), _notes(kept.elsewhere, needs, unknown)
+    needed, notes = required.ids | needs.whole(young), _notes(required.elsewhere, needs, unknown)
     doomed = {p.name: {} if p.name == "S3" and unknown else _without(p.objects, needed) for p in there}
     alive = {p.name: {id_ for id_, item in p.objects.items() if item.there} - doomed[p.name].keys() for p in there}
     of_entries = _outputs(there)
@@ -184,12 +184,12 @@ def _without(found: Mapping[str, Stored], needed: set[str]) -> dict[str, Stored]
 
 
 def _first(stores: Sequence[Store], id_: str) -> bytes | None:
-    """A listing's bytes, from the first place that has it."""
+    """Return a listing's bytes, from the first store that has it."""
     return next((data for store in stores if (data := store.read(object_path(id_))) is not None), None)
 
 
 def _outputs(places: Sequence[_Place]) -> dict[str, list[str]]:
-    """DVC ids of the outputs of each run-cache entry; equal names are equal entries, so each is read once."""
+    """Return the DVC ids of each run-cache entry's outputs; entries of equal names are equal and read once."""
     where = {path: place.store for place in reversed(places) for path in entries(place.listing)}
     with ThreadPoolExecutor(READERS) as pool:
         texts = pool.map(lambda path: where[path].read(path), where)
@@ -200,12 +200,12 @@ def _notes(elsewhere: Sequence[str], needs: Needs, unknown: Sequence[str]) -> li
     notes = []
     if unknown:
         notes.append(
-            f"S3 is left alone: MLflow knows {len(unknown)} runs without a branch here, e.g. {unknown[-1]}; fetch the "
-            "branches of the clones that made them, or delete those runs in MLflow, then run this again"
+            f"nothing on S3 is removed: MLflow knows {len(unknown)} runs without a branch here, e.g. {unknown[-1]}; "
+            "fetch the branches of the clones that made them, or delete those runs in MLflow, then run this again"
         )
     if elsewhere:
         notes.append(f"{len(elsewhere)} versions and events are of other repositories, e.g. {elsewhere[-1]}; none of "
-                     "their data lies here")  # fmt: skip
+                     "their data is here")  # fmt: skip
     if needs.unlisted:
         lost = f"{len(needs.unlisted)} folders that something needs are neither in the cache nor on S3"
         notes.append(f"{lost}, e.g. {min(needs.unlisted)}")

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: those of one length together, each sequence by itself."""
+"""Attention within each of many packed sequences, grouped by length."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 # How sequences lie in packed tokens [T, D], one after another: (number of sequences, tokens of each) of each group.
 Layout = tuple[tuple[int, int], ...]
 
-SCORES_BYTES = 2**24  # of attention scores that exist at a time on a CPU; about what its caches hold
+SCORES_BYTES = 2**24  # of attention scores that exist at a time on a CPU; fits its caches
 
 
 def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """Scaled dot-product attention within each sequence: packed [T, 3 D] to [T, D].
+    """Compute scaled dot-product attention within each sequence: packed [T, 3 D] to [T, D].
 
-    By torch's fused kernels: one for all groups where the device has it, otherwise one for each group; or on a CPU in
-    bfloat16 by matrix products, which are 2.5 times as fast there (components/LOG.md).
+    It calls torch's fused kernels, once for all groups if the device supports that, else once per group. On a CPU in
+    bfloat16 it uses matrix products, which are 2.5 times as fast there (components/LOG.md).
     """
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         mixed = _ProductAttention.apply(qkv, layout, num_heads)
@@ -32,8 +32,8 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 
 def varlen_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """`attend` by one call of FlashAttention's kernel for sequences of any lengths; nothing is copied or padded."""
-    from torch.nn.attention.varlen import varlen_attn  # 2.6 s on a CPU, which never comes here: it loads torch.compile
+    """Compute `attend` by one call of FlashAttention's varlen kernel, without copies or padding."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch.compile (2.6 s), which CPU runs avoid
 
     lengths = [length for count, length in layout for _ in range(count)]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(qkv.device, non_blocking=True)
@@ -44,7 +44,7 @@ def varlen_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 
 def _has_varlen(qkv: Tensor, num_heads: int) -> bool:
-    """Whether FlashAttention takes it: on NVIDIA's cards from Ampere on, in half precision, heads up to 256 wide."""
+    """Return whether FlashAttention supports the input: NVIDIA Ampere or newer, half precision, head dim up to 256."""
     if qkv.device.type != "cuda" or torch.version.cuda is None or qkv.dtype not in (torch.bfloat16, torch.float16):
         return False
     width = qkv.shape[1] // (3 * num_heads)
@@ -52,7 +52,7 @@ def _has_varlen(qkv: Tensor, num_heads: int) -> bool:
 
 
 def fused_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """`attend` by torch's kernels: one call for each group, without a mask or padding."""
+    """Compute `attend` by one call of torch's fused kernels per group, without masks or padding."""
     groups = []
     for (count, length), part in zip(layout, qkv.split([c * n for c, n in layout]), strict=True):
         query, key, value = part.view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -62,7 +62,7 @@ def fused_attention(qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 
 class _ProductAttention(torch.autograd.Function):
-    """Attention as matrix products that keeps only its input: its backward pass makes the probabilities again."""
+    """Attention by matrix products; saves only its input and recomputes the probabilities in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
@@ -81,38 +81,38 @@ class _ProductAttention(torch.autograd.Function):
         result = torch.empty_like(qkv)
         for rows, shape in _pieces(qkv, ctx.layout, ctx.num_heads):  # pyright: ignore[reportAttributeAccessIssue]
             query, key, value = _heads(qkv[rows], shape)
-            (received,) = _heads(gradient[rows], shape)
+            (grad_output,) = _heads(gradient[rows], shape)
             probabilities = _probabilities(query, key)
-            into_value = torch.bmm(probabilities.transpose(1, 2), received)
-            into_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
-                torch.bmm(received, value.transpose(1, 2)), probabilities, -1, probabilities.dtype
+            grad_value = torch.bmm(probabilities.transpose(1, 2), grad_output)
+            grad_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
+                torch.bmm(grad_output, value.transpose(1, 2)), probabilities, -1, probabilities.dtype
             ).mul_(query.shape[-1] ** -0.5)
-            into_key = torch.bmm(into_scores.transpose(1, 2), query)
-            for place, part in enumerate((torch.bmm(into_scores, key), into_key, into_value)):
+            grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+            for place, part in enumerate((torch.bmm(grad_scores, key), grad_key, grad_value)):
                 _write(result[rows], part, shape, place)
         return result, None, None
 
 
 def _pieces(qkv: Tensor, layout: Layout, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
-    """Rows of some sequences at a time, with their shape [sequences, tokens, heads, D / heads]."""
+    """Yield the rows of a few sequences at a time, with their shape [sequences, tokens, heads, D / heads]."""
     start, width = 0, qkv.shape[1] // (3 * num_heads)
     for count, length in layout:
         step = max(1, SCORES_BYTES // (length * length * num_heads * qkv.element_size()))
         for first in range(0, count, step):
-            few = min(step, count - first)
-            yield slice(start, start + few * length), (few, length, num_heads, width)
-            start += few * length
+            num_sequences = min(step, count - first)
+            yield slice(start, start + num_sequences * length), (num_sequences, length, num_heads, width)
+            start += num_sequences * length
 
 
 def _heads(rows: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, ...]:
-    """[rows, parts * D] as `parts` tensors [sequences * heads, tokens, D / heads]."""
+    """Split [rows, parts * D] into `parts` tensors [sequences * heads, tokens, D / heads]."""
     count, length, num_heads, width = shape
     parts = rows.view(count, length, -1, num_heads, width).permute(2, 0, 3, 1, 4)
     return parts.reshape(len(parts), count * num_heads, length, width).unbind(0)
 
 
 def _write(rows: Tensor, part: Tensor, shape: tuple[int, int, int, int], place: int) -> None:
-    """Put [sequences * heads, tokens, D / heads] into part `place` of [rows, parts * D]."""
+    """Write [sequences * heads, tokens, D / heads] into part `place` of [rows, parts * D]."""
     count, length, num_heads, width = shape
     rows.view(count, length, -1, num_heads, width)[:, :, place] = part.view(count, num_heads, length, width).transpose(
         1, 2

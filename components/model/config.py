@@ -1,4 +1,4 @@
-"""Shape of the vision transformer and of its projection heads. No torch here, so that the CLI starts fast."""
+"""Shape of the vision transformer and of its projection heads. Imports no torch, so that the CLI starts fast."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ViTConfig(Config):
     ffn: Literal["mlp", "swiglu"] = "mlp"  # from scratch L and g use swiglu, distilled models mlp
     ffn_ratio: float = Field(default=4.0, ge=0.5, le=64)  # swiglu takes 2/3 of it, rounded up to a multiple of 8
     num_registers: int = Field(default=4, ge=0, le=64)  # arXiv 2309.16588; published models have 0 or 4
-    # Pixels; the stored position grid is image_size / patch_size. None: of the global crops of its training, as in the
-    # released code, whose 518 stands in configs of evaluation. Of a larger grid training determines only a part.
+    # Pixels; the stored position grid is image_size / patch_size. None: size of the global crops, as in the released
+    # training code (518 is only in evaluation configs). Training would determine only a part of a larger grid.
     image_size: int | None = Field(default=None, ge=1, le=16384)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # same rate in all blocks; from scratch 0.3 to 0.4, distilled 0
     layer_scale_init: float = Field(default=1e-5, gt=0)  # `layerscale` of ssl_default_config.yaml
@@ -38,15 +38,15 @@ class ViTConfig(Config):
         return self
 
     def trained_at(self, global_size: int) -> ViTConfig:
-        """This shape, with the position grid of global crops of so many pixels where it names none."""
+        """Return this shape with `image_size` set to the global crop size if it is None."""
         return self if self.image_size else self.model_copy(update={"image_size": global_size})
 
 
 class Preprocessing(Config):
-    """How an image becomes a backbone's input. Defaults: `make_classification_eval_transform` of DINOv2."""
+    """Resizing and cropping of an image for a backbone. Defaults: `make_classification_eval_transform` of DINOv2."""
 
     resize_size: int = Field(default=256, ge=1, le=16384)  # pixels of the shorter side, bicubic
-    crop_size: int = Field(default=224, ge=1, le=16384)  # pixels of the square that is cut from the middle
+    crop_size: int = Field(default=224, ge=1, le=16384)  # pixels of the center crop
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -55,7 +55,7 @@ class Preprocessing(Config):
         return self
 
     def at(self, crop_size: int) -> Preprocessing:
-        """The same part of an image at another resolution."""
+        """Return the same crop region at another resolution."""
         return Preprocessing(resize_size=round(crop_size * self.resize_size / self.crop_size), crop_size=crop_size)
 
 

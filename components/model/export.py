@@ -1,7 +1,7 @@
-"""Weights folders: `model.safetensors`, optional `heads.safetensors`, and a `config.json` that says all about them.
+"""Weights folders: `model.safetensors`, optional `heads.safetensors`, and a `config.json` that describes them.
 
 Tensors are float32 under the parameter names of the published DINOv2 weights, so `model.safetensors` also loads into
-the released DINOv2 code as it is. Files of others are read in `published.py`.
+the released DINOv2 code. `published.py` reads files from elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIG_FILE = "config.json"
 
 
 class WeightsError(PedigreeError):
-    """A weights folder that cannot be used; one line says what is wrong and what to do."""
+    """A weights folder cannot be used; one line says what is wrong and what to do."""
 
 
 class _HeadDescription(HeadConfig):
@@ -60,13 +60,13 @@ def save_weights(
     heads: Mapping[str, ProjectionHead] | None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a weights folder, whole or not at all; equal weights and provenance give equal bytes.
+    """Write a weights folder atomically; equal weights and provenance give equal bytes.
 
     Args:
         folder: replaced if it exists.
         backbone: saved in float32.
-        heads: by name, `dino` and `ibot`; None leaves heads out.
-        provenance: JSON-able facts about where the weights come from; no times of day, or bytes will differ.
+        heads: by name, `dino` and `ibot`; None writes no heads.
+        provenance: JSON values that describe the origin of the weights; timestamps would make the bytes differ.
 
     Raises:
         WeightsError: a weight is NaN or infinite, or `provenance` is not JSON.
@@ -86,7 +86,7 @@ def save_weights(
     with atomic_dir(folder) as staging:
         for name, state in states.items():
             save_file(state, staging / name)
-            (staging / name).chmod(0o644)  # save_file lets only the owner read
+            (staging / name).chmod(0o644)  # save_file creates files with mode 0600
         try:
             write_json(staging / CONFIG_FILE, description)
         except (TypeError, ValueError) as error:
@@ -94,7 +94,7 @@ def save_weights(
 
 
 def load_backbone(folder: Path) -> VisionTransformer:
-    """Read the backbone of a weights folder, in evaluation mode, on CPU. The global random state is not touched.
+    """Read the backbone of a weights folder, in evaluation mode, on CPU, without changing the global random state.
 
     Raises:
         WeightsError: a file is missing or damaged, or the tensors are not those that `config.json` describes.
@@ -104,21 +104,10 @@ def load_backbone(folder: Path) -> VisionTransformer:
     return backbone
 
 
-def load_heads(folder: Path) -> dict[str, ProjectionHead]:
-    """Read the projection heads of a weights folder by name (`dino`, `ibot`), in evaluation mode, on CPU.
-
-    Raises:
-        WeightsError: the folder has no heads, or as for `load_backbone`.
-    """
-    heads, tensors = open_heads(folder)
-    nn.ModuleDict(heads).to_empty(device="cpu").load_state_dict(tensors)
-    return heads
-
-
 def open_backbone(folder: Path) -> tuple[VisionTransformer, dict[str, Tensor]]:
-    """The backbone as `load_backbone`, but on the meta device; and its tensors, checked, mapped from the file.
+    """Return the backbone on the meta device, and its validated tensors, memory-mapped from the file.
 
-    A mapped tensor costs no memory of the process: the system reads what is looked at, and may drop it again.
+    Mapped tensors use no process memory: the system reads pages on access, and may evict them.
     """
     description = _read_description(folder)
     with torch.device("meta"):
@@ -127,7 +116,11 @@ def open_backbone(folder: Path) -> tuple[VisionTransformer, dict[str, Tensor]]:
 
 
 def open_heads(folder: Path) -> tuple[dict[str, ProjectionHead], dict[str, Tensor]]:
-    """The heads as `load_heads`, but on the meta device; and their tensors as those of `open_backbone`."""
+    """Return the projection heads by name (`dino`, `ibot`) on the meta device, and their validated tensors.
+
+    Raises:
+        WeightsError: the folder has no heads, or as for `load_backbone`.
+    """
     description = _read_description(folder)
     if description.heads is None:
         raise WeightsError(f"{folder}: holds no projection heads; use weights that training wrote with heads")
@@ -140,7 +133,7 @@ def open_heads(folder: Path) -> tuple[dict[str, ProjectionHead], dict[str, Tenso
 
 
 def to_dinov2(backbone: VisionTransformer) -> dict[str, Tensor]:
-    """State of a backbone in the published DINOv2 names: float32 copies on CPU that share no memory."""
+    """Return a backbone's state under the published DINOv2 names, as float32 copies on CPU that share no memory."""
     return _plain_state(backbone)
 
 
@@ -184,9 +177,9 @@ def _tensors_of(module: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def find_problems(module: nn.Module, state: Mapping[str, Tensor], *, exact: bool = True) -> list[str]:
-    """How the tensors differ from those of the module, in names, shapes and (if `exact`) being float32; sorted.
+    """List how the tensors differ from the module's in names, shapes and (if `exact`) being float32; sorted.
 
-    The module is on the meta device, so that a config.json with absurd numbers costs no memory.
+    The module is on the meta device, so that a config.json with absurd sizes allocates nothing.
     """
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]

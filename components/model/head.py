@@ -1,4 +1,4 @@
-"""The projection head that turns tokens into logits over prototypes."""
+"""Projection head from tokens to logits over prototypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LayerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows have a direction `weight_v` and a trainable length `weight_g`.
+    """Linear layer without bias; each weight row has a direction `weight_v` and a trainable length `weight_g`.
 
     Weight normalization (arXiv 1602.07868). DINOv2, unlike DINO, leaves the length trainable.
     """
@@ -34,7 +34,7 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # torch's default for linear layers, as in DINOv2
 
     def forward(self, inputs: Tensor, loss: LayerLoss | None = None) -> Tensor:
-        """[..., in_dim] to [..., out_dim]; with `loss`, what it makes of the inputs, directions and lengths."""
+        """Map [..., in_dim] to [..., out_dim]; with `loss`, return `loss(inputs, weight_v, weight_g)`."""
         if loss is not None:
             return loss(inputs, self.weight_v, self.weight_g)
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
@@ -58,17 +58,17 @@ class ProjectionHead(nn.Module):
             draw(self.get_parameter(name))
 
     def draws(self) -> Draws:
-        """Initial values, in their order; the last layer keeps its own."""
+        """Yield the initializers in drawing order; the last layer initializes itself."""
         yield from linear_draws(self.mlp, "mlp")
 
     def forward(self, tokens: Tensor, loss: LayerLoss | None = None) -> Tensor:
-        """Logits over prototypes: [N, in_dim] to [N, K]; each is a cosine times the prototype's length.
+        """Return the logits over prototypes, [N, in_dim] to [N, K]: cosines times the prototype's length.
 
         Args:
             tokens: [N, in_dim].
             loss: computed in place of the logits, from unit features [N, bottleneck_dim] and the last layer's weights,
-                [K, bottleneck_dim] and [K, 1]. So it may make the logits in pieces, and weights stay in their module.
+                [K, bottleneck_dim] and [K, 1], so that it can compute the logits in chunks inside the module's forward.
         """
         bottleneck = self.mlp(tokens)
-        eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # the smaller one is 0 in half precision
+        eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # 1e-12 underflows in half precision
         return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps), loss)

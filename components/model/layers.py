@@ -1,4 +1,4 @@
-"""The parts of a vision transformer block, with the parameter names of the published DINOv2 weights."""
+"""Layers of a vision transformer block, under the parameter names of the published DINOv2 weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from components.model.attention import Layout, attend
 from components.model.config import ViTConfig
 
 Checkpointing = Literal["none", "selective", "full"]
-Draws = Iterator[tuple[str, Callable[[Tensor], object]]]  # parameters by name, and what sets their initial values
+Draws = Iterator[tuple[str, Callable[[Tensor], object]]]  # parameter names with their initializers
 
 NORM_EPS = 1e-6  # `dinov2/models/vision_transformer.py`; torch's default is 1e-5
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Mix the tokens of each sequence: packed [T, D] to [T, D]."""
+        """Attend within each sequence: packed [T, D] to [T, D]."""
         return self.proj(attend(self.qkv(tokens), layout, self.num_heads))
 
 
@@ -64,7 +64,7 @@ class SwiGlu(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch (CaiT, arXiv 2103.17239)."""
+    """Learned scale per channel of a residual branch (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class Block(nn.Module):
     """Pre-norm transformer block with LayerScale and subset stochastic depth (`dinov2/layers/block.py`).
 
     Attributes:
-        checkpointing: which activations are made again in the backward pass rather than kept: none, all but
-            the outputs of matrix products (`selective`), or all but the block's input (`full`).
+        checkpointing: which activations are recomputed in the backward pass: `none`, all but the outputs of matrix
+            products (`selective`), or all but the block's input (`full`).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -104,14 +104,14 @@ class Block(nn.Module):
         """Apply both residual branches to packed tokens: [T, D] to [T, D]."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._transform(tokens, layout)
-        context = _keep_products if self.checkpointing == "selective" else noop_context_fn
+        context = _selective_contexts if self.checkpointing == "selective" else noop_context_fn
         output = checkpoint(
             self._transform,
             tokens,
             layout,
             use_reentrant=False,
             context_fn=context,
-            preserve_rng_state=self.training and self.drop_path > 0,  # the subset must be drawn again as it was
+            preserve_rng_state=self.training and self.drop_path > 0,  # recomputation must draw the same subset
         )
         assert isinstance(output, Tensor)
         return output
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 def linear_draws(module: nn.Module, prefix: str) -> Draws:
-    """Initial values of all linear layers below, `_init_weights` of DINOv2 (`dinov2/layers/`)."""
+    """Yield the initializers of all linear layers in a module, as `_init_weights` of DINOv2 (`dinov2/layers/`)."""
     for name, layer in module.named_modules(prefix=prefix):
         if isinstance(layer, nn.Linear):
             yield f"{name}.weight", partial(nn.init.trunc_normal_, std=0.02)
@@ -133,7 +133,7 @@ def linear_draws(module: nn.Module, prefix: str) -> Draws:
 def add_to_subset(
     tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout], Tensor], drop_path: float
 ) -> Tensor:
-    """Add a residual branch to random sequences of each group, scaled so that the expectation is the full sum.
+    """Add a residual branch to a random subset of each group's sequences, scaled to the expectation of the full sum.
 
     `drop_add_residual_stochastic_depth` of `dinov2/layers/block.py`: of B sequences of a group, the branch is computed
     for only s = max(floor(B (1 - d)), 1), which saves a fraction d of its compute and activations, and is added with
@@ -142,33 +142,33 @@ def add_to_subset(
     Args:
         tokens: packed [T, D].
         layout: of `tokens`.
-        branch: maps packed tokens of a smaller layout to as many.
+        branch: maps packed tokens of a smaller layout to the same shape.
         drop_path: fraction d of sequences that skip the branch, in [0, 1).
 
     Returns:
         [T, D], of the dtype of `tokens`.
     """
-    kept = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
-    if drop_path == 0 or kept == layout:
+    subset = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
+    if drop_path == 0 or subset == layout:
         return tokens + branch(tokens, layout)
     rows, weights, start = [], [], 0
-    for (count, length), (few, _) in zip(layout, kept, strict=True):
-        chosen = torch.randperm(count, device=tokens.device)[:few, None] * length
+    for (count, length), (size, _) in zip(layout, subset, strict=True):
+        chosen = torch.randperm(count, device=tokens.device)[:size, None] * length
         rows.append((start + chosen + torch.arange(length, device=tokens.device)).flatten())
-        weights.append(tokens.new_full((few * length, 1), count / few))
+        weights.append(tokens.new_full((size * length, 1), count / size))
         start += count * length
     index = torch.cat(rows)
-    added = branch(tokens.index_select(0, index), kept) * torch.cat(weights)
+    added = branch(tokens.index_select(0, index), subset) * torch.cat(weights)
     return tokens.index_add(0, index, added.to(tokens.dtype))
 
 
-def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective checkpointing: outputs of linear layers and of fused attention are kept, the rest is made again."""
-    return create_selective_checkpoint_contexts(_products())  # pyright: ignore[reportArgumentType]
+def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return contexts of selective checkpointing: save the outputs of linear layers and fused attention only."""
+    return create_selective_checkpoint_contexts(_saved_ops())  # pyright: ignore[reportArgumentType]
 
 
 @cache
-def _products() -> list[Any]:
+def _saved_ops() -> list[Any]:
     from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - registers the last one; see `varlen_attention`
 
     aten = torch.ops.aten

@@ -1,7 +1,7 @@
-"""From a decoded image to what a network takes: the one home of resize, crop, mean and standard deviation.
+"""Preprocess a decoded image for a network: resize, crop, mean and standard deviation.
 
-Evaluation, kNN probe, training, embedders, classifiers and the registered model use it, so that a served model gives
-the evaluated features. It loads no torch: embedders and classifiers of other frameworks run without it.
+Evaluation, kNN probe, training, embedders, classifiers and the registered model share it, so that a served model gives
+the evaluated features. It imports no torch: embedders and classifiers of other frameworks run without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def center_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image
 
 
 def center_crops(images: Iterable[Image.Image], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """`center_crop` of each image, [B, S, S, 3]; of an iterator one image at a time is held."""
+    """Return the `center_crop` of each image, [B, S, S, 3]; an iterator is consumed one image at a time."""
     return np.stack([np.asarray(center_crop(image, preprocessing)) for image in images])
 
 
@@ -43,21 +43,21 @@ def to_input(crops: Tensor) -> Tensor:
 
 
 def resize_short_side(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
-    """Resize to a shorter side of `size` pixels; the ratio of the sides stays, to whole pixels."""
+    """Resize to a shorter side of `size` pixels, preserving the aspect ratio to whole pixels."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return image.resize((width, height), resampling)
 
 
 def squeeze(image: Image.Image, size: int) -> Image.Image:
-    """Resize to a square (bilinear), whatever the ratio of the sides."""
+    """Resize to a square (bilinear), ignoring the aspect ratio."""
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def normalize(
     pixels: NDArray[np.floating], mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> NDArray[np.floating]:
-    """Subtract the mean and divide by the standard deviation of each channel of RGB in [0, 1], in the pixels' type.
+    """Scale RGB to [0, 1], subtract each channel's mean and divide by its standard deviation, in the pixels' dtype.
 
     Args:
         pixels: [H, W, 3], 0 to 255.

@@ -1,6 +1,6 @@
-"""Backbones from elsewhere: files of the published DINOv2 weights in the forms that people have, and their names.
+"""Read published DINOv2 backbones from the file formats in circulation, and translate their parameter names.
 
-Nothing that a pickle asks for is ever run.
+Pickled code is never executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from components.model.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = ("teacher", "model", "state_dict")  # keys of a training checkpoint below which the tensors are; in order
+WRAPPERS = ("teacher", "model", "state_dict")  # keys that hold a checkpoint's tensors, in order of preference
 MAX_DEPTH = 3
 # transformers' Dinov2Model and Dinov2WithRegistersModel (convert_dinov2_to_hf.py has the same pairs).
 TRANSFORMERS = (
@@ -43,7 +43,7 @@ SPLIT_QKV = re.compile(r"^(blocks\.\d+)\.attention\.attention\.(query|key|value)
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise WeightsError unless the file is there and has this SHA-256."""
+    """Raise WeightsError unless the file exists and has this SHA-256."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a .safetensors or .pth file, or a weights folder")
     if (found := sha256_file(path)) != expected:
@@ -51,12 +51,12 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def published_tensors(path: Path, config: ViTConfig) -> dict[str, Tensor]:
-    """Tensors of a backbone of this shape, mapped from a file in DINOv2's names; in the file's precision.
+    """Read the tensors of a backbone of this shape under DINOv2's names, memory-mapped, in the file's precision.
 
-    A .pth file is read without running anything that is in it; of a training checkpoint the teacher is taken.
+    Pickled code of a .pth file is not executed; from a training checkpoint the teacher is read.
 
     Raises:
-        WeightsError: not readable, or not of this shape; it names the keys of `config` that would fit.
+        WeightsError: not readable, or of another shape; the message names values of `config` that fit.
     """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
@@ -78,12 +78,12 @@ def published_tensors(path: Path, config: ViTConfig) -> dict[str, Tensor]:
 def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a published DINOv2 state into the parameter names of `VisionTransformer`.
 
-    Takes hub weights (`blocks.7.norm1.weight`), training checkpoints with chunked blocks (`blocks.1.7.norm1.weight`;
+    Accepts hub weights (`blocks.7.norm1.weight`), training checkpoints with chunked blocks (`blocks.1.7.norm1.weight`;
     the second number is the block's own), the names of transformers, and any prefix of these (`backbone.`,
-    `teacher.backbone.`, `module.`); what stands beside such a backbone, as heads do, is left out.
+    `teacher.backbone.`, `module.`); tensors outside of the backbone, such as heads, are dropped.
 
     Raises:
-        WeightsError: two names become one, or two backbones are there and none is a teacher.
+        WeightsError: two names collide, or there are several backbones and not exactly one teacher.
     """
     prefix = _prefix(state)
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -102,7 +102,7 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _prefix(state: Mapping[str, Tensor]) -> str:
-    """What stands before the names of the backbone."""
+    """Return the prefix of the backbone's parameter names."""
     found = [re.fullmatch(r"(|.*?\.)(?:embeddings\.)?cls_token", name) for name in state]
     prefixes = sorted({match[1] for match in found if match})
     teachers = [prefix for prefix in prefixes if "teacher" in prefix.split(".")]
@@ -136,8 +136,10 @@ def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # torch < 1.6: no zip
-    except Exception:  # whatever a damaged file leads torch's reader to; of a program it advises to run it
+        found = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)
+        )  # no zip before torch 1.6
+    except Exception:  # of any type on damaged files; for pickled code torch's message advises to execute it
         raise TypeError("not a .pth file of tensors alone") from None
     for _ in range(MAX_DEPTH):
         found = _unwrapped(found)
@@ -152,7 +154,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(found: Any) -> Any:
-    """The dictionary in which a checkpoint keeps its tensors."""
+    """Return the dictionary that holds a checkpoint's tensors."""
     key = next((key for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)), None)
     if key is None:
         return found
@@ -167,7 +169,7 @@ def _problems(tensors: Mapping[str, Tensor], config: ViTConfig) -> list[str]:
 
 
 def _remedy(tensors: Mapping[str, Tensor], config: ViTConfig) -> str:
-    """What to set so that the tensors fit, where they are those of a backbone."""
+    """Advise which config values fit the tensors, if they are those of a backbone."""
     found = _shape_of(tensors)
     differing = {key: value for key, value in found.items() if value != getattr(config, key)}
     try:
@@ -182,7 +184,7 @@ def _remedy(tensors: Mapping[str, Tensor], config: ViTConfig) -> str:
 
 
 def _shape_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keys of `ViTConfig` that the tensors tell."""
+    """Infer keys of `ViTConfig` from the tensors."""
     found: dict[str, Any] = {"num_registers": 0, "ffn": "mlp"}
     blocks = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if match]
     found |= {"depth": max(blocks) + 1} if blocks else {}

@@ -1,4 +1,4 @@
-"""The vision transformer of DINOv2, with register tokens, for images of any size that its patches tile."""
+"""The vision transformer of DINOv2 with register tokens, for images of any size that patches tile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ViTOutput:
     Attributes:
         cls_token: [B, D].
         register_tokens: [B, R, D].
-        patch_tokens: [B, P, D], rows of the patch grid one after another.
+        patch_tokens: [B, P, D], row by row of the patch grid.
     """
 
     cls_token: Tensor
@@ -61,21 +61,21 @@ class PatchEmbed(nn.Module):
 
 
 def resample_positions(pos_embed: Tensor, config: ViTConfig, rows: int, columns: int) -> Tensor:
-    """Position embedding of another grid of patches, resampled in float32 (`interpolate_pos_encoding` of DINOv2).
+    """Resample the position embedding to another patch grid, in float32 (`interpolate_pos_encoding` of DINOv2).
 
     Args:
         pos_embed: [1, 1 + P, D], the class token's and those of a square grid.
-        config: says how; its image size is not read.
-        rows: of the wanted grid.
-        columns: of the wanted grid.
+        config: interpolation settings; its image size is not read.
+        rows: of the new grid.
+        columns: of the new grid.
 
     Returns:
         [1, 1 + rows * columns, D] float32.
     """
     embedding, stored = pos_embed.float(), math.isqrt(pos_embed.shape[1] - 1)
     patches = embedding[:, 1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # [1, D, stored, stored]
-    # Weights trained with an offset were resampled by a scale factor, which samples at slightly other points than
-    # the output size does; they must go on so (METHOD: "historic rounding work-around").
+    # Weights trained with an offset were resampled by a scale factor, which samples at slightly different points than
+    # the output size; inference must match (METHOD: "historic rounding work-around").
     offset = config.interpolate_offset
     patches = F.interpolate(
         patches,
@@ -89,7 +89,7 @@ def resample_positions(pos_embed: Tensor, config: ViTConfig, rows: int, columns:
 
 
 class VisionTransformer(nn.Module):
-    """ViT backbone (`dinov2/models/vision_transformer.py`); parameters carry the published names."""
+    """ViT backbone (`dinov2/models/vision_transformer.py`) with the published parameter names."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, config.dim))
-        # Published models without registers have no such parameter, rather than an empty one.
+        # Published models without registers lack this parameter.
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, config.num_registers, config.dim)) if config.num_registers else None
         )
         self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
-        if not self.cls_token.is_meta:  # where nothing is drawn, but a draw would load torch.compile: 4 s of a core
+        if not self.cls_token.is_meta:  # on meta, initializers change nothing but import torch.compile (4 s)
             for name, draw in self.draws():
                 draw(self.get_parameter(name))
 
@@ -124,10 +124,10 @@ class VisionTransformer(nn.Module):
         return self.forward_packed([(images, masks)])[0]
 
     def forward_packed(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[ViTOutput]:
-        """Encode batches of images of different sizes at once; equal to one `forward` for each.
+        """Encode batches of images of different sizes in one pass; the results equal one `forward` for each.
 
         All tokens are rows of one matrix, so that everything but attention runs once over all of them, and attention
-        once for each batch (arXiv 2304.07193, sec. 5, "sequence packing"; here without padding or masks).
+        within each image (arXiv 2304.07193, sec. 5, "sequence packing"; here without padding or masks).
 
         Args:
             batches: images and masks of each, as for `forward`.
@@ -137,30 +137,8 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens, layout)
         return self._outputs(tokens, layout)
 
-    def intermediate(self, images: Tensor, n: int) -> list[ViTOutput]:
-        """Tokens after each of the last `n` blocks, first to last, all through the final norm.
-
-        `get_intermediate_layers(n, norm=True)` of DINOv2, which linear and dense evaluation read.
-
-        Args:
-            images: [B, 3, H, W].
-            n: 1 to depth.
-
-        Raises:
-            ValueError: `n` outside 1 to depth, or an image shape that does not fit.
-        """
-        if not 1 <= n <= self.config.depth:
-            raise ValueError(f"intermediate: n must be 1 to {self.config.depth} (the number of blocks), got {n}")
-        tokens, layout = self._pack([self._embed(images, None)])
-        outputs = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens, layout)
-            if index >= self.config.depth - n:
-                outputs += self._outputs(tokens, layout)
-        return outputs
-
     def draws(self) -> Draws:
-        """Initial values of `init_weights` in DINOv2, in their order; patch convolution and norms keep torch's."""
+        """Yield the initializers of `init_weights` in DINOv2, in order; patch convolution and norms keep torch's."""
         yield "pos_embed", partial(nn.init.trunc_normal_, std=0.02)
         yield "cls_token", partial(nn.init.normal_, std=1e-6)
         if self.register_tokens is not None:
@@ -169,19 +147,19 @@ class VisionTransformer(nn.Module):
         yield from linear_draws(self.blocks, "blocks")
 
     def checkpoint_activations(self, mode: Checkpointing) -> None:
-        """Set what every block keeps for the backward pass (`Block.checkpointing`)."""
+        """Set `Block.checkpointing` of every block."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.checkpointing = mode
 
     @staticmethod
     def _pack(batches: list[Tensor]) -> tuple[Tensor, Layout]:
-        """[B, N, D] of each batch as the rows of one [T, D]."""
+        """Concatenate the tokens [B, N, D] of each batch as rows of one [T, D]."""
         rows = [tokens.flatten(0, 1) for tokens in batches]
         return torch.cat(rows) if len(rows) > 1 else rows[0], tuple((len(t), t.shape[1]) for t in batches)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        """[B, 3, H, W] to [B, 1 + R + P, D]; the order of the steps is that of `prepare_tokens_with_masks`."""
+        """Map [B, 3, H, W] to [B, 1 + R + P, D], with the steps of `prepare_tokens_with_masks` in order."""
         patches = self.patch_embed(images)  # [B, P, D]
         if masks is not None:
             if masks.shape != patches.shape[:2]:
@@ -194,10 +172,10 @@ class VisionTransformer(nn.Module):
         if self.register_tokens is None:
             return tokens
         registers = self.register_tokens.expand(batch, -1, -1).to(tokens.dtype)
-        return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)  # registers carry no position
+        return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)  # registers have no position embedding
 
     def _position_embedding(self, rows: int, columns: int) -> Tensor:
-        """Position embedding for a grid of patches, [1, 1 + rows * columns, D]."""
+        """Return the position embedding for a patch grid, [1, 1 + rows * columns, D]."""
         if (rows, columns) == (self.grid_size, self.grid_size):
             return self.pos_embed
         return resample_positions(self.pos_embed, self.config, rows, columns)

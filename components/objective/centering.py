@@ -1,7 +1,7 @@
-"""Teacher targets: logits become probabilities that cannot collapse onto a few prototypes.
+"""Teacher targets: turn logits into probabilities that cannot collapse onto a few prototypes.
 
-Both ways end in a softmax over prototypes of logits less one number for each prototype. So a batch's targets need not
-exist: they are kept as the logits and those numbers, and made for some rows at a time.
+Both kinds of centering end in a softmax over logits minus a shift per prototype. Targets are therefore stored as the
+logits and the shift [K], and the probabilities are computed for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from components.core import distributed
 
 # exp(-75) is far below what float32 resolves in a sum, yet divided by any batch size still a normal number.
 MIN_EXPONENT = -75.0
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of float32 numbers that exist at a time: a CPU's cache, a GPU's launches
+CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of float32 temporaries: fits a CPU's cache, few kernel launches on a GPU
 
 
 def chunks(num_rows: int, row_numbers: int, device_type: str) -> Iterator[slice]:
-    """Cut rows of `row_numbers` float32 numbers each into pieces of CHUNK_BYTES."""
+    """Yield slices of rows with `row_numbers` float32 numbers each, CHUNK_BYTES at a time."""
     return pieces(num_rows, 4 * row_numbers, CHUNK_BYTES.get(device_type, 2**24))
 
 
 def pieces(num_rows: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
-    """Cut rows into pieces of `max_bytes` at most, or of one row if a row is larger."""
+    """Yield slices of rows of at most `max_bytes`, or of one row if a row is larger."""
     step = max(1, max_bytes // row_bytes)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
@@ -36,7 +36,7 @@ class Targets:
     """Assignments of rows to prototypes: softmax(max(logits / temp - top, floor) - shift).
 
     Attributes:
-        logits: [..., M, K] of the teacher, in the dtype in which they came.
+        logits: [..., M, K] of the teacher, in their original dtype.
         temp: of the teacher.
         shift: [K] float32.
         top: [] float32.
@@ -50,16 +50,16 @@ class Targets:
     floor: float
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
-        """Probabilities of some rows, [..., n, K] float32, that sum to 1."""
+        """Return the probabilities of some rows, [..., n, K] float32, each row summing to 1."""
         return self.exponents(rows).sub_(self.shift).softmax(dim=-1)
 
     def exponents(self, rows: slice) -> Tensor:
-        """The softmax's exponents without the shift, [..., n, K] float32, in memory of its own."""
+        """Return the softmax's exponents before the shift, [..., n, K] float32, as a new tensor."""
         exponents = self.logits[..., rows, :].to(torch.float32, copy=True)
         return exponents.div_(self.temp).sub_(self.top).clamp_(min=self.floor)
 
     def by_crop(self, crops: int) -> Targets:
-        """The same with crop-major rows [G * B] as [G, B]; `rows` then selects images."""
+        """Return the targets with crop-major rows [G * B] viewed as [G, B]; `rows` then selects images."""
         return replace(self, logits=self.logits.unflatten(0, (crops, -1)))
 
 
@@ -67,18 +67,18 @@ class Targets:
 def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: int = 3) -> Targets:
     """Assign the rows of all ranks to prototypes, each prototype about equally often.
 
-    SwAV (arXiv 2006.09882, sec. 3.1), `sinkhorn_knopp_teacher` of `dinov2/loss/`: take E = exp(logits / temp), then in
-    turn scale every prototype to equal weight over the rows of all ranks and every row to sum 1. One function serves
-    class tokens and masked patches: a rank may bring any number of rows, none too, but every rank must call.
+    SwAV (arXiv 2006.09882, sec. 3.1), `sinkhorn_knopp_teacher` of `dinov2/loss/`: take E = exp(logits / temp), then
+    alternately scale every prototype to equal weight over the rows of all ranks and every row to sum 1. The function
+    serves class tokens and masked patches: a rank may have any number of rows, even none, but every rank must call.
 
-    The scaled matrix is diag(u) E diag(v), so only u [M] and v [K] are computed: u = 1 / (E v), v = 1 / (u E), over E
-    made in pieces. Two things more differ from the released code without changing its values. Its divisions by K and by
-    the global number of rows, and its first normalization, cancel, so they are left out. It overflows once a logit
-    exceeds 88 * temp: here the largest logit of all ranks is subtracted first (cancels too) and exponents below -75 are
-    raised to that, so that finite logits always give finite targets.
+    The scaled matrix is diag(u) E diag(v), so only u [M] and v [K] are computed: u = 1 / (E v), v = 1 / (u E), with E
+    recomputed in chunks. Two further differences from the released code do not change its values. Its divisions by K
+    and by the global number of rows, and its first normalization, cancel and are omitted. It overflows once a logit
+    exceeds 88 * temp: here the largest logit of all ranks is subtracted first (which also cancels) and exponents are
+    clamped at -75, so that finite logits always give finite targets.
 
     Args:
-        teacher_logits: [M, K], M may differ between ranks; kept by the result.
+        teacher_logits: [M, K], M may differ between ranks; the result keeps a reference.
         teacher_temp: positive.
         num_iterations: at least 1.
     """
@@ -98,11 +98,11 @@ def sinkhorn_knopp(teacher_logits: Tensor, teacher_temp: float, num_iterations: 
 
 
 class SoftmaxCentering(nn.Module):
-    """Softmax of logits less their running mean (`softmax_center_teacher` of `dinov2/loss/`; DINO eq. 4).
+    """Softmax of logits minus their running mean (`softmax_center_teacher` of `dinov2/loss/`; DINO eq. 4).
 
-    A batch is centered with the center from before it; then the center moves toward the mean of the rows of all ranks,
-    in training mode only. Ranks with different numbers of masked patches count by rows; the released code averages
-    the ranks' means, which is the same where the numbers are equal.
+    A batch is centered with the previous center; then, in training mode only, the center moves toward the mean of the
+    rows of all ranks. Ranks with different numbers of masked patches are weighted by rows; the released code averages
+    the ranks' means, which is equal if the numbers are.
     """
 
     center: Tensor
@@ -114,7 +114,7 @@ class SoftmaxCentering(nn.Module):
 
     @torch.no_grad()
     def forward(self, teacher_logits: Tensor, teacher_temp: float) -> Targets:
-        """Center and sharpen rows [M, K], which the result keeps. Every rank must call."""
+        """Center and sharpen rows [M, K]; the result keeps a reference. Every rank must call."""
         shift = (self.center / teacher_temp)[0]
         if self.training:
             self._update(teacher_logits)
@@ -123,13 +123,13 @@ class SoftmaxCentering(nn.Module):
     def _update(self, logits: Tensor) -> None:
         rows = distributed.all_reduce_sum(self.center.new_tensor(float(len(logits))))
         total = distributed.all_reduce_sum(logits.sum(dim=0, keepdim=True, dtype=torch.float32))  # [1, K]
-        # Without a row anywhere the mean would be 0 / 0, and the center stays. No branch: it would wait for the device.
+        # Without any row the mean would be 0 / 0, so keep the center. No `if`: it would synchronize with the device.
         moved = self.center * self.momentum + total / rows.clamp(min=1) * (1 - self.momentum)
         self.center.copy_(torch.where(rows > 0, moved, self.center))
 
 
 def _max_over_ranks(values: Tensor) -> Tensor:
-    """Largest entry of all ranks' tensors, [] float32; each adds its own to one slot of a sum, so that sums suffice."""
+    """Return the maximum over all ranks, [] float32, by an all-reduce sum of one slot per rank."""
     slots = torch.zeros(distributed.world_size(), device=values.device)
     slots[distributed.rank()] = values.max() if values.numel() else -torch.inf
     return distributed.all_reduce_sum(slots).max()

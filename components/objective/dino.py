@@ -9,7 +9,7 @@ from components.objective.prototypes import PrototypeLoss, Term
 
 
 def dino_loss(targets: Targets, weight: float, student_temp: float) -> PrototypeLoss:
-    """Over pairs of a student and a teacher crop that is not the same: cross-entropy, mean over the batch, in nats.
+    """Return the cross-entropy over pairs of a student crop and a different teacher crop, batch mean, in nats.
 
     DINO (arXiv 2104.14294, eq. 2), `dinov2/loss/dino_clstoken_loss.py`:
 
@@ -17,7 +17,7 @@ def dino_loss(targets: Targets, weight: float, student_temp: float) -> Prototype
             loss -= weight * mean over b of (probs[t, b] * log_softmax(logits[s, b] / temp)).sum()
 
     The student's first G crops are the teacher's crops, the others are local. Cross-entropy is linear in the target, so
-    the teacher crops paired with a student crop are summed first; with two of them, global crops swap targets.
+    the targets of all teacher crops paired with a student crop are summed first; for G = 2, global crops swap targets.
 
     Args:
         targets: of the teacher's crops, logits [G, B, K].

@@ -1,10 +1,10 @@
-"""Gram anchoring: keeps the likeness of an image's patches to each other where an earlier teacher had it."""
+"""Gram anchoring: keep the pairwise similarities of an image's patches close to those of an earlier teacher."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 @dataclass(frozen=True)
 class GramLoss:
-    """Weight times the mean squared difference of the Gram matrices of student and anchor (arXiv 2508.10104, sec. 4).
+    """Weight times the mean squared difference of the Gram matrices of student and teacher (arXiv 2508.10104, sec. 4).
 
     The Gram matrix of an image is [P, P], the cosines of its patch features; the mean is over its entries and over
     images, as in the released code (the paper writes a sum).
@@ -28,15 +28,15 @@ class GramLoss:
     weight: float
 
     def __call__(self, patch_tokens: Tensor) -> Tensor:
-        """The term for the student's patches [N, P, D] of the same images; [] float32, whatever the autocast dtype."""
+        """Return the term for the student's patches [N, P, D] of the same images, [] float32."""
         with torch.autocast(patch_tokens.device.type, enabled=False):
             unit = F.normalize(patch_tokens.float(), dim=-1)
-            loss: Any = _GramDifference.apply(unit, F.normalize(self.teacher.float(), dim=-1))
-            return self.weight * loss
+            teacher = F.normalize(self.teacher.float(), dim=-1)
+            return self.weight * cast(Tensor, _GramDifference.apply(unit, teacher))  # pyright: ignore[reportUnknownMemberType]
 
 
 def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
-    """Patch features of a square grid resampled to another one: bicubic without antialiasing, as in the released code.
+    """Resample patch features of a square grid to another: bicubic without antialiasing, as in the released code.
 
     Args:
         patch_tokens: [N, P', D].
@@ -45,26 +45,30 @@ def to_grid(patch_tokens: Tensor, patches: int) -> Tensor:
     Returns:
         [N, P, D] float32.
     """
-    side, wanted = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
-    grid = patch_tokens.float().transpose(1, 2).unflatten(2, (side, side))  # [N, D, h', w']
-    return F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
+    side, target_side = math.isqrt(patch_tokens.shape[1]), math.isqrt(patches)
+    grid = cast(Tensor, patch_tokens.float().transpose(1, 2).unflatten(2, (side, side)))  # [N, D, h', w']
+    return F.interpolate(grid, (target_side, target_side), mode="bicubic").flatten(2).transpose(1, 2)
+
+
+class _GramContext(FunctionCtx):
+    gradient: Tensor  # [N, P, D]
 
 
 class _GramDifference(torch.autograd.Function):
-    """The mean squared difference, and its gradient with it: one image's matrices exist at a time."""
+    """Mean squared difference and its gradient, one image's matrices at a time."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, unit: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: _GramContext, unit: Tensor, teacher: Tensor) -> Tensor:
         images, patches, _ = unit.shape
         total, gradient = unit.new_zeros(()), torch.empty_like(unit)
-        for mine, theirs, into in zip(unit, teacher, gradient, strict=True):
-            difference = mine @ mine.T - theirs @ theirs.T  # [P, P]
+        for student_patches, teacher_patches, grad in zip(unit, teacher, gradient, strict=True):
+            difference = student_patches @ student_patches.T - teacher_patches @ teacher_patches.T  # [P, P]
             total += difference.square().mean()
-            torch.mm(difference, mine, out=into)
-        ctx.gradient = gradient.mul_(4 / (patches**2 * images))  # pyright: ignore[reportAttributeAccessIssue]
+            torch.mm(difference, student_patches, out=grad)
+        ctx.gradient = gradient.mul_(4 / (patches**2 * images))
         return total / images
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.gradient * incoming, None  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: _GramContext, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.gradient * incoming, None

@@ -11,10 +11,10 @@ from components.objective.prototypes import PrototypeLoss, Term
 
 
 def ibot_loss(targets: Targets, masks: Tensor, weight: float, student_temp: float) -> PrototypeLoss:
-    """Cross-entropy of masked patches, mean over the patches of an image, then over all images, in nats.
+    """Return the cross-entropy of masked patches, mean over each image's patches, then over all images, in nats.
 
-    iBOT (arXiv 2111.07832, eq. 3), `forward_masked` of `dinov2/loss/ibot_patch_loss.py`: a patch weighs
-    1 / (masked patches of its image), and images without a masked patch count in the mean with 0.
+    iBOT (arXiv 2111.07832, eq. 3), `forward_masked` of `dinov2/loss/ibot_patch_loss.py`: a patch has weight
+    1 / (masked patches of its image), and images without a masked patch contribute 0 to the mean.
 
     Args:
         targets: of the M masked patches, logits [M, K] in the order of `masks.nonzero()`.

@@ -1,4 +1,4 @@
-"""KoLeo: spreads the class tokens of a batch over the sphere."""
+"""KoLeo: spread the class tokens of a batch over the sphere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def koleo_loss(cls_tokens: Tensor, eps: float = 1e-8) -> Tensor:
-    """Mean of -log(distance to the nearest other class token), in nats.
+    """Return the mean of -log(distance to the nearest other class token), in nats.
 
     KoLeo (Sablayrolles et al. 2019), as used by DINOv2 (arXiv 2304.07193, sec. 4; `dinov2/loss/koleo_loss.py`). Call it
     once per global crop, so that two crops of one image are never each other's neighbor.
@@ -18,7 +18,7 @@ def koleo_loss(cls_tokens: Tensor, eps: float = 1e-8) -> Tensor:
         eps: added to every distance, so that duplicates cost a finite amount.
 
     Returns:
-        [] float32, whatever the autocast dtype.
+        [] float32 under any autocast dtype.
 
     Raises:
         ValueError: fewer than two images on this rank, so no neighbor exists.
@@ -26,7 +26,7 @@ def koleo_loss(cls_tokens: Tensor, eps: float = 1e-8) -> Tensor:
     if len(cls_tokens) < 2:
         raise ValueError(
             f"KoLeo needs at least 2 images per rank, got {len(cls_tokens)}; raise the batch size per rank or set "
-            "koleo_weight to 0"
+            "koleo_weight to null"
         )
     with torch.autocast(cls_tokens.device.type, enabled=False):
         unit = F.normalize(cls_tokens.float(), dim=-1, eps=eps)  # [B, D]

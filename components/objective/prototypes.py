@@ -1,9 +1,10 @@
-"""Cross-entropy over prototypes without the whole of its logits, which would be the largest tensors of a step."""
+"""Cross-entropy over prototypes without materializing all logits, which would be the largest tensors of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 @dataclass(frozen=True)
 class Term:
-    """One term's part for some rows: the cross-entropy of `crops` of these rows with `target`."""
+    """Part of one loss term for some rows: the cross-entropy of the crops `crops` with `target`."""
 
     crops: slice  # of the student's V; each crop belongs to one term
-    target: Tensor  # [V' or 1, n, K] float32, changed by nobody
+    target: Tensor  # [V' or 1, n, K] float32, read-only
     mass: int  # what a row of `target` sums to
 
 
@@ -29,13 +30,13 @@ class Term:
 class PrototypeLoss:
     """Weighted sum over rows of -(target * log_softmax(features . prototypes / temp)), for one head.
 
-    It is called with what the head's last layer has, [V * M, d] features of V student crops of M rows, crop-major, and
-    the layer's weights, so that pieces of the logits can be made, used and forgotten, and the gradients with them.
+    It is called with the inputs of the head's last layer, [V * M, d] features of V student crops of M rows, crop-major,
+    and the layer's weights, so that the logits and their gradients are computed and freed in chunks.
 
     Attributes:
-        terms: gives the terms' parts of a slice of rows, always in the same order.
-        num_terms: how many.
-        weights: [M] float32, of a row in the sum.
+        terms: yields the parts of all terms for a slice of rows, always in the same order.
+        num_terms: number of terms.
+        weights: [M] float32, of each row in the sum.
         student_temp: positive.
     """
 
@@ -45,70 +46,74 @@ class PrototypeLoss:
     student_temp: float
 
     def __call__(self, features: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
-        """Terms [num_terms] float32. Only their plain sum can be differentiated, and only once.
+        """Return the terms [num_terms] float32. Only their unweighted sum is differentiable, and only once.
 
         Args:
             features: [V * M, d].
             weight_v: [K, d], directions of the prototypes.
             weight_g: [K, 1], lengths of the prototypes.
         """
-        terms = _PrototypeLoss.apply(features, weight_v, weight_g, self)
-        assert isinstance(terms, Tensor)
-        return terms
+        terms = _PrototypeLoss.apply(features, weight_v, weight_g, self)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return cast(Tensor, terms)
+
+
+class _Context(FunctionCtx):
+    gradients: tuple[Tensor, Tensor, Tensor]  # of features, weight_v and weight_g
 
 
 class _PrototypeLoss(torch.autograd.Function):
-    """Computes the gradients on the way forward, while a piece of the logits is at hand."""
+    """Compute the gradients in the forward pass, while a chunk of the logits exists."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
+    def forward(ctx: _Context, features: Tensor, weight_v: Tensor, weight_g: Tensor, loss: PrototypeLoss) -> Tensor:
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         with torch.autocast(device, enabled=False):
-            length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            length = cast(Tensor, norm)
             scale = weight_g / length
             prototypes = torch.empty_like(weight_v, dtype=dtype)
             for some in _blocks(weight_v):
                 prototypes[some] = weight_v[some] * scale[some]
             crops = max(1, len(features) // max(1, len(loss.weights)))
             by_crop = features.detach().to(dtype).view(crops, len(loss.weights), features.shape[1])  # [V, M, d]
-            terms, into_features, into_v = _walk(by_crop, prototypes, loss)
-            into_g = torch.empty_like(length)
-            for some in _blocks(
-                weight_v
-            ):  # from the gradient by prototypes to that by directions and lengths, in place
-                into_g[some] = (into_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
-                into_v[some].addcmul_(weight_v[some], into_g[some] / length[some], value=-1).mul_(scale[some])
-        ctx.gradients = (into_features.view_as(features), into_v, into_g)  # pyright: ignore[reportAttributeAccessIssue]
+            terms, grad_features, grad_v = _forward_backward(by_crop, prototypes, loss)
+            grad_g = torch.empty_like(length)
+            # In place: from the gradient of prototypes to those of directions and lengths.
+            for some in _blocks(weight_v):
+                grad_g[some] = (grad_v[some] * weight_v[some]).sum(dim=1, keepdim=True).div_(length[some])
+                grad_v[some].addcmul_(weight_v[some], grad_g[some] / length[some], value=-1).mul_(scale[some])
+        ctx.gradients = (grad_features.view_as(features), grad_v, grad_g)
         return terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients: tuple[Tensor, ...] = ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
-        del ctx.gradients  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = ctx.gradients
+        del ctx.gradients
         return (*(part.mul_(gradient[0]) for part in gradients), None)
 
 
-def _walk(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms, and the gradients of their sum by `features` [V, M, d] and `prototypes` [K, d]; the latter in float32."""
+def _forward_backward(features: Tensor, prototypes: Tensor, loss: PrototypeLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the terms, and the gradients of their sum for `features` [V, M, d] and `prototypes` [K, d] (float32)."""
     crops, num_rows, _ = features.shape
     terms = torch.zeros(loss.num_terms, device=features.device)
-    into_features = torch.empty_like(features)
-    into_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+    grad_features = torch.empty_like(features)
+    grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
     row_bytes = crops * len(prototypes) * features.element_size()
     for rows in pieces(num_rows, row_bytes, LOGITS_BYTES.get(features.device.type, 2**25)):
         seen = features[:, rows].flatten(0, 1)
         logits = seen @ prototypes.T  # [V * n, K]
-        terms += _to_gradient(logits.unflatten(0, (crops, -1)), rows.start, loss)
-        into_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
+        by_crop = cast(Tensor, logits.unflatten(0, (crops, -1)))  # [V, n, K]
+        terms += _terms_and_gradient(by_crop, rows.start, loss)
+        grad_features[:, rows] = (logits @ prototypes).unflatten(0, (crops, -1))
         for some in _blocks(prototypes):
-            into_prototypes[some] += logits[:, some].T @ seen
-    return terms, into_features, into_prototypes
+            grad_prototypes[some] += logits[:, some].T @ seen
+    return terms, grad_features, grad_prototypes
 
 
-def _to_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
-    """Terms of rows `start` and after, whose logits [V, n, K] are replaced by the gradient of the terms' sum."""
+def _terms_and_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
+    """Return the terms of the rows from `start` on; overwrite their logits [V, n, K] with the gradient of the sum."""
     terms = torch.zeros(loss.num_terms, device=logits.device)
     for rows in chunks(logits.shape[1], logits.shape[0] * logits.shape[2], logits.device.type):
         of_loss = slice(start + rows.start, start + rows.stop)
@@ -127,5 +132,5 @@ def _to_gradient(logits: Tensor, start: int, loss: PrototypeLoss) -> Tensor:
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of [K, d] weights some at a time, so that what is computed from them needs little memory."""
+    """Yield slices of the rows of [K, d] weights, so that temporaries stay small."""
     return chunks(weight.shape[0], weight.shape[1], weight.device.type)

@@ -18,7 +18,7 @@ from components.objective.prototypes import PrototypeLoss
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """Head outputs of the teacher, which sees global crops only, unmasked.
+    """Head outputs of the teacher for the unmasked global crops.
 
     Attributes:
         global_cls: [G * B, K], crop-major (all images of crop 1, then of crop 2, ...).
@@ -31,7 +31,7 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What the student's heads are to say, in the rows of `TeacherLogits`."""
+    """Teacher probabilities after centering, in the rows of `TeacherLogits`."""
 
     global_cls: Targets
     masked_patches: Targets
@@ -39,7 +39,7 @@ class TeacherTargets:
 
 @dataclass(frozen=True)
 class HeadLosses:
-    """What the student's heads compute instead of logits, one for each."""
+    """Losses that the student's heads compute in place of logits."""
 
     dino: PrototypeLoss  # of class tokens [(G + L) * B, D], global crops first, crop-major
     ibot: PrototypeLoss  # of masked patches [M, D]
@@ -48,7 +48,7 @@ class HeadLosses:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What the student makes of a batch.
+    """Loss terms and features of the student for a batch.
 
     Attributes:
         dino: [2] float32, terms of local and global crops.
@@ -67,7 +67,7 @@ class StudentOutput:
 
 @dataclass(frozen=True)
 class Losses:
-    """Terms as they enter the total, weights included: the others add up to it. All [] float32, in nats but Gram's."""
+    """Weighted terms, which add up to `total`. All [] float32, in nats except `gram`."""
 
     total: Tensor
     dino_local: Tensor
@@ -85,12 +85,12 @@ torch.export.register_dataclass(Losses)
 class Objective(nn.Module):
     """Weighted sum of the terms, as in `dinov2/train/ssl_meta_arch.py` (METHOD 3.1).
 
-    The teacher's logits become targets (`targets`); the student's heads are given losses instead of asked for logits
-    (`head_losses`); their results and KoLeo are added up (`forward`). With T = G (G - 1) + G L pairs of crops:
+    `targets` centers the teacher's logits; `head_losses` builds the losses that the student's heads evaluate; `forward`
+    adds their results and KoLeo. With T = G (G - 1) + G L pairs of crops:
     dino_local and dino_global are dino_weight / T times the sum over their pairs; ibot is ibot_weight times the mean
     over all G B crops; koleo is koleo_weight times the sum over the G crops.
 
-    The centers of the softmax centering are buffers and belong into checkpoints.
+    The centers of the softmax centering are buffers, so checkpoints must include them.
     """
 
     def __init__(self, config: ObjectiveConfig, dino_prototypes: int, ibot_prototypes: int) -> None:
@@ -101,7 +101,7 @@ class Objective(nn.Module):
             self.ibot_centering = SoftmaxCentering(ibot_prototypes, config.center_momentum)
 
     def targets(self, teacher: TeacherLogits, teacher_temp: float) -> TeacherTargets:
-        """Targets by the configured centering, which keep the logits. Every rank must call.
+        """Return targets by the configured centering; they keep references to the logits. Every rank must call.
 
         Args:
             teacher: no gradient flows into its logits.
@@ -117,12 +117,12 @@ class Objective(nn.Module):
         return TeacherTargets(*(sinkhorn_knopp(rows, teacher_temp, config.sinkhorn_iterations) for rows in pair))
 
     def head_losses(self, targets: TeacherTargets, masks: Tensor, num_local: int, num_global: int = 2) -> HeadLosses:
-        """Losses of the student's heads.
+        """Return the losses for the student's heads.
 
         Args:
             targets: of the teacher.
             masks: [G * B, P] bool, crop-major; true patches enter the patch loss.
-            num_local: L, crops of an image that only the student sees.
+            num_local: L, local crops of an image.
             num_global: G, at least 2.
 
         Raises:
@@ -137,10 +137,10 @@ class Objective(nn.Module):
         )
 
     def forward(self, student: StudentOutput, num_global: int = 2) -> Losses:
-        """Add up the terms of the heads, and KoLeo, in float32 whatever the autocast dtype.
+        """Add the terms of the heads and KoLeo, in float32 under any autocast dtype.
 
         Raises:
-            ValueError: one image per rank with a positive koleo_weight.
+            ValueError: one image per rank and koleo_weight is set.
         """
         koleo = self._koleo(student.cls_tokens, num_global)
         local_term, global_term = student.dino.detach().unbind()
@@ -149,10 +149,11 @@ class Objective(nn.Module):
         return Losses(total, local_term, global_term, student.ibot.detach().sum(), koleo, gram)
 
     def _koleo(self, cls_tokens: Tensor, crops: int) -> Tensor:
-        if not self.config.koleo_weight:  # a weight of 0 is how a run with one image per rank does without it
+        weight = self.config.koleo_weight
+        if weight is None:  # e.g. because a rank holds one image
             return cls_tokens.new_zeros((), dtype=torch.float32)
         terms = [koleo_loss(tokens) for tokens in cls_tokens.chunk(crops)]
-        return self.config.koleo_weight * torch.stack(terms).sum()
+        return weight * torch.stack(terms).sum()
 
 
 def _check_rows(rows: int, masks: Tensor, crops: int) -> None:

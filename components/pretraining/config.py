@@ -14,14 +14,14 @@ from components.training.config import TrainingConfig, check_crops_fit
 
 
 class InitConfig(Config):
-    """Weights of a backbone to start from, such as the published ones, which come without heads."""
+    """Initial weights of the backbone, such as the published ones, which lack heads."""
 
     weights: str  # .safetensors or .pth of published names, or a weights folder; absolute, or below the workspace
     sha256: str = Field(pattern="^[0-9a-f]{64}$")  # of the file, or of the folder's model.safetensors
 
 
 class PretrainViTConfig(ViTConfig):
-    """Vision transformer that is trained from scratch: ViT-L/14 of Table 16."""
+    """Vision transformer trained from scratch: ViT-L/14 of Table 16."""
 
     ffn: Literal["mlp", "swiglu"] = "swiglu"
     drop_path: float = Field(default=0.4, ge=0, lt=1)  # for L and g
@@ -41,7 +41,7 @@ class IbotHeadConfig(HeadConfig):
 
 
 class PretrainGramConfig(GramConfig):
-    """Gram anchoring of a training from random weights, which a snapshot from its start would hold it to."""
+    """Gram anchoring in pretraining; required `after_steps`, because it would anchor to random weights otherwise."""
 
     after_steps: int = Field(ge=0)  # DINOv3: 1,000,000; in its ablation 200,000
 
@@ -52,7 +52,7 @@ class PretrainConfig(TrainingConfig):
     init: InitConfig | None = None  # None: random weights
 
     backbone: PretrainViTConfig = PretrainViTConfig()
-    gram: PretrainGramConfig | None = None
+    gram: PretrainGramConfig | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     dino_head: DinoHeadConfig = DinoHeadConfig()
     ibot_head: IbotHeadConfig = IbotHeadConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -24,7 +24,7 @@ def run(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
 
 
 def pretrain(config: PretrainConfig, root: Path, seed: int) -> dict[str, Any]:
-    """What one rank does."""
+    """Run the stage on one rank."""
     config = resolve_precision(config, "pretrain")
     layout = Layout(root)
     stream = ImageStream(layout.curated, config.stream, seed)

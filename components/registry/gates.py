@@ -78,7 +78,7 @@ def verdict(gates: Sequence[Gate]) -> str:
 def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
     if evidence.champion is None:
-        return PASSED, f"there is no champion yet{_beside_earlier(evidence)}"
+        return PASSED, f"there is no other champion to compare with{_beside_earlier(evidence)}"
     if evidence.differences is None:
         return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
     worse = {
@@ -107,7 +107,7 @@ def random_weights(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
     found = evidence.facts.difference("random", metric)
     if found is None:
         return FAILED, f"{metric} was not compared with random weights"
-    told = f"{metric} {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}) above random weights"
+    told = f"{metric} minus that of random weights: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
     return (PASSED if found.low > 0 else FAILED), told
 
 
@@ -123,7 +123,7 @@ def decontaminated(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
     facts = evidence.facts
     if unseen := sorted(set(facts.scored_on) - set(facts.decontaminated_against)):
         return FAILED, f"scored on {', '.join(unseen)}, whose copies curation did not look for"
-    return PASSED, f"{facts.evaluation_copies} copies of the {len(facts.scored_on)} scored sets left out by curation"
+    return PASSED, f"curation left out {facts.evaluation_copies} copies of the evaluation images"
 
 
 def lineage(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:

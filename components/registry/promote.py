@@ -138,6 +138,8 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
 def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
     """Make the champion before the present one the champion again: its released bytes, verified, and nothing else.
 
+    The same rollback by the same actor for the same reason is done once: after a crash it can be run again.
+
     Args:
         name: released model.
         reason: why; it goes into the audit log.
@@ -152,7 +154,9 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
     by = who(actor)
     with one_line_errors():
         standing = Standing.read(name)
-        settled = standing.settle()
+        settled, last = standing.settle(), standing.entries[-1] if standing.entries else None
+        if last and (last.action, last.actor, last.details["reason"]) == (ROLLBACK, by["actor"], reason.strip()):
+            return _decision(standing, ROLLBACK, resolve(standing.client, last.subject), None, settled, [])
         if standing.previous is None:
             now = f"{standing.champion} is the first champion" if standing.champion else "it has no champion"
             raise RegistryError(f"{name}: no earlier champion to return to; {now}")

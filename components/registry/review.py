@@ -25,7 +25,6 @@ from components.lineage.audit_log import Entry
 from components.lineage.champions import CHAMPION, REJECT
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
-from components.model.export import WeightsError, load_backbone
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, own_intervals, paired_differences, read_facts
 from components.registry.gates import Evidence, Gate, failed, judge, verdict
 from components.registry.making import Making, read_making
@@ -279,6 +278,8 @@ def _read(version: str) -> _Record | None:
 
 def _fault(version: str, root: Path) -> str | None:
     """What is wrong with a version's weights; None: they load, and are finite."""
+    from components.model.export import WeightsError, load_backbone  # torch: seconds
+
     try:
         load_backbone(download_weights(f"models:/{version}", root))
     except WeightsError as error:

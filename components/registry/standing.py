@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
 from components.core.references import CANDIDATES, ModelReference
-from components.lineage.audit_log import AuditLog, Entry, Event
+from components.lineage.audit_log import AuditLog, Entry, Event, OvertakenError
 from components.lineage.champions import CHAMPION, CHANGES, PREVIOUS, line_of_succession, unexplained
 from components.registry.publish import RegistryError, registry_client, versions
 
@@ -64,9 +64,18 @@ class Standing:
         """Append an event that was decided on what this standing says, and return the new standing.
 
         Raises:
-            OvertakenError: another event came first.
+            OvertakenError: an event on the same version came first, or one that changed the champion.
         """
-        entry = self.audit.append(event, after=len(self.entries))
+        try:
+            entry = self.audit.append(event, after=len(self.entries))
+        except OvertakenError as error:
+            about = {event.subject, event.details.get("candidate")}
+            if error.entry.action in CHANGES or error.entry.subject in about:
+                raise
+            return self._with(error.entry).record(event)
+        return self._with(entry)
+
+    def _with(self, entry: Entry) -> Standing:
         return Standing(self.client, self.audit, self.name, [*self.entries, entry])
 
     def settle(self) -> bool:

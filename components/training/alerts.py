@@ -1,4 +1,4 @@
-"""Alerts: a training that goes wrong says so once, with step, rank, term and likely cause. No torch here."""
+"""Alerts on training problems, each raised once with step, rank, term and likely cause. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Kind = Literal["collapse", "starvation", "not_finite"]
 
 @dataclass(frozen=True)
 class Alert:
-    """One thing that went wrong, in a sentence."""
+    """One training problem."""
 
     step: int
     kind: Kind
@@ -42,13 +42,13 @@ class _Limit:
 
 
 def read_alerts(folder: Path) -> list[Alert]:
-    """The alerts of a run's folder."""
+    """Read the alerts of a run's folder."""
     path = folder / FILE
     return [Alert(**alert) for alert in json.loads(path.read_text())] if path.exists() else []
 
 
 def report_alerts(alerts: Sequence[Alert]) -> None:
-    """Tell the tracker of a run's alerts: the newest of each kind, and how many there are."""
+    """Log a run's alerts to the tracker: the newest of each kind, and the counts."""
     for kind, count in Counter(alert.kind for alert in alerts).items():
         newest = [alert for alert in alerts if alert.kind == kind][-1]
         log_metrics({f"alerts_{kind}": float(count)}, newest.step)
@@ -56,9 +56,9 @@ def report_alerts(alerts: Sequence[Alert]) -> None:
 
 
 class Alerts:
-    """Raises alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. First rank only.
+    """Raise alerts: a log line, an entry of `alerts.json`, metric and tag of the tracker's run. Rank 0 only.
 
-    Those after `steps_done` are dropped at the start: a resumed run takes these steps again.
+    Alerts after `steps_done` are dropped at the start, because a resumed run repeats these steps.
     """
 
     def __init__(self, folder: Path, steps_done: int, name: str = "training") -> None:
@@ -67,7 +67,7 @@ class Alerts:
         self._all = [alert for alert in before if alert.step <= steps_done]
         if self._all != before:
             self._write()
-        report_alerts(self._all)  # to a run of the tracker that began with this process
+        report_alerts(self._all)  # the tracker's run is new in this process
 
     def add(self, alert: Alert) -> None:
         """Raise an alert."""
@@ -81,13 +81,13 @@ class Alerts:
 
 
 class Watch:
-    """Compares what the monitor measures with its limits; what stays beyond a limit is told once."""
+    """Compare monitored values with their limits; raise one alert per excursion."""
 
     def __init__(self, alerts: Alerts, config: AlertConfig, after_steps: int, max_entropy: float) -> None:
         self._alerts, self._after_steps = alerts, after_steps
         collapse = "all images look alike to the student: lower optimizer.base_lr or lengthen its warm-up, raise "
         collapse += "objective.koleo_weight, and look for duplicate images"
-        targets = "the teacher tells prototypes apart no more: lower teacher.temp_end and check objective.centering"
+        targets = "teacher targets are nearly uniform: lower teacher.temp_end and check objective.centering"
         loading = "images come too slowly: raise stream.num_workers or stream.cache_gib, or store smaller images"
         self._limits = (
             _Limit("collapse", "feature_std", config.min_feature_std, is_floor=True, cause=collapse),
@@ -95,17 +95,17 @@ class Watch:
             _Limit("collapse", "target_entropy", config.max_entropy_share * max_entropy, is_floor=False, cause=targets),
             _Limit("starvation", "data_wait_share", config.max_wait_share, is_floor=False, cause=loading),
         )
-        self._beyond: Counter[str] = Counter()  # rows in a row
+        self._beyond: Counter[str] = Counter()  # consecutive rows beyond the limit
 
-    def look(self, step: int, by_rank: Mapping[str, Sequence[float]]) -> None:
-        """Check a row's values, one of each rank for each term."""
+    def check(self, step: int, by_rank: Mapping[str, Sequence[float]]) -> None:
+        """Check the values of one row, for each term one per rank."""
         for limit in self._limits:
             if limit.kind == "collapse" and step <= self._after_steps:
-                continue  # at its start a network with small LayerScale gives every image the same features
+                continue  # initially, small LayerScale makes all features equal
             values = by_rank[limit.term]
             ranks = [number for number, value in enumerate(values) if limit.broken_by(value)]
             self._beyond[limit.term] = self._beyond[limit.term] + 1 if ranks else 0
-            # The first row waits for the workers' start: only the second in a row tells of starvation.
+            # The first row includes the start of the workers, so starvation takes two consecutive rows.
             if self._beyond[limit.term] == (2 if limit.kind == "starvation" else 1):
                 worst = (min if limit.is_floor else max)(values)
                 message = (

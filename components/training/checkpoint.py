@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a resumed run needs to end in the same bits, whole or not at all.
+"""Atomic checkpoints with everything that a resumed run needs for bit-identical results.
 
-torch.distributed.checkpoint writes them beside the training, each rank its shards, and reads them on any number of
-ranks. Its own index is a pickle, so that whoever can write to the bucket could run code here: its safetensors writer
-and an index of ours in JSON, with the SHA-256 of each file, take that place. Random state is not in a checkpoint,
-because every draw is seeded by (seed, step or position, rank); nor is the stream's position: step * batch_size.
+torch.distributed.checkpoint writes them asynchronously, each rank its shards, and reads them on any number of ranks.
+Its own index is a pickle, so that anyone with write access to the bucket could execute code here; therefore its
+safetensors writer is used, with a JSON index that holds each file's SHA-256. Checkpoints contain no random state,
+because every draw is seeded by (seed, step or position, rank), and no stream position, which is step * batch_size.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from components.core.distributed import all_reduce_sum, barrier, is_distributed, rank, world_size
+from components.core.layout import TRAINING_LOCK
 from components.core.locks import try_record_lock
 from components.core.storage import StorageError, write_bytes
 from components.training.alerts import FILE as ALERTS
@@ -42,7 +43,6 @@ from components.training.config import TrainingConfig
 from components.training.loss_table import LOSSES
 from components.training.optimizer import moments
 from components.training.parallelize import training_device
-from components.training.run_folder import LOCK
 from components.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ SPEED_ONLY = {
 
 
 def run_key(stage: str, config: TrainingConfig, facts: Mapping[str, Any]) -> str:
-    """Hash of all that determines a run: two runs with equal keys compute the same weights.
+    """Return a hash of everything that determines a run: runs with equal keys compute equal weights.
 
     Args:
         stage: name and item of the stage.
         config: the resolved configuration.
-        facts: what lies outside of it: seed, digests of the dataset and of the weights it starts from.
+        facts: seed, digests of the dataset and of the initial weights.
     """
     what = {"stage": stage, "config": config.model_dump(mode="json", exclude=SPEED_ONLY), "facts": dict(facts)}  # pyright: ignore[reportArgumentType]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
@@ -79,9 +79,9 @@ def run_key(stage: str, config: TrainingConfig, facts: Mapping[str, Any]) -> str
 
 @contextmanager
 def only_trainer(folder: Path, name: str) -> Iterator[None]:
-    """Hold a run's folder, so that no two processes write there; wait while another one does. Every rank must call.
+    """Hold a run's folder exclusively; wait while another process holds it. Every rank must call.
 
-    It may be a stage beside this one that trains the run along with its own, or one that outlived its supervisor.
+    The other process may be a concurrent stage that trains the same run, or one that outlived its supervisor.
 
     Args:
         folder: of the run.
@@ -89,19 +89,19 @@ def only_trainer(folder: Path, name: str) -> Iterator[None]:
     """
     waiting = False
     with ExitStack() as held:
-        # Tried again and again, and agreed upon each time: ranks that wait for a message give up after some minutes.
+        # Poll with a collective each time: a rank that blocks in a collective times out after some minutes.
         while not agreed(rank() == 0 and _lock(folder, held)):
             if not waiting:
                 logger.info("%s: another process is training this run (`pedigree train-status`); waiting for it", name)
             waiting = True
             time.sleep(WAIT_SECONDS)
         yield
-        if rank() == 0 and [path.name for path in folder.glob("*")] == [LOCK]:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was begun, unless another process begins just now
+        if rank() == 0 and [path.name for path in folder.glob("*")] == [TRAINING_LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)  # empty, unless another process starts just now
 
 
 def agreed(answer: bool) -> bool:
-    """The first rank's answer, on all; every rank must call."""
+    """Return rank 0's answer on all ranks; every rank must call."""
     mine = float(answer and rank() == 0)
     return bool(all_reduce_sum(torch.tensor(mine, device=training_device())))
 
@@ -109,10 +109,10 @@ def agreed(answer: bool) -> bool:
 def _lock(folder: Path, held: ExitStack) -> bool:
     with ExitStack() as opened, suppress(FileNotFoundError):  # removed just now
         folder.mkdir(parents=True, exist_ok=True)
-        file = opened.enter_context((folder / LOCK).open("w"))
-        # A record lock ends with its process, whatever its loader's workers, which are forks of it, still do.
-        # Else another process holds it, or its folder was removed meanwhile.
-        if try_record_lock(file) and os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
+        file = opened.enter_context((folder / TRAINING_LOCK).open("w"))
+        # A record lock ends with its process, even if forked loader workers live on. The inode differs if the folder
+        # was removed meanwhile.
+        if try_record_lock(file) and os.fstat(file.fileno()).st_ino == (folder / TRAINING_LOCK).stat().st_ino:
             held.enter_context(opened.pop_all())
             return True
     return False
@@ -120,25 +120,25 @@ def _lock(folder: Path, held: ExitStack) -> bool:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run, as stored in a checkpoint."""
 
     steps_done: int = 0
-    skipped_steps: int = 0  # of those, left out because they were not finite
+    skipped_steps: int = 0  # of those, skipped as not finite
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank must make one and call its methods, in the same order.
+    """The checkpoints of one run. Every rank must create one and call its methods in the same order.
 
-    As a context it waits at its end for the checkpoint that is being written.
+    On exit as a context manager it waits for the checkpoint that is being written.
     """
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         self.folder = folder  # of the run; its checkpoints are there too, unless `uri` (s3://...) is given
         self._store: Store = LocalStore(folder) if uri is None else S3Store(uri, folder)
-        # Its own, since checkpoints are agreed upon while the training's messages go on.
+        # A separate group, because checkpoints coordinate concurrently with the training's collectives.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_distributed() else None
         if self._group is None:
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said for every checkpoint
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # emitted for every checkpoint
         self._writing: Future[Any] | None = None
 
     def __enter__(self) -> Self:
@@ -148,37 +148,37 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif self._writing is not None:
-            with suppress(Exception, CheckpointException):  # what ended the run matters more
+            with suppress(Exception, CheckpointException):  # the exception that ended the run is more important
                 self._writing.result()
 
     def save(self, training: TrainingStep, progress: Progress) -> None:
-        """Copy the state; write it, and drop the oldest checkpoint, while the training goes on.
+        """Copy the state, then write it and delete the oldest checkpoint in the background.
 
         Raises:
-            StorageError, CheckpointError: the checkpoint before this one could not be written.
+            StorageError, CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         step = progress.steps_done
         staging = self._store.staging(step)
         if rank() == 0:
-            for left in staging.parent.glob(".step_*"):  # by a try that was killed
+            for left in staging.parent.glob(".step_*"):  # from a killed process
                 shutil.rmtree(left, ignore_errors=True)
             staging.mkdir(parents=True)
-            _copy_reports(self.folder, staging)  # a run that goes on elsewhere has its first rows too
+            _copy_reports(self.folder, staging)  # so that a run resumed elsewhere has all rows
         barrier()
         writer = WholeWriter(self._store, step, asdict(progress))
         writing = async_save(_tensors(training), storage_writer=writer, process_group=self._group)
         self._writing = cast(Future[Any], writing)
 
     def failed(self) -> bool:
-        """Whether this rank knows that the checkpoint begun last cannot be written; `wait` says why."""
+        """Return whether writing the latest checkpoint has failed on this rank; `wait` raises the reason."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Return once the last checkpoint stands.
+        """Wait until the latest checkpoint is complete.
 
         Raises:
-            StorageError, CheckpointError: it could not be written; the ones before it stand.
+            StorageError, CheckpointError: it could not be written; the previous ones are intact.
         """
         if self._writing is None:
             return
@@ -188,24 +188,24 @@ class Checkpoints:
         except CheckpointException as error:
             first = _first(error)
             if isinstance(first, StorageError):  # it names the object
-                raise type(first)(f"checkpoint not written, those before it stand: {_line(first)}") from None
-            said = f"checkpoint not written to {self.folder}, those before it stand: {_line(first)}"
+                raise type(first)(f"checkpoint not written, earlier ones remain: {_line(first)}") from None
+            said = f"checkpoint not written to {self.folder}, earlier ones remain: {_line(first)}"
             raise CheckpointError(said) from None
 
     def newest(self) -> int | None:
-        """Steps done at the newest checkpoint, None if there is none; every rank must call.
+        """Return the steps done at the newest checkpoint, None if there is none; every rank must call.
 
         Raises:
             StorageError: the store does not answer.
         """
-        steps = self._on_all(self._store.steps)[0]  # the first rank's answer, for all
+        steps = self._on_all(self._store.steps)[0]  # rank 0's answer, for all ranks
         return steps[-1] if steps else None
 
     def load_newest(self, training: TrainingStep) -> Progress:
-        """Set the state of the newest checkpoint, and return how far it had come; nothing done if there is none.
+        """Load the newest checkpoint and return its progress; change nothing if there is none.
 
         Raises:
-            CheckpointError: the newest checkpoint is damaged or belongs to networks of another shape.
+            CheckpointError: the newest checkpoint is damaged or has networks of another shape.
             StorageError: the store does not answer.
         """
         newest = self.newest()
@@ -223,7 +223,7 @@ class Checkpoints:
             raise _unreadable(where, _first(error)) from None
         except (CheckpointError, SafetensorError, TypeError) as error:
             raise _unreadable(where, error) from None
-        if rank() == 0:  # what is here already may be of before the run went on elsewhere
+        if rank() == 0:  # local reports may be older than the checkpoint
             _copy_reports(path, self.folder)
         barrier()
         self._store.release(path)
@@ -231,12 +231,12 @@ class Checkpoints:
         return progress
 
     def remove(self) -> None:
-        """Delete all that is kept of the run: its outputs stand."""
+        """Delete all checkpoints and the folder of the run, once its outputs are stored."""
         self._store.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _on_all(self, act: Callable[[], _T]) -> list[_T]:
-        """What `act` returns on each rank; an error on any of them is raised on all, or some would wait for others."""
+        """Return the results of `act` of all ranks; raise an error of any rank on all, so that no rank waits."""
         mine: tuple[_T | None, Exception | None]
         try:
             mine = act(), None
@@ -258,7 +258,7 @@ def _copy_reports(source: Path, target: Path) -> None:
 
 
 def _tensors(training: TrainingStep) -> dict[str, Tensor]:
-    """The tensors themselves, by name: all that changes in a run. A frozen teacher's digest is in the run's key."""
+    """Return all tensors that change in a run, by name, without copies. The run key covers a frozen teacher."""
     networks = training.networks
     modules = {"student": networks.student, "ema": networks.ema, "objective": training.objective}
     if networks.gram_teacher is not None:
@@ -290,7 +290,7 @@ def _unreadable(where: str, error: BaseException) -> CheckpointError:
 
 
 def _first(error: CheckpointException) -> BaseException:
-    """What failed on the first of the ranks where something did."""
+    """Return the error of the lowest failed rank."""
     return error.failures[min(error.failures)][0]
 
 

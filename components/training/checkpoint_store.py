@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder, or a prefix on S3; a step is there with all its files, or not at all."""
+"""Stores for checkpoints, a folder or an S3 prefix; a checkpoint is visible with all its files or not at all."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from components.training.run_folder import step_folder, step_folders
 
 logger = logging.getLogger(__name__)
 
-KEEP = 2  # the newest, and the one before in case the newest was written by a machine that was failing
-INDEX = "index.json"  # written last: what it names is all there
+KEEP = 2  # the newest, and the previous one in case a failing machine wrote the newest
+INDEX = "index.json"  # written last, when all files that it names exist
 
 
 class CheckpointError(PedigreeError):
-    """A checkpoint that cannot be written or read; the message names the folder to remove."""
+    """A checkpoint cannot be written or read; the message names the folder to remove."""
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the index says of one file."""
+    """Entry of the index for one file."""
 
     name: str
     sha256: str
@@ -46,34 +46,34 @@ class FileFacts:
 
 
 class Store(Protocol):
-    """A place for the checkpoints of one run."""
+    """Storage for the checkpoints of one run."""
 
     def steps(self) -> list[int]:
-        """Numbers of the whole checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         ...
 
     def describe(self, step: int) -> str:
-        """Where a checkpoint lies, for a person."""
+        """Return the location of a checkpoint for messages."""
         ...
 
     def staging(self, step: int) -> Path:
-        """The folder in which its files are written first."""
+        """Return the staging directory of a checkpoint."""
         ...
 
     def put(self, step: int, file: Path) -> None:
-        """Hand over one file that is written."""
+        """Store one staged file."""
         ...
 
     def commit(self, step: int, index: Mapping[str, Any]) -> None:
-        """Make the checkpoint whole, once the files of all ranks are handed over; drop the oldest."""
+        """Publish the checkpoint, once the files of all ranks are stored; delete the oldest."""
         ...
 
     def fetch(self, step: int) -> Path | None:
-        """A folder on this machine with its files, checked; None where another rank of the machine has it."""
+        """Return a local folder with the verified files; None if another rank of this machine fetches them."""
         ...
 
     def release(self, path: Path) -> None:
-        """Give back what `fetch` gave."""
+        """Release a folder that `fetch` returned."""
         ...
 
     def remove(self) -> None:
@@ -82,28 +82,28 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """`folder`/step_<n>, on a disk that all ranks see."""
+    """Checkpoints in `folder`/step_<n>, on a disk that all ranks share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def steps(self) -> list[int]:
-        """Numbers of the whole checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return sorted(step_folders(self._folder))
 
     def describe(self, step: int) -> str:
-        """Its folder."""
+        """Return the checkpoint's folder."""
         return str(self._path(step))
 
     def staging(self, step: int) -> Path:
-        """A hidden folder beside it."""
+        """Return a hidden folder beside the checkpoint's."""
         return self._folder / f".step_{step}"
 
     def put(self, step: int, file: Path) -> None:
-        """Nothing: it is on the disk."""
+        """Do nothing; the file is in place."""
 
     def commit(self, step: int, index: Mapping[str, Any]) -> None:
-        """Rename the folder into place; drop the oldest."""
+        """Rename the folder into place; delete the oldest."""
         write_json(self.staging(step) / INDEX, index)
         shutil.rmtree(self._path(step), ignore_errors=True)
         self.staging(step).rename(self._path(step))
@@ -111,13 +111,13 @@ class LocalStore:
             shutil.rmtree(self._path(old))
 
     def fetch(self, step: int) -> Path | None:
-        """Its folder itself."""
+        """Verify the files on rank 0 and return the folder."""
         if rank() == 0:
             check_files(self._path(step))
         return self._path(step)
 
     def release(self, path: Path) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def remove(self) -> None:
         """Delete all checkpoints of the run."""
@@ -128,7 +128,7 @@ class LocalStore:
 
 
 class S3Store:
-    """`uri`/step_<n>/, whose index is put last and deleted first. Credentials are read anew for every checkpoint."""
+    """Checkpoints in `uri`/step_<n>/; the index is put last and deleted first. Each checkpoint reloads credentials."""
 
     def __init__(self, uri: str, scratch: Path) -> None:
         self._uri, self._scratch = uri.rstrip("/"), scratch
@@ -137,26 +137,26 @@ class S3Store:
         self._client_of: int | None = None  # the step that the client was made for
 
     def steps(self) -> list[int]:
-        """Numbers of the checkpoints that have an index, ascending."""
+        """Return the steps of the checkpoints that have an index, ascending."""
         names = [key.removeprefix(f"{self._prefix}/") for key in self._keys("")]
         return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"step_(\d+)/{INDEX}", name)))
 
     def describe(self, step: int) -> str:
-        """Its address."""
+        """Return the checkpoint's address."""
         return f"{self._uri}/step_{step}"
 
     def staging(self, step: int) -> Path:
-        """A hidden folder in the scratch folder."""
+        """Return a hidden folder in the scratch folder."""
         return self._scratch / f".step_{step}"
 
     def put(self, step: int, file: Path) -> None:
-        """Upload a file, and delete it here."""
+        """Upload a file and delete the local one."""
         with s3_errors(f"{self.describe(step)}/{file.name}"), file.open("rb") as data:
             self._connect(step).upload_fileobj(data, self._bucket, self._key(step, file.name))
         file.unlink()
 
     def commit(self, step: int, index: Mapping[str, Any]) -> None:
-        """Put the index; drop the oldest."""
+        """Upload the index; delete the oldest."""
         with s3_errors(f"{self.describe(step)}/{INDEX}"):
             body = json.dumps(index, indent=2, sort_keys=True).encode()
             self._connect(step).put_object(Bucket=self._bucket, Key=self._key(step, INDEX), Body=body)
@@ -165,12 +165,12 @@ class S3Store:
             self._delete(f"step_{old}/")
 
     def fetch(self, step: int) -> Path | None:
-        """Download its files, once for each machine."""
+        """Download the files, once per machine, and verify them."""
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return None
         self._scratch.mkdir(parents=True, exist_ok=True)
-        own = f".fetched.{socket.gethostname()}."  # other machines may see this disk, too
-        for left in self._scratch.glob(f"{own}*"):  # by a try that was killed
+        own = f".fetched.{socket.gethostname()}."  # other machines may share this disk
+        for left in self._scratch.glob(f"{own}*"):  # from a killed process
             shutil.rmtree(left, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=own, dir=self._scratch))
         with s3_errors(self.describe(step)):
@@ -202,7 +202,7 @@ class S3Store:
             return [item["Key"] for page in found for item in page.get("Contents", [])]
 
     def _connect(self, step: int | None = None) -> Any:
-        """A client; a new one for a new step."""
+        """Return a client; create a new one for each step."""
         if self._client is None or step not in (None, self._client_of):
             self._client, self._client_of = s3_client(), step
         return self._client
@@ -212,14 +212,14 @@ class S3Store:
 
 
 class WholeWriter(HuggingFaceStorageWriter):
-    """Writes each rank's shards as safetensors, and hands them to a store, which shows them once all are there."""
+    """Write each rank's shards as safetensors into a store, which publishes them once all are complete."""
 
     def __init__(self, store: Store, step: int, progress: Mapping[str, int]) -> None:
         super().__init__(str(store.staging(step)), save_distributed=True)
         self._store, self._step, self._progress = store, step, progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file; the results carry its name and SHA-256 to the rank that writes the index."""
+        """Write this rank's file; return its name and SHA-256 to the rank that writes the index."""
         results = super().write_data(plan, planner).wait()
         facts = {}
         for name in {str(result.storage_data.relative_path) for result in results}:
@@ -229,7 +229,7 @@ class WholeWriter(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index; called on the first rank after all ranks have written."""
+        """Write the index; called on rank 0 after all ranks have written."""
         files = {result.storage_data for of_rank in results for result in of_rank}
         others = [path for path in Path(self.path).iterdir() if path.suffix != ".safetensors"]
         files |= {self._hand_over(path) for path in others}
@@ -244,10 +244,10 @@ class WholeWriter(HuggingFaceStorageWriter):
 
 
 def read_index(path: Path) -> tuple[dict[str, int], list[FileFacts]]:
-    """Progress and files of the checkpoint in `path`.
+    """Read progress and files of the checkpoint in `path`.
 
     Raises:
-        CheckpointError: the index is missing or not one of ours.
+        CheckpointError: the index is missing or malformed.
     """
     try:
         index = json.loads((path / INDEX).read_text())
@@ -264,7 +264,7 @@ def check_files(path: Path) -> None:
     """Compare all files of the checkpoint in `path` with its index.
 
     Raises:
-        CheckpointError: a file is missing or other than it was written.
+        CheckpointError: a file is missing or differs.
     """
     for file in read_index(path)[1]:
         found = path / file.name

@@ -1,4 +1,4 @@
-"""What every kind of training shares: length, batch, optimizer, schedules, crops and objective.
+"""Configuration shared by all trainings: length, batch, optimizer, schedules, crops and objective.
 
 Defaults are those of ViT-L/14 on ImageNet-22k: dinov2/configs/train/vitl14.yaml at commit b8931f7, and
 arXiv:2304.07193, Table 16.
@@ -29,10 +29,10 @@ class OptimizerConfig(Config):
     )  # learning rate x layer_decay for each block further from the head
     patch_embed_lr_factor: PositiveFloat = 0.2
     freeze_last_layer_steps: int = Field(default=1_250, ge=0)  # 1 epoch
-    freeze_backbone_steps: int = Field(default=0, ge=0)  # new heads learn first; then it has a warm-up too
+    freeze_backbone_steps: int = Field(default=0, ge=0)  # train new heads alone; then warm up the backbone too
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
-    clip_grad_norm: PositiveFloat | None = 3.0  # for backbone and each head by itself; None clips nothing
+    clip_grad_norm: PositiveFloat | None = 3.0  # separately for backbone and each head; None: no clipping
 
 
 class TeacherConfig(Config):
@@ -50,7 +50,7 @@ class TeacherConfig(Config):
 
 
 class EmaConfig(Config):
-    """Cosine schedule of the momentum with which the average follows the student."""
+    """Cosine schedule of the EMA momentum."""
 
     momentum_start: float = Field(default=0.994, ge=0.0, le=1.0)
     momentum_end: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -63,7 +63,7 @@ class EmaConfig(Config):
 
 
 class KnnProbeConfig(Config):
-    """Accuracy of nearest neighbors on some labeled images of data/evaluation, while training goes on."""
+    """kNN accuracy on some labeled images of data/evaluation during training."""
 
     every_steps: PositiveInt
     num_images: int = Field(default=1_000, ge=2)  # held in memory; a fifth of them are test images
@@ -71,13 +71,13 @@ class KnnProbeConfig(Config):
 
 
 class AlertConfig(Config):
-    """Limits beyond which a training says that something is wrong; it goes on."""
+    """Limits beyond which a training raises an alert; it continues."""
 
-    after_steps: int | None = Field(default=None, ge=0)  # collapse is looked for then; None: optimizer.warmup_steps
+    after_steps: int | None = Field(default=None, ge=0)  # check for collapse after these; None: optimizer.warmup_steps
     min_feature_std: float = Field(default=0.1, ge=0.0)  # 1: spread over the sphere; 0.1: mean cosine 0.99; 0: all same
     min_effective_rank: float = Field(default=2.0, ge=0.0)
-    max_entropy_share: float = Field(default=0.995, gt=0.0)  # of log K, which a target has that says nothing
-    max_wait_share: float = Field(default=0.5, gt=0.0)  # of the time, waiting for data, in two rows in a row
+    max_entropy_share: float = Field(default=0.995, gt=0.0)  # of log K, the entropy of a uniform target
+    max_wait_share: float = Field(default=0.5, gt=0.0)  # of the time waiting for data, in two consecutive rows
 
 
 class EnergyConfig(Config):
@@ -89,10 +89,10 @@ class EnergyConfig(Config):
 
 
 class MonitorConfig(Config):
-    """What is watched beside the losses. Nothing here changes what is trained."""
+    """Monitoring beside the losses. It does not affect the training."""
 
     knn: KnnProbeConfig | None = None
-    pictures_every_steps: PositiveInt | None = None  # colors of patch features, to the tracker; None: at the ends only
+    pictures_every_steps: PositiveInt | None = None  # PCA of patch features, to the tracker; None: at the ends only
     alerts: AlertConfig = AlertConfig()
     energy: EnergyConfig = EnergyConfig()
 
@@ -102,35 +102,35 @@ class TrainingConfig(Config):
 
     steps: PositiveInt = 625_000
     batch_size: PositiveInt = 3_072  # images a step, over all ranks
-    # Released: float16 with a loss scaler, which bfloat16 does not need. auto: bfloat16 where all ranks have it in
-    # hardware, else float32.
+    # The released code uses float16 with a loss scaler, which bfloat16 does not need. auto: bfloat16 if all ranks
+    # support it in hardware, else float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    accumulation_steps: PositiveInt = 1  # parts of a step's batch whose gradients are added up; each has own targets
-    activation_checkpointing: Literal["none", "selective", "full"] = "selective"  # what is made again rather than kept
+    accumulation_steps: PositiveInt = 1  # micro-batches per step; each has targets of its own
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"  # what to recompute
     compile: bool = False  # torch.compile of each block; needs a C++ compiler on the CPU
-    num_processes: PositiveInt = 1  # ranks started on this machine; under torchrun its own number counts
-    sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: the ranks share weights, averages and moments; for large models
+    num_processes: PositiveInt = 1  # ranks started on this machine; ignored under torchrun
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: shard weights, EMA and moments over ranks; for large models
     checkpoint_uri: str | None = Field(default=None, pattern="^s3://[^/]+")  # None: .pedigree/checkpoints
     checkpoint_every_steps: PositiveInt = 3_750  # 3 epochs
     log_every_steps: PositiveInt = 10
-    max_skipped_steps: int = Field(default=10, ge=0)  # steps left out for a loss that is not finite; one more ends it
+    max_skipped_steps: int = Field(default=10, ge=0)  # steps with a non-finite loss; one more ends the run
     monitor: MonitorConfig = MonitorConfig()
     stream: StreamConfig = StreamConfig()
     crops: CropConfig = CropConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    gram: GramConfig | None = None  # anchoring of patch features, of pretraining and adaptation
+    gram: GramConfig | None = None  # Gram anchoring, in pretraining and adaptation
     optimizer: OptimizerConfig = OptimizerConfig()
     teacher: TeacherConfig = TeacherConfig()
     ema: EmaConfig = EmaConfig()
 
     @property
     def bfloat16(self) -> bool:
-        """Whether networks compute in bfloat16; not to be asked before `resolve_precision`."""
+        """Whether networks compute in bfloat16; valid after `resolve_precision`."""
         assert self.precision != "auto", "precision is not resolved yet"
         return self.precision == "bfloat16"
 
     def phases(self) -> dict[str, int]:
-        """Lengths in steps of what a run begins with, by key; a shorter run has them in proportion."""
+        """Return the lengths of initial phases in steps, by key; a shortened run scales them."""
         optimizer = self.optimizer
         return {
             "optimizer.warmup_steps": optimizer.warmup_steps,
@@ -140,15 +140,15 @@ class TrainingConfig(Config):
         }
 
     def check_ranks(self, name: str, num_ranks: int) -> None:
-        """Raise ValueError unless so many ranks, called `name`, can share the batch."""
+        """Raise ValueError unless `num_ranks` ranks, described by `name`, can share the batch."""
         if self.accumulation_steps > 1:
             name, num_ranks = f"{name} * accumulation_steps", num_ranks * self.accumulation_steps
-        least = 2 * num_ranks if self.objective.koleo_weight else num_ranks
+        least = 2 * num_ranks if self.objective.koleo_weight is not None else num_ranks
         check_divisible("batch_size", self.batch_size, name, num_ranks, least)
         if self.batch_size < least:
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a rank fewer than 2 images, and KoLeo needs a neighbor: "
-                f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to 0"
+                f"use {least} or a larger multiple of {num_ranks}, or set objective.koleo_weight to null"
             )
 
     @model_validator(mode="after")
@@ -163,13 +163,13 @@ class TrainingConfig(Config):
 
 
 def check_divisible(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:
-    """Raise ValueError unless `divisor` divides `value`, naming both and the nearest that would, from `least` on."""
+    """Raise ValueError unless `divisor` divides `value`; suggest the nearest valid value of at least `least`."""
     if value % divisor:
         nearest = max(math.ceil(least / divisor), round(value / divisor)) * divisor
         raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}; use for example {nearest}")
 
 
 def check_crops_fit(crops: CropConfig, patch_size: int, of: str = "backbone", section: str = "") -> None:
-    """Raise ValueError unless both crop sizes, of `section`, are multiples of the patch size, of the network `of`."""
+    """Raise ValueError unless both crop sizes in `section` are multiples of the patch size of the network `of`."""
     for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
         check_divisible(f"{section}{key}", size, f"{of}.patch_size", patch_size)

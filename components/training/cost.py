@@ -1,4 +1,4 @@
-"""What a training costs: floating-point operations of an image by formula, hours of devices, energy and CO2e."""
+"""Cost of a training: floating-point operations per image by formula, device hours, energy and CO2e."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from components.model.config import HeadConfig, ViTConfig
 from components.training.config import EnergyConfig
 from components.training.networks import Network, Networks
 
-BACKWARD = 2  # each product of the forward pass has two in the backward pass
+BACKWARD = 2  # the backward pass has two products for each one of the forward pass
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What its maker says of a GPU: dense bfloat16 operations a second, and the power it may draw, in watts."""
+    """Data sheet of a GPU: dense bfloat16 operations per second, and maximum power in watts."""
 
     flops: float
     watts: float
@@ -38,7 +38,7 @@ ACCELERATORS = {
 
 
 def accelerator(device: torch.device) -> Accelerator | None:
-    """What is known of this device; None for CPUs and for GPUs that are not in the table."""
+    """Return the data sheet of a device; None for CPUs and unknown GPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -46,9 +46,9 @@ def accelerator(device: torch.device) -> Accelerator | None:
 
 
 def backbone_flops(config: ViTConfig, image_size: int) -> float:
-    """Operations of one image's forward pass: a multiplication and an addition for each weight and token.
+    """Return the operations of one image's forward pass, counting multiplications and additions.
 
-    Linear layers, the patch embedding and attention's two products; norms, activations and softmax are left out.
+    Counted are linear layers, the patch embedding and attention's two products, not norms, activations and softmax.
     """
     patches = (image_size // config.patch_size) ** 2
     tokens, dim = 1 + config.num_registers + patches, config.dim
@@ -61,12 +61,12 @@ def backbone_flops(config: ViTConfig, image_size: int) -> float:
 
 
 def embedding_flops(config: ViTConfig, image_size: int) -> float:
-    """The part of `backbone_flops` that makes tokens of patches."""
+    """Return the part of `backbone_flops` for the patch embedding."""
     return 2.0 * (image_size // config.patch_size) ** 2 * 3 * config.patch_size**2 * config.dim
 
 
 def head_flops(in_dim: int, config: HeadConfig) -> float:
-    """Operations of one token's forward pass through a projection head, prototypes included."""
+    """Return the operations of one token's forward pass through a projection head, including prototypes."""
     widths = [in_dim, *[config.hidden_dim] * (config.num_layers - 1), config.bottleneck_dim, config.num_prototypes]
     return 2.0 * sum(before * after for before, after in pairwise(widths))
 
@@ -74,12 +74,12 @@ def head_flops(in_dim: int, config: HeadConfig) -> float:
 def training_flops(
     networks: Networks, crops: CropConfig, masking: MaskingConfig | None, gram_scale: int | None = None
 ) -> float:
-    """Operations that one image costs in training: its crops through the student and back, and through the teacher.
+    """Return the operations per image in training: student forward and backward, and teacher forward.
 
-    With an `gram_scale`, a Gram teacher too sees the global crops, made so many times as large.
+    With `gram_scale`, a Gram teacher also encodes the global crops, enlarged by this factor.
 
-    What stochastic depth leaves out is not counted, nor what activation checkpointing makes again: by the usual
-    definition of model FLOPs utilization (arXiv 2204.02311, appendix B) that is no useful work.
+    Branches dropped by stochastic depth and recomputation by activation checkpointing are not counted, following the
+    usual definition of model FLOPs utilization (arXiv 2204.02311, appendix B).
     """
     student, patches = networks.student.backbone.config, _patches(networks, crops, masking)
     kinds = [(NUM_GLOBAL, crops.global_size), (crops.num_local, crops.local_size)]
@@ -90,12 +90,12 @@ def training_flops(
     for count, size in kinds:
         embedding = embedding_flops(student, size)
         blocks = (backbone_flops(student, size) - embedding) * (1 - student.drop_path)
-        total += count * ((1 + BACKWARD) * blocks + 2 * embedding)  # no gradient of the pixels
+        total += count * ((1 + BACKWARD) * blocks + 2 * embedding)  # pixels need no gradient
     return total + (1 + BACKWARD) * _heads(networks.student, NUM_GLOBAL + crops.num_local, patches)
 
 
 def _patches(networks: Networks, crops: CropConfig, masking: MaskingConfig | None) -> float:
-    """Patches of an image that enter the patch loss, on average."""
+    """Return the average number of an image's patches in the patch loss."""
     patches = NUM_GLOBAL * (crops.global_size // networks.student.backbone.config.patch_size) ** 2
     if masking is None:
         return patches
@@ -108,9 +108,9 @@ def _heads(network: Network, class_tokens: float, patch_tokens: float) -> float:
 
 
 class CostMeter:
-    """Hours, energy and CO2e of a run so far: power of a device x hours x PUE x carbon intensity (METHOD 6.1).
+    """Compute hours, energy and CO2e of a run: device power x hours x PUE x carbon intensity (METHOD 6.1).
 
-    Energy and CO2e are None where no power is known: on a CPU without `device_watts`.
+    Energy and CO2e are None if the power is unknown: on a CPU without `device_watts`.
     """
 
     def __init__(self, device: torch.device, num_devices: int, config: EnergyConfig) -> None:
@@ -119,7 +119,7 @@ class CostMeter:
         self._gpu, self._count, self._config = device.type == "cuda", num_devices, config
 
     def so_far(self, seconds: float) -> dict[str, float | None]:
-        """Costs of a run that has trained for so long, in seconds of wall clock."""
+        """Return the costs after `seconds` of wall-clock training time."""
         hours = seconds * self._count / 3600
         energy = None if self._watts is None else self._watts * hours / 1000 * self._config.pue
         return {

@@ -1,4 +1,4 @@
-"""From a job to its outputs: take up or start the run, train, then write weights, provenance and report."""
+"""Turn a job into its outputs: start or resume the run, train, then write weights, provenance and report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from components.core.distributed import barrier, rank
 from components.core.git import try_git
-from components.core.layout import Layout
+from components.core.layout import TRAINING_CONFIG, Layout
 from components.core.pictures import draw_pca
 from components.core.storage import atomic_dir, sha256_dir, sha256_file, write_json
 from components.core.tracking import log_file
@@ -45,34 +45,33 @@ from components.training.pictures import (
     save_picture,
     show_progress,
 )
-from components.training.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
 CROPS, PCA = "crops.jpg", "pca.jpg"
 REPORT = (LOSSES, CROPS, PCA)
 WEIGHTS, DIGEST = "weights", "sha256.json"
-KEPT_SECONDS = 30 * 86_400.0  # since its last use
+RESULTS_TTL_SECONDS = 30 * 86_400.0  # since its last use
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where a run's outputs go, and what it started from."""
+    """Output paths of a run, and its parent weights."""
 
     root: Path  # workspace
     weights: Path
     report: Path
-    parents: Mapping[str, Path]  # weights that it starts from or learns from: folder or file
+    parents: Mapping[str, Path]  # initial or teacher weights: folder or file
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training by what determines it, and the places of its state.
+    """Identity of a training, and the paths of its state.
 
     Attributes:
-        provenance: what its weights will state.
-        key: of the run, a hash of all that determines it.
-        other_key: of the same run in the other precision, which another machine may have taken.
+        provenance: written into its weights.
+        key: of the run, a hash of everything that determines it.
+        other_key: of the same run in the other precision, which another machine may have chosen.
     """
 
     root: Path
@@ -84,35 +83,35 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints and reports are while it trains."""
+        """Checkpoints and reports of the unfinished run."""
         return Layout(self.root).checkpoints(self.key)
 
     @property
-    def kept(self) -> Path:
-        """Where its results are kept once it is trained."""
+    def results(self) -> Path:
+        """Results of the finished run."""
         return Layout(self.root).trained / self.key
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The run's key and length, and the last row that the monitor wrote; of a training that is kept."""
-        config, rows = self.config, read_rows(self.kept / LOSSES)
+        """Key, length and last monitor row of the finished run."""
+        config, rows = self.config, read_rows(self.results / LOSSES)
         last = rows[-1] if rows else {}
         images = config.steps * config.batch_size
         return {"run_key": self.key, "steps": config.steps, "images_seen": images, "last": last}
 
 
 def digests(parents: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of weights that a run starts from or learns from, by name: folder or file."""
+    """Return the SHA-256 of a run's parent weights by name."""
     return {name: sha256_dir(path) if path.is_dir() else sha256_file(path) for name, path in parents.items()}
 
 
 def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Training:
-    """Key and provenance of a job.
+    """Compute the key and provenance of a job.
 
     Args:
-        job: what is to be trained; its networks may still be on the meta device.
+        job: its networks may still be on the meta device.
         root: workspace.
-        parents: as `digests` gives them.
+        parents: result of `digests`.
     """
     config = job.config
     facts = {"seed": job.seed, "dataset_sha256": job.stream.digest}
@@ -126,19 +125,19 @@ def describe_training(job: Job, root: Path, parents: Mapping[str, str]) -> Train
 def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     """Train the job and write its outputs; return its figures.
 
-    Before the first step the resolved configuration is kept beside the checkpoints, which are deleted once what they
-    led to is kept.
+    Before the first step the resolved configuration is written beside the checkpoints, which are deleted once the
+    results are stored.
     """
     training = describe_training(job, delivery.root, digests(delivery.parents))
     with only_trainer(training.folder, training.name):
-        if is_kept(training):
-            logger.info("%s: trained by an earlier try; taken up", training.name)
-            report_kept(training)
+        if has_results(training):
+            logger.info("%s: trained by an earlier try; its results are reused", training.name)
+            report_results(training)
         else:
-            begun = Begun(training, job)
-            run = Run(job, begun.step, begun.checkpoints, begun.probes)
+            started = StartedTraining(training, job)
+            run = Run(job, started.step, started.checkpoints, started.probes)
             train(run)
-            begun.keep()
+            started.store_results()
         if rank() == 0:
             with atomic_dir(delivery.weights) as folder:
                 copy_weights(training, folder)
@@ -148,13 +147,13 @@ def train_and_deliver(job: Job, delivery: Delivery) -> dict[str, Any]:
     return figures
 
 
-class Begun:
-    """A training from its start to where its results are kept; every rank must make one.
+class StartedTraining:
+    """A started training; every rank must create one.
 
     Attributes:
-        step: of the job, with its initial values.
+        step: with initial values.
         checkpoints: of the run.
-        probes: look at its average now and then.
+        probes: periodic measurements of the EMA.
     """
 
     def __init__(self, training: Training, job: Job) -> None:
@@ -163,25 +162,25 @@ class Begun:
         self.step = job.training_step()
         self._before = patch_colors(job.networks.ema, self._images)
         if rank() == 0:
-            # The commit stays out of what ships: equal inputs give equal bytes, from whatever commit.
-            begun = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
-            write_json(training.folder / CONFIG, begun)
-            told = (training.name, job.config.steps, job.config.batch_size, training.folder / CONFIG)
-            logger.info("%s: %d steps of %d images; all settings are in %s", *told)
+            # The commit is not part of the shipped weights: equal inputs give equal bytes for any commit.
+            started = {**training.provenance, "git_commit": try_git(training.root, "rev-parse", "HEAD")}
+            write_json(training.folder / TRAINING_CONFIG, started)
+            details = (training.name, job.config.steps, job.config.batch_size, training.folder / TRAINING_CONFIG)
+            logger.info("%s: %d steps of %d images; all settings are in %s", *details)
             _draw_first_batch(job, training.folder / CROPS)
         self.probes = _probes(job, training, self._images)
         self.checkpoints = _checkpoints(training.root, training.key, job.config)
         if self.checkpoints.newest() is None:
-            _tell_of_other_precision(training)
+            _warn_of_other_precision(training)
 
-    def keep(self) -> None:
-        """Keep what was trained."""
+    def store_results(self) -> None:
+        """Store the results; every rank must call."""
         config = self.job.config
         if shipped := gather(self.job.networks.ema):  # on the first rank
             steps, images_seen = config.steps, config.steps * config.batch_size
             seen = {"steps": steps, "images_seen": images_seen, "positions": [0, images_seen]}
             shown = {"before training": self._before, "after it": patch_colors(shipped, self._images)}
-            _keep(self.training, shipped, self.training.provenance | seen, draw_pca(self._images, shown))
+            _store_results(self.training, shipped, self.training.provenance | seen, draw_pca(self._images, shown))
         barrier()
 
 
@@ -190,8 +189,8 @@ def _checkpoints(root: Path, key: str, config: TrainingConfig) -> Checkpoints:
     return Checkpoints(Layout(root).checkpoints(key), uri)
 
 
-def _tell_of_other_precision(training: Training) -> None:
-    """Warn of a run that was begun in the other precision, on another machine perhaps; every rank must call."""
+def _warn_of_other_precision(training: Training) -> None:
+    """Warn of a run in the other precision, perhaps begun on another machine; every rank must call."""
     config = training.config
     steps = _checkpoints(training.root, training.other_key, config).newest()
     if steps is not None and rank() == 0:
@@ -216,42 +215,42 @@ def _labeled(config: TrainingConfig, root: Path) -> KnnProbe | None:
 
 
 def forget(root: Path, key: str) -> None:
-    """Delete what is kept of a run whose stage has reported: whoever runs it again wants it trained again."""
+    """Delete the stored results of a run whose stage has completed; a later run trains again."""
     shutil.rmtree(Layout(root).trained / key, ignore_errors=True)
 
 
-def _keep(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
-    """Keep what was trained; also for a stage that fails afterwards, when it reports to a service.
+def _store_results(training: Training, shipped: Network, provenance: dict[str, Any], pca: Image) -> None:
+    """Store the results, also for a retry of the stage if it fails later, for example to reach a service.
 
-    Without it, trying again would train again: DVC clears a stage's outputs away before it runs.
+    DVC deletes a stage's outputs before it runs, so that without this copy a retry would train again.
     """
     folder = training.folder
-    with atomic_dir(training.kept) as staging:
+    with atomic_dir(training.results) as staging:
         save_weights(staging / WEIGHTS, shipped.backbone, shipped.heads, provenance)
         save_picture(pca, staging / PCA)
         for path in (folder / LOSSES, folder / CROPS, *folder.glob(ALERTS), *folder.glob(PROGRESS)):
             shutil.copyfile(path, staging / path.name)
         write_json(staging / DIGEST, {WEIGHTS: sha256_dir(staging / WEIGHTS)})
-    for old in training.kept.parent.iterdir():
-        with suppress(FileNotFoundError):  # another process may forget it just now
-            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+    for old in training.results.parent.iterdir():
+        with suppress(FileNotFoundError):  # deleted meanwhile by another process
+            if time.time() - old.stat().st_mtime > RESULTS_TTL_SECONDS:
                 shutil.rmtree(old)
 
 
-def is_kept(training: Training) -> bool:
-    """Whether it is trained, and its weights are kept undamaged; every rank must call."""
+def has_results(training: Training) -> bool:
+    """Return whether the run's results are stored and undamaged; every rank must call."""
     found = False
-    if rank() == 0 and (training.kept / DIGEST).is_file():
-        found = json.loads((training.kept / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.kept / WEIGHTS)}
-        for used in (training.kept, training.kept / DIGEST):
+    if rank() == 0 and (training.results / DIGEST).is_file():
+        found = json.loads((training.results / DIGEST).read_text()) == {WEIGHTS: sha256_dir(training.results / WEIGHTS)}
+        for used in (training.results, training.results / DIGEST):
             os.utime(used)
     return agreed(found)
 
 
 def drop_checkpoints(training: Training) -> None:
-    """Delete the checkpoints of a training that is delivered, and its folder; every rank must call.
+    """Delete the checkpoints and the folder of a delivered training; every rank must call.
 
-    They go last: with the folder goes its lock, for which another process may wait.
+    Call this last: the folder contains the lock, for which another process may wait.
     """
     barrier()
     checkpoints = _checkpoints(training.root, training.key, training.config)
@@ -261,34 +260,34 @@ def drop_checkpoints(training: Training) -> None:
 
 
 def copy_weights(training: Training, folder: Path) -> None:
-    """Put the weights of a training that is kept into a folder."""
-    shutil.copytree(training.kept / WEIGHTS, folder, dirs_exist_ok=True)
+    """Copy the weights of a finished training into a folder."""
+    shutil.copytree(training.results / WEIGHTS, folder, dirs_exist_ok=True)
 
 
 def copy_report(training: Training, folder: Path) -> None:
-    """Put the report of a training that is kept into a folder."""
+    """Copy the report of a finished training into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in REPORT:
-        shutil.copyfile(training.kept / name, folder / name)
+        shutil.copyfile(training.results / name, folder / name)
 
 
 def log_report(training: Training) -> None:
-    """Log the report of a training that is kept to the tracker."""
+    """Log the report of a finished training to the tracker."""
     for name in REPORT:
-        log_file(training.kept / name, "")
+        log_file(training.results / name, "")
 
 
-def report_kept(training: Training) -> None:
-    """Log a training that is kept to the tracker, as it would have been logged while it was trained."""
+def report_results(training: Training) -> None:
+    """Log a finished training to the tracker, as during its training."""
     if rank() == 0:
-        report_rows(read_rows(training.kept / LOSSES))
-        report_alerts(read_alerts(training.kept))
-        for path in sorted(training.kept.glob(PROGRESS)):
+        report_rows(read_rows(training.results / LOSSES))
+        report_alerts(read_alerts(training.results))
+        for path in sorted(training.results.glob(PROGRESS)):
             log_file(path, "progress")
 
 
 def _draw_first_batch(job: Job, path: Path) -> None:
-    """Picture of the crops of the stream's first images, as they are trained on, and masks as drawn for so few."""
+    """Draw the training crops of the stream's first images, with masks sampled for this small batch."""
     plan = replace(job.batch_plan(), batch_size=min(NUM_IMAGES, len(job.stream)), rank=0, num_ranks=1)
     batch = TrainingBatches(job.stream, plan)[0]
     if isinstance(batch, Exception):

@@ -1,13 +1,12 @@
-"""Steps whose loss or gradient is not finite: left out, counted, told, and written down when there are too many."""
+"""Skip, count and report non-finite steps; dump the batch of the one that ends the run."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from components.core.distributed import barrier, rank
 from components.core.storage import write_json
@@ -18,10 +17,10 @@ from components.training.step import DivergedError
 
 
 class SkippedSteps:
-    """Counts the steps that were left out, over the whole run.
+    """Counter of skipped steps over the whole run.
 
     Attributes:
-        count: how many so far; part of a checkpoint.
+        count: steps skipped so far; part of a checkpoint.
     """
 
     def __init__(self, limit: int, count: int, alerts: Alerts) -> None:
@@ -29,7 +28,7 @@ class SkippedSteps:
         self._limit, self._alerts = limit, alerts
 
     def may_skip(self, error: DivergedError, step: int) -> bool:
-        """Count one more step and raise the alert, if the limit allows one more; every rank must call."""
+        """Count a skipped step and raise an alert, if the limit allows it; every rank must call."""
         if self.count >= self._limit:
             return False
         self.count += 1
@@ -42,22 +41,22 @@ class SkippedSteps:
 
 @dataclass(frozen=True)
 class Dump:
-    """What one needs to take a step again that was not finite, beside the checkpoint from before it."""
+    """What reproducing a non-finite step takes, in addition to the checkpoint before it."""
 
     step: int
     seed: int
     first_position: int  # of the stream, over all ranks
-    image_ids: list[str]  # of the images that belong there, over all ranks
+    image_ids: list[str]  # in the order of positions, over all ranks
     error: DivergedError
 
     def write(self, folder: Path, batch: Batch) -> Path:
-        """Write `folder`/diverged_step_<n>: each rank its batch as loaded, losses and norms; every rank must call."""
+        """Write `folder`/diverged_step_<n> with each rank's loaded batch, losses and norms; every rank must call."""
         path = folder / f"diverged_step_{self.step}"
         path.mkdir(parents=True, exist_ok=True)
         tensors = {"global_crops": batch.global_crops, "local_crops": batch.local_crops}
         optional = {"masks": batch.masks, "gram_crops": batch.gram_crops}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        save_file(tensors, _tensors(path, rank()))
+        save_file(tensors, path / f"rank_{rank()}.safetensors")
         values = {name: repr(value) for name, value in self.error.values.items()}  # JSON has no NaN
         write_json(path / f"rank_{rank()}.json", {"values": values})
         if rank() == 0:
@@ -65,15 +64,3 @@ class Dump:
             write_json(path / "dump.json", facts | {"error": str(self.error)})
         barrier()
         return path
-
-
-def read_dumped_batch(path: Path, number: int = 0) -> tuple[int, Batch]:
-    """The step of a dump, and what rank `number` trained on in it, for looking at it and for taking the step again."""
-    tensors = load_file(_tensors(path, number))
-    step = int(json.loads((path / "dump.json").read_text())["step"])
-    optional = tensors.get("masks"), [], tensors.get("gram_crops")
-    return step, Batch(tensors["global_crops"], tensors["local_crops"], *optional)
-
-
-def _tensors(path: Path, number: int) -> Path:
-    return path / f"rank_{number}.safetensors"

@@ -1,6 +1,6 @@
-"""Where a run's networks start: made without memory, and filled tensor by tensor once it is known which part is whose.
+"""Initial weights: networks are created on the meta device and filled tensor by tensor after sharding.
 
-So no rank ever holds a whole network that the ranks share, and the values are those that one process has.
+No rank ever holds all weights of a sharded network, and the values equal those of a single process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def draw_network(backbone: ViTConfig, heads: Mapping[str, HeadConfig], seed: int) -> Network:
-    """A network on the meta device whose initial values will be drawn, the same ones on every rank.
+    """Return a network on the meta device with random initial values, equal on every rank.
 
     Args:
-        backbone: its shape.
+        backbone: shape.
         heads: by name, `dino` and `ibot`.
-        seed: of torch's generator, whose state is left as it is.
+        seed: of the values; torch's global generator is not changed.
     """
     with torch.device("meta"):
         network, shapes = (
@@ -50,11 +50,11 @@ def draw_network(backbone: ViTConfig, heads: Mapping[str, HeadConfig], seed: int
 
 
 def load_network(folder: Path, image_size: int | None = None) -> Network:
-    """Backbone and heads of a weights folder, on the meta device; the values will be read from its files.
+    """Return backbone and heads of a weights folder on the meta device; `fill` reads the values from its files.
 
     Args:
-        folder: as training wrote it.
-        image_size: the position table is resampled to the grid of images of so many pixels; None keeps it.
+        folder: as written by training.
+        image_size: resample the position table to the grid of this image size in pixels; None keeps it.
 
     Raises:
         WeightsError: the folder is missing, damaged, without heads or with heads of another backbone.
@@ -84,7 +84,7 @@ def load_network(folder: Path, image_size: int | None = None) -> Network:
 def _resampled(
     backbone: VisionTransformer, tensors: dict[str, Tensor], image_size: int
 ) -> tuple[VisionTransformer, dict[str, Tensor]]:
-    """The backbone with another position grid, and its tensors: on images of that size it computes the same."""
+    """Return the backbone with another position grid, and its tensors; on images of that size it computes the same."""
     config, side = backbone.config, image_size // backbone.config.patch_size
     with torch.device("meta"):
         resampled = VisionTransformer(config.model_copy(update={"image_size": image_size}))
@@ -94,12 +94,12 @@ def _resampled(
 
 
 def start_backbone_from(network: Network, tensors: Mapping[str, Tensor]) -> None:
-    """Let these take the place of what was to be the backbone's initial values."""
+    """Replace the initial values of the backbone."""
     before = network.initial
     assert before is not None, "the network has its values already"
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        yield from before()  # all of it, or the heads would be drawn otherwise
+        yield from before()  # including the backbone, so that the heads draw the same values
         yield from ((f"backbone.{name}", tensor) for name, tensor in tensors.items())
 
     network.initial = values
@@ -107,7 +107,7 @@ def start_backbone_from(network: Network, tensors: Mapping[str, Tensor]) -> None
 
 @torch.no_grad()
 def fill(networks: Sequence[Network]) -> None:
-    """Set the initial values of networks that have memory by now; those that start equal are filled together."""
+    """Set the initial values of networks with allocated memory; networks with equal values are filled together."""
     for values in dict.fromkeys(network.initial for network in networks):
         assert values is not None, "the network has its values already"
         alike = [network for network in networks if network.initial is values]
@@ -123,9 +123,9 @@ def fill(networks: Sequence[Network]) -> None:
 
 
 def _drawn(part: VisionTransformer | ProjectionHead) -> Iterator[tuple[str, Tensor]]:
-    """What a backbone or head of this shape draws when it is made, in that order, one layer in memory at a time.
+    """Yield the values that constructing a backbone or head draws, in order, with one layer in memory at a time.
 
-    Some come twice, because torch's layers draw values of their own before ours; the later ones count.
+    Some names come twice, because torch's layers draw values before ours; the later ones count.
     """
     for name, layer in part.named_modules():
         if hasattr(layer, "reset_parameters"):

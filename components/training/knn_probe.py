@@ -1,4 +1,4 @@
-"""How well the average tells a small labeled set's classes apart while it trains, by its nearest neighbors."""
+"""kNN accuracy of the EMA on a small labeled set during training."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CHUNK = 64  # images at once
 
 
 class KnnProbe:
-    """Some labeled images in memory, as the evaluation crops them; nothing learns from them."""
+    """Labeled images in memory, cropped as in the evaluation; they are not trained on."""
 
     def __init__(self, images: Tensor, labels: Labels, num_neighbors: int, bfloat16: bool) -> None:
-        """Labels are those of the images: train and test are indices into [N, 3, S, S] uint8."""
+        """Take images [N, 3, S, S] uint8; train and test of `labels` are indices into them."""
         self._images, self._labels, self._bfloat16 = images, labels, bfloat16
         self._neighbors = min(num_neighbors, len(labels.train))
 
     def top1(self, network: Network) -> float:
-        """Accuracy in [0, 1]; every rank must call, since they may share the weights."""
+        """Return the accuracy in [0, 1]; every rank must call, since weights may be sharded."""
         device = next(network.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
             parts = [network.class_tokens(to_input(part.to(device))) for part in self._images.split(CHUNK)]
@@ -49,11 +49,11 @@ class KnnProbe:
 
 
 def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, bfloat16: bool) -> KnnProbe | None:
-    """A probe of at most `num_images` of the labeled images of `folder`; None, and a warning, where it has none.
+    """Return a probe of at most `num_images` labeled images of `folder`; warn and return None if it has none.
 
     Args:
         folder: data/evaluation.
-        config: how many images and neighbors.
+        config: numbers of images and neighbors.
         crop_size: pixels.
         bfloat16: whether the network runs in bfloat16.
     """
@@ -61,7 +61,7 @@ def load_probe(folder: Path, config: KnnProbeConfig, crop_size: int, *, bfloat16
     if found is None or found.labels is None:
         logger.warning("%s holds no labeled images: no kNN while training (monitor.knn)", folder)
         return None
-    # Images are in the order of their SHA-256, so the first of them are drawn at random, and always the same.
+    # Images are sorted by SHA-256, so the first ones are a random but fixed sample.
     test = found.labels.test[: max(config.num_images // TEST_SHARE, 1)]
     train = found.labels.train[: config.num_images - len(test)]
     rows = np.concatenate([train, test])

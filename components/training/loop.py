@@ -38,24 +38,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, at its start."""
+    """Definition of one training run."""
 
     name: str  # stage, and item if it has one
     config: TrainingConfig
     networks: Networks
     stream: ImageStream
-    masking: MaskingConfig | None  # None: the student sees everything (distillation)
+    masking: MaskingConfig | None  # None: no masking (distillation)
     seed: int
 
     def __post_init__(self) -> None:
-        # Under torchrun the number of ranks is nowhere in the configuration.
+        # Under torchrun the number of ranks is not in the configuration.
         try:
             self.config.check_ranks("number of ranks", world_size())
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     def batch_plan(self) -> BatchPlan:
-        """What determines this rank's batches."""
+        """Return the plan that determines this rank's batches."""
         patch_size = self.networks.student.backbone.config.patch_size
         config = self.config
         plan = BatchPlan(self.seed, config.batch_size, patch_size, config.crops, self.masking, rank(), world_size())
@@ -64,14 +64,14 @@ class Job:
         return replace(plan, gram_scale=config.gram.teacher_scale, gram_after_steps=config.gram.after_steps)
 
     def training_step(self) -> TrainingStep:
-        """The networks prepared for training, with their initial values; called once."""
+        """Prepare the networks for training, with their initial values; call this once."""
         return TrainingStep(self.networks, self.config, self.seed, training_device())
 
 
 class Steps(AbstractContextManager[object], Protocol):
-    """What the loop drives: a `Run`, or several of them on the same batches. As a context: its checkpoints."""
+    """What the loop drives: a `Run`, or several on the same batches. Its context is that of the checkpoints."""
 
-    job: Job  # whose batches are read
+    job: Job  # defines the batches
     name: str
     start: int  # steps done before
 
@@ -97,13 +97,13 @@ def train(run: Steps) -> None:
     """
     config, steps = run.job.config, range(run.start, run.job.config.steps)
     batches = iterate_batches(TrainingBatches(run.job.stream, run.job.batch_plan()), config.stream, steps)
-    # The stop request is held to the end: the last checkpoint must stand, too. Closing the batches ends the workers at
-    # once; left to the interpreter's exit, they would be waited for after a stop.
+    # The SIGTERM handler stays installed until the last checkpoint is complete. Closing the batches ends the workers at
+    # once; otherwise the interpreter would wait for them at exit.
     with _stop_request() as stop_requested, closing(batches), run, _progress(run) as advance:
         for step in steps:
-            asked = time.monotonic()
+            wait_start = time.monotonic()
             batch = next(batches)
-            run.waited(time.monotonic() - asked, step)
+            run.waited(time.monotonic() - wait_start, step)
 
             run.step(batch, step)
             advance(1, run.note())
@@ -119,10 +119,10 @@ def train(run: Steps) -> None:
 
 
 class Run:
-    """A job in training: its step, its checkpoints and its monitor. Every rank must make one.
+    """A running job: its step, checkpoints and monitor. Every rank must create one.
 
     Attributes:
-        start: steps done before, by its newest checkpoint.
+        start: steps done at its newest checkpoint.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class Run:
         probes: Probes | None = None,
         flops_per_image: Callable[[int], float] | None = None,
     ) -> None:
-        """Take up the newest checkpoint, if there is one.
+        """Resume from the newest checkpoint, if there is one.
 
         Args:
             job: what is trained.
-            training: of the job, at its start.
+            training: of the job, with initial values.
             checkpoints: of this run.
-            probes: look at the average now and then.
-            flops_per_image: operations after so many steps; None: those of this job alone.
+            probes: periodic measurements of the EMA.
+            flops_per_image: operations per image after a number of steps; None: those of this job alone.
         """
         self.job, self.name, self.training, self.checkpoints = job, job.name, training, checkpoints
         progress, folder = checkpoints.load_newest(training), checkpoints.folder
@@ -153,25 +153,25 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """What the monitor wrote."""
+        """Rows that the monitor wrote."""
         return self._monitor.rows
 
     def waited(self, seconds: float, step: int) -> None:
-        """Count time in which the step waited for its batch."""
+        """Record how long the step waited for its batch."""
         if step == self.start:
             self._monitor.start_clock(seconds)
         self._monitor.waited(seconds)
 
     def step(self, batch: Batch, step: int, *, together: int = 1) -> None:
-        """Take a step and record it, or skip it if it is not finite; every rank must call.
+        """Take and record a step, or skip it if it is not finite; every rank must call.
 
         Args:
             batch: as loaded.
             step: its number, from 0.
-            together: of how many runs that share the time this is one.
+            together: number of runs that share the wall-clock time.
 
         Raises:
-            DivergedError: it is not finite, and no more may be skipped; the message names the dump.
+            DivergedError: the step is not finite and no more may be skipped; the message names the dump.
         """
         values, last = self._schedules.at(step), step + 1 == self.job.config.steps
         try:
@@ -183,19 +183,19 @@ class Run:
             self._monitor.record(output, values, step + 1, last=last, together=together)
 
     def save(self, steps_done: int) -> None:
-        """Begin a checkpoint."""
+        """Start writing a checkpoint."""
         self.checkpoints.save(self.training, Progress(steps_done, self._skipped.count))
 
     def failed(self) -> bool:
-        """Whether the checkpoint begun last cannot be written."""
+        """Return whether writing the latest checkpoint has failed."""
         return self.checkpoints.failed()
 
     def wait(self) -> None:
-        """Return once the last checkpoint stands."""
+        """Wait until the latest checkpoint is complete."""
         self.checkpoints.wait()
 
     def note(self) -> str:
-        """Loss and speed, as last measured; empty before."""
+        """Return the last loss and speed; empty before the first row."""
         return note(self.rows[-1:])
 
     def __enter__(self) -> object:
@@ -205,7 +205,7 @@ class Run:
         self.checkpoints.__exit__(*raised)  # pyright: ignore[reportArgumentType]
 
     def _dump(self, error: DivergedError, step: int, batch: Batch) -> DivergedError:
-        """Write what the step needs to be taken again; return the error that ends the run."""
+        """Dump what reproducing the step takes; return the error that ends the run."""
         self.save(step)
         job, first, count = self.job, step * self.job.config.batch_size, self.job.config.batch_size
         dump = Dump(step, job.seed, first, job.stream.image_ids(first, count), error)
@@ -218,7 +218,7 @@ class Run:
 
 
 def note(rows: Sequence[Row]) -> str:
-    """The losses in the last rows of runs that step together, and their speed; empty where there is no row."""
+    """Return the losses in the last rows of concurrent runs, and their speed; empty if there is no row."""
     losses = [f"{loss:.4f}" for row in rows if (loss := row.get("loss_total")) is not None]  # older rows may lack it
     if not losses:
         return ""
@@ -247,7 +247,7 @@ def _instruments(job: Job, alerts: Alerts, probes: Probes, flops_per_image: Call
 
 @contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a step is finished and saved before the process ends."""
+    """Yield an event that SIGTERM sets, so that the process can finish and save a step before it exits."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
         yield requested
@@ -269,7 +269,7 @@ def _progress(run: Steps) -> Iterator[Advance]:
 
 
 def _on_any_rank(flag: bool) -> bool:
-    """Whether any rank says yes: signals reach ranks at different steps, and all must stop at the same one."""
+    """Return whether any rank sets the flag: signals arrive at different steps, but ranks must stop at the same one."""
     if world_size() == 1:
         return flag
     return bool(all_reduce_sum(torch.tensor(float(flag), device=training_device())))

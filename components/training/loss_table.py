@@ -1,4 +1,4 @@
-"""`loss.csv`: a training's rows, one every few steps. No torch here, so that the CLI can read it."""
+"""Read and write `loss.csv`, a training's rows. Imports no torch, so that the CLI can read it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TextIO
 from components.core.storage import write_bytes
 
 LOSSES = "loss.csv"  # in a run's folder, beside its checkpoints, and in its report
-Row = dict[str, float | None]  # empty where something does not apply, such as GPU hours without a GPU
+Row = dict[str, float | None]  # None if not applicable, such as GPU hours without a GPU
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of the file, if there is one; a line that is only half written is left out."""
+    """Return the rows of the file, if it exists; a half-written last line is ignored."""
     if not path.exists():
         return []
     whole, newline, _ = path.read_text().rpartition("\n")
@@ -23,14 +23,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Replace the file; whoever reads it meanwhile, and a run killed meanwhile, has the old one or the new one."""
+    """Replace the file atomically."""
     text = io.StringIO()
     _write(text, rows)
     write_bytes(path, text.getvalue().encode())
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row, under a header if it is the first."""
+    """Append a row; write the header before the first one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         _write(file, [row])

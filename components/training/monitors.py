@@ -1,4 +1,4 @@
-"""What a person watches to see whether training goes well: losses, rates, speed, cost, and signs of collapse."""
+"""Monitor a training: losses, schedules, speed, cost and signs of collapse."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from components.training.step import StepOutput
 
 @dataclass(frozen=True)
 class Probes:
-    """What looks at the average now and then, as the configuration asks for it; every rank calls."""
+    """Periodic measurements of the EMA, as configured; every rank calls them."""
 
     knn: Callable[[], float] | None = None
-    picture: Callable[[int], None] | None = None  # after so many steps
+    picture: Callable[[int], None] | None = None  # called with the steps done
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What the monitor reads off beside the step itself.
+    """Inputs of the monitor beside the step's output.
 
     Attributes:
         watch: raises alerts.
         cost: of the run so far.
-        flops_per_image: floating-point operations by formula, after so many steps.
-        peak_flops: of this rank's device in a second, where they are known.
-        probes: of the average.
+        flops_per_image: floating-point operations by formula, given the steps done.
+        peak_flops: of this rank's device per second, if known.
+        probes: of the EMA.
     """
 
     watch: Watch
@@ -50,11 +50,11 @@ class Instruments:
 
 
 class Monitor:
-    """Writes one row every `log_every_steps` steps to a CSV file and the tracker.
+    """Write one row every `log_every_steps` steps to a CSV file and the tracker.
 
-    Losses are means over the steps and ranks since the last row; the rest are values of the row's own step, means over
-    ranks where nothing else is said. Rows after `steps_done` are dropped at the start: a resumed run writes them again.
-    Those before it go to the tracker, whose run began with this process.
+    Losses are means over ranks and over the steps since the last row; other values are of the row's own step, averaged
+    over ranks unless stated otherwise. Rows after `steps_done` are dropped at the start: a resumed run repeats them.
+    Earlier rows are logged to the tracker, whose run is new in this process.
     """
 
     def __init__(self, path: Path, config: TrainingConfig, instruments: Instruments, steps_done: int) -> None:
@@ -70,18 +70,18 @@ class Monitor:
         self._since = time.monotonic()
 
     def start_clock(self, ago: float) -> None:
-        """The first step begins, or began so many seconds ago."""
+        """Start the clock of the first step, `ago` seconds in the past."""
         self._since = time.monotonic() - ago
 
     def waited(self, seconds: float) -> None:
-        """Count time in which the step waited for its batch."""
+        """Record how long the step waited for its batch."""
         self._waited += seconds
 
     @torch.no_grad()
     def record(self, output: StepOutput, values: StepValues, steps_done: int, *, last: bool, together: int = 1) -> None:
-        """Take note of a step; every rank must call. The last step always has a row.
+        """Record a step; every rank must call. The last step always has a row.
 
-        Of the time, the part of one of as many trainings as take the step `together` counts for this run's costs.
+        If `together` trainings take the step concurrently, each counts an equal part of the time as its cost.
         """
         self._together = together
         for name, term in output.losses.items():
@@ -110,7 +110,7 @@ class Monitor:
             "knn_top1": knn() if knn and measure else None,
             **self._speed(seconds, steps_done),
         }
-        # A kNN is not training, so it starts no step late; but it is time of the run.
+        # The kNN probe counts for the run's hours, but not for the training speed.
         self._seconds += (time.monotonic() - self._since) / self._together
         row |= {"hours": self._seconds / 3600, **self._instruments.cost.so_far(self._seconds)}
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.monotonic()
@@ -132,7 +132,7 @@ class Monitor:
         }
         by_rank = _of_ranks(own, output.cls_tokens.device)
         if rank() == 0:
-            self._instruments.watch.look(steps_done, by_rank)
+            self._instruments.watch.check(steps_done, by_rank)
         means = {name: sum(numbers) / len(numbers) for name, numbers in by_rank.items()}
         return {**means, "prototypes_used": targets.used, "prototype_perplexity": targets.perplexity}
 
@@ -149,7 +149,7 @@ class Monitor:
 
     def _add(self, row: Row) -> None:
         if rank() == 0:
-            if self.rows and self.rows[-1].keys() != row.keys():  # an older version of this code wrote them
+            if self.rows and self.rows[-1].keys() != row.keys():  # written by an older version
                 self.rows = [dict.fromkeys(row) | {k: v for k, v in old.items() if k in row} for old in self.rows]
                 write_rows(self._path, self.rows)
             append_row(self._path, row)
@@ -158,18 +158,18 @@ class Monitor:
 
 
 def report_rows(rows: Sequence[Row]) -> None:
-    """Hand rows to the tracker."""
+    """Log rows to the tracker."""
     for row in rows:
         log_metrics({k: value for k, value in row.items() if k != "step" and value is not None}, int(row["step"] or 0))
 
 
 @dataclass(frozen=True)
 class TargetFigures:
-    """What the teacher's targets are like.
+    """Statistics of the teacher's targets.
 
     Attributes:
-        entropy: mean over this rank's crops, in nats; log K if a target says nothing.
-        used: share of the K prototypes that are some crop's first choice, of all ranks' crops: at most crops / K.
+        entropy: mean over this rank's crops, in nats; log K for uniform targets.
+        used: share of the K prototypes that are the argmax of some crop of any rank; at most crops / K.
         perplexity: exp of the entropy of the mean target of all ranks, 1 to K; 1 if all crops have the same prototype.
     """
 
@@ -179,7 +179,7 @@ class TargetFigures:
 
 
 def describe_targets(teacher_logits: Tensor, teacher_temp: float) -> TargetFigures:
-    """Figures of the teacher's softmax with the mean of the rank's crops as center; every rank must call.
+    """Compute statistics of the teacher's softmax, centered by the mean of the rank's crops; every rank must call.
 
     Args:
         teacher_logits: [N, K].
@@ -197,14 +197,14 @@ def describe_targets(teacher_logits: Tensor, teacher_temp: float) -> TargetFigur
 
 
 def _of_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, list[float]]:
-    """Each value of every rank, in their order; every rank must call."""
+    """Gather each value from every rank, in rank order; every rank must call."""
     table = torch.zeros(world_size(), len(values), device=device)
     table[rank()] = torch.tensor(list(values.values()))
     return dict(zip(values, all_reduce_sum(table).T.tolist(), strict=True))
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    """The most that this process held: of GPU memory in tensors, or on a CPU of memory."""
+    """Return the peak memory of this process: allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux

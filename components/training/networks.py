@@ -1,4 +1,4 @@
-"""Student, teacher and moving average: which networks train, teach and ship."""
+"""Student, teacher and EMA networks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer, ViTOutput
 from components.objective.total import HeadLosses, StudentOutput, TeacherLogits
 
-Values = Callable[[], Iterator[tuple[str, Tensor]]]  # whole tensors by parameter name, one after another
+Values = Callable[[], Iterator[tuple[str, Tensor]]]  # iterates over full tensors by parameter name
 
 
 class Network(nn.Module):
     """A backbone with one head for class tokens and another for patch tokens (untied: arXiv:2304.07193, sec. 4).
 
     Attributes:
-        initial: where its values will come from, while it is on the meta device; its copies start alike.
+        initial: source of its values while it is on the meta device; copies share it.
     """
 
     def __init__(self, backbone: VisionTransformer, heads: Mapping[str, ProjectionHead]) -> None:
@@ -33,7 +33,7 @@ class Network(nn.Module):
 
     @property
     def heads(self) -> dict[str, ProjectionHead]:
-        """The heads under the names they are saved by."""
+        """The heads by the names under which they are saved."""
         return {"dino": self.dino_head, "ibot": self.ibot_head}
 
     def forward(
@@ -44,58 +44,58 @@ class Network(nn.Module):
         loss_masks: Tensor,
         losses: HeadLosses,
     ) -> StudentOutput:
-        """Student forward: masked global crops and local crops in one pass, up to the losses of its heads.
+        """Run the student on masked global crops and local crops in one pass, up to its heads' losses.
 
         Args:
             global_crops: [G*B, 3, H, W].
             local_crops: [L*B, 3, h, w]; may have no rows.
-            input_masks: [G*B, P] bool, patches hidden from the student; None hides none.
+            input_masks: [G*B, P] bool, patches hidden from the student; None: no masking.
             loss_masks: [G*B, P] bool, the M patches that enter the patch loss.
-            losses: what the heads compute.
+            losses: evaluated by the heads.
         """
         batches = [(global_crops, input_masks), (local_crops, None)]
-        seen = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
-        dino = self.dino_head(torch.cat([crops.cls_token for crops in seen]), losses.dino)  # of [(G+L)*B, D]
-        ibot = self.ibot_head(seen[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
-        gram = losses.gram(seen[0].patch_tokens) if losses.gram else None
-        return StudentOutput(dino, ibot, seen[0].cls_token, cls_patch_cosine(seen[0]), gram)
+        encoded = self.backbone.forward_packed(batches if len(local_crops) else batches[:1])
+        dino = self.dino_head(torch.cat([crops.cls_token for crops in encoded]), losses.dino)  # of [(G+L)*B, D]
+        ibot = self.ibot_head(encoded[0].patch_tokens[loss_masks], losses.ibot)  # of [M, D]
+        gram = losses.gram(encoded[0].patch_tokens) if losses.gram else None
+        return StudentOutput(dino, ibot, encoded[0].cls_token, cls_patch_cosine(encoded[0]), gram)
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, loss_masks: Tensor) -> TeacherLogits:
-        """Teacher forward: unmasked global crops.
+        """Run the teacher on unmasked global crops.
 
         Args:
             global_crops: [G*B, 3, H, W].
-            loss_masks: [G*B, P] bool, the M patches whose logits are asked for.
+            loss_masks: [G*B, P] bool, the M patches whose logits are returned.
         """
-        seen = self.backbone(global_crops)
-        return TeacherLogits(self.dino_head(seen.cls_token), self.ibot_head(seen.patch_tokens[loss_masks]))
+        encoded = self.backbone(global_crops)
+        return TeacherLogits(self.dino_head(encoded.cls_token), self.ibot_head(encoded.patch_tokens[loss_masks]))
 
     @torch.no_grad()
     def class_tokens(self, images: Tensor) -> Tensor:
-        """The backbone's features of whole images: [N, 3, H, W] to [N, D]."""
+        """Return the class tokens of images: [N, 3, H, W] to [N, D]."""
         return self.backbone(images).cls_token
 
     @torch.no_grad()
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """The backbone's features of patches: [N, 3, H, W] to [N, P, D]."""
+        """Return the patch tokens of images: [N, 3, H, W] to [N, P, D]."""
         return self.backbone(images).patch_tokens
 
     @torch.no_grad()
     def update_ema(self, student: Network, momentum: float) -> None:
-        """Move every parameter to momentum * own + (1 - momentum) * the student's."""
-        own = [local_shard(parameter) for parameter in self.parameters()]  # sharded alike, so part goes to part
+        """Set every parameter to momentum * own + (1 - momentum) * the student's."""
+        own = [local_shard(parameter) for parameter in self.parameters()]  # both are sharded the same way
         theirs = [local_shard(parameter) for parameter in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
-def cls_patch_cosine(seen: ViTOutput) -> Tensor:
-    """Mean cosine of images' class token and their patch tokens, [] float32: it rises as dense features degrade.
+def cls_patch_cosine(encoded: ViTOutput) -> Tensor:
+    """Return the mean cosine between class and patch tokens, [] float32; it rises as dense features degrade.
 
-    DINOv3 watches it for that (arXiv:2508.10104, sec. 4).
+    DINOv3 monitors it (arXiv:2508.10104, sec. 4).
     """
-    cls_token, patches = seen.cls_token.detach(), seen.patch_tokens.detach()
+    cls_token, patches = encoded.cls_token.detach(), encoded.patch_tokens.detach()
     products = torch.einsum("bd,bpd->bp", cls_token, patches).float()
     lengths = [torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) for tokens in (cls_token, patches)]
     return (products / (lengths[0].unsqueeze(1) * lengths[1]).clamp(min=1e-12)).mean()
@@ -106,10 +106,10 @@ class Networks:
     """The networks of one run. In self-distillation `teacher` and `ema` are the same network.
 
     Attributes:
-        student: is trained.
-        teacher: sets the targets.
-        ema: moving average of the student, which ships.
-        gram_teacher: a snapshot of `ema` that Gram anchoring compares patches with; None without it.
+        student: trained by gradient.
+        teacher: computes the targets.
+        ema: moving average of the student, which is exported.
+        gram_teacher: snapshot of `ema` for Gram anchoring; None without it.
     """
 
     student: Network
@@ -118,21 +118,21 @@ class Networks:
     gram_teacher: Network | None = None
 
     def distinct(self) -> list[Network]:
-        """Each network once."""
+        """Return each network once."""
         named = (self.student, self.teacher, self.ema, self.gram_teacher)
         return list({id(network): network for network in named if network is not None}.values())
 
 
 def self_distillation(student: Network, *, with_gram_teacher: bool = False) -> Networks:
-    """Return a student taught by its own moving average, which starts as its copy."""
+    """Return networks for self-distillation: the teacher is the student's EMA, initially its copy."""
     ema = _frozen(copy.deepcopy(student))
     gram_teacher = copy.deepcopy(ema) if with_gram_teacher else None
     return Networks(student.train(), teacher=ema, ema=ema, gram_teacher=gram_teacher)
 
 
 def distillation(student: Network, teacher: Network) -> Networks:
-    """A student taught by a frozen network; a spare moving average ships (arXiv:2304.07193, sec. 5)."""
-    # The student sees everything, so its mask token never has a gradient, which a parallel wrapper would wait for.
+    """Return networks for distillation from a frozen teacher; the EMA is exported (arXiv:2304.07193, sec. 5)."""
+    # Without masking the mask token never has a gradient, for which a parallel wrapper would wait.
     student.backbone.mask_token.requires_grad_(False)
     return Networks(student.train(), teacher=_frozen(teacher), ema=_frozen(copy.deepcopy(student)))
 

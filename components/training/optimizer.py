@@ -1,4 +1,4 @@
-"""AdamW whose learning rate and weight decay depend on what a parameter is (dinov2/utils/param_groups.py)."""
+"""AdamW with learning rate and weight decay by parameter role (dinov2/utils/param_groups.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_t
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """How the optimizer treats a parameter; parameters of one role form one group."""
+    """Role of a parameter; parameters of one role form one optimizer group."""
 
     lr_factor: float
     decays: bool
@@ -28,9 +28,9 @@ class ParameterRole:
 
 
 class EagerAdamW(torch.optim.AdamW):
-    """AdamW without what keeps torch.compile out of its methods: at first use that loads the compiler, 4 s of a core.
+    """AdamW without the decorators that disable torch.compile, which import the compiler at first use (4 s).
 
-    It runs outside of every compiled block, so that there is nothing to keep out, and computes the same numbers.
+    It runs outside of all compiled blocks, where they have no effect; the results are equal.
     """
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
@@ -39,7 +39,7 @@ class EagerAdamW(torch.optim.AdamW):
 
 
 def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterRole:
-    """Role of the parameter `name` of a `Network` with `depth` blocks.
+    """Return the role of the parameter `name` of a `Network` with `depth` blocks.
 
     Layers count from the embeddings (0) over the blocks (1 to depth) to the last norm and the heads (depth + 1), and
     the learning rate falls by `layer_decay` for each layer below the highest.
@@ -59,7 +59,7 @@ def parameter_role(name: str, depth: int, config: OptimizerConfig) -> ParameterR
 
 
 def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each role; `set_values` gives every step its rates."""
+    """Return AdamW with one group for each role; call `set_values` before each step."""
     groups: defaultdict[ParameterRole, list[Tensor]] = defaultdict(list)
     depth = len(network.backbone.blocks)
     for name, parameter in network.named_parameters():
@@ -70,7 +70,7 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """State of one parameter, which AdamW makes at its first step; made here, all zero, if that is still to come."""
+    """Return AdamW's state of a parameter; create it as zeros if no step was taken yet."""
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -79,7 +79,7 @@ def moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor
 
 
 def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
-    """Give every group its learning rate and weight decay of this step."""
+    """Set the learning rate and weight decay of every group for this step."""
     for group in optimizer.param_groups:
         role: ParameterRole = group["role"]
         lr = values.last_layer_lr if role.last_layer else values.lr
@@ -88,9 +88,9 @@ def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
 
 
 def clip_gradients(network: nn.Module, max_norm: float | None) -> dict[str, Tensor]:
-    """Scale each sub-module's gradient down to `max_norm` (backbone and each head by itself); return the norms before.
+    """Clip the gradient norm of the backbone and of each head separately; return the norms before clipping.
 
-    dinov2/train/train.py clips sub-module by sub-module, so that a wild head does not slow the backbone.
+    dinov2/train/train.py clips by sub-module, so that large gradients of a head do not shrink the backbone's.
     """
     norms: dict[str, Tensor] = {}
     for name, module in network.named_children():

@@ -1,4 +1,4 @@
-"""Several processes as one trainer: start them, join them, and wrap or shard the networks."""
+"""Start ranks, join their process group, and wrap or shard the networks."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from components.training.config import TrainingConfig
 from components.training.initial import fill
 from components.training.networks import Network, Networks
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again and it goes on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped on request after a checkpoint; start it again to resume
 # What a rank hands over as it is; of other errors of ours it hands over an EngineError that names them.
 RANK_ERRORS = {kind.__name__: kind for kind in (EngineError, OutOfMemoryError, StorageError, TrackingError)}
-SAVE_SECONDS = 300  # after SIGTERM ranks may take so long to finish their step and to write a checkpoint
+SAVE_SECONDS = 300  # time for ranks to finish their step and write a checkpoint after SIGTERM
 
 
 def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any) -> dict[str, Any]:
-    """Run `stage(*args)` in one process or several, and return what it returns on rank 0.
+    """Run `stage(*args)` on one or several ranks, and return the result of rank 0.
 
-    Under torchrun (RANK is set) this process is one rank among those that torchrun started. Otherwise several
-    processes are started as `torchrun --standalone` starts them.
+    Under torchrun (RANK is set) this process is one of its ranks. Otherwise processes are started as by
+    `torchrun --standalone`.
 
     Args:
-        stage: a function of a module, which can be found again in a new process.
-        num_processes: how many processes to start on this machine; under torchrun its own number counts.
-        args: arguments that can be pickled.
+        stage: a picklable function, that is one of a module.
+        num_processes: processes to start on this machine; ignored under torchrun.
+        args: picklable arguments.
 
     Raises:
-        EngineError: a started rank failed by what a user, the data or the machine caused.
-        StorageError, TrackingError: it failed because the object store or MLflow did, which is worth another try.
+        EngineError: a started rank failed with an expected error.
+        StorageError, TrackingError: it failed because of the object store or MLflow; a retry may succeed.
         RuntimeError: it failed by a defect; the rank's traceback is a note.
-        SystemExit: with EXIT_INTERRUPTED, where the ranks were asked to stop and have saved a checkpoint.
+        SystemExit: with EXIT_INTERRUPTED after the ranks stopped on request and saved a checkpoint.
     """
     if "RANK" in os.environ:
         return _as_rank(stage, *args)
@@ -58,25 +58,25 @@ def launch(stage: Callable[..., dict[str, Any]], num_processes: int, *args: Any)
 
 
 def training_device() -> torch.device:
-    """This rank's GPU where there is one, otherwise the CPU."""
+    """Return this rank's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def parallelize(networks: Networks, config: TrainingConfig, device: torch.device) -> nn.Module:
-    """Prepare the networks of a run, once, before its optimizer is built; return the student as it is to be called.
+    """Prepare the networks of a run, once, before its optimizer is built; return the wrapped student to call.
 
-    The one place that wraps networks, in this order:
+    This is the only place that wraps networks, in this order:
 
     1. activation checkpointing, of the student's blocks;
     2. `torch.compile`, of each block with its checkpointing;
     3. FSDP2 (`fully_shard`), of all networks, which gathers and frees a block outside of its compiled code. Each rank
-       keeps its shard of all networks, and never has more of one that is on the meta device;
-    4. initial values, into the memory that a rank has by now;
-    5. DistributedDataParallel, of the student, whose values it compares.
+       allocates only its local shards of networks on the meta device;
+    4. initial values, into the allocated shards;
+    5. DistributedDataParallel, of the student, because it compares the values of all ranks.
 
-    A teacher that an earlier call has prepared for another student stays as it is.
+    A teacher that an earlier call prepared for another student is not changed.
     """
     networks.student.backbone.checkpoint_activations(config.activation_checkpointing)
     if config.compile:
@@ -95,7 +95,7 @@ def parallelize(networks: Networks, config: TrainingConfig, device: torch.device
 
 
 def _set_initial_values(networks: Sequence[Network], device: torch.device) -> None:
-    """Allocate on the device what is on the meta device, and fill it; move the rest."""
+    """Allocate and fill networks that are on the meta device; move the others to the device."""
     empty = [network for network in networks if network.initial is not None]
     for network in networks:
         if network.initial is None:
@@ -106,7 +106,7 @@ def _set_initial_values(networks: Sequence[Network], device: torch.device) -> No
 
 
 def gather(network: Network) -> Network | None:
-    """The network with whole tensors, on the first rank; None on the others. Every rank must call."""
+    """Return the network with full tensors on rank 0; None on other ranks. Every rank must call."""
     if not isinstance(network, FSDPModule):
         return network if rank() == 0 else None
     tensors = {}
@@ -125,10 +125,10 @@ def gather(network: Network) -> Network | None:
 
 def _shard(network: Network, mesh: DeviceMesh, bfloat16: bool) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
-    # torch warns of in-place changes to what a module returns, which nothing here does.
+    # torch warns of in-place changes of module outputs, which this code does not make.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in (*network.backbone.blocks, network.dino_head, network.ibot_head, network):
-        # Always taken apart again, the root too: what stayed whole would hide the next update of the average.
+        # Reshard the root too: unsharded parameters would hide the next EMA update.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for method in ("targets", "class_tokens", "patch_tokens"):
         register_fsdp_forward_method(network, method)
@@ -151,9 +151,9 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
     )
     level = logging.getLogger().getEffectiveLevel()
     for name in ("torch.distributed.elastic", "torch.multiprocessing", "torchelastic-events-null"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what a rank raised is raised below, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the error of a rank is raised below, in one line
     try:
-        threads = max(1, torch.get_num_threads() // num_processes)  # of what this process may use: OMP_NUM_THREADS
+        threads = max(1, torch.get_num_threads() // num_processes)  # divide this process's threads (OMP_NUM_THREADS)
         return elastic_launch(config, _started_rank)(level, threads, stage, *args)[0]
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
@@ -165,7 +165,7 @@ def _start_ranks(stage: Callable[..., dict[str, Any]], num_processes: int, *args
 
 
 def _rank_error(who: str, message: Any) -> Exception:
-    """What a rank raised, which torch hands over as a mapping, or what killed it, as text."""
+    """Convert a rank's failure: a mapping if it raised an exception, text if a signal killed it."""
     raised = isinstance(message, dict)
     reason = str(message["message"] if raised else message).strip().splitlines()[0]
     kind = reason.partition(":")[0] if raised else EngineError.__name__
@@ -202,7 +202,7 @@ def _as_rank(stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
             return stage(*args)
         finally:
             dist.destroy_process_group()
-    except RuntimeError as error:  # Gloo's errors have no type of their own
+    except RuntimeError as error:  # Gloo's errors have no specific type
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise EngineError(str(error).splitlines()[0]) from error  # another rank has ended, or the network fails
+            raise EngineError(str(error).splitlines()[0]) from error  # another rank ended, or the network failed
         raise

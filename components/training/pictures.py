@@ -1,4 +1,4 @@
-"""Pictures of a training run: the crops that it really trains on, and the colors of its patch features."""
+"""Pictures of a training run: its actual training crops, and PCA colors of patch features."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from components.training.networks import Network
 
 PROGRESS = "pca_step_*.jpg"  # in a run's folder
 NUM_IMAGES = 8
-GRAY = 96  # color of what is hidden from the student
+GRAY = 96  # color of masked patches
 
 
 def draw_crops(batch: Batch, patch_size: int) -> Image.Image:
-    """One row an image of the batch: its global crops, gray where masked, then its local crops in true proportion."""
+    """Draw one row per image: global crops, gray where masked, then local crops at the same scale."""
     images = len(batch.global_crops) // NUM_GLOBAL
     side = batch.global_crops.shape[-1]
     shown = batch.global_crops.clone()
@@ -48,17 +48,17 @@ def draw_crops(batch: Batch, patch_size: int) -> Image.Image:
 
 
 def sample_images(stream: ImageStream, size: int) -> NDArray[np.uint8]:
-    """The first images of the stream as the evaluation crops them: [N, size, size, 3], N at most `NUM_IMAGES`."""
+    """Return center crops of the stream's first images: [N, size, size, 3], N at most `NUM_IMAGES`."""
     positions = range(min(NUM_IMAGES, len(stream)))
     return center_crops((stream.image(position).image for position in positions), Preprocessing().at(size))
 
 
 @torch.no_grad()
 def patch_colors(network: Network, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """First three principal components of all images' patch features as colors.
+    """Return the first three principal components of all images' patch features as colors.
 
     Args:
-        network: in evaluation mode; every rank must call where they share it.
+        network: in evaluation mode; every rank must call if it is sharded.
         images: [N, S, S, 3].
 
     Returns:
@@ -70,7 +70,7 @@ def patch_colors(network: Network, images: NDArray[np.uint8]) -> NDArray[np.uint
 
 
 def show_progress(network: Network, images: NDArray[np.uint8], folder: Path, steps_done: int) -> None:
-    """Write the colors after so many steps to `folder`, and log them to the tracker; every rank must call."""
+    """Write the PCA colors after `steps_done` steps to `folder` and the tracker; every rank must call."""
     colors = patch_colors(network, images)
     if rank() == 0:
         path = folder / PROGRESS.replace("*", str(steps_done))
@@ -79,10 +79,10 @@ def show_progress(network: Network, images: NDArray[np.uint8], folder: Path, ste
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a JPEG, making its folder."""
+    """Write a JPEG; create its folder."""
     write_bytes(path, jpeg(image))
 
 
 def _tile(crop: Tensor, side: int) -> Tile:
-    """[3, H, W] uint8, H = W."""
+    """Return the tile of a crop [3, H, W] uint8, H = W."""
     return Tile(fit(Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy()), side))

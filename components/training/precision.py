@@ -1,4 +1,4 @@
-"""In which number format a training computes where its configuration leaves it to the machine."""
+"""Resolve the precision `auto` by the hardware."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 def resolve_precision(config: ConfigT, stage: str) -> ConfigT:
-    """Return the configuration with `auto` replaced by what all ranks have in hardware; every rank must call.
+    """Return the configuration with `auto` replaced by what all ranks support in hardware; every rank must call.
 
-    The replaced value is in the run's key and provenance, and a tag in MLflow. DVC knows `auto` only.
+    The resolved value is part of the run key and provenance, and a tag in MLflow. DVC records `auto`.
 
     Args:
         config: of a stage.
@@ -39,7 +39,7 @@ def resolve_precision(config: ConfigT, stage: str) -> ConfigT:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself; emulated it is several times slower than float32."""
+    """Return whether the device supports bfloat16 in hardware; emulation is several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()

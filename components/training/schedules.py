@@ -1,4 +1,4 @@
-"""Values that change over training, each a function of the step (dinov2/utils/utils.py, CosineScheduler)."""
+"""Schedules as functions of the step (dinov2/utils/utils.py, CosineScheduler)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from components.training.config import TrainingConfig
 
-REFERENCE_BATCH_SIZE = 1024  # base learning rates are given for this batch (dinov2/utils/config.py)
+REFERENCE_BATCH_SIZE = 1024  # of base learning rates (dinov2/utils/config.py)
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Zero while frozen, then a straight line from `warmup_start` to `start`, then half a cosine to `end`."""
+    """Zero while frozen, then linear from `warmup_start` to `start`, then half a cosine to `end`."""
 
     start: float
     end: float
@@ -22,14 +22,14 @@ class CosineSchedule:
     frozen_steps: int = 0
 
     def __call__(self, step: int) -> float:
-        """Value at `step`, counted from 0; `end` from `steps` on."""
+        """Return the value at `step`, counted from 0; `end` from `steps` on."""
         if step < self.frozen_steps:
             return 0.0
         if step >= self.steps:
             return self.end
         warm = step - self.frozen_steps
         if warm < self.warmup_steps:
-            # The last warm-up step has the full value, as np.linspace(warmup_start, start, warmup_steps) has it.
+            # The last warm-up step has the full value, as in np.linspace(warmup_start, start, warmup_steps).
             return self.warmup_start + (self.start - self.warmup_start) * warm / max(self.warmup_steps - 1, 1)
         cosine_steps = self.steps - self.frozen_steps - self.warmup_steps
         phase = math.pi * (warm - self.warmup_steps) / cosine_steps
@@ -70,7 +70,7 @@ class Schedules:
         )
 
     def at(self, step: int) -> StepValues:
-        """The values with which `step` (counted from 0) is taken."""
+        """Return the values for `step`, counted from 0."""
         lr = self._lr(step)
         return StepValues(
             lr=lr,
@@ -82,7 +82,7 @@ class Schedules:
         )
 
     def _backbone_lr_factor(self, step: int) -> float:
-        """Zero while the backbone stands still, then a line up to 1, as long as the warm-up: it has its own."""
+        """Return 0 while the backbone is frozen, then rise linearly to 1 over a warm-up of its own."""
         if not self._frozen_backbone_steps:
             return 1.0
         moving = step + 1 - self._frozen_backbone_steps

@@ -1,4 +1,4 @@
-"""One training step: teacher, student, loss, gradient, update, moving average."""
+"""One training step: teacher, student, loss, gradient, update, EMA."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from components.training.schedules import StepValues
 
 
 class DivergedError(PedigreeError):
-    """A loss or gradient is not finite; the weights are those of the step before.
+    """A loss or gradient is not finite; the weights are unchanged.
 
     Attributes:
-        values: this rank's losses, or the norms of its gradients.
+        values: this rank's losses, or its gradient norms.
     """
 
     def __init__(self, message: str, values: Mapping[str, Tensor | float]) -> None:
@@ -39,20 +39,20 @@ class DivergedError(PedigreeError):
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves for the monitors; nothing carries a gradient."""
+    """Outputs of a step for the monitors; all are detached."""
 
     losses: dict[str, Tensor]  # the total and each term, on this rank
     grad_norms: dict[str, Tensor]  # of backbone, dino_head and ibot_head, before clipping
-    cls_tokens: Tensor  # [G*B, D] of the student's global crops, part by part
+    cls_tokens: Tensor  # [G*B, D] of the student's global crops, by micro-batch
     teacher_cls_logits: Tensor  # [G*B, K]
     cls_patch_cosine: Tensor  # [], mean over the student's global crops
 
 
 class TrainingStep:
-    """The networks with their optimizer and objective; called once a step.
+    """Networks with their optimizer and objective; call it once per step.
 
     Attributes:
-        networks: as `parallelize` prepared them; it is called here, once.
+        networks: prepared by `parallelize`, which the constructor calls.
     """
 
     def __init__(self, networks: Networks, config: TrainingConfig, seed: int, device: torch.device) -> None:
@@ -70,27 +70,27 @@ class TrainingStep:
         self._gram, self._gram_active = config.gram, False
 
     def __call__(self, batch: Batch, step: int, values: StepValues) -> StepOutput:
-        """Train on a normalized batch, in `accumulation_steps` parts of equally many images.
+        """Train on a normalized batch, in `accumulation_steps` equal micro-batches.
 
-        Each part is a batch of its own to the targets (Sinkhorn-Knopp and centers are over all ranks' images of the
-        part) and to KoLeo; the gradient is the mean of the parts', and weights change once.
+        Targets (Sinkhorn-Knopp and centers, over all ranks) and KoLeo are computed per micro-batch; the gradient is the
+        mean over micro-batches, and weights are updated once.
 
         Raises:
-            DivergedError: a loss (on any rank) or a gradient is NaN or infinite. Nothing has changed.
+            DivergedError: a loss (on any rank) or a gradient is NaN or infinite. The state is unchanged.
         """
         self._take_snapshot(step)
         centers = [buffer.clone() for buffer in self.objective.buffers()]
         parts, outputs = split_images(batch, self.accumulation_steps), list[StepOutput]()
         for number, part in enumerate(parts):
             masks = self._loss_masks(part)
-            # No name here holds the targets: the backward pass, which needs the memory, keeps only what it needs.
+            # No local variable holds the targets, so that the backward pass can free their memory.
             with self._reduced(last=number + 1 == len(parts)):
                 loss, output = self._loss(part, masks, self._targets(part, masks, values), (step, number))
                 (loss / len(parts)).backward()
             outputs.append(output)
         terms = {name: torch.stack([part.losses[name] for part in outputs]).mean() for name in outputs[0].losses}
         try:
-            # Only now, after backward also of what is not finite: then FSDP2 keeps nothing of the earlier parts.
+            # Checked after the backward pass, so that FSDP2 keeps no gradients of earlier micro-batches.
             _check_losses(terms, step)
             grad_norms = clip_gradients(self.networks.student, self._clip_norm)
             _check_gradients(grad_norms, step)
@@ -106,14 +106,14 @@ class TrainingStep:
         return _joined(outputs, terms, grad_norms)
 
     def _loss_masks(self, batch: Batch) -> Tensor:
-        """Patches that enter the patch loss, [G*B, P] bool: all of them where nothing is hidden (distillation)."""
+        """Return the patches in the patch loss, [G*B, P] bool; all of them without masking (distillation)."""
         if batch.masks is not None:
             return batch.masks
         patches = (batch.global_crops.shape[-1] // self.networks.student.backbone.config.patch_size) ** 2
         return batch.global_crops.new_ones(len(batch.global_crops), patches, dtype=torch.bool)
 
     def _targets(self, batch: Batch, loss_masks: Tensor, values: StepValues) -> TeacherTargets:
-        """The teacher's probabilities after centering."""
+        """Return the teacher probabilities after centering."""
         with self._autocast():
             logits = self.networks.teacher.targets(batch.global_crops, loss_masks)
             return self.objective.targets(logits, values.teacher_temp)
@@ -121,16 +121,16 @@ class TrainingStep:
     def _loss(
         self, batch: Batch, loss_masks: Tensor, targets: TeacherTargets, drawn_by: tuple[int, int]
     ) -> tuple[Tensor, StepOutput]:
-        """The loss of one part, [] with its graph, and its figures.
+        """Return the loss of a micro-batch, [] with its graph, and its outputs.
 
         Args:
-            batch: the part's crops.
+            batch: the micro-batch.
             loss_masks: [G*B, P] bool, patches that enter the patch loss.
             targets: of the teacher.
-            drawn_by: step and part.
+            drawn_by: step and index of the micro-batch.
         """
-        # Stochastic depth draws from torch's generator. Seeded anew for each step, rank and part, it has no state to
-        # keep: a resumed run draws what an uninterrupted one draws, and a student what it draws by itself.
+        # Stochastic depth draws from torch's generator. Reseeding it for each step, rank and micro-batch makes a
+        # resumed run equal to an uninterrupted one, and a student in a group equal to one that is trained alone.
         step, part = drawn_by
         torch.manual_seed(int(np.random.SeedSequence([self._seed, step, rank(), part]).generate_state(1)[0]))
         num_local = NUM_GLOBAL * len(batch.local_crops) // len(batch.global_crops)
@@ -155,7 +155,7 @@ class TrainingStep:
 
     @contextmanager
     def _reduced(self, *, last: bool) -> Iterator[None]:
-        """Gradients are reduced over ranks with the last part only."""
+        """Reduce gradients over ranks in the last micro-batch only."""
         network = self._parallel
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
@@ -166,7 +166,7 @@ class TrainingStep:
         return torch.autocast(self._device_type, torch.bfloat16, enabled=self._bfloat16)
 
     def _take_snapshot(self, step: int) -> None:
-        """Set the anchor to the average where this step is due to, and say whether the step is anchored."""
+        """Update the Gram teacher from the EMA at scheduled steps, and set whether Gram anchoring is active."""
         if self._gram is None or self.networks.gram_teacher is None:
             return
         number, rest = divmod(step - self._gram.after_steps, self._gram.snapshot_every_steps)
@@ -182,7 +182,7 @@ def _joined(parts: list[StepOutput], terms: dict[str, Tensor], grad_norms: dict[
 
 
 def split_images(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch of B images into `parts` batches of B / parts; crop-major, like the whole."""
+    """Split a batch of B images into `parts` crop-major batches of B / parts."""
     if parts == 1:
         return [batch]
     images = len(batch.global_crops) // NUM_GLOBAL
@@ -199,7 +199,7 @@ def split_images(batch: Batch, parts: int) -> list[Batch]:
 def _check_losses(terms: dict[str, Tensor], step: int) -> None:
     flags = torch.zeros(world_size(), len(terms), device=terms["total"].device)
     flags[rank()] = torch.stack([~torch.isfinite(term) for term in terms.values()]).float()
-    broken = all_reduce_sum(flags).cpu()  # every rank must know, or the others would wait for this one
+    broken = all_reduce_sum(flags).cpu()  # on all ranks, so that they raise together
     if broken.any():
         names = [name for name, column in zip(terms, broken.T, strict=True) if column.any()]
         ranks = [number for number, row in enumerate(broken) if row.any()]

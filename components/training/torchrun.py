@@ -1,8 +1,7 @@
-"""`torchrun` that ends with the code of the rank that ended it, so that a supervisor can tell 75 from a failure.
+"""`torchrun` that exits with the code of the failed rank, so that a supervisor can distinguish 75 from a failure.
 
-torchrun itself ends with 1 whatever happened. Usage is torchrun's: `python -m components.training.torchrun --nnodes=2
---nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m components pretrain`. Ranks say themselves what went
-wrong.
+torchrun itself always exits with 1. The usage is torchrun's: `python -m components.training.torchrun --nnodes=2
+--nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m components pretrain`. Ranks print their own errors.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from components.training.parallelize import EXIT_INTERRUPTED, SAVE_SECONDS
 
 
 def main() -> None:
-    """Start this machine's ranks and wait for them; told to go, they have SAVE_SECONDS unless an option says else."""
+    """Start this machine's ranks and wait; after SIGTERM they have SAVE_SECONDS unless an option overrides it."""
     given = parse_args(None)
-    if given.shutdown_timeout is None:  # torch's own 30 seconds would often end them before their checkpoint stands
+    if given.shutdown_timeout is None:  # torch's 30 seconds are often too short for a checkpoint
         given.shutdown_timeout = SAVE_SECONDS
     try:
         run(given)

@@ -1,4 +1,4 @@
-"""The last lines of a run: what was made, how good it is, where to look and what to type next."""
+"""The summary at the end of a run: outputs, scores, where to look, and the next command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def closing(result: RunResult, name: str) -> Answer:
-    """The answer of `pedigree run`; `name` is that of the model."""
+    """Return the answer of `pedigree run`; `name` is the model's name."""
     from flows.published import metric_rows
 
     layout = Layout(result.folder)
@@ -33,7 +33,7 @@ def closing(result: RunResult, name: str) -> Answer:
 
 
 def _registered(layout: Layout) -> list[dict[str, Any]]:
-    """What the run registered, the teacher first."""
+    """Return the versions that the run registered, the teacher's first."""
     path = layout.result("register")
     made = json.loads(path.read_text()) if path.exists() else {}
     return [made[model] for model in sorted(made, key=lambda model: (model != "teacher", model))]
@@ -50,7 +50,7 @@ def _show(result: RunResult, name: str, rows: list[dict[str, str]], registered: 
     console.print(table)
     console.rule("Pedigree", style="green")
     for label, text in _lines(result, name, registered):
-        # No box and no line breaks of ours: addresses and commands are there to be copied.
+        # No box and no added line breaks, so that addresses and commands can be copied.
         console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)
 
 
@@ -76,7 +76,7 @@ def _under(label: str, lines: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def next_steps(registered: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """What to type next; to promote the teacher only where it passes its gates."""
+    """Return the next commands; they promote the teacher only if it passes its gates."""
     steps = [
         "what the two pages ask for:   pedigree status --credentials",
         f"where the weights came from:  pedigree trace {name}@latest",

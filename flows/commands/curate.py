@@ -1,4 +1,4 @@
-"""`pedigree curate --explain`: why an image is in the curated set of a run, or out of it."""
+"""`pedigree curate --explain`: explain why an image is in the curated set of a run or out of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def curate(
     ],
     run: Annotated[str | None, typer.Option(help="Id of a run; default: the newest that curated.")] = None,
 ) -> Answer:
-    """Say why an image is in a run's curated set or out of it: reason, duplicate, similarity, scores, cluster.
+    """Explain why an image is in a run's curated set or out of it: reason, duplicate, similarity, scores, cluster.
 
     Examples:
       pedigree curate --explain 3f9a21c0
@@ -61,7 +61,7 @@ def _show(found: Explanation, name: str, tables: CuratedTables) -> None:
 
 
 def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
-    """A run's name and where its two tables lie: in its folder or, once that is gone, in the DVC cache.
+    """Return a run's name and its two tables, from its folder or, if that was removed, from the DVC cache.
 
     Args:
         checkout: Pedigree's folder.
@@ -80,11 +80,11 @@ def find_tables(checkout: Path, run: str | None) -> tuple[str, CuratedTables]:
             return name, tables
     if (tables := _in_folder(checkout)) is not None:
         return "this checkout", tables
-    raise WorkspaceError(f"{checkout}: no run has curated anything here yet; `pedigree run` does")
+    raise WorkspaceError(f"{checkout}: no run here has a curated set yet; start one with `pedigree run`")
 
 
 def run_ids(checkout: Path) -> list[str]:
-    """Ids of the runs of this checkout, newest first."""
+    """Return the ids of this checkout's runs, newest first."""
     folders = {path.name for path in Layout(checkout).runs.glob("*/") if path.is_dir()}
     refs = try_git(checkout, "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs") or ""
     return sorted(folders | set(refs.split()), reverse=True)
@@ -104,7 +104,7 @@ def _in_folder(root: Path) -> CuratedTables | None:
 
 
 def _in_cache(checkout: Path, branch: str) -> CuratedTables | None:
-    """The tables as DVC's cache holds them, by the `dvc.lock` of a run's branch."""
+    """Return the tables in DVC's cache, found by the `dvc.lock` of a run's branch."""
     from components.curation.explain import CuratedTables
     from components.lineage.stored import cached_files
 
@@ -136,8 +136,8 @@ def _lines(found: Explanation, run: str, tables: CuratedTables) -> str:
         ("run", run),
         ("read from", str(tables.manifest.parent)),
     ]
-    told = [f"{label:<{LABEL}}{line}" for label, value in rows if value for line in str(value).splitlines()]
-    return "\n".join(told)
+    lines = [f"{label:<{LABEL}}{line}" for label, value in rows if value for line in str(value).splitlines()]
+    return "\n".join(lines)
 
 
 def _mention(other: Mention) -> str:

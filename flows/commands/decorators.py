@@ -29,6 +29,8 @@ _JSON = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")],
 )
 
+MAX_LINE = 2000  # characters
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -45,6 +47,11 @@ class Answer:
     show: Callable[[], None]
     problems: Sequence[str] = ()
     exit_code: int = 0
+
+
+def answer_console() -> Console:
+    """Where an answer is printed: lines stay whole, a table fits the terminal; print it with `soft_wrap=False`."""
+    return Console(width=None if sys.stdout.isatty() else MAX_LINE, soft_wrap=True, highlight=False)
 
 
 def command(checkout: bool = True, services: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -122,8 +129,8 @@ def _tell(error: Exception) -> int:
     found = known(error)
     if found is None or tracebacks_shown():
         print_traceback(error)
-    told = found or defect(error, "above")
+    shown = found or defect(error, "above")
     console = Console(stderr=True, soft_wrap=True)
-    for line in str(told).splitlines() or [type(told).__name__]:
+    for line in str(shown).splitlines() or [type(shown).__name__]:
         console.print(f"error: {line}", style="red", markup=False, highlight=False)
-    return PedigreeError.exit_code if told.exit_code == TRY_AGAIN else told.exit_code
+    return PedigreeError.exit_code if shown.exit_code == TRY_AGAIN else shown.exit_code

@@ -1,4 +1,4 @@
-"""`pedigree doctor`: what a run needs and lacks, and what to do about it."""
+"""`pedigree doctor`: list what a run needs and lacks, and what to do about it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from infra.local.site import StackError
 def doctor() -> Answer:
     """Check everything that a run needs: packages, git, S3, DVC, MLflow, Prefect, its worker and schedules.
 
-    Green: works. Yellow: works, but look at it. Red: a run fails or never starts; ends with 1. Nothing is changed.
+    Green: works. Yellow: works, but needs attention. Red: a run fails or never starts; exits with 1. Changes nothing.
 
     Examples:
       pedigree doctor

@@ -1,4 +1,4 @@
-"""`pedigree env`: the variables of the local stack, for a shell."""
+"""`pedigree env`: print the local stack's variables for a shell."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def env() -> None:
 
 
 def _quoted(value: str) -> str:
-    """The value in single quotes, whatever it holds."""
+    """Return any value in single quotes, escaped for a shell."""
     quoted = shlex.quote(value)
     return quoted if quoted.startswith("'") else f"'{quoted}'"

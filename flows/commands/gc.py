@@ -1,4 +1,4 @@
-"""`pedigree gc`: remove old runs and the bytes that nothing kept needs any more."""
+"""`pedigree gc`: remove old runs and the bytes that nothing else needs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SECONDS = {"d": 86_400, "h": 3_600}
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Keep this many of the newest runs.")],
     older: Annotated[str, typer.Option(metavar="AGE", help="Remove only what is older: 30d, 12h; 0d is any age.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> Answer:
     """Remove old runs, and the DVC objects, run-cache entries, checkpoints and caches that nothing else needs.
 
-    A run stays if it is among the newest, younger than AGE, or referred to by a registered version, the audit
-    log or the parameters of a run that stays. So a registered version can always be traced and its data pulled.
+    A run is kept if it is among the newest, younger than AGE, or referred to by a registered version, the audit
+    log or the parameters of a kept run. So a registered version can always be traced and its data pulled.
     Every other branch, tag and worktree keeps its data, and all ingested data that their history names.
-    Refuses while a run goes on; may be killed and run again at any time.
+    Refuses to start during a run; can be killed and run again at any time.
 
     Examples:
       pedigree gc --keep 10 --older 30d --dry-run
@@ -86,7 +86,7 @@ def _as_dict(plan: Plan, dry_run: bool, before: int, after: int) -> dict[str, An
             for removal in plan.removals
         },
         "freed": sum(removal.freed for removal in plan.removals),
-        "kept_runs": plan.kept,
+        "kept_runs": plan.kept_runs,
         "notes": plan.notes,
         "disk": {"before": before, "after": after},
     }  # fmt: skip
@@ -104,10 +104,10 @@ def _show(plan: Plan, dry_run: bool, before: int, after: int) -> None:
     on_disk = f"disk ({RELATIVE.state}, {RELATIVE.dvc_cache}): {in_words(before)} before"
     console.print(f"would free {in_words(freed)}; {on_disk}" if dry_run else
                   f"freed {in_words(freed)}; {on_disk}, {in_words(after)} after")  # fmt: skip
-    for kind, count in Counter(why.split(": ")[0] for why in plan.kept.values()).items():
-        name, why = next((name, why) for name, why in plan.kept.items() if why.startswith(f"{kind}: "))
+    for kind, count in Counter(why.split(": ")[0] for why in plan.kept_runs.values()).items():
+        name, why = next((name, why) for name, why in plan.kept_runs.items() if why.startswith(f"{kind}: "))
         console.print(f"kept as {kind}: {count} runs, e.g. {name} ({why.removeprefix(f'{kind}: ')})", markup=False)
-    if any(why.startswith("registered: ") for why in plan.kept.values()):
+    if any(why.startswith("registered: ") for why in plan.kept_runs.values()):
         console.print("a run goes once the versions that it registered are deleted in MLflow, and it is old enough")
     for note in plan.notes:
         console.print(note, markup=False)

@@ -1,4 +1,4 @@
-"""`pedigree history`: who was champion when, by whose decision and why."""
+"""`pedigree history`: list the champions of a model, with who decided and why."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.core.config import ConfigError
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.lineage.champions import Reign
@@ -27,10 +26,10 @@ def history(
         str | None, typer.Option(metavar="TIME", help="Who was champion then: 2026-11-29 or 2026-11-29T14:30+01:00.")
     ] = None,
 ) -> Answer:
-    """Say who was champion when, by whose decision and why, as the audit log has it.
+    """List the champions of a model from the audit log: when, by whose decision and why.
 
-    What the registry says and no event explains, such as an alias that was
-    moved in MLflow's page, is listed, and the exit code is 1.
+    Changes of the registry without an audit event, such as an alias that was
+    moved in MLflow's page, are listed too; the exit code is then 1.
 
     Examples:
       pedigree history pedigree
@@ -58,9 +57,9 @@ def history(
         "rejected": [dataclasses.asdict(entry) for entry in rejections],
         "unexplained": unexplained,
     }
-    told = ["a change that was cut short is finished: the aliases are where the audit log has them"] if settled else []
+    notes = ["a change that was cut short is finished: the aliases are where the audit log has them"] if settled else []
     problems = [f"not explained by any audit event: {line}" for line in unexplained]
-    show = partial(_show, name, found, told, len(rejections) if not time else 0, at)
+    show = partial(_show, name, found, notes, len(rejections) if not time else 0, at)
     return Answer(data, show, problems, 1 if unexplained else 0)
 
 
@@ -72,9 +71,9 @@ def _time(text: str) -> datetime.datetime:
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
-def _show(name: str, found: Sequence[Reign], told: Sequence[str], rejections: int, at: str | None) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    for line in told:
+def _show(name: str, found: Sequence[Reign], notes: Sequence[str], rejections: int, at: str | None) -> None:
+    console = answer_console()
+    for line in notes:
         console.print(line)
     if not found:
         console.print(f"{name} had no champion{f' at {at}' if at else ' yet'}")
@@ -86,6 +85,6 @@ def _show(name: str, found: Sequence[Reign], told: Sequence[str], rejections: in
             why += [f"waived {gate}: {reason}" for gate, reason in event.details.get("waived", {}).items()]
             until = reign.until[:19] if reign.until else "now"
             table.add_row(reign.version, reign.since[:19], until, Text(event.actor), Text("\n".join(why)))
-        console.print(table)
+        console.print(table, soft_wrap=False)
     if rejections:
         console.print(f"{rejections} candidates were rejected; --json has them")

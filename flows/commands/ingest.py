@@ -1,4 +1,4 @@
-"""`pedigree ingest`: take a source of images into the pool."""
+"""`pedigree ingest`: add a source of images to the pool."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def ingest(  # noqa: PLR0913, PLR0917 - the options of a command
     retrain: Annotated[bool, typer.Option(help="Let new images start a retraining.")] = True,
     quiet: Annotated[bool, typer.Option(help="Show only warnings, errors and the result.")] = False,
 ) -> Answer:
-    """Take a source of images into the pool: decode, validate, store, track with DVC, push to S3.
+    """Add a source of images to the pool: decode, validate, store, track with DVC, push to S3.
 
-    What is in the pool already is not stored again. New images start a whole retraining through the deployment
-    `retrain/on-new-images`, which is named at the end; `--no-retrain` starts none.
+    Images that the pool has are not stored again. New images start a full retraining by the deployment
+    `retrain/on-new-images`, whose run is named at the end; `--no-retrain` prevents it.
 
     Examples:
       pedigree ingest ~/photos --name photos --license CC-BY-4.0 --holdout 0.2

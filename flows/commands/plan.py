@@ -1,10 +1,9 @@
-"""`pedigree plan`: which stages a run would compute, and why."""
+"""`pedigree plan`: list the stages that a run would compute, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.recipe import PARAMS_FILE, Recipe, load_recipe
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 from flows.git import head_commit
 from flows.sources import SAMPLE, any_to_stay, choose
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from flows.preview import Preview, Step
 
 MAX_SHOWN = 6  # changes of a stage; --json has all
-MAX_LINE = 2000
 CHAMPIONS = "champions"
 # What a run asks the registry for: which versions are the champions now.
 RESOLVED = (
@@ -41,11 +38,11 @@ def plan(
     recipe: Annotated[str | None, typer.Option(help="A named recipe; default: params.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as distill.steps=50.")] = None,
 ) -> Answer:
-    """Say which stages a run would compute, and why, compared with the last finished run of the model.
+    """List the stages that a run would compute, and why, compared with the last finished run of the model.
 
-    Nothing is started, computed or fetched, and the checkout stays as it is. A stage is `unchanged`; `restored`,
-    where an earlier run had the same inputs; `run`; or `after` others that make its inputs again: it runs unless
-    they come out the same. What other machines have computed since the last run is not asked for.
+    Starts, computes and fetches nothing, and leaves the checkout unchanged. A stage is `unchanged`; `restored`,
+    if an earlier run had the same inputs; `run`; or `after` others that compute its inputs again: it runs unless
+    they come out equal. Results of other machines since the last run are not considered.
 
     Examples:
       pedigree plan
@@ -62,7 +59,7 @@ def plan(
     exact, notes = exact_recipe(checkout, params)
     known = any_to_stay(checkout)
     if not known:
-        notes.append(f"the pool is empty: `pedigree run` takes in the {SAMPLE} first")
+        notes.append(f"the pool is empty: `pedigree run` ingests the {SAMPLE} first")
     with open_preview(checkout, exact, choose(checkout, None) if known else []) as preview:
         pass
     steps = [dataclasses.asdict(step) for step in preview.steps]
@@ -71,7 +68,7 @@ def plan(
 
 
 def exact_recipe(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with today's champions as exact versions, or those of the last run where no registry answers."""
+    """Return the recipe with exact versions of today's champions, or of the last run's if no registry answers."""
     from components.core.mlflow_client import TrackingError, checked_client, server_uri
     from infra.local.supervisor import StackError, connect
 
@@ -94,12 +91,12 @@ def _as_last_resolved(checkout: Path, params: Recipe) -> tuple[Recipe, list[str]
     old = yaml.safe_load(last.read(PARAMS_FILE) or b"") if last else {}
     values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
     taken = [line for keys in RESOLVED if (line := _take(values, old, keys))]
-    told = [f"the registry does not answer; as in the last run: {', '.join(taken)}"] if taken else []
-    return Recipe.model_validate(values), told
+    lines = [f"the registry does not answer; as in the last run: {', '.join(taken)}"] if taken else []
+    return Recipe.model_validate(values), lines
 
 
 def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
-    """Put the last run's exact version in the place of none, or of an alias of the same model; says what it took."""
+    """Replace a missing version or an alias by the last run's exact version of that model; return what was taken."""
     *above, key = keys
     for name in above:
         values, old = (part.get(name) if isinstance(part, dict) else None for part in (values, old))
@@ -114,22 +111,22 @@ def _take(values: Any, old: Any, keys: tuple[str, ...]) -> str | None:
 
 
 def _show(preview: Preview, notes: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else MAX_LINE, highlight=False)
+    console = answer_console()
     console.print(f"compared with run {preview.last_run}" if preview.last_run else "no run has finished yet")
     for note in notes:
         console.print(f"note: {note}", markup=False)
     table = Table("stage", "", "why", box=None, pad_edge=False)
     for step in preview.steps:
         table.add_row(step.stage, step.outcome, Text(_why(step)))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     counts = Counter(step.outcome for step in preview.steps)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 
 
 def _why(step: Step) -> str:
-    told = [f"{change.kind}: {change.what}" for change in step.changes[:MAX_SHOWN]]
+    lines = [f"{change.kind}: {change.what}" for change in step.changes[:MAX_SHOWN]]
     if len(step.changes) > MAX_SHOWN:
-        told.append(f"and {len(step.changes) - MAX_SHOWN} more")
+        lines.append(f"and {len(step.changes) - MAX_SHOWN} more")
     if step.after:
-        told.append(f"after {', '.join(step.after)}")
-    return "; ".join(told)
+        lines.append(f"after {', '.join(step.after)}")
+    return "; ".join(lines)

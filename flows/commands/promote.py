@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from components.core.config import ConfigError
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.registry.promote import Decision
@@ -75,8 +74,8 @@ def rollback(
     """Make the champion before the present one the champion again.
 
     Its released bytes are verified against the event that let them in; the
-    candidate and the run that made it are not needed. A second rollback goes
-    one champion further back.
+    candidate and the run that made it are not needed. A second rollback, for
+    another reason, goes one champion further back.
 
     Examples:
       pedigree rollback pedigree --reason "version 4 fails on night images"
@@ -102,11 +101,13 @@ def _answer(done: Decision, notes: Sequence[str]) -> Answer:
 
 
 def _show(done: Decision, notes: Sequence[str]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     if done.settled:
         console.print("a change that was cut short is finished: the aliases are where the audit log has them")
     if done.event is None:
         console.print(f"{done.candidate} is the champion of {done.name} already ({done.version}); nothing to do")
+        if done.action == "rollback":
+            console.print("the last event is this rollback; give another --reason to go further back")
         return
     if done.action == "reject":
         console.print(f"[bold]{done.version}[/] is rejected")

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.core.layout import Layout
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.registry.review import Review
@@ -75,14 +74,14 @@ def _write_passport(found: Review, root: Path) -> str:
 
 
 def _show_waiting(rows: list[dict[str, Any]]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     if not rows:
         console.print("no candidate waits for a decision")
         return
     table = Table("candidate", "made", "score", "gates at registration", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["version"], row["made"], row["score"], Text(row["verdict"]))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for row in rows:
         if row["request"]:
             console.print(f"decide on {row['version']} in Prefect's page: {row['request']}", markup=False)
@@ -92,14 +91,14 @@ def _show_waiting(rows: list[dict[str, Any]]) -> None:
 def _show(found: Review, page: str, passport: str | None) -> None:
     from components.registry.card import standing
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer_console()
     console.print(f"[bold]{found.version}[/]  {standing(found)}")
     console.print(Text(found.verdict, "bold red" if found.failed else "bold green"))
     gates = Table("gate", "", "found", box=None, pad_edge=False)
     for gate in found.gates:
         gates.add_row(gate.name, Text(gate.state, STYLES[gate.state]), Text(gate.text))
-    console.print(gates)
-    console.print(_scores(found))
+    console.print(gates, soft_wrap=False)
+    console.print(_scores(found), soft_wrap=False)
     for line in found.unexplained:
         console.print(f"not explained by any audit event: {line}", style="red", markup=False)
     console.print(f"page      {page}", markup=False)

@@ -28,6 +28,7 @@ from infra.local import supervisor
 if TYPE_CHECKING:
     from components.recipe import Recipe
     from flows.accept import Acceptance
+    from flows.retrain import RunResult
 
 NOT_STATED = "not-stated"
 
@@ -73,26 +74,36 @@ def run(  # noqa: PLR0913, PLR0917 - the options of a command
         choose_engine(engine, address)
         accepted = _acceptance(accept, reason)
         params = load_recipe(checkout, recipe, set_ or [])  # a wrong parameter is told before anything starts
-        if images is not None:
-            _check_folder(images)
-        elif name is not None:
+        if name is not None and images is None:
             raise ConfigError(f"--name {name} names the source of --images: give the folder too")
-        head_commit(checkout)
-        early = images is None and not any(os.environ.get(n) for n in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
-        if early:  # the local stack takes half a minute to start; a team's services answer at once
-            _make_sample(checkout)
-        connect(checkout, beside=True)
-        sources = _fill_pool(checkout, images, name, license_, made=early)
+        sources = _bring_images(checkout, images, name, license_)
         given = {"--images": images, "--license": license_, "--name": name} if images else {}
         _check_run(checkout, params, sources, given, recipe)
         if accepted:
             accepted.record(checkout, exact_recipe(checkout, params)[0], sources)
-        from flows.retrain import retrain
-
-        result = finished(retrain, sources=sources, recipe=recipe, overrides=set_)
-        if told := supervisor.unfinished(checkout):
-            logging.getLogger(__name__).warning(told)
+        result = _retrain(checkout, sources, recipe, set_)
     return closing(result, params.name)
+
+
+def _retrain(checkout: Path, sources: list[str] | None, recipe: str | None, overrides: list[str] | None) -> RunResult:
+    from flows.retrain import retrain
+
+    result = finished(retrain, sources=sources, recipe=recipe, overrides=overrides)
+    if told := supervisor.unfinished(checkout):
+        logging.getLogger(__name__).warning(told)
+    return result
+
+
+def _bring_images(checkout: Path, images: Path | None, name: str | None, license_: str) -> list[str] | None:
+    """Start the services and fill the pool; returns what the run shall use, None: all."""
+    if images is not None:
+        _check_folder(images)
+    head_commit(checkout)
+    early = images is None and not any(os.environ.get(n) for n in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
+    if early:  # the local stack takes half a minute to start; a team's services answer at once
+        _make_sample(checkout)
+    connect(checkout, beside=True)
+    return _fill_pool(checkout, images, name, license_, made=early)
 
 
 def _check_run(

@@ -1,4 +1,4 @@
-"""`pedigree runs`: what was run here, how it ended, what came of it, what it takes on the disk."""
+"""`pedigree runs`: list runs with their state, outcome and disk space."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILE_WIDTH = 300  # characters of a line
 
 @dataclass(frozen=True)
 class Row:
-    """One run, as it is shown; sizes in bytes, times in ISO 8601."""
+    """One displayed run; sizes in bytes, times in ISO 8601."""
 
     run: str
     branch: str
@@ -45,10 +45,10 @@ class Row:
 
 @command()
 def runs() -> Answer:
-    """List the runs of this repository, newest first: when, how it ended, what it registered, what it takes.
+    """List the runs of this repository, newest first: time, state, registered versions, disk space.
 
-    A lost run is one whose process ended without a closing commit. Works without the services, which only
-    say which version is a champion.
+    A run is lost if its process ended without a closing commit. Works without the services; they only add
+    which versions are champions.
 
     Examples:
       pedigree runs
@@ -75,7 +75,7 @@ def _show(rows: list[Row], note: str | None) -> None:
 
 
 def wide_console() -> Console:
-    """A console whose tables are as wide as the terminal, and keep their lines whole in a file."""
+    """Return a console whose tables fit the terminal, or are wide enough in a file to keep lines whole."""
     return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
@@ -95,15 +95,15 @@ def _row(root: Path, run: Run, champions: Mapping[str, str], size: int) -> Row:
 
 
 def _outcome(run: Run, made: Sequence[str]) -> str:
-    """What came of a run, in words."""
-    told = [run.reason] if run.reason else []
+    """Describe a run's outcome."""
+    parts = [run.reason] if run.reason else []
     if run.state == FINISHED and not run.computed:
-        told.append("nothing computed")
-    return "; ".join([*told, *([", ".join(made)] if made else [])])
+        parts.append("nothing computed")
+    return "; ".join([*parts, *([", ".join(made)] if made else [])])
 
 
 def _champions(root: Path) -> tuple[dict[str, str], str | None]:
-    """`NAME-candidates 3` -> `champion as NAME 1`; and a line where the registry could not be asked."""
+    """Map `NAME-candidates 3` to `champion as NAME 1`; also return a line if the registry does not answer."""
     from components.lineage.claims import champions
 
     try:
@@ -153,7 +153,7 @@ def _age(when: str | None) -> str:
 
 
 def in_words(size: float) -> str:
-    """A number of bytes, such as `3.4 MB`."""
+    """Return a number of bytes as text, such as `3.4 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

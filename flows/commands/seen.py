@@ -1,4 +1,4 @@
-"""`pedigree seen`: which images a registered model had seen by a step of its training."""
+"""`pedigree seen`: list the images on which a registered model was trained up to a step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def seen(
     image: Annotated[str | None, typer.Option(metavar="FILE|SHA256", help="Ask for one image.")] = None,
     as_list: Annotated[bool, typer.Option("--list", help="A line for each image: id, draws, weights.")] = False,
 ) -> Answer:
-    """Say how many images a registered model had seen, or when it saw one image; through its whole history.
+    """Count the images on which a registered model was trained, or list the steps that drew one image.
 
-    A student's teacher, and what either started from, are asked too, to the
-    end of their trainings. Nothing is taken from logs: the order is computed
-    again from what the weights state and the data version in their `dvc.lock`.
-    Counts take every image for decodable; for one image the answer is exact.
-    An image is known by its bytes alone.
+    Covers its whole history: a student's teacher, and the initial weights of
+    both, to the end of their trainings. Uses no logs: the order is recomputed
+    from the weights' configuration and the data version in their `dvc.lock`.
+    Counts assume that all images are decodable; for one image the answer is
+    exact. Images are compared by their bytes.
 
-    Ends with 1 when it began with weights from elsewhere, of which nothing can be said.
+    Exits with 1 if the history began with foreign weights, whose images are unknown.
 
     Examples:
       pedigree seen pedigree@champion
@@ -80,7 +80,7 @@ def _image_id(image: str) -> str:
 def _answer(training: Training, step: int | None, image_id: str | None) -> dict[str, Any]:
     from components.lineage.seen import draws_by, steps_with
 
-    told = {
+    facts = {
         "weights": training.weights,
         "version": training.version,
         "relation": training.relation,
@@ -89,9 +89,9 @@ def _answer(training: Training, step: int | None, image_id: str | None) -> dict[
         "dataset_sha256": training.provenance["dataset_sha256"],
     }
     if image_id is not None:
-        return told | {"steps": steps_with(training, image_id, step)}
+        return facts | {"steps": steps_with(training, image_id, step)}
     draws = draws_by(training, step)
-    return told | {"images": len(draws), "draws": sum(draws.values())}
+    return facts | {"images": len(draws), "draws": sum(draws.values())}
 
 
 def _rows(trainings: list[Training], steps: list[int | None]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`pedigree sources`: what is in the pool and the evaluation sets, where it came from, and which runs take it."""
+"""`pedigree sources`: list and remove the sources of the pool and of the evaluation sets."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One source, as it is shown; counts are None where a snapshot's data is not in this checkout."""
+    """One displayed source; counts are None if a snapshot's data is not in this checkout."""
 
     source: str
-    taken_by: str  # which runs take it
-    training_images: int | None  # in all its snapshots: what is given to one run again is there again
+    taken_by: str  # the runs that use it
+    training_images: int | None  # of all its snapshots; images given to several runs count each time
     evaluation_images: int | None
     bytes: int
     snapshots: list[str]
     licenses: list[str]
     from_: list[str]  # folders or addresses
-    ingested_at: str | None  # the last time
-    ingested_by: str | None  # then
+    ingested_at: str | None  # the latest time
+    ingested_by: str | None  # at that time
 
 
 @command()
 def list_sources() -> Answer:
-    """List the sources: images, license, where from, and which runs take them.
+    """List the sources: images, license, origin, and which runs use them.
 
-    `every run`: it was ingested to stay. `its own run`: it was given by `pedigree run --images`, and no other run takes
-    it. Works without the services.
+    `every run`: ingested by `pedigree ingest`. `its own run`: given by `pedigree run --images`, and used by no other
+    run. Works without the services.
 
     Examples:
       pedigree sources list
@@ -54,14 +54,14 @@ def list_sources() -> Answer:
     found = snapshots(Path.cwd())
     names = sorted({one.source for one in found})
     rows = [_row(name, [one for one in found if one.source == name], found) for name in names]
-    told = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
-    return Answer({"sources": told}, partial(_show, rows))
+    output = [{key.rstrip("_"): value for key, value in asdict(row).items()} for row in rows]
+    return Answer({"sources": output}, partial(_show, rows))
 
 
 def _show(rows: list[Row]) -> None:
     console = wide_console()
     if not rows:
-        console.print("no sources; `pedigree ingest FOLDER --name NAME --license LICENSE` takes one in")
+        console.print("no sources; `pedigree ingest FOLDER --name NAME --license LICENSE` adds one")
         return
     console.print(_table(rows))
 
@@ -70,10 +70,10 @@ def _show(rows: list[Row]) -> None:
 def remove(
     name: Annotated[str, typer.Argument(help="The source's name, as `pedigree sources list` shows it.")],
 ) -> None:
-    """Take a source out of the pool and the evaluation sets: no later run uses it.
+    """Remove a source from the pool and the evaluation sets: no later run uses it.
 
-    Runs that used it stay as they are, and keep its bytes in DVC's cache and on S3; what nothing needs any more is
-    freed by `pedigree gc`.
+    Runs that used it are unchanged, and keep its bytes in DVC's cache and on S3; `pedigree gc` frees bytes that nothing
+    needs.
 
     Examples:
       pedigree sources remove holiday-photos
@@ -91,10 +91,10 @@ def remove(
         size = in_words(sum(one.num_bytes for one in removed))
         for one in removed:
             Ledger(checkout).untrack(one.tracked_by)
-        for folder in folders:  # with what a killed ingest or removal left
+        for folder in folders:  # including leftovers of a killed ingest or removal
             shutil.rmtree(folder)
-    told = f"removed {name}: {len(removed)} snapshots, {images:,} images, {size}"
-    Console(soft_wrap=True, highlight=False).print(f"{told}; earlier runs keep what they used", markup=False)
+    summary = f"removed {name}: {len(removed)} snapshots, {images:,} images, {size}"
+    Console(soft_wrap=True, highlight=False).print(f"{summary}; earlier runs keep what they used", markup=False)
 
 
 def _row(name: str, parts: Sequence[Snapshot], found: Sequence[Snapshot]) -> Row:

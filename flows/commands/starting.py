@@ -1,4 +1,4 @@
-"""Start a flow from the command line: reach the services, run it, hand on its result or its error."""
+"""Start flows from the command line: connect to the services, run, and return the result or raise the error."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from infra.local import supervisor
 
 
 def connect(checkout: Path, beside: bool = False) -> None:
-    """Point this process at the services: a team's where the environment names them, else the local stack.
+    """Configure this process for the team's services that the environment names, else for the local stack.
 
     Args:
         checkout: Pedigree's folder.
-        beside: do not wait for what runs of deployments alone need.
+        beside: do not wait for services that only runs of deployments need.
 
     Raises:
         StackError: the local stack cannot start.
@@ -44,7 +44,7 @@ def finished(flow: Any, *arguments: Any, **named: Any) -> Any:
     try:
         with watched(os.environ["PREFECT_API_URL"]):
             state = flow(*arguments, **named, return_state=True)
-    except TerminationSignal:  # SIGTERM before our handlers were set, or after
+    except TerminationSignal:  # SIGTERM before our handlers were installed, or after their removal
         raise KeyboardInterrupt from None
     except HTTPError as error:
         raise prefect_is_away(error) from error

@@ -1,4 +1,4 @@
-"""`pedigree status`: the services of the local stack."""
+"""`pedigree status`: show the services of the local stack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def status(
         bool, typer.Option("--credentials", help="Show what the web pages ask for; not with --json.")
     ] = False,
 ) -> Answer:
-    """Show each service: state, address, process and log. Ends with 1 unless all are healthy."""
+    """Show each service: state, address, process and log. Exits with 1 unless all are healthy."""
     found = supervisor.status(Path.cwd())
     sick = any(service.state != "healthy" for service in found)
     return Answer([service.as_dict() for service in found], partial(_show, found, credentials), exit_code=int(sick))
@@ -46,7 +46,7 @@ def _show(found: list[supervisor.Status], credentials: bool) -> None:
 
 
 def _show_credentials(site: Site) -> None:
-    """Print what a person types into the web pages of MLflow and Prefect."""
+    """Print the credentials for the web pages of MLflow and Prefect."""
     keys = site.credentials
     if not keys:
         raise StackError("there are no credentials yet: start the stack with `pedigree up`")

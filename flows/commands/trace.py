@@ -1,24 +1,21 @@
-"""`pedigree trace`: what a registered model was made from."""
+"""`pedigree trace`: show what a registered model was made from."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from flows.commands.decorators import Answer, command
+from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.lineage.trace import Node
 
 MAX_SHOWN = 8
-MAX_LINE = 2000
 KIND_STYLES = {"version": "bold green", "event": "magenta", "commit": "bold yellow", "stage": "cyan", "source": "blue"}
 
 
@@ -30,7 +27,7 @@ def trace(
 ) -> Answer:
     """Show what a registered model was made from, down to the S3 objects and the sources of its images.
 
-    Ends with 1 when anything could not be found, or contradicts something else; each such thing is listed.
+    Lists what is missing or contradictory, and exits with 1 if anything is.
 
     Examples:
       pedigree trace pedigree@champion
@@ -49,12 +46,11 @@ def trace(
 
 
 def _show(root: Node) -> None:
-    width = None if sys.stdout.isatty() else MAX_LINE  # a terminal wraps long lines, a file keeps them whole
-    Console(width=width, highlight=False).print(render(root))
+    answer_console().print(render(root), soft_wrap=False)
 
 
 def render(node: Node) -> Tree:
-    """The node and all below it as a tree; long lists are cut (`--json` has them whole)."""
+    """Render a node and its descendants as a tree; long lists are truncated (`--json` has all)."""
     tree = Tree(Text.assemble((node.kind, "dim"), " ", (node.name, KIND_STYLES.get(node.kind, "bold"))))
     for key, value in node.facts.items():
         if value not in (None, {}, []):

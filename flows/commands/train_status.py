@@ -1,4 +1,4 @@
-"""`pedigree train-status`: how far the trainings on this machine's disk are, from the files that they write."""
+"""`pedigree train-status`: show the progress of trainings on this machine's disk, from their files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.table import Table
 from components.training.run_folder import TrainStatus, find_trainings
 from flows.commands.decorators import Answer, command
 
-NOTHING = "nothing trains here, and no training is left unfinished"
+NOTHING = "no training is running or unfinished here"
 
 
 @command(checkout=False)
 def train_status() -> Answer:
-    """Say how far each unfinished training is: step, loss, speed, time left, age of its checkpoint, alerts.
+    """Show each unfinished training: step, loss, speed, remaining time, age of its checkpoint, alerts.
 
     Examples:
       pedigree train-status

@@ -14,7 +14,7 @@ from infra.local import supervisor
 
 @command()
 def up() -> None:
-    """Start the local stack, or what is missing of it."""
+    """Start the local stack, or its missing services."""
     console = Console(stderr=True, soft_wrap=True)
     try:
         with console.status("starting the local stack (about 10 seconds the first time)"):

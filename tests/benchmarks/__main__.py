@@ -167,7 +167,7 @@ def students() -> Row:
     import torch
 
     from components.data.batch import Batch
-    from components.distillation.together import OneLook
+    from components.distillation.together import SharedTeacher
     from components.model.head import ProjectionHead
     from components.model.vit import VisionTransformer
     from components.recipe import load_recipe
@@ -188,13 +188,13 @@ def students() -> Row:
     sides = [(2, crops.global_size), (crops.num_local, crops.local_size)]
     images = Batch(*(torch.randn(count * size, 3, side, side) for count, side in sides), None, [])
     values = StepValues(1e-4, 1e-4, 0.04, 0.99, 0.04)
-    look = OneLook(teacher.backbone)
+    shared = SharedTeacher(teacher.backbone)
 
     def together() -> None:
         for number, training in enumerate(both):
-            look.turn(first=number == 0, last=number == 1)
+            shared.select(first=number == 0, last=number == 1)
             training(images, 0, values)
-        look.turn(first=True, last=True)
+        shared.select(first=True, last=True)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ import yaml
 
 from components import cli
 from components.core.config import ConfigError
-from components.core.errors import EngineError, PedigreeError, sentence
+from components.core.errors import EngineError, PedigreeError, error_message
 from components.core.mlflow_client import TrackingError
 from components.core.storage import MissingInStorageError, StorageError
 
@@ -102,7 +102,7 @@ def test_the_whole_recipe_is_checked_whatever_the_stage(folder):
 def test_a_stage_without_its_inputs_fails_in_one_line_and_writes_nothing(folder):
     done = components(folder, "curate")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/data/pool: no pool yet; take images in first")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/data/pool: no pool yet; add images first")
     assert "Traceback" not in done.stderr
     assert not list(folder.rglob("result.json"))
 
@@ -214,7 +214,7 @@ def test_of_a_loaders_worker_only_its_own_words_are_said():
     with pytest.raises(PedigreeError) as caught:
         next(iter(loader))
     assert "Traceback" in str(caught.value)
-    assert sentence(caught.value) == "shard 3 is damaged"
+    assert error_message(caught.value) == "shard 3 is damaged"
 
 
 def test_a_stage_finds_what_a_killed_one_had_moved_away(folder, monkeypatch):

@@ -52,7 +52,7 @@ def holder(path: Path, lock: str, then: str, pass_fds: Sequence[int] = ()) -> It
 
 
 def test_who_waits_is_told_who_holds_it_and_gets_it_when_the_holder_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "REPORT_SECONDS", 0.2)
     path = tmp_path / "folder/lock"
     with holder(path, "exclusive(path)", "path.write_text('process 7\\n')") as process:
         told: list[str] = []

@@ -126,7 +126,7 @@ def test_balanced_sample(curated, tmp_path):
 
 
 def test_no_pool_and_no_images(tmp_path):
-    with pytest.raises(CurationError, match="no pool yet; take images in first: pedigree ingest"):
+    with pytest.raises(CurationError, match="no pool yet; add images first: pedigree ingest"):
         embed(EmbedConfig(), tmp_path, 0)
     (tmp_path / "data/pool").mkdir(parents=True)
     with pytest.raises(CurationError, match="the pool has no images"):

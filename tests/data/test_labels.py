@@ -51,12 +51,12 @@ def test_labels_and_splits_of_folders(folders: list[str], labels: list[str | Non
 
 def test_what_is_no_class_is_said() -> None:
     assert list(placement_lines(place(["cat", "dog"]))) == []
-    assert list(placement_lines(place(below("a/b")))) == ["all other folders lie in a/b: labels are read below it"]
+    assert list(placement_lines(place(below("a/b")))) == ["all other folders are in a/b: labels are read below it"]
     (line,) = placement_lines(place(below("train", "val", "test")))
     assert line == "folders taken as splits, not as classes: train as train; test, val as test"
     lines = list(placement_lines(place([*below("train"), "test", "extra"])))
     assert "only one split has images (labeled ones" in lines[1]
-    assert lines[2] == "images of extra have no label: these folders stand beside the splits"
+    assert lines[2] == "images of extra have no label: these folders are siblings of the splits"
     assert "no label, for a class needs another class" in next(placement_lines(place(["on\nly"])))
     assert "test: the name of a split, taken as a class" in next(placement_lines(place(["cat", "dog", "test"])))
 

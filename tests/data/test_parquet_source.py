@@ -110,7 +110,7 @@ def test_damaged_metadata_is_none(metadata: str) -> None:
     [
         ([True, False, None, True], ["True", "False", None, "True"], None),
         ([1.0, 0.0, None, float("nan")], ["1", "0", None, None], None),  # whole numbers with gaps, as pandas has them
-        ([0.5, 1.0, 2.0, 1.0], [None, "1", "2", "1"], "labels that are no whole numbers are read as none: 1"),
+        ([0.5, 1.0, 2.0, 1.0], [None, "1", "2", "1"], "labels that are not whole numbers are left out: 1"),
         (["", "x" * (MAX_LABEL_BYTES + 1), "b", "b"], [None, None, "b", "b"], "labels of more than 1024 bytes"),
         ([["a"]] * 4, [None] * 4, "no labels are read: column `label` holds list<element: string>, not one class"),
         ([{"a": 1}] * 4, [None] * 4, "no labels are read: column `label` holds struct<a: int64>, not one class"),

@@ -29,7 +29,7 @@ from components.data.stream import ImageStream
 from components.distillation import stage
 from components.distillation.config import DistillConfig
 from components.distillation.stage import CODE, REPORTS, run, student_job
-from components.distillation.together import OneLook, Together, joint_flops
+from components.distillation.together import SharedTeacher, StudentGroup, joint_flops
 from components.model.vit import VisionTransformer
 from components.training.alerts import read_alerts
 from components.training.checkpoint import Checkpoints
@@ -247,8 +247,8 @@ def jobs(place, values, workspace):  # noqa: F811
     return make
 
 
-def train_together(jobs: dict[str, Job], root: Path) -> Together:
-    together = Together({n: Run(job, job.training_step(), Checkpoints(root / n)) for n, job in jobs.items()})
+def train_together(jobs: dict[str, Job], root: Path) -> StudentGroup:
+    together = StudentGroup({n: Run(job, job.training_step(), Checkpoints(root / n)) for n, job in jobs.items()})
     train(together)
     return together
 
@@ -321,7 +321,7 @@ def test_what_the_others_learned_is_taken_up_after_one_diverged(place, values, w
     assert not (workspace / "models" / "students").exists()
     monkeypatch.undo()
     run(checked(both), workspace, 0, "tiny")
-    assert "distill/wide: trained by an earlier try; taken up" in caplog.messages
+    assert "distill/wide: trained by an earlier try; its results are reused" in caplog.messages
     assert "resumed after 3 steps" in caplog.text
     alone = place()
     shutil.rmtree(alone / ".pedigree")
@@ -342,12 +342,12 @@ def test_operations_of_students_whose_teacher_looks_once(jobs):
 def test_a_look_is_kept_for_those_that_follow_and_no_longer(jobs):
     job = jobs()["small"]
     job.training_step()
-    look = OneLook(job.networks.teacher.backbone)
+    shared = SharedTeacher(job.networks.teacher.backbone)
     parts = [torch.randn(2, 3, 32, 32) for _ in range(2)]
-    look.turn(first=True, last=False)
-    first = [look(part) for part in parts]
-    assert len(look._kept) == 2
+    shared.select(first=True, last=False)
+    first = [shared(part) for part in parts]
+    assert len(shared._features) == 2
     for last in (False, True):
-        look.turn(first=False, last=last)
-        assert all(look(part) is seen for part, seen in zip(parts, first, strict=True))
-    assert not look._kept
+        shared.select(first=False, last=last)
+        assert all(shared(part) is seen for part, seen in zip(parts, first, strict=True))
+    assert not shared._features

@@ -107,4 +107,4 @@ def test_questions_that_have_no_answer(checkout, tmp_path, monkeypatch):
         "--explain", ID, "--run", "nothing"
     )
     monkeypatch.chdir(tmp_path)
-    assert "no run has curated anything here yet; `pedigree run` does" in error("--explain", ID)
+    assert "no run here has a curated set yet; start one with `pedigree run`" in error("--explain", ID)

@@ -124,7 +124,7 @@ def test_what_it_must_know_and_cannot(runs: ShortRuns, monkeypatch: pytest.Monke
     newest = runs.works[-1]
     before = state(runs)
     with going_on(runs.root) as running:
-        assert f"run {running} goes on; nothing was removed" in refused("--keep", "0", "--older", "0d")
+        assert f"run {running} is in progress; nothing was removed" in refused("--keep", "0", "--older", "0d")
     assert state(runs)[:3] == before[:3]
     # An audit event that names a run keeps it.
     log = AuditLog.from_environment()
@@ -147,7 +147,7 @@ def test_what_it_must_know_and_cannot(runs: ShortRuns, monkeypatch: pytest.Monke
     tags = version.tags | {Tag.COMMIT: "f" * 40, Tag.BRANCH: "runs/elsewhere"}
     foreign = client.create_model_version(version.name, "s3://elsewhere/m-2", tags=tags, await_creation_for=0)
     said = refused(*asked)
-    assert f"version {version.name}/2: commit ffffffffffff is not in this repository, but its data lies here" in said
+    assert f"version {version.name}/2: commit ffffffffffff is not in this repository, but its data is here" in said
     assert "fetch its branch runs/elsewhere first" in said
     client.delete_model_version(version.name, str(foreign.version))
     # Services that do not answer.
@@ -268,7 +268,7 @@ def test_a_run_waits_for_gc_and_gc_does_not_wait_for_a_run(tmp_path: Path, caplo
         order.append("gc")
     thread.join()
     assert order == ["gc", "run"]
-    message = "or a run that just starts, goes on; nothing was removed"
+    message = "or a run that just starts, is in progress; nothing was removed"
     with (
         no_gc_beside(tmp_path),
         no_gc_beside(tmp_path),  # runs go on side by side

@@ -59,9 +59,9 @@ def test_batches_larger_than_the_images(checkout):
     given = recipe("adapt.batch_size=48", "adapt.accumulation_steps=3", "pretrain.batch_size=41")
     assert faults(checkout, given) == [
         "pretrain.batch_size is 41, but the sources hold 40 images (cats 30, dogs 10): set pretrain.batch_size=40 or "
-        "less, or take in more images",
+        "less, or add more images",
         "adapt.batch_size is 48, but the sources hold 40 images (cats 30, dogs 10): set adapt.batch_size=39 or "
-        "less, or take in more images",
+        "less, or add more images",
     ]
     told = faults(checkout, recipe("curate.target_images=5"))
     assert len(told) == 3

@@ -158,9 +158,7 @@ def test_a_crashed_run_is_started_again_and_frees_its_slot(deployed):
 def test_a_run_that_down_stops_goes_on_in_a_second_try(deployed):
     """The worker is frozen, so that it neither kills the run nor takes it up again; here it is woken, not ended."""
     wait_for("the run's process", lambda: live.running(deployed.root))
-    assert live.stop_running(deployed.root) == [
-        "stopped stopped-once: what it finished is kept, a worker goes on with it"
-    ]
+    assert live.stop_running(deployed.root) == ["stopped stopped-once: what it finished is kept, a worker resumes it"]
     for process in supervisor.processes(deployed.root):
         with suppress(psutil.NoSuchProcess):
             process.resume()

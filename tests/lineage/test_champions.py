@@ -46,6 +46,7 @@ def test_who_was_champion_at_a_time():
     noon = [datetime.datetime(2026, 11, day, 12, 30, tzinfo=datetime.UTC) for day in (1, 2, 3, 4)]
     at = [[reign.version for reign in found if reign.holds(time)] for time in noon]
     assert at == [["m/1"], ["m/1"], ["m/2"], ["m/1"]]
+    assert reigns([]) == []
     assert not any(reign.holds(noon[0] - datetime.timedelta(hours=1)) for reign in found)
 
 

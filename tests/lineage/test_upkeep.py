@@ -166,7 +166,7 @@ def test_checkpoints_of_old_trainings_that_nobody_holds(tmp_path: Path):
         removal.carry_out()  # again, as after a kill
         trainer.communicate(b"\n")
     assert sorted((tmp_path / ".pedigree/checkpoints").iterdir()) == sorted(stays)
-    assert "1 trainings that were stopped keep checkpoints on S3" in notes[0]
+    assert "1 stopped trainings keep checkpoints on S3" in notes[0]
     assert "s3://bucket/checkpoints/on-s3" in notes[0]
 
 

@@ -43,14 +43,11 @@ def test_features_equal_the_released_code(name, size):
         torch.testing.assert_close(actual, REFERENCE[f"{name}/{key}_{size}"], rtol=0, atol=1e-4)
 
     with torch.no_grad():
-        plain, masked, layers = model(image), model(image, mask), model.intermediate(image, 2)
+        plain, masked = model(image), model(image, mask)
     check(plain.cls_token, "cls")
     check(plain.patch_tokens, "patches")
     check(masked.cls_token, "masked_cls")
     check(masked.patch_tokens, "masked_patches")
-    check(layers[0].cls_token, "layer_minus2_cls")
-    check(layers[0].patch_tokens, "layer_minus2_patches")
-    assert torch.equal(layers[1].cls_token, plain.cls_token)
     if model.config.num_registers:
         check(plain.register_tokens, "registers")
     else:
@@ -109,8 +106,6 @@ def test_wrong_shapes_are_named():
         model(images, torch.zeros(2, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match="batch, 3, height, width"):
         model(images[:, :1])
-    with pytest.raises(ValueError, match="1 to 3"):
-        model.intermediate(images, 4)
 
 
 def test_initial_values():

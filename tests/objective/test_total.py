@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from components.objective.config import ObjectiveConfig
@@ -57,12 +58,17 @@ def test_terms_have_the_weights_of_the_released_code():
 
 def test_weights_scale_their_terms():
     plain, _ = losses_of(ObjectiveConfig(), student_logits())
-    config = ObjectiveConfig(dino_weight=2.0, ibot_weight=3.0, koleo_weight=0.0)
+    config = ObjectiveConfig(dino_weight=2.0, ibot_weight=3.0, koleo_weight=None)
     weighted, _ = losses_of(config, student_logits())
     torch.testing.assert_close(weighted.dino_local, 2 * plain.dino_local)
     torch.testing.assert_close(weighted.dino_global, 2 * plain.dino_global)
     torch.testing.assert_close(weighted.ibot, 3 * plain.ibot)
     assert weighted.koleo == 0
+
+
+def test_a_koleo_weight_of_zero_is_refused():
+    with pytest.raises(ValidationError, match="greater than 0; write null to train without KoLeo"):
+        ObjectiveConfig(koleo_weight=0.0)
 
 
 def test_softmax_centering_keeps_its_centers_in_the_state():

@@ -29,6 +29,8 @@ from components.registry.standing import Standing
 from flows.commands.decorators import command
 from flows.commands.history import history as history_command
 from flows.commands.promote import promote as promote_command
+from flows.commands.promote import reject as reject_command
+from flows.commands.promote import rollback as rollback_command
 from flows.commands.review import review as review_command
 
 pytestmark = pytest.mark.stack
@@ -81,7 +83,10 @@ def test_champion_loads_from_released_bytes(finished, name: str, photographs):
     assert entry.details["reason"] == "better on every test"
     assert entry.details["digest"] == candidate["digest"]
     assert entry.details["waived"] == TRACE
-    assert entry.details["gates"]["random"] == ["passed", "knn_top1 +0.650 (+0.550 to +0.750) above random weights"]
+    assert entry.details["gates"]["random"] == [
+        "passed",
+        "knn_top1 minus that of random weights: +0.650 (+0.550 to +0.750)",
+    ]
     assert entry.details["gates"]["lineage"][0] == "failed"
     version = MlflowClient().get_model_version(name, "1")
     assert version.tags[Tag.AUDIT] == f"1:{entry.hash}"
@@ -136,6 +141,7 @@ def test_rollback_brings_the_bytes_of_before_without_candidate_or_run(finished, 
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame), before)
     with pytest.raises(RegistryError, match=f"{name}: no earlier champion to return to; {name}/1 is the first"):
         rollback(name, "again")
+    assert rollback(name, "fails at night").event is None  # run again, as after a crash
     again = decide(finished, f"{name}/2", "mended")  # a released version, by its released bytes
     assert (again.version, again.previous) == (f"{name}/2", f"{name}/1")
     bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], first.source.split("/", 3)[3]
@@ -244,11 +250,13 @@ def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(finished, name:
     original = AuditLog.append
 
     def overtaken(log: AuditLog, event: Event, after: int | None = None):
-        original(log, Event(name, "reject", f"{name}-candidates/1", "Bob", {"reason": "fails at night"}))
+        for number in (2, 1):
+            if after == 0:
+                original(log, Event(name, "reject", f"{name}-candidates/{number}", "Bob", {"reason": "at night"}))
         return original(log, event, after)
 
     monkeypatch.setattr(AuditLog, "append", overtaken)
-    with pytest.raises(OvertakenError, match=r"event 1 came first: reject of .* by Bob, 'fails at night'; look"):
+    with pytest.raises(OvertakenError, match=r"event 2 came first: reject of .*/1 by Bob, 'at night'; look again"):
         decide(finished, f"{name}-candidates/1", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
 
@@ -258,7 +266,7 @@ def test_tampered_candidate_is_refused_and_the_file_named(finished, name: str):
     model_id = client.get_model_version(f"{name}-candidates", "1").source.removeprefix("models:/")
     client.log_model_artifacts(model_id, str(root / "models/pretrained"), "artifacts/weights")
     try:
-        with pytest.raises(PedigreeError, match=r"not the weights|not the bytes") as error:
+        with pytest.raises(PedigreeError, match=r"do not use them|not the bytes") as error:
             decide(finished, f"{name}-candidates/1", "reason")
     finally:
         client.log_model_artifacts(model_id, str(root / "models/adapted"), "artifacts/weights")
@@ -300,7 +308,7 @@ def test_bad_requests_have_one_clear_line(finished, name: str, monkeypatch):
 def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(finished["latest"])
     app = typer.Typer()
-    for function in (promote_command, review_command, history_command):
+    for function in (promote_command, reject_command, rollback_command, review_command, history_command):
         app.command(function.__name__)(command(checkout=False)(function.__wrapped__))
     invoke = CliRunner().invoke
     chosen = ["promote", f"{name}-candidates/1", "--reason", "good", "--waive", "lineage=made up"]
@@ -335,8 +343,12 @@ def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     assert f"<td>promote {name}/1</td><td>good; waived lineage: made up</td>" in page
     monkeypatch.chdir(finished["latest"])
 
+    assert "is rejected" in invoke(app, ["reject", f"{name}@latest", "--reason", "blind at night"]).stdout
+    assert "no earlier champion" in invoke(app, ["rollback", name, "--reason", "x"]).stderr
+
     told = invoke(app, ["history", name])
     assert told.exit_code == 0
+    assert "1 candidates were rejected" in told.stdout
     assert "promote, event 1: good" in told.stdout
     assert "waived lineage: made up" in told.stdout
     assert "had no champion at 2020-01-01" in invoke(app, ["history", name, "--at", "2020-01-01"]).stdout

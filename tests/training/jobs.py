@@ -17,7 +17,8 @@ from components.core.config import validate
 from components.data.manifest import CURATED_SCHEMA, MANIFEST, POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
 from components.data.stream import ImageStream
-from components.model.export import save_weights
+from components.model.export import open_heads, save_weights
+from components.model.head import ProjectionHead
 from components.pretraining.config import PretrainConfig
 from components.training.checkpoint import Checkpoints
 from components.training.initial import draw_network
@@ -27,6 +28,13 @@ from components.training.networks import self_distillation
 from components.training.step import TrainingStep
 
 TILE = 64
+
+
+def load_heads(folder: Path) -> dict[str, ProjectionHead]:
+    """Read the projection heads of a weights folder by name, on CPU."""
+    heads, tensors = open_heads(folder)
+    torch.nn.ModuleDict(heads).to_empty(device="cpu").load_state_dict(tensors)
+    return heads
 
 
 def write_curated(folder: Path) -> None:

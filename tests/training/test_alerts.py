@@ -60,7 +60,7 @@ def test_ranks_are_named_and_what_went_away_may_come_back(tmp_path):
     healthy = {"feature_std": [0.8, 0.7], "effective_rank": [9.0, 9.0], "target_entropy": [2.0, 2.0]}
     rows = [(10, [0.8, 0.01]), (20, [0.8, 0.02]), (30, [0.8, 0.03]), (40, [0.8, 0.7]), (50, [0.04, 0.05])]
     for step, spread in rows:
-        watch.look(step, {**healthy, "feature_std": spread, "data_wait_share": [0.0, 0.4]})
+        watch.check(step, {**healthy, "feature_std": spread, "data_wait_share": [0.0, 0.4]})
     first, again = read_alerts(tmp_path)
     assert (first.step, again.step) == (20, 50)
     assert "feature_std is 0.02, below 0.1 (ranks: [1])" in first.message

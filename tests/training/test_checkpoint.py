@@ -244,7 +244,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_at_once(curated, pretrain
             time.sleep(0.01)
 
     at_call(job, 4, wait)
-    line = rf"not written to {re.escape(str(tmp_path))}, those before it stand: \[Errno 28\] No space left"
+    line = rf"not written to {re.escape(str(tmp_path))}, earlier ones remain: \[Errno 28\] No space left"
     with pytest.raises(CheckpointError, match=line):
         train_job(job, checkpoints)
     assert [row["step"] for row in read_rows(tmp_path / LOSSES)] == [1, 2, 3, 4, 5]

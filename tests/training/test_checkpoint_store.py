@@ -47,7 +47,7 @@ def test_credentials_that_expire_in_the_middle_and_a_new_machine(uri, curated, p
     at_call(job, 3, expire)
     with pytest.raises(StorageError) as error:
         train_job(job, Checkpoints(tmp_path / "here", uri))
-    line = f"checkpoint not written, those before it stand: {uri}/step_4/"
+    line = f"checkpoint not written, earlier ones remain: {uri}/step_4/"
     assert str(error.value).startswith(line)
     assert "access denied (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID and AWS_SECRET" in str(error.value)
     monkeypatch.undo()

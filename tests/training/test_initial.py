@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from components.core.config import validate
 from components.core.distributed import local_shard
 from components.model.config import HeadConfig, ViTConfig
-from components.model.export import load_backbone, load_heads, save_weights, to_dinov2
+from components.model.export import load_backbone, save_weights, to_dinov2
 from components.model.head import ProjectionHead
 from components.model.published import published_tensors
 from components.model.vit import VisionTransformer
@@ -20,6 +20,7 @@ from components.pretraining.config import PretrainConfig
 from components.training.initial import draw_network, load_network, start_backbone_from
 from components.training.networks import Network, Networks, distillation, self_distillation
 from components.training.parallelize import gather, launch, parallelize
+from tests.training.jobs import load_heads
 
 SEED = 7
 SHAPE = ViTConfig(patch_size=8, dim=96, depth=8, num_heads=2, num_registers=1, image_size=16, ffn="swiglu")

@@ -121,7 +121,7 @@ def curated_runs(storage, curated, tmp_path_factory):
         "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
         "optimizer": {"base_lr": 0.01, "warmup_steps": 1, "freeze_last_layer_steps": 1, "layer_decay": 0.9},
         "teacher": {"temp_warmup_steps": 3}, "backbone": plain | {"layer_scale_init": 1.0},
-        "dino_head": head, "ibot_head": head, "objective": {"koleo_weight": 0.0},  # KoLeo seeks neighbors on a rank
+        "dino_head": head, "ibot_head": head, "objective": {"koleo_weight": None},  # KoLeo seeks neighbors on a rank
     }  # fmt: skip
     rows = {"one": run(values, curated, root / "one")}
     rows["one half"] = run(values | {"precision": "bfloat16"}, curated, root / "one_half")

@@ -15,7 +15,7 @@ from components.data.batch import BatchPlan, TrainingBatches
 from components.data.stream import ImageStream
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
-from components.model.export import load_backbone, load_heads
+from components.model.export import load_backbone
 from components.objective.total import Objective
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
@@ -25,6 +25,7 @@ from components.training.networks import Networks, self_distillation
 from components.training.networks import distillation as taught_by
 from components.training.optimizer import build_optimizer, clip_gradients, set_values
 from components.training.schedules import Schedules
+from tests.training.jobs import load_heads
 
 CPU = torch.device("cpu")
 
