@@ -12,6 +12,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from components.core import stage_runs
 from components.core.layout import RELATIVE, Layout
+from components.registry.config import MEASURES
 from flows.workspace import Workspace
 
 PICTURES = (
@@ -19,7 +20,6 @@ PICTURES = (
     ("sample-removed", RELATIVE.report("curate") / "removed.jpg", "Images that curation removed, and why"),
     ("training-crops", RELATIVE.report("pretrain") / "crops.jpg", "Crops as the student sees them"),
 )
-MEASURES = ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")  # asked for first
 
 
 def create_artifacts(workspace: Workspace, mlflow_run: str | None) -> None:
@@ -37,6 +37,7 @@ def create_artifacts(workspace: Workspace, mlflow_run: str | None) -> None:
         stage_runs.describe_run(
             mlflow_run, f"{table}\n\nThe stages are the child runs; git has it all as `{workspace.branch}`."
         )
+        score(layout, mlflow_run, rows)
     pictures = [*PICTURES]
     for path in sorted(reports.glob("evaluate/*/pca.jpg")):
         pictures.append((f"pca-{path.parent.name}", path.relative_to(workspace.root), "PCA of patch features"))
@@ -55,6 +56,27 @@ def create_artifacts(workspace: Workspace, mlflow_run: str | None) -> None:
     if docs.exists():
         caption = "Data Docs of Great Expectations; they need the internet. The curation report has the same gates"
         create_markdown_artifact(f"`{docs.resolve()}`", key="data-docs", description=caption)
+
+
+def score(layout: Layout, mlflow_run: str | None, rows: list[dict[str, Any]]) -> None:
+    """Give the run in MLflow's list what it is sorted and chosen by: each model's measures, score and verdict."""
+    from components.lineage.provenance import Tag  # here, because it loads pyarrow
+
+    own = {row["model"]: row for row in rows if row["model"] == row["evaluation"]}
+    registered = _read(layout.result("register")) or {}
+    metrics = {f"{model}.{key}": float(row[key]) for model, row in own.items() for key in MEASURES if key in row}
+    metrics |= {f"{model}.failed_gates": float(len(made["failed_gates"])) for model, made in registered.items()}
+    scores = {model: f"{key} {row[key]}" for model, row in own.items() for key in reversed(MEASURES) if key in row}
+    verdicts = {model: f"{made['name']}/{made['version']} {made['verdict']}" for model, made in registered.items()}
+    told = {Tag.SCORE: scores, Tag.VERDICT: verdicts}
+    stage_runs.score_run(mlflow_run, metrics, {key: _listed(texts) for key, texts in told.items() if texts})
+
+
+def _listed(texts: dict[str, str]) -> str:
+    """One line, the teacher first, so that a list sorts by it."""
+    return "; ".join(
+        f"{model}: {texts[model]}" for model in sorted(texts, key=lambda model: (model != "teacher", model))
+    )
 
 
 def metric_rows(reports: Path) -> list[dict[str, Any]]:

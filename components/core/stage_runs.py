@@ -120,6 +120,22 @@ def describe_run(mlflow_run_id: str | None, markdown: str) -> None:
             checked_client().set_tag(mlflow_run_id, "mlflow.note.content", markdown)
 
 
+def score_run(mlflow_run_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    """Set a pipeline run's metrics and tags, by which lists of runs are sorted; None is one that was never opened."""
+    if mlflow_run_id is None or not enabled():
+        return
+    from mlflow.entities import Metric, RunTag
+
+    with reported():
+        client = checked_client()
+        time = client.get_run(mlflow_run_id).info.start_time
+        client.log_batch(
+            mlflow_run_id,
+            metrics=[Metric(valid_key(key), value, time, 0) for key, value in metrics.items()],
+            tags=[RunTag(key, value[:MAX_VALUE]) for key, value in tags.items()],
+        )
+
+
 def run_url(mlflow_run_id: str | None) -> str | None:
     """Return the URL of a run's page; None when tracking is off or the store has no pages."""
     uri = server_uri()

@@ -1,115 +1,89 @@
-"""The model card: a version's passport as markdown, short enough to be read before a decision."""
+"""The model card: the text of a version in MLflow, short enough to be read there before a decision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import pyarrow as pa
+from components.core.metrics import Interval
+from components.registry.config import MEASURES
+from components.registry.making import Making
+from components.registry.review import Review
 
-from components.lineage.provenance import DataVersion, Origin
-from components.model.config import Preprocessing
+SHOWN = 3  # measures
+BASELINE = "random"
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What the card tells.
+def render_card(found: Review, links: Mapping[str, str]) -> str:
+    """The card as markdown. It has no tables: MLflow sets their columns without a space between them.
 
-    Attributes:
-        name: registered model.
-        origin: where the weights come from.
-        parent: the weights that training started from or was taught by, and their SHA-256.
-        backbone: the `backbone` section of the weights' config.json.
-        curated: manifest of the training set.
-        validation: outcome of the data checks.
-        evaluation: nested results of the evaluation stage.
-        preprocessing: of the images, as evaluated.
-        seed: of the run.
+    Args:
+        found: the version, reviewed.
+        links: addresses by what is written on the link.
     """
-
-    name: str
-    origin: Origin
-    parent: tuple[str, str]
-    backbone: Mapping[str, Any]
-    curated: pa.Table
-    validation: str
-    evaluation: Mapping[str, Any]
-    preprocessing: Preprocessing
-    seed: int
-
-
-def render_card(facts: CardFacts) -> str:
-    """The card as markdown."""
-    origin, backbone, size = facts.origin, facts.backbone, facts.preprocessing
-    shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
+    making = found.making
+    assert making is not None
+    images = ", ".join(f"{source} ({license_}) {count:,}" for source, license_, count in making.sources)
     parts = [
-        f"# {facts.name}",
+        f"**{found.version} {found.verdict}.** {standing(found)}",
+        "\n".join(f"- {line}" for line in _measures(found)),
+        "In brackets: 95 % intervals; differences are of the same test images.",
+        f"Training steps: {making.steps or 'not known, no report of a training was in the workspace'}. Training set: "
+        f"{making.num_images:,} images; {images}.",
+        " · ".join(f"[{text}]({address})" for text, address in links.items()),
+        "## Use",
+        use(making),
+        "## Origin",
+        f"Commit `{making.origin.commit}`{' with uncommitted changes' if making.origin.dirty else ''}, branch "
+        f"`{making.origin.branch}`. Weights `{making.origin.weights_path}`, SHA-256 `{making.origin.weights_sha256}`, "
+        f"made from `{making.parent[0]}`, SHA-256 `{making.parent[1]}`. The passport names the data and all else.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def standing(found: Review) -> str:
+    """One sentence: what the version is shown beside."""
+    first = "It is the first champion" if found.reigns else "There is no champion yet"
+    if found.beside is None:
+        return f"{first}, and there is no earlier candidate."
+    if found.champion is None:
+        told = f"{first}; it is shown beside the last candidate before it"
+    else:
+        told = f"It is {'the champion, ' if found.reigns else ''}shown beside the champion{' before' * found.reigns}"
+    why = f", but not compared: {found.beside.incomparable}" if found.beside.incomparable else ""
+    return f"{told}, {found.beside.version}{why}."
+
+
+def use(making: Making) -> str:
+    """What goes into the model and what comes out."""
+    backbone, size = making.backbone, making.preprocessing
+    shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
+    return (
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
         f"bytes), gives their class tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
         f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
-        "pixel square in the middle, as the evaluation below did; the parameter `resolution` sets another square, a "
-        f"multiple of {backbone['patch_size']}, of the same part of the image.",
-        "## Origin",
-        _table(
-            ("", ""),
-            [
-                ("git commit", f"`{origin.commit}`" + (" with uncommitted changes" if origin.dirty else "")),
-                ("branch", f"`{origin.branch}`"),
-                ("dvc.lock (SHA-256 of its stages)", f"`{origin.lock_sha256}`"),
-                ("weights", f"`{origin.weights_path}`, DVC `{origin.weights_dvc}`"),
-                ("weights SHA-256", f"`{origin.weights_sha256}`"),
-                ("made from", f"`{facts.parent[0]}`, SHA-256 `{facts.parent[1]}`"),
-                ("seed", str(facts.seed)),
-            ],
-        ),
-        "## Data",
-        f"Data checks: {facts.validation}.",
-        _table(("", ""), [_row(v) for v in (origin.curated, *origin.pool)]),
-        f"Trained on {facts.curated.num_rows} images:",
-        _table(("source", "license", "images"), sources(facts.curated)),
-        "## Evaluation",
-        _evaluation(facts.evaluation),
-        "Measured on: "
-        + (", ".join(f"`{v.path}` (DVC `{v.dvc}`)" for v in origin.evaluation) or "no tracked set")
-        + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
+        "pixel square in the middle, as the evaluation did; the parameter `resolution` sets another square, a "
+        f"multiple of {backbone['patch_size']}, of the same part of the image."
+    )
 
 
-def sources(manifest: pa.Table) -> list[tuple[str, str, str]]:
-    """(source, license, number of images), by source."""
-    counts = manifest.group_by(["source", "license"]).aggregate([("image_id", "count")]).to_pylist()
-    return sorted((row["source"], row["license"], str(row["image_id_count"])) for row in counts)
+def interval(found: Interval, sign: str = "") -> str:
+    """`0.804 (0.750 to 0.848)`; with the sign `+`, of a difference."""
+    return f"{found.mean:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    """A row for each metric: the model's value, those of what it was compared with, and what it is above them."""
-    compared = {name: values for name, values in evaluation.items() if isinstance(values, Mapping)}
-    columns = {
-        "this model": evaluation,
-        **dict(sorted(compared.items(), key=lambda item: item[0].startswith("minus_"))),
-    }
-    numbers = [key for values in columns.values() for key, value in values.items() if isinstance(value, int | float)]
-    if not numbers:
-        return "Not evaluated."
-    rows = [(f"`{key}`", *(_shown(values.get(key)) for values in columns.values())) for key in dict.fromkeys(numbers)]
-    return _table(("metric", *(name.replace("_", " ") for name in columns)), rows)
+def _measures(found: Review) -> Iterator[str]:
+    """The first measures that were taken, each beside the other version and random weights."""
+    scores, baseline = found.facts.metrics(), found.facts.metrics(BASELINE)
+    for metric in [metric for metric in MEASURES if metric in scores][:SHOWN]:
+        own = found.intervals.get(metric)
+        told = [f"`{metric}` {interval(own) if own else f'{scores[metric]:.3f}'}"]
+        if found.beside and metric in found.beside.scores:
+            difference = (found.beside.differences or {}).get(metric)
+            told.append(_beside(found.beside.version, found.beside.scores[metric], difference))
+        if metric in baseline:
+            told.append(_beside("random weights", baseline[metric], found.facts.difference(BASELINE, metric)))
+        yield "; ".join(told)
 
 
-def _shown(value: Any) -> str:
-    match value:
-        case {"mean": mean, "low": low, "high": high}:  # an interval, 95 %
-            return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-        case int() | float():
-            return f"{value:.4g}"
-    return ""
-
-
-def _row(version: DataVersion) -> tuple[str, str]:
-    return f"`{version.path}`", f"DVC `{version.dvc}`, manifest SHA-256 `{version.manifest_sha256 or 'not known'}`"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _beside(name: str, value: float, difference: Interval | None) -> str:
+    return f"{name} {value:.3f}" + (f", difference {interval(difference, '+')}" if difference else "")

@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from components.core.config import Config
 from components.model.config import Preprocessing
 
+MEASURES = ("knn_top1", "linear_top1", "instance_recall_at_1", "instance_map", "effective_rank")  # asked for first
+
 
 class GatesConfig(Config):
     """What a model must hold before it becomes the champion; a metric is named as in the evaluation's result.json."""

@@ -14,8 +14,8 @@ import pyarrow.compute
 from pydantic import JsonValue
 
 from components.core.config import Config, validate
-from components.core.intervals import difference_interval
-from components.core.metrics import Interval
+from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
+from components.core.metrics import Interval, bootstrap_interval
 from components.registry.config import GatesConfig
 
 FOLDER = "evaluation"  # among the model's artifacts
@@ -79,6 +79,10 @@ class Facts(Config):
         """The measure that decides."""
         return next((metric for metric in MAIN_METRICS if metric in self.evaluation), MAIN_METRICS[0])
 
+    def score(self) -> str:
+        """The measure that decides with its value, as a tag."""
+        return f"{self.main_metric()} {self.metrics()[self.main_metric()]:.4f}"
+
     def difference(self, other: str, metric: str) -> Interval | None:
         """What it is above a model that it was evaluated beside; None: not compared."""
         found: Any = self.evaluation.get(f"minus_{other}", {})
@@ -93,6 +97,22 @@ def read_facts(folder: Path) -> Facts | None:
     """
     path = folder / FACTS
     return validate(Facts, json.loads(path.read_text()), str(path)) if path.is_file() else None
+
+
+def own_intervals(by_image: pa.Table) -> dict[str, Interval]:
+    """What a model scored with its 95 % interval, by metric: Wilson's of accuracies, else the bootstrap's.
+
+    Args:
+        by_image: columns image_id, metric, value; of one model.
+    """
+    found: dict[str, Interval] = {}
+    for metric in pc.unique(by_image["metric"]).to_pylist():
+        values = _of_metric(by_image, metric)["value"].to_numpy()
+        accuracy = is_accuracy(values)
+        found[metric] = (
+            accuracy_interval(values) if accuracy else bootstrap_interval(values, np.random.default_rng(0), RESAMPLES)
+        )
+    return found
 
 
 def paired_differences(ours: pa.Table, theirs: pa.Table) -> dict[str, Interval] | None:

@@ -35,7 +35,8 @@ class Evidence:
     Attributes:
         facts: what was recorded of the model when it was registered.
         champion: the version whose place it would take, `NAME/3`; None: there is none.
-        differences: the model minus the champion on the same test images, by metric; None: not comparable.
+        earlier: without a champion: the newest earlier candidate, beside which the model is shown.
+        differences: the model minus the one or the other on the same test images, by metric; None: not comparable.
         incomparable: why not.
         missing: what the trace of the model lacks; None: not traced yet.
         weights: what is wrong with the weights; None: they load and are finite.
@@ -45,6 +46,7 @@ class Evidence:
 
     facts: Facts
     champion: str | None = None
+    earlier: str | None = None
     differences: Mapping[str, Interval] | None = None
     incomparable: str = ""
     missing: Sequence[str] | None = None
@@ -76,17 +78,17 @@ def verdict(gates: Sequence[Gate]) -> str:
 def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
     if evidence.champion is None:
-        return PASSED, "there is no other champion to compare with"
+        return PASSED, f"there is no other champion to compare with{_beside_earlier(evidence)}"
     if evidence.differences is None:
         return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
-    worse, told = [], []
-    for metric, found in evidence.differences.items():
-        told.append(f"{metric} {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
-        if found.mean < -config.tolerance.get(metric, 0.0) and found.high < 0:
-            worse.append(told[-1])
+    worse = {
+        metric: found
+        for metric, found in evidence.differences.items()
+        if found.mean < -config.tolerance.get(metric, 0.0) and found.high < 0
+    }
     if worse:
-        return FAILED, f"below {evidence.champion}: {', '.join(worse)}"
-    return PASSED, f"not below {evidence.champion}: {', '.join(told)}"
+        return FAILED, f"below {evidence.champion}: {_listed(worse)}"
+    return PASSED, f"not below {evidence.champion}: {_listed(evidence.differences)}"
 
 
 def floors(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
@@ -178,6 +180,18 @@ GATES: Mapping[str, Callable[[Evidence, GatesConfig], tuple[str, str]]] = {
     "rejection": not_rejected,
     "second-person": second_person,
 }
+
+
+def _beside_earlier(evidence: Evidence) -> str:
+    if evidence.earlier is None:
+        return ""
+    found = evidence.differences
+    told = f"not compared: {evidence.incomparable}" if found is None else _listed(found)
+    return f"; beside the last candidate {evidence.earlier}: {told}"
+
+
+def _listed(differences: Mapping[str, Interval]) -> str:
+    return ", ".join(f"{metric} {i.mean:+.3f} ({i.low:+.3f} to {i.high:+.3f})" for metric, i in differences.items())
 
 
 def _budget(value: float, limit: float | None, unit: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts
+from components.registry.making import MAKING, Making
 
 SOURCE = Path(__file__).parents[2]
 # What `pyfunc_model.py` imports of ours; a test loads the model with nothing else of this repository in reach.
@@ -58,6 +59,7 @@ CODE = (
 )
 REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow")
 WEIGHTS = ("model.safetensors", "config.json")
+PASSPORT = "passport.html"
 HEADS = "heads.safetensors"
 SILENT = re.compile("Max retries exceeded|API request to .* failed")
 META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
@@ -76,7 +78,9 @@ class Candidate:
         weights: folder with model.safetensors and config.json.
         origin: where the weights come from.
         tags: what else the version states.
-        card: the model's passport as markdown.
+        card: what MLflow shows of it, as markdown.
+        passport: the page that the card links to.
+        making: how it was made.
         facts: what the gates judge; the numbers of its evaluation become metrics of the model.
         by_image: Parquet of what it scored on each test image.
         example: one encoded image.
@@ -89,6 +93,8 @@ class Candidate:
     origin: Origin
     tags: Mapping[str, str]
     card: str
+    passport: bytes
+    making: Making
     facts: Facts
     by_image: Path
     example: bytes
@@ -124,7 +130,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVersion:
-    """Register a candidate, or find the version that has the same weights, the same scores and the same gates.
+    """Register a candidate; `registered` finds one that is there already.
 
     The version appears with all its tags in one request, so a version without its origin cannot exist. MLflow itself
     keeps the alias `latest`: it is the newest version, and nobody can move it.
@@ -132,12 +138,14 @@ def publish(client: MlflowClient, candidate: Candidate, run_id: str) -> ModelVer
     model = candidate.name.removesuffix(CANDIDATES)
     released = f"What each run made; `pedigree promote {model}@latest --reason TEXT` releases the newest."
     ensure_registered_model(client, candidate.name, released)
-    version = _existing(client, candidate)
-    if version is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            version = _register(client, candidate, run_id, folder)
-    return version
+    with tempfile.TemporaryDirectory() as temporary:
+        return _register(client, candidate, run_id, Path(temporary) / "model")
+
+
+def registered(client: MlflowClient, name: str, weights_sha256: str, facts: Facts) -> ModelVersion | None:
+    """The version that has the same weights, the same scores and the same gates; None: there is none."""
+    same = versions(client, name, WEIGHTS_SHA256=weights_sha256, EVIDENCE=facts.digest())
+    return max((v for v in same if v.status == "READY"), key=lambda v: int(v.version), default=None)
 
 
 def ensure_registered_model(client: MlflowClient, name: str, description: str) -> None:
@@ -171,12 +179,6 @@ def file_digests(folder: Path) -> dict[str, str]:
 def digest_of(files: Mapping[str, str]) -> str:
     """The digest of a model: SHA-256 over the lines `path sha256`, sorted by path."""
     return hashlib.sha256("".join(f"{path} {files[path]}\n" for path in sorted(files)).encode()).hexdigest()
-
-
-def _existing(client: MlflowClient, candidate: Candidate) -> ModelVersion | None:
-    sha256 = candidate.origin.weights_sha256
-    same = versions(client, candidate.name, WEIGHTS_SHA256=sha256, EVIDENCE=candidate.facts.digest())
-    return max((v for v in same if v.status == "READY"), key=lambda v: int(v.version), default=None)
 
 
 def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: Path) -> ModelVersion:
@@ -215,7 +217,9 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
         for name in (*WEIGHTS, *heads):
             _copy(candidate.weights / name, parts / "weights" / name)
         (parts / "card.md").write_text(candidate.card)
+        (parts / PASSPORT).write_bytes(candidate.passport)
         write_json(parts / FOLDER / FACTS, candidate.facts.model_dump(mode="json"))
+        write_json(parts / FOLDER / MAKING, candidate.making.model_dump(mode="json"))
         _copy(candidate.by_image, parts / FOLDER / BY_IMAGE)
         dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]
         resolution = candidate.preprocessing.crop_size
@@ -224,7 +228,7 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             path=folder,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             model_config={"preprocessing": candidate.preprocessing.model_dump()},
-            artifacts={name: str(parts / name) for name in ("weights", "card.md", FOLDER)},
+            artifacts={name: str(parts / name) for name in ("weights", "card.md", PASSPORT, FOLDER)},
             code_paths=[str(parts / "components")],
             signature=_signature(dim, resolution),
             input_example=example,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import tempfile
 from collections.abc import Mapping
@@ -24,12 +25,30 @@ from components.lineage.audit_log import Entry
 from components.lineage.champions import CHAMPION, REJECT
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
-from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, paired_differences, read_facts
+from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, own_intervals, paired_differences, read_facts
 from components.registry.gates import Evidence, Gate, failed, judge, verdict
-from components.registry.publish import RegistryError
+from components.registry.making import Making, read_making
+from components.registry.publish import RegistryError, versions
 from components.registry.standing import Standing, address, resolve, with_alias
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a version is compared with: the champion, or where there is none the newest earlier candidate.
+
+    Attributes:
+        version: its address.
+        scores: its metrics; empty where they are not known.
+        differences: the version minus it on the same test images, by metric; None: they cannot be compared.
+        incomparable: why not.
+    """
+
+    version: str
+    scores: Mapping[str, float]
+    differences: Mapping[str, Interval] | None
+    incomparable: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,19 +56,27 @@ class Review:
     """A version beside the champion.
 
     Attributes:
-        version: its address.
-        champion: address of the champion; None: there is none.
+        version: its address; of one that is about to be registered, the model's name.
+        reigns: it is the champion itself.
+        champion: address of the champion, of the one before where it reigns itself; None: there is none.
+        beside: what it is compared with; None: there is nothing.
         facts: what was recorded of it.
-        differences: it minus the champion on the same test images, by metric.
+        making: how it was made; None: it was registered before that was recorded.
+        intervals: what it scored, with 95 % intervals, by metric.
         gates: their outcomes now.
+        decisions: events on it, and on the candidate that it was or what that was released as, oldest first.
         unexplained: what the registry says and no audit event explains.
     """
 
     version: str
+    reigns: bool
     champion: str | None
+    beside: Beside | None
     facts: Facts
-    differences: Mapping[str, Interval] | None
+    making: Making | None
+    intervals: Mapping[str, Interval]
     gates: list[Gate]
+    decisions: list[Entry]
     unexplained: list[str]
 
     @property
@@ -79,10 +106,15 @@ class _Record:
 
     facts: Facts
     by_image: pa.Table
+    making: Making | None
 
     def of(self, model: str) -> pa.Table:
         """The rows of one model."""
         return self.by_image.filter(pc.equal(self.by_image["model"], model))
+
+    def own(self) -> pa.Table:
+        """The rows of the version itself."""
+        return self.of(self.facts.model)
 
 
 def review(standing: Standing, version: ModelVersion, root: Path, actor: str | None = None) -> Review:
@@ -105,18 +137,27 @@ def review(standing: Standing, version: ModelVersion, root: Path, actor: str | N
             f"{mine}: has no {FOLDER}/{FACTS}, which the gates need; it was registered by an older Pedigree: run again"
         )
     champion = standing.champion if standing.champion != mine else standing.previous
-    differences, why = _differences(record, champion)
-    evidence = Evidence(
-        facts=record.facts,
-        champion=champion,
-        differences=differences,
-        incomparable=why,
+    candidate = version.tags.get(Tag.CANDIDATE, mine)
+    beside = _beside(record, champion or _earlier(standing.client, candidate))
+    evidence = dataclasses.replace(
+        _evidence(record, champion, beside),
         missing=trace(mine, root).missing,
         weights=_fault(mine, root),
         rejected=_rejected(standing.entries, mine),
         actor=actor,
     )
-    return Review(mine, champion, record.facts, differences, judge(evidence), standing.unexplained())
+    return Review(
+        version=mine,
+        reigns=standing.champion == mine,
+        champion=champion,
+        beside=beside,
+        facts=record.facts,
+        making=record.making,
+        intervals=own_intervals(record.own()),
+        gates=judge(evidence),
+        decisions=[e for e in standing.entries if {e.subject, e.details.get("candidate")} & {mine, candidate}],
+        unexplained=standing.unexplained(),
+    )
 
 
 def review_reference(client: MlflowClient, reference: str, root: Path) -> Review:
@@ -159,33 +200,64 @@ def page_url(version: str) -> str:
     return f"{without_login(server_uri() or '')}/#/models/{version.replace('/', '/versions/')}"
 
 
-def review_at_registration(facts: Facts, by_image: Path, client: MlflowClient, name: str) -> list[Gate]:
-    """The gates that can be judged when a version is registered: without its trace, beside the alias's champion."""
-    record = _Record(facts, pq.read_table(by_image))
+def review_at_registration(facts: Facts, making: Making, by_image: Path, client: MlflowClient, name: str) -> Review:
+    """What can be said of a version when it is registered: without its trace, beside the alias's champion."""
+    record = _Record(facts, pq.read_table(by_image), making)
     found = with_alias(client, name.removesuffix(CANDIDATES), CHAMPION)
     champion = address(found) if found else None
-    differences, why = _differences(record, champion)
-    return judge(Evidence(facts, champion, differences, why))
+    beside = _beside(record, champion or _earlier(client, name))
+    gates = judge(_evidence(record, champion, beside))
+    return Review(
+        version=name,
+        reigns=False,
+        champion=champion,
+        beside=beside,
+        facts=facts,
+        making=making,
+        intervals=own_intervals(record.own()),
+        gates=gates,
+        decisions=[],
+        unexplained=[],
+    )
 
 
-def _differences(record: _Record, champion: str | None) -> tuple[Mapping[str, Interval] | None, str]:
-    """The model minus the champion; else why they cannot be compared.
+def _evidence(record: _Record, champion: str | None, beside: Beside | None) -> Evidence:
+    return Evidence(
+        facts=record.facts,
+        champion=champion,
+        earlier=beside.version if beside and champion is None else None,
+        differences=beside.differences if beside else None,
+        incomparable=beside.incomparable if beside else "",
+    )
 
-    The run has evaluated the champion of its time on the same images. If another one is champion now, that one's own
+
+def _earlier(client: MlflowClient, candidate: str) -> str | None:
+    """The newest candidate before this one, `NAME-candidates/3`; without a number, the newest of all."""
+    name, _, before = candidate.partition("/")
+    numbers = [int(v.version) for v in versions(client, name) if v.status == "READY"]
+    earlier = [number for number in numbers if not before or number < int(before)]
+    return str(ModelReference(name, version=str(max(earlier)))) if earlier else None
+
+
+def _beside(record: _Record, other: str | None) -> Beside | None:
+    """The model minus another version; else why they cannot be compared.
+
+    The run has evaluated the champion of its time on the same images. If another version is asked for, that one's own
     values count, if they are of the same images.
     """
-    if champion is None:
-        return None, ""
-    mine = record.of(record.facts.model)
-    if record.facts.champion == f"models:/{champion}":
-        theirs = record.of(CHAMPION)  # as an evaluation calls it
+    if other is None:
+        return None
+    if record.facts.champion == f"models:/{other}":
+        theirs, scores = record.of(CHAMPION), record.facts.metrics(CHAMPION)  # as an evaluation calls it
     else:
-        other = _read(champion)
-        if other is None:
-            return None, f"{champion} was released without its results by image; run again"
-        theirs = other.of(other.facts.model)
-    found = paired_differences(mine, theirs)
-    return found, "" if found else "the two were scored on different images; run again"
+        found = _read(other)
+        if found is None:
+            return Beside(other, {}, None, f"{other} was registered without its results by image; run again")
+        theirs, scores = found.own(), found.facts.metrics()
+    differences = paired_differences(record.own(), theirs)
+    return Beside(
+        other, scores, differences, "" if differences else "the two were scored on different images; run again"
+    )
 
 
 def _read(version: str) -> _Record | None:
@@ -201,7 +273,7 @@ def _read(version: str) -> _Record | None:
                 return None
             raise
         facts = read_facts(folder)
-        return _Record(facts, pq.read_table(folder / BY_IMAGE)) if facts else None
+        return _Record(facts, pq.read_table(folder / BY_IMAGE), read_making(folder)) if facts else None
 
 
 def _fault(version: str, root: Path) -> str | None:

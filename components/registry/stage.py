@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pyarrow as pa
 from mlflow import MlflowClient
@@ -17,18 +18,29 @@ from components.core.layout import RELATIVE, Layout
 from components.core.references import CANDIDATES, ModelReference
 from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
-from components.core.tracking import log_input
+from components.core.tracking import log_input, tag_run
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
 from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
-from components.registry.card import CardFacts, render_card
+from components.registry.card import render_card
 from components.registry.config import RegisterConfig
-from components.registry.gates import Gate, failed, verdict
+from components.registry.differences import Side
+from components.registry.making import Making, parameters, read_curation, read_trainings, sources
 from components.registry.measure import collect_facts
-from components.registry.publish import Candidate, RegistryError, one_line_errors, publish, registry_client
-from components.registry.review import review_at_registration
+from components.registry.passport import differences_from, render_passport
+from components.registry.publish import (
+    PASSPORT,
+    Candidate,
+    RegistryError,
+    one_line_errors,
+    publish,
+    registered,
+    registry_client,
+)
+from components.registry.review import Review, review_at_registration
+from components.registry.standing import address, resolve
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +62,7 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
         params = {"name": name, "seed": seed, **config.model_dump()}
         with stage_run("register", None, params, root):
             return run(config, root, seed, name)
-    register = _Register(client, config, root, seed, os.environ["MLFLOW_RUN_ID"])
+    register = _Register(client, config, root, seed, name)
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
         teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
@@ -65,13 +77,13 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
 class _Register:
     """What the registrations of one run have in common."""
 
-    def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, run_id: str) -> None:
-        self.client, self.config, self.root, self.seed, self.run_id = client, config, root, seed, run_id
+    def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, name: str) -> None:
+        self.client, self.config, self.root, self.seed, self.name = client, config, root, seed, name
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
         except DatasetError as error:
             raise RegistryError(f"the training set cannot be named: {error}") from None
-        self.inputs_logged = False
+        self.sources, self.inputs_logged = sources(self.curated), False
         self.done: dict[str, dict[str, Any]] = {}  # by model
 
     def __call__(self, name: str, path: str, item: str, parent: tuple[str, str]) -> ModelVersion:
@@ -81,45 +93,82 @@ class _Register:
         if not self.inputs_logged:
             log_inputs(self.root, origin)
             self.inputs_logged = True
-        weights = self.root / path
-        backbone = json.loads((weights / "config.json").read_text())["backbone"]
-        facts = collect_facts(self.config, self.root, item, weights)
-        by_image = Layout(self.root).by_image(item)
-        gates = review_at_registration(facts, by_image, self.client, name)
-        validation = f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool"
-        card = CardFacts(
-            name=name,
+        facts = collect_facts(self.config, self.root, item, self.root / path)
+        version = registered(self.client, name, origin.weights_sha256, facts)
+        making, by_image = self._making(origin, parent), Layout(self.root).by_image(item)
+        shown = address(version) if version else name
+        reviewed = review_at_registration(facts, making, by_image, self.client, shown)
+        version = version or self._publish(reviewed, making, item)
+        log.info("%s version %s: %s", name, version.version, reviewed.verdict)
+        self.done[item] = _summary(version, reviewed)
+        return version
+
+    def _making(self, origin: Origin, parent: tuple[str, str]) -> Making:
+        weights = self.root / origin.weights_path
+        return Making(
             origin=origin,
+            run=origin.branch.removeprefix("runs/"),
             parent=parent,
-            backbone=backbone,
-            curated=self.curated,
-            validation=validation,
-            evaluation=facts.evaluation,
+            backbone=json.loads((weights / "config.json").read_text())["backbone"],
             preprocessing=self.config.preprocessing,
             seed=self.seed,
+            trainings=read_trainings(self.root, origin.weights_path),
+            curation=read_curation(self.root),
+            sources=self.sources,
         )
-        candidate = Candidate(
-            name=name,
-            weights=weights,
-            origin=origin,
-            tags={
-                Tag.PARENT: parent[0],
-                Tag.PARENT_SHA256: parent[1],
-                Tag.VALIDATION: validation,
-                Tag.VERDICT: verdict(gates),
-                Tag.SCORE: f"{facts.main_metric()} {facts.metrics()[facts.main_metric()]:.4f}",
-            },
-            card=render_card(card),
-            facts=facts,
-            by_image=by_image,
-            example=_smallest_image(self.curated, self.root / CURATED),
-            preprocessing=self.config.preprocessing,
-            with_heads=item == "teacher",
-        )
-        version = publish(self.client, candidate, self.run_id)
-        log.info("%s version %s: %s", name, version.version, verdict(gates))
-        self.done[item] = _summary(version, gates)
-        return version
+
+    def _publish(self, reviewed: Review, making: Making, item: str) -> ModelVersion:
+        """Register a new version under a run of its own, whose parameters and metrics are those of the model.
+
+        MLflow compares two versions by the parameters of their runs.
+        """
+        origin, facts, record = making.origin, reviewed.facts, Record(self.root)
+        given = {"name": self.name, **parameters(record, origin.weights_path)}
+        with stage_run("register", item, given, self.root) as run:
+            assert run.run_id is not None
+            log_inputs(self.root, origin)
+            here = Side(origin.tags(), record, self.curated)
+            page = render_passport(reviewed, differences_from(reviewed, here, self.client, self.root), [])
+            stated: dict[str, str] = {Tag.VERDICT: reviewed.verdict, Tag.SCORE: facts.score()}
+            tag_run(stated)
+            candidate = Candidate(
+                name=reviewed.version,
+                weights=self.root / origin.weights_path,
+                origin=origin,
+                tags={
+                    Tag.PARENT: making.parent[0],
+                    Tag.PARENT_SHA256: making.parent[1],
+                    Tag.VALIDATION: f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool",
+                    **stated,
+                },
+                card=render_card(reviewed, self._links(run.run_id, reviewed, page)),
+                passport=page,
+                making=making,
+                facts=facts,
+                by_image=Layout(self.root).by_image(item),
+                example=_smallest_image(self.curated, self.root / CURATED),
+                preprocessing=self.config.preprocessing,
+                with_heads=item == "teacher",
+            )
+            return publish(self.client, candidate, run.run_id)
+
+    def _links(self, run_id: str, reviewed: Review, page: bytes) -> dict[str, str]:
+        """Put the pages among the run's artifacts, and return their places in MLflow's pages."""
+        layout, run = Layout(self.root), self.client.get_run(run_id)
+        experiment = f"#/experiments/{run.info.experiment_id}/runs"
+        self.client.log_text(run_id, page.decode(), PASSPORT)
+        links = {"passport": f"{experiment}/{run_id}/artifacts/{PASSPORT}"}
+        reports = {"evaluation": layout.report("evaluate", reviewed.facts.model), "curation": layout.report("curate")}
+        for name, folder in reports.items():
+            if (report := folder / "report.html").is_file():
+                self.client.log_artifact(run_id, str(report), name)
+                links[name] = f"{experiment}/{run_id}/artifacts/{name}/{report.name}"
+        links["run"] = f"{experiment}/{run.data.tags.get('mlflow.parentRunId', run_id)}"
+        if reviewed.beside:
+            other = resolve(self.client, reviewed.beside.version).run_id
+            asked = urlencode({"runs": f'["{run_id}","{other}"]', "experiments": f'["{run.info.experiment_id}"]'})
+            links[f"parameters beside {reviewed.beside.version}"] = f"#/compare-runs?{asked}"
+        return links
 
 
 def teacher_of(client: MlflowClient, root: Path, student: Path) -> tuple[str, str] | None:
@@ -143,15 +192,15 @@ def log_inputs(root: Path, origin: Origin) -> None:
             log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
-def _summary(version: ModelVersion, gates: list[Gate]) -> dict[str, Any]:
+def _summary(version: ModelVersion, reviewed: Review) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": str(version.version),
         "uri": ModelReference(version.name, version=str(version.version)).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
-        "verdict": verdict(gates),
-        "failed_gates": [gate.name for gate in failed(gates)],
+        "verdict": reviewed.verdict,
+        "failed_gates": [gate.name for gate in reviewed.failed],
     }
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from components.core.layout import Layout
 from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def review(
     reference: Annotated[
         str | None, typer.Argument(metavar="[VERSION]", help="NAME@latest, NAME-candidates/NUMBER or NAME/NUMBER.")
     ] = None,
-    open_: Annotated[bool, typer.Option("--open", help="Open the version's page in a browser.")] = False,
+    open_: Annotated[
+        bool, typer.Option("--open", help="Make its passport as of now, and open it in a browser.")
+    ] = False,
 ) -> Answer:
     """Show a version beside the champion, and whether it passes the gates. Decides nothing.
 
@@ -34,7 +37,7 @@ def review(
     Examples:
       pedigree review
 
-      pedigree review pedigree@latest
+      pedigree review pedigree@latest --open
 
       pedigree review pedigree-candidates/3 --json
     """
@@ -50,12 +53,24 @@ def review(
             rows = [{**dataclasses.asdict(found), "request": urls.get(found.version)} for found in waiting]
             return Answer(rows, partial(_show_waiting, rows))
         found = reviews.review_reference(client, reference, Path.cwd())
+        passport = _write_passport(found, Path.cwd()) if open_ else None
     page = reviews.page_url(found.version)
-    if open_:
-        typer.launch(page)
-    data = {**dataclasses.asdict(found), "verdict": found.verdict, "page": page}
-    data["facts"] = found.facts.model_dump(mode="json")
-    return Answer(data, partial(_show, found, page), exit_code=1 if found.failed else 0)
+    if passport:
+        typer.launch(passport)
+    data = {**dataclasses.asdict(found), "verdict": found.verdict, "page": page, "passport": passport}
+    data["facts"], data["making"] = (m.model_dump(mode="json") if m else None for m in (found.facts, found.making))
+    return Answer(data, partial(_show, found, page, passport), exit_code=1 if found.failed else 0)
+
+
+def _write_passport(found: Review, root: Path) -> str:
+    """Write the passport as of now, and return its path."""
+    from components.core.storage import write_bytes
+    from components.registry.passport import passport_now
+    from components.registry.publish import registry_client
+
+    path = Layout(root).state / "passports" / f"{found.version.replace('/', '-')}.html"
+    write_bytes(path, passport_now(found, registry_client(), root))
+    return str(path)
 
 
 def _show_waiting(rows: list[dict[str, Any]]) -> None:
@@ -73,10 +88,11 @@ def _show_waiting(rows: list[dict[str, Any]]) -> None:
     console.print(f"look at one:  pedigree review {rows[0]['version']}", markup=False)
 
 
-def _show(found: Review, page: str) -> None:
+def _show(found: Review, page: str, passport: str | None) -> None:
+    from components.registry.card import standing
+
     console = answer_console()
-    beside = f", beside the champion {found.champion}" if found.champion else "; there is no champion yet"
-    console.print(f"[bold]{found.version}[/]{beside}")
+    console.print(f"[bold]{found.version}[/]  {standing(found)}")
     console.print(Text(found.verdict, "bold red" if found.failed else "bold green"))
     gates = Table("gate", "", "found", box=None, pad_edge=False)
     for gate in found.gates:
@@ -86,21 +102,24 @@ def _show(found: Review, page: str) -> None:
     for line in found.unexplained:
         console.print(f"not explained by any audit event: {line}", style="red", markup=False)
     console.print(f"page      {page}", markup=False)
+    if passport:
+        console.print(f"passport  {passport}", markup=False)
     console.print(f"approve   pedigree promote {found.version} --reason TEXT", markup=False)
     console.print(f"reject    pedigree reject {found.version} --reason TEXT", markup=False)
 
 
 def _scores(found: Review) -> Table:
-    """Metrics of the version and of what it was evaluated beside, and the difference from the champion of today."""
-    columns = {"this version": found.facts.metrics()}
-    columns |= {name: found.facts.metrics(name) for name in ("champion", "random", "descriptor")}
+    """Metrics of the version and of what it is shown beside, and the difference of the two."""
+    other = "champion" if found.champion else "earlier candidate"
+    columns = {"this version": found.facts.metrics(), other: dict(found.beside.scores) if found.beside else {}}
+    columns |= {name: found.facts.metrics(name) for name in ("random", "descriptor")}
     columns = {name: values for name, values in columns.items() if values}
-    table = Table("metric", *columns, "minus champion", box=None, pad_edge=False)
+    table = Table("metric", *columns, f"minus {other}", box=None, pad_edge=False)
     for metric in columns["this version"]:
         if metric.startswith("num_") or metric == "linear_c":
             continue
         values = (columns[name].get(metric) for name in columns)
-        difference = (found.differences or {}).get(metric)
+        difference = ((found.beside and found.beside.differences) or {}).get(metric)
         told = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})" if difference else ""
         table.add_row(metric, *("" if value is None else f"{value:.4g}" for value in values), told)
     return table

@@ -269,12 +269,15 @@ def test_candidates_are_registered_below_one_pipeline_run(first):
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.`pedigree.run` = '{first['run']}'")
     parents = {found.data.tags.get("mlflow.parentRunId") for found in runs}
-    assert len(runs) == len(computed(first)) + 2  # the pipeline's own run, and the student's beside its stage's
+    # The pipeline's own run, the student's beside its stage's, and those of the two versions.
+    assert len(runs) == len(computed(first)) + 4
     (student,) = (found for found in runs if found.info.run_name == f"{first['run']}/distill@small")
     assert student.data.metrics["steps"] == 3
     assert len(parents) == 2  # None of the pipeline's own run, and its id of all stages
     (parent,) = (found for found in runs if found.info.run_id in parents)
     assert "| teacher | random | " in parent.data.tags["mlflow.note.content"]
+    assert parent.data.tags["pedigree.verdict"].startswith("teacher: pedigree-candidates/")
+    assert {"teacher.knn_top1", "small.knn_top1", "teacher.failed_gates"} <= parent.data.metrics.keys()
     assert not [key for found in runs for key in found.data.metrics if key.startswith("last.")]  # curves end so
 
 

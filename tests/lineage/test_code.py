@@ -158,7 +158,9 @@ def test_who_depends_on_what_in_this_project(lists):
     assert users("components/curation/select.py") == {"embed", "curate"}
     assert users("components/evaluation/scores.py") == {"evaluate"}
     assert users("components/evaluation/report.html") == {"evaluate"}  # a template is given by its path too
-    assert users("components/core/page.html") == users("components/core/macros.html") == {"embed", "curate", "evaluate"}
+    pages = {"embed", "curate", "evaluate", "register"}
+    assert users("components/core/page.html") == users("components/core/macros.html") == pages
+    assert users("components/registry/passport.html") == {"register"}
     assert users("components/registry/pyfunc_model.py") == {"register"}  # which MLflow is given by its path
     assert users("components/cli.py") == users("components/core/storage.py") == set(STAGES)
     assert users("components/lineage/ledger.py") == users("components/data/sample_pool.py") == set()

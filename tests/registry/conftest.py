@@ -115,8 +115,14 @@ def git(root: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, "-C", str(root), *arguments], check=True, capture_output=True)
 
 
+def write_params(root: Path, steps: int) -> None:
+    """The run's parameters, as far as the weights depend on them."""
+    params = {"seed": 7, "adapt": {"steps": steps}, "distill": {"students": {"small": {"dim": 16}}}}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+
+
 def commit(root: Path, message: str) -> None:
-    git(root, "add", "dvc.lock", "data/pool/photos/ab12.dvc")
+    git(root, "add", "dvc.lock", "params.yaml", "data/pool/photos/ab12.dvc")
     git(root, "commit", "-q", "-m", message)
 
 
@@ -130,6 +136,7 @@ def make_workspace(root: Path) -> None:
     for item, top1 in (("teacher", 0.75), ("small", 0.5)):
         write_report(root, item, top1)
     git(root, "init", "-q", "-b", "runs/test")
+    write_params(root, 800)
     record(root)
     commit(root, "A run")
 
@@ -171,6 +178,7 @@ def finished(stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copytree(root, earlier)
     change_teacher(root, 9)
     newer = stage.run(CONFIG, root, 7, name)
+    write_params(root, 20)
     change_teacher(root, 11, 0.5)
     stage.run(CONFIG, root, 7, name)
     return {"root": earlier, "latest": root, "name": name, "first": first, "again": again, "newer": newer}

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from components.core.intervals import difference_interval
+from components.core.intervals import accuracy_interval, difference_interval
 from components.core.metrics import Interval
 from components.registry.config import GatesConfig
-from components.registry.facts import Facts, paired_differences
+from components.registry.facts import Facts, own_intervals, paired_differences
 from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, failed, judge, verdict
 
 ABOVE, BELOW, UNCLEAR = Interval(0.1, 0.05, 0.15), Interval(-0.1, -0.15, -0.05), Interval(-0.02, -0.06, 0.02)
@@ -63,6 +63,24 @@ def test_champion_is_not_undercut_beyond_the_tolerance_and_the_interval(differen
 def test_a_champion_that_cannot_be_compared_is_told():
     (gate, *_) = judge(Evidence(facts(), champion="tiny/3", incomparable="the two were scored on different images"))
     assert (gate.state, gate.text) == (FAILED, "not compared with tiny/3: the two were scored on different images")
+
+
+def test_without_a_champion_the_last_candidate_is_shown_and_stops_nobody():
+    beside = Evidence(facts(), earlier="tiny-candidates/2", differences={"knn_top1": BELOW})
+    (gate, *_) = judge(beside)
+    told = "; beside the last candidate tiny-candidates/2: knn_top1 -0.100 (-0.150 to -0.050)"
+    assert (gate.state, gate.text) == (PASSED, f"there is no other champion to compare with{told}")
+    (gate, *_) = judge(dataclasses.replace(beside, differences=None, incomparable="scored on different images"))
+    assert gate.text.endswith("tiny-candidates/2: not compared: scored on different images")
+
+
+def test_intervals_are_wilsons_of_accuracies_and_the_bootstraps_of_others():
+    ids = [f"{i:03}" for i in range(50)] * 2
+    values = [*([1.0] * 40 + [0.0] * 10), *np.linspace(0.1, 1, 50)]
+    found = own_intervals(pa.table({"image_id": ids, "metric": ["a"] * 50 + ["b"] * 50, "value": values}))
+    assert found["a"] == accuracy_interval(np.array(values[:50]))
+    assert found["b"].mean == pytest.approx(0.55)
+    assert (round(found["b"].low, 1), round(found["b"].high, 1)) == (0.5, 0.6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from pathlib import Path
 
 import boto3
 import mlflow
@@ -304,7 +305,7 @@ def test_bad_requests_have_one_clear_line(finished, name: str, monkeypatch):
         decide(finished, f"{name}-candidates/1", "r")
 
 
-def test_commands(finished, name: str, monkeypatch):
+def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(finished["latest"])
     app = typer.Typer()
     for function in (promote_command, reject_command, rollback_command, review_command, history_command):
@@ -330,6 +331,17 @@ def test_commands(finished, name: str, monkeypatch):
     found = json.loads(invoke(app, ["review", f"{name}@latest", "--json"]).stdout)
     assert (found["version"], found["champion"]) == (f"{name}-candidates/3", f"{name}/1")
     assert f"{name}-candidates/3" in invoke(app, ["review"]).stdout
+
+    opened: list[str] = []
+    monkeypatch.setattr(typer, "launch", opened.append)
+    monkeypatch.chdir(tmp_path)
+    made = invoke(app, ["review", f"{name}/1", "--open", "--json"])
+    (path,) = opened
+    assert (json.loads(made.stdout)["passport"], Path(path).name) == (path, f"{name}-1.html")
+    page = Path(path).read_text()
+    assert f"<title>Passport of {name}/1</title>" in page
+    assert f"<td>promote {name}/1</td><td>good; waived lineage: made up</td>" in page
+    monkeypatch.chdir(finished["latest"])
 
     assert "is rejected" in invoke(app, ["reject", f"{name}@latest", "--reason", "blind at night"]).stdout
     assert "no earlier champion" in invoke(app, ["rollback", name, "--reason", "x"]).stderr

@@ -62,8 +62,8 @@ def test_version_states_its_origin(finished):
     snapshot = workspace / "data/pool/photos/ab12"
     assert (pool.path, pool.dvc) == ("data/pool/photos/ab12", folder_id(snapshot))
     assert pool.manifest_sha256 == sha256_file(snapshot / "manifest.parquet")
-    assert teacher.description.startswith(f"# {name}-candidates")
-    assert "| photos | CC0-1.0 | 3 |" in teacher.description
+    assert teacher.description.startswith(f"**{name}-candidates passes 10 of 11 gates, 1 at the decision.** There")
+    assert "3 images; photos (CC0-1.0) 3." in teacher.description
     assert teacher.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
     assert teacher.tags[Tag.SCORE] == "knn_top1 0.7500"
 
@@ -96,6 +96,38 @@ def test_run_has_inputs_and_metrics_of_each_model(finished):
         assert metrics[item]["knn_top1"] == value
         assert metrics[item]["random.knn_top1"] == 0.1
     assert finished["first"]["teacher"]["uri"] == f"models:/{name}-candidates/1"
+
+
+def test_each_version_has_a_run_with_its_own_parameters_score_and_pages(finished):
+    """MLflow compares versions by the parameters of their runs, and its lists sort by metrics and tags."""
+    client, name = MlflowClient(), finished["name"]
+    versions = {item: client.get_model_version(f"{name}-{item}", "1") for item in ("candidates", "small-candidates")}
+    runs = {item: client.get_run(version.run_id) for item, version in versions.items()}
+    teacher, small = runs["candidates"].data, runs["small-candidates"].data
+    assert (teacher.tags["pedigree.item"], small.tags["pedigree.item"]) == ("teacher", "small")
+    assert teacher.params == {"name": name, "adapt.steps": "800", "seed": "7"}
+    assert small.params == {"name": name, "adapt.steps": "800", "distill.students.small.dim": "16", "seed": "7"}
+    assert (teacher.metrics["knn_top1"], small.metrics["knn_top1"]) == (0.75, 0.5)
+    assert teacher.tags[Tag.SCORE] == versions["candidates"].tags[Tag.SCORE]
+    assert teacher.tags[Tag.VERDICT] == versions["candidates"].tags[Tag.VERDICT]
+    assert "passport.html" in {file.path for file in client.list_artifacts(versions["candidates"].run_id)}
+    place = f"#/experiments/{runs['candidates'].info.experiment_id}/runs/{versions['candidates'].run_id}/artifacts/"
+    assert f"[passport]({place}passport.html)" in versions["candidates"].description
+
+
+def test_a_candidate_without_a_champion_stands_beside_the_last_one(finished, tmp_path: Path):
+    version = MlflowClient().get_model_version(f"{finished['name']}-candidates", "3")
+    last = f"{finished['name']}-candidates/2"
+    assert f"There is no champion yet; it is shown beside the last candidate before it, {last}." in version.description
+    assert f"{last} 0.750, difference -0.250 (-0.309 to -0.186)" in version.description
+    assert version.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
+    assert f"[parameters beside {last}](#/compare-runs?runs=" in version.description
+    page = MlflowClient().download_artifacts(version.run_id, "passport.html", str(tmp_path))
+    text = Path(page).read_text()
+    assert f"<h2>What differs from {last}</h2>" in text
+    assert "<td>adapt.steps</td><td>800</td><td>20</td>" in text
+    counts = '<td class="n">3</td><td class="n">0</td><td class="n">0</td><td class="n">3</td>'
+    assert f"<td>photos</td><td>CC0-1.0</td>{counts}" in text
 
 
 def test_loads_in_a_fresh_process_without_this_repository(finished, tmp_path: Path, photographs):
@@ -142,9 +174,11 @@ def test_no_pickle_and_a_working_example(finished, tmp_path: Path):
         mlflow.artifacts.download_artifacts(finished["first"]["small"]["uri"], dst_path=str(tmp_path / "model"))
     )
     files = [p for p in folder.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} <= {".py", ".json", ".yaml", ".txt", ".md", ".safetensors", ".parquet", ""}
+    suffixes = {".py", ".json", ".yaml", ".txt", ".md", ".html", ".safetensors", ".parquet", ""}
+    assert {p.suffix for p in files} <= suffixes
     assert not [p for p in files if p.read_bytes()[:1] == b"\x80" or p.read_bytes()[:2] == b"PK"]
-    assert (folder / "artifacts/card.md").read_text().startswith("# test-")
+    assert (folder / "artifacts/card.md").read_text().startswith("**test-")
+    assert "Nobody has decided on it yet." in (folder / "artifacts/passport.html").read_text()
     requirements = (folder / "requirements.txt").read_text().split()
     assert all("==" in line for line in requirements)
     assert {"torch", "safetensors", "pillow", "numpy"} <= {line.split("==")[0] for line in requirements}
