@@ -44,6 +44,11 @@ class ModelReference:
         return f"{self.name}@{self.alias}" if self.alias else f"{self.name}/{self.version}"
 
     @property
+    def is_released(self) -> bool:
+        """Whether it names a model that people release, and not one to which training adds versions."""
+        return not self.name.endswith(CANDIDATES)
+
+    @property
     def uri(self) -> str:
         """The reference as MLflow and our configuration write it."""
         return f"{URI}{self}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -27,8 +26,8 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
+from components.core.model_files import digest_of, file_digests
 from components.core.references import CANDIDATES
-from components.core.storage import sha256_file
 from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
@@ -59,7 +58,6 @@ REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic",
 WEIGHTS = ("model.safetensors", "config.json")
 HEADS = "heads.safetensors"
 SILENT = re.compile("Max retries exceeded|API request to .* failed")
-META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
 
 
 class RegistryError(PedigreeError):
@@ -157,17 +155,6 @@ def versions(client: MlflowClient, name: str, **tags: str) -> list[ModelVersion]
         token = page.token
         if not token:
             return found
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a model folder, by path."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.name != META_FILE}
-
-
-def digest_of(files: Mapping[str, str]) -> str:
-    """The digest of a model: SHA-256 over the lines `path sha256`, sorted by path."""
-    return hashlib.sha256("".join(f"{path} {files[path]}\n" for path in sorted(files)).encode()).hexdigest()
 
 
 def _existing(client: MlflowClient, candidate: Candidate) -> ModelVersion | None:

@@ -15,6 +15,7 @@ from configobj import ConfigObj, ConfigObjError
 
 from components.core.errors import PedigreeError
 from components.core.layout import Layout
+from components.core.signing import PRIVATE_KEY, PUBLIC_KEY
 from components.core.storage import write_bytes, write_json
 
 DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET = "pedigree-data", "pedigree-models", "pedigree-audit"
@@ -82,6 +83,11 @@ class Site:
         """The address of a service."""
         return f"http://{HOST}:{self.ports[service]}"
 
+    @property
+    def signing_keys(self) -> tuple[Path, Path]:
+        """The private key that signs released models, and its public key."""
+        return self.folder / "signing-key.pem", self.folder / "signing-key.pub.pem"
+
     def storage_variables(self) -> dict[str, str]:
         """The variables that lead to the S3 server alone."""
         return {
@@ -96,8 +102,11 @@ class Site:
 
     def variables(self) -> dict[str, str]:
         """Everything that a client of this stack needs in its environment."""
+        private, public = self.signing_keys
         return {
             **self.storage_variables(),
+            PRIVATE_KEY: str(private),
+            PUBLIC_KEY: str(public),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_TRACKING_USERNAME": self.credentials["MLFLOW_TRACKING_USERNAME"],
             "MLFLOW_TRACKING_PASSWORD": self.credentials["MLFLOW_TRACKING_PASSWORD"],
@@ -123,6 +132,8 @@ def settle(site: Site, running: set[str]) -> list[str]:
             (site.folder / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         site.folder.chmod(0o700)
         _settle_credentials(site)
+        if not all(key.exists() for key in site.signing_keys):
+            make_signing_key(*site.signing_keys)
         lines = _settle_ports(site, running)
         _write_client_files(site)
         site.save()
@@ -148,6 +159,21 @@ def _settle_credentials(site: Site) -> None:
     }
     site.credentials = {key: site.credentials.get(key, new) for key, new in wanted.items()}
     _write_private(site.folder / "credentials.env", "".join(f"{k}={v}\n" for k, v in site.credentials.items()))
+
+
+def make_signing_key(private: Path, public: Path) -> None:
+    """Write an elliptic curve key that only its owner may read, unless it is there, and its public key."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    if private.exists():
+        key = serialization.load_pem_private_key(private.read_bytes(), None)
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        write_bytes(private, key.private_bytes(encoding, form, serialization.NoEncryption()), mode=0o600)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    write_bytes(public, key.public_key().public_bytes(serialization.Encoding.PEM, form))
 
 
 def _settle_ports(site: Site, running: set[str]) -> list[str]:
