@@ -27,6 +27,7 @@ from flows.commands import (
     trace,
     train_status,
     up,
+    verify,
 )
 from flows.console import screen
 
@@ -67,6 +68,7 @@ app.command("env")(env.env)
 app.command("doctor")(doctor.doctor)
 app.command("promote")(promote.promote)
 app.command("trace")(trace.trace)
+app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
 app.command("plan")(plan.plan)

@@ -30,6 +30,7 @@ RUN_ELSEWHERE = (
     ("pedigree plan", "tests/flows/test_plan.py", r'\["plan"'),
     ("pedigree promote", "tests/registry/test_promote.py", r'invoke\(app, \[.*"--reason"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
+    ("pedigree verify", "tests/registry/test_released.py", r'by_command\(.*"--json"'),
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree sources list", "tests/flows/test_sources.py", r'"sources", "list"'),
     ("pedigree sources remove", "tests/flows/test_sources.py", r'"sources", "remove"'),

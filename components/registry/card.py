@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from components.core.model_files import SIGNATURE
+from components.core.references import CANDIDATES
 from components.lineage.provenance import DataVersion, Origin
 from components.model.config import Preprocessing
 
@@ -43,6 +45,7 @@ def render_card(facts: CardFacts) -> str:
     """The card as markdown."""
     origin, backbone, size = facts.origin, facts.backbone, facts.preprocessing
     shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
+    released = facts.name.removesuffix(CANDIDATES)
     parts = [
         f"# {facts.name}",
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
@@ -50,6 +53,9 @@ def render_card(facts: CardFacts) -> str:
         f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
         "pixel square in the middle, as the evaluation below did; the parameter `resolution` sets another square, a "
         f"multiple of {backbone['patch_size']}, of the same part of the image.",
+        "MLflow runs the code that lies beside the weights when it loads them. Verify a released copy first, by "
+        f"`pedigree verify {released}@champion`, or without Pedigree, in the folder of the copy, by `model_signing "
+        f"verify key . --signature {SIGNATURE} --public_key KEY` with the public key of those who release.",
         "## Origin",
         _table(
             ("", ""),

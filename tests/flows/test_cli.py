@@ -24,8 +24,8 @@ from flows.commands.run import _check_folder, _closing
 from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
-COMMANDS = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status", "up", "status", "down", "env")
-WITH_EXAMPLES = ("run", "plan", "ingest", "promote", "trace", "curate", "train-status")
+WITH_EXAMPLES = ("run", "plan", "ingest", "promote", "trace", "verify", "curate", "train-status")
+COMMANDS = (*WITH_EXAMPLES, "up", "status", "down", "env")
 
 
 @pytest.fixture
