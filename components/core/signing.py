@@ -45,15 +45,18 @@ def sign_folder(folder: Path) -> None:
     from model_signing import signing
 
     key = os.environ.get(PRIVATE_KEY, "")
+    if not key.startswith(PKCS11):
+        key = os.fspath(_key_file(PRIVATE_KEY, "the private key of the reviewer"))
     try:
         config = signing.Config().set_hashing_config(_hashing())
         if key.startswith(PKCS11):
             config.use_pkcs11_signer(pkcs11_uri=key)
         else:
-            config.use_elliptic_key_signer(private_key=_key_file(PRIVATE_KEY, "the private key of the reviewer"))
+            config.use_elliptic_key_signer(private_key=key)
         config.sign(folder, folder / SIGNATURE)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise SignatureError(f"{PRIVATE_KEY}={key}: cannot sign: {_line(error) or type(error).__name__}") from error
+    except Exception as error:  # of the library and of the many that it reads keys with
+        shown = key.partition("?")[0]  # the rest of a URI may hold a PIN
+        raise SignatureError(f"{PRIVATE_KEY}={shown}: cannot sign: {_said(error)}") from error
     verify_folder(folder)
 
 
@@ -71,11 +74,11 @@ def verify_folder(folder: Path) -> None:
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing())
     except (OSError, ValueError) as error:
-        raise SignatureError(f"{PUBLIC_KEY}={key}: not a public key: {_line(error)}") from error
+        raise SignatureError(f"{PUBLIC_KEY}={key}: not a public key: {_said(error)}") from error
     try:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:  # whatever a forged signature makes the library raise: it has not verified
-        said = some_of(_differing(folder), 5) or f"{type(error).__name__}: {_line(error)}"
+        said = some_of(_differing(folder), 5) or _said(error)
         raise SignatureError(f"not what the holder of {key} signed, do not use it: {said}") from error
 
 
@@ -94,8 +97,8 @@ def _hashing() -> Any:
     return hashing.Config().set_ignored_paths(paths=NOT_OF_THE_MODEL, ignore_git_paths=False)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _key_file(variable: str, what: str) -> Path:
