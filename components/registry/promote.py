@@ -85,7 +85,8 @@ def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
             raise RegistryError(f"{_address(candidate)}: has no tag {Tag.DIGEST}, so its bytes cannot be checked")
         champion = with_alias(client, name, CHAMPION)
         entries = audit.read(name)
-        if champion and _same(champion, candidate) and _last_promoted(entries) == _address(champion):
+        done = champion and _same(champion, candidate) and released.is_signed(name, digest)
+        if champion and done and _last_promoted(entries) == _address(champion):
             before = with_alias(client, name, PREVIOUS)
             return _promotion(champion, before.version if before else None, None)
         source = _copy_bytes(released, candidate, name, digest)

@@ -70,6 +70,12 @@ class Released:
             raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model: {found - set(files)}")
         return f"s3://{self.bucket}/{prefix}"
 
+    def is_signed(self, name: str, digest: str) -> bool:
+        """Whether a signature lies beside the released files; versions of before lack one, and it is not verified."""
+        key = f"released/{name}/{digest}/{SIGNATURE}"
+        with s3_errors(f"s3://{self.bucket}/{key}"):
+            return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1).get("Contents"))
+
     def _put(self, file: Path, key: str, sha256: str) -> None:
         if file.stat().st_size > MAX_PUT_BYTES:
             raise RegistryError(f"{file.name}: more than 5 GiB in one file; export the weights in parts")

@@ -98,6 +98,8 @@ def test_whatever_is_changed_in_the_bucket_is_noticed_and_named(finished, releas
     code, shown, _ = by_command(f"{released}@champion", "--json")
     assert (code, json.loads(shown)["differing"]) == (1, [])
     assert json.loads(shown)["checks"]["signature"].startswith("not signed")
+    again = promote(f"{released}/1", "as a champion that was released before there were signatures")
+    assert (again.version, verify(f"{released}/1", tmp_path).holds) == ("1", True)
 
 
 def test_tags_that_a_person_without_the_key_changed_are_noticed(released: str, tmp_path):
