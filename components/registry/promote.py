@@ -7,7 +7,6 @@ version it names. A promotion that died anywhere is finished by the same command
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
+from components.core.git import person
+from components.core.mlflow_client import authenticated_user
 from components.core.references import CANDIDATES, ModelReference
-from components.core.user import user_name
+from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
 from components.lineage.audit_log import AuditLog, Entry, Event
 from components.lineage.provenance import WEIGHTS_FILE, Tag
 from components.registry.publish import (
@@ -68,7 +69,7 @@ def promote(reference: str, reason: str, actor: str | None = None) -> Promotion:
     Args:
         reference: `NAME@latest` or `NAME/3`, a version of `NAME-candidates`.
         reason: why; it goes into the audit log.
-        actor: who decides; None takes MLflow's authenticated user, else the operating system's.
+        actor: who decides; None finds it out, see `who`.
 
     Raises:
         ConfigError: no reason, or what is no reference.
@@ -122,7 +123,7 @@ def resolve_candidate(client: MlflowClient, reference: str) -> tuple[str, ModelV
 def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version with this alias; None when there is none."""
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return ModelReference(name, alias=alias).find(client)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise
@@ -130,13 +131,16 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 
 
 def who(actor: str | None) -> dict[str, str]:
-    """The person who acts, and how that is known."""
+    """The person who acts, and how that is known: MLflow's user, unless many share it, then whom git knows."""
     if actor:
         return {"actor": actor, "actor_from": "given by the caller"}
-    authenticated = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if authenticated:
-        return {"actor": authenticated, "actor_from": "MLflow user (MLFLOW_TRACKING_USERNAME)"}
-    return {"actor": user_name(), "actor_from": "operating system user"}
+    login = authenticated_user()
+    if login and login not in {ADMIN, TRAINER, REVIEWER}:
+        return {"actor": login, "actor_from": "MLflow user, authenticated by the server"}
+    shared = f"; MLflow's login {login} is shared" if login else "; MLflow knows no users"
+    if found := person(Path.cwd()):
+        return {"actor": found, "actor_from": f"git's user.name and user.email{shared}"}
+    return {"actor": user_name(), "actor_from": f"operating system user{shared}"}
 
 
 def verify_files(folder: Path, version: ModelVersion) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -58,6 +59,7 @@ REQUIREMENTS = ("torch", "safetensors", "pillow", "numpy", "pandas", "pydantic",
 WEIGHTS = ("model.safetensors", "config.json")
 HEADS = "heads.safetensors"
 SILENT = re.compile("Max retries exceeded|API request to .* failed")
+FORBIDDEN = "failed with error code 403"
 
 
 class RegistryError(PedigreeError):
@@ -113,6 +115,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (MlflowException, requests.exceptions.RequestException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if FORBIDDEN in first:
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "(none)")
+            who = "a reviewer writes released models, a trainer candidates"
+            raise RegistryError(f"{shown_server()} does not permit this to its user {user}: {who}") from error
         if isinstance(error, requests.exceptions.RequestException) or SILENT.search(first):
             raise TrackingError(f"{shown_server()} does not answer; `pedigree status`") from error
         raise RegistryError(f"{shown_server()}: {first}") from error

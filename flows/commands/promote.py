@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, command
 
 if TYPE_CHECKING:
     from components.registry.promote import Promotion
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def promote(
     reference: Annotated[str, typer.Argument(metavar="NAME@latest|NAME/NUMBER", help="A version of NAME-candidates.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")],
