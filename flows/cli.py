@@ -29,6 +29,7 @@ from flows.commands import (
     trace,
     train_status,
     up,
+    verify,
 )
 from flows.console import screen
 
@@ -73,6 +74,7 @@ app.command("reject")(promote.reject)
 app.command("rollback")(promote.rollback)
 app.command("history")(history.history)
 app.command("trace")(trace.trace)
+app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
 app.command("plan")(plan.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -13,8 +14,10 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
+from components.core.user import REVIEWER
 from flows.decisions import announce
 from flows.failure import failed
+from infra.local import supervisor
 
 DAYS = 30  # to decide; after them the candidate stays a candidate
 FORM = "**{verdict}**\n\n{gates}\n\nApprove, reject, or approve and waive each gate that fails, with the reason why."
@@ -39,6 +42,7 @@ def promote(reference: str) -> State[Any]:
         reference: NAME@latest or NAME-candidates/NUMBER.
     """
     try:
+        os.environ.update(supervisor.connect(Path.cwd(), start=False, role=REVIEWER))
         return _promote(reference)
     except Exception as error:
         return failed(error)

@@ -75,6 +75,13 @@ def call_git(
         raise GitError("git is not installed, and a run is a commit") from None
 
 
+def person(root: Path) -> str | None:
+    """`Name <email>` of the person as whom git commits in a folder; None where they have not told git."""
+    name = os.environ.get("GIT_AUTHOR_NAME") or try_git(root, "config", "user.name")
+    email = os.environ.get("GIT_AUTHOR_EMAIL") or try_git(root, "config", "user.email")
+    return f"{name} <{email}>" if name and email else None
+
+
 def _identity(root: Path) -> dict[str, str]:
     if os.environ.get("GIT_AUTHOR_EMAIL") or try_git(root, "config", "user.email"):
         return {}

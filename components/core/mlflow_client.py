@@ -13,12 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 from components.core.errors import ServiceError
 
 _CLIENTS: dict[str, Any] = {}
 _HEALTH_TIMEOUT_SECONDS = 5.0
+CURRENT_USER = "/api/2.0/mlflow/users/current"  # of MLflow's basic-auth app
 # MLflow's own defaults (7 retries, 120 s each) let a dead server hold a stage for minutes.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -60,6 +62,24 @@ def checked_client() -> Any:
 
         _CLIENTS[uri] = MlflowClient(tracking_uri=uri)
     return _CLIENTS[uri]
+
+
+def authenticated_user() -> str | None:
+    """The user as whom the server knows this process; None where it knows no users, or has no MLflow logins.
+
+    Raises:
+        MlflowException: the server refuses the login.
+    """
+    uri = server_uri()
+    if uri is None or not uri.startswith("http"):
+        return None
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+    answer: Any = http_request(get_default_host_creds(uri), CURRENT_USER, "GET")
+    if answer.status_code == HTTPStatus.NOT_FOUND:
+        return None
+    return verify_rest_response(answer, CURRENT_USER).json()["user"]["username"]
 
 
 def configure_client() -> None:

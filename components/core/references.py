@@ -72,7 +72,12 @@ class ModelReference:
         return f"{URI}{self}"
 
     def find(self, client: Any) -> Any:
-        """Return MLflow's version; raise MlflowException if there is none."""
+        """Return MLflow's version; raise MlflowException if there is none.
+
+        Asked for a version of a model that is not there, MLflow answers "permission denied" to all but its admins, so
+        the model is asked for first.
+        """
+        client.get_registered_model(self.name)
         if self.alias:
             return client.get_model_version_by_alias(self.name, self.alias)
         return client.get_model_version(self.name, str(self.version))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 
+# MLflow users of the local stack, which all who work with it share: they name a role, not a person.
+ADMIN, TRAINER, REVIEWER = "admin", "trainer", "reviewer"
+
 
 def user_name() -> str:
     """Return the user's name; the numeric id if the system has no name for it, as in a container."""

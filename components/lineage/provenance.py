@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.core.git import try_git
 from components.core.layout import RELATIVE, Layout
+from components.core.model_files import FILES_TAG
 from components.core.registered_weights import WEIGHTS_SHA256_TAG
 from components.core.storage import sha256_file
 from components.data.manifest import MANIFEST
@@ -39,7 +40,7 @@ class Tag(StrEnum):
     PARENT = "pedigree.parent"
     PARENT_SHA256 = "pedigree.parent_sha256"
     DIGEST = "pedigree.digest"
-    FILES = "pedigree.files"
+    FILES = FILES_TAG
     CANDIDATE = "pedigree.candidate"
     AUDIT = "pedigree.audit"
     EVIDENCE = "pedigree.evidence"  # digest of the facts that the gates judge

@@ -411,6 +411,8 @@ def _found(ask: Any) -> Any:
         return ask()
     except MlflowException as error:
         line = str(error).splitlines()[0]
+        if "error code 403" in line:  # MLflow's answer about what is not there, to all but its admins
+            return "not found, or not to be read by this user of MLflow"
         if "Max retries exceeded" in line or "API request to" in line:
             raise RecordError(f"{shown_server()} does not answer") from error
         return line

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from components.core.metrics import Interval
+from components.core.model_files import SIGNATURE
+from components.core.references import CANDIDATES
 from components.registry.config import MEASURES
 from components.registry.making import Making
 from components.registry.review import Review
@@ -20,7 +22,7 @@ def render_card(found: Review, links: Mapping[str, str]) -> str:
         found: the version, reviewed.
         links: addresses by what is written on the link.
     """
-    making = found.making
+    making, released = found.making, found.version.partition("/")[0].removesuffix(CANDIDATES)
     assert making is not None
     images = ", ".join(f"{source} ({license_}) {count:,}" for source, license_, count in making.sources)
     parts = [
@@ -32,6 +34,10 @@ def render_card(found: Review, links: Mapping[str, str]) -> str:
         " · ".join(f"[{text}]({address})" for text, address in links.items()),
         "## Use",
         use(making),
+        "MLflow runs the code that lies beside the weights when it loads them. Verify a released copy first, by "
+        f"`pedigree verify {released}@champion`, or without Pedigree, in "
+        f"the folder of the copy, by `model_signing verify key . --signature {SIGNATURE} --public_key KEY` with the "
+        "public key of those who release.",
         "## Origin",
         f"Commit `{making.origin.commit}`{' with uncommitted changes' if making.origin.dirty else ''}, branch "
         f"`{making.origin.branch}`. Weights `{making.origin.weights_path}`, SHA-256 `{making.origin.weights_sha256}`, "

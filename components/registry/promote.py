@@ -7,7 +7,6 @@ log. A decision that died anywhere is finished by the next command on that model
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
+from components.core.git import person
+from components.core.mlflow_client import authenticated_user
 from components.core.references import ModelReference
-from components.core.user import user_name
+from components.core.signing import verify_folder
+from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
 from components.lineage.audit_log import Entry, Event
 from components.lineage.champions import CHANGES, PROMOTE, REJECT, ROLLBACK
 from components.lineage.provenance import WEIGHTS_FILE, Tag
@@ -84,7 +86,7 @@ def promote(
         reason: why; it goes into the audit log.
         root: a clone of the repository whose commits made the version, for its trace.
         waivers: for each failed gate that is waived, why.
-        actor: who decides; None takes MLflow's authenticated user, else the operating system's.
+        actor: who decides; None finds it out, see `who`.
 
     Raises:
         ConfigError: no reason, a waiver of what is no gate or does not fail, or what is no reference.
@@ -96,7 +98,8 @@ def promote(
     by = who(actor)
     with _deciding(reference) as (standing, version, settled):
         unexplained = standing.unexplained()
-        if _is_champion(standing, version) and not unexplained:
+        signed = Released().is_signed(standing.name, _digest(version))
+        if _is_champion(standing, version) and signed and not unexplained:
             champion = resolve(standing.client, str(standing.champion))
             return _decision(standing, PROMOTE, champion, None, settled, unexplained)
         reviewed = review(standing, version, root, by["actor"])
@@ -168,13 +171,16 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
 
 
 def who(actor: str | None) -> dict[str, str]:
-    """The person who acts, and how that is known."""
+    """The person who acts, and how that is known: MLflow's user, unless many share it, then whom git knows."""
     if actor:
         return {"actor": actor, "actor_from": "given by the caller"}
-    authenticated = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if authenticated:
-        return {"actor": authenticated, "actor_from": "MLflow user (MLFLOW_TRACKING_USERNAME)"}
-    return {"actor": user_name(), "actor_from": "operating system user"}
+    login = authenticated_user()
+    if login and login not in {ADMIN, TRAINER, REVIEWER}:
+        return {"actor": login, "actor_from": "MLflow user, authenticated by the server"}
+    shared = f"; MLflow's login {login} is shared" if login else "; MLflow knows no users"
+    if found := person(Path.cwd()):
+        return {"actor": found, "actor_from": f"git's user.name and user.email{shared}"}
+    return {"actor": user_name(), "actor_from": f"operating system user{shared}"}
 
 
 def verify_files(folder: Path, version: ModelVersion) -> dict[str, str]:
@@ -269,6 +275,7 @@ def _check_released(standing: Standing, version: ModelVersion) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(download_artifacts(artifact_uri=str(event.details["source"]), dst_path=temporary))
         found = verify_files(folder, version)
+        verify_folder(folder)
     if digest_of(found) != event.details["digest"]:
         raise RegistryError(f"{address(version)}: not the bytes that event {event.sequence} approved")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -27,8 +27,9 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
+from components.core.model_files import digest_of, file_digests
 from components.core.references import CANDIDATES
-from components.core.storage import sha256_file, write_json
+from components.core.storage import write_json
 from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
@@ -62,7 +63,7 @@ WEIGHTS = ("model.safetensors", "config.json")
 PASSPORT = "passport.html"
 HEADS = "heads.safetensors"
 SILENT = re.compile("Max retries exceeded|API request to .* failed")
-META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy; it is not part of the model
+FORBIDDEN = "failed with error code 403"
 
 
 class RegistryError(PedigreeError):
@@ -124,6 +125,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (MlflowException, requests.exceptions.RequestException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if FORBIDDEN in first:
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "(none)")
+            who = "a reviewer writes released models, a trainer candidates"
+            raise RegistryError(f"{shown_server()} does not permit this to its user {user}: {who}") from error
         if isinstance(error, requests.exceptions.RequestException) or SILENT.search(first):
             raise TrackingError(f"{shown_server()} does not answer; `pedigree status`") from error
         raise RegistryError(f"{shown_server()}: {first}") from error
@@ -168,17 +173,6 @@ def versions(client: MlflowClient, name: str, **tags: str) -> list[ModelVersion]
         token = page.token
         if not token:
             return found
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a model folder, by path."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.name != META_FILE}
-
-
-def digest_of(files: Mapping[str, str]) -> str:
-    """The digest of a model: SHA-256 over the lines `path sha256`, sorted by path."""
-    return hashlib.sha256("".join(f"{path} {files[path]}\n" for path in sorted(files)).encode()).hexdigest()
 
 
 def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: Path) -> ModelVersion:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from botocore.exceptions import ClientError
 
+from components.core.model_files import SIGNATURE, check_harmless
+from components.core.signing import sign_folder
 from components.core.storage import s3_client, s3_errors
+from components.model.export import BACKBONE_FILE, open_backbone
 from components.registry.publish import RegistryError
 
 BUCKET_VARIABLE = "PEDIGREE_MODELS_BUCKET"
@@ -34,7 +37,9 @@ class Released:
         self._client = s3_client()
 
     def copy_in(self, folder: Path, files: Mapping[str, str], name: str, digest: str) -> str:
-        """Write the files under `released/<name>/<digest>/` and return that URI; what is there already is compared.
+        """Write the files and their signature under `released/<name>/<digest>/` and return that URI.
+
+        Files that are there already are compared; the signature is always new.
 
         Args:
             folder: the verified model.
@@ -44,17 +49,32 @@ class Released:
 
         Raises:
             RegistryError: S3 holds other bytes there.
+            ModelFilesError: a file could run code when it is read.
+            WeightsError: the weights are damaged, or not finite.
+            SignatureError: there is no key to sign with, or no public key of it.
             StorageError: S3 refuses or does not answer.
         """
         prefix = f"released/{name}/{digest}"
+        check_harmless(folder)
+        for weights in folder.rglob(BACKBONE_FILE):
+            open_backbone(weights.parent)
+        sign_folder(folder)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda path: self._put(folder / path, f"{prefix}/{path}", files[path]), files))
         with s3_errors(f"s3://{self.bucket}/{prefix}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
             found = {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
+            self._client.upload_file(str(folder / SIGNATURE), self.bucket, f"{prefix}/{SIGNATURE}")
+        found.discard(SIGNATURE)
         if found != set(files):
             raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model: {found - set(files)}")
         return f"s3://{self.bucket}/{prefix}"
+
+    def is_signed(self, name: str, digest: str) -> bool:
+        """Whether a signature lies beside the released files; versions of before lack one, and it is not verified."""
+        key = f"released/{name}/{digest}/{SIGNATURE}"
+        with s3_errors(f"s3://{self.bucket}/{key}"):
+            return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1).get("Contents"))
 
     def _put(self, file: Path, key: str, sha256: str) -> None:
         if file.stat().st_size > MAX_PUT_BYTES:

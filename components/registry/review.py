@@ -19,8 +19,10 @@ from mlflow.exceptions import MlflowException
 
 from components.core.metrics import Interval
 from components.core.mlflow_client import server_uri, without_login
+from components.core.model_files import ModelFilesError
 from components.core.references import CANDIDATES, LATEST, ModelReference
 from components.core.registered_weights import download_weights
+from components.core.signing import SignatureError
 from components.lineage.audit_log import Entry
 from components.lineage.champions import CHAMPION, REJECT
 from components.lineage.provenance import Tag
@@ -282,7 +284,7 @@ def _fault(version: str, root: Path) -> str | None:
 
     try:
         load_backbone(download_weights(f"models:/{version}", root))
-    except WeightsError as error:
+    except (WeightsError, ModelFilesError, SignatureError) as error:
         return str(error)
     return None
 

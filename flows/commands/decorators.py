@@ -19,6 +19,7 @@ from rich.console import Console
 from components.core.config import ConfigError
 from components.core.errors import TRY_AGAIN, PedigreeError, defect, known, print_traceback, tracebacks_shown
 from components.core.layout import Layout
+from components.core.user import TRAINER
 from flows import interrupt
 from infra.local import supervisor
 
@@ -54,12 +55,15 @@ def answer_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else MAX_LINE, soft_wrap=True, highlight=False)
 
 
-def command(checkout: bool = True, services: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def command(
+    checkout: bool = True, services: bool = False, role: str = TRAINER
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a function a command: its errors are one line each, and its `Answer` has the option `--json`.
 
     Args:
         checkout: it works in Pedigree's own folder only.
         services: point it at the services first, without starting them.
+        role: in which it uses them, where the user has set no login.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -69,7 +73,7 @@ def command(checkout: bool = True, services: bool = False) -> Callable[[Callable
                 if checkout:
                     _check_folder(Path.cwd())
                 if services:
-                    os.environ.update(supervisor.connect(Path.cwd(), start=False))
+                    os.environ.update(supervisor.connect(Path.cwd(), start=False, role=role))
                 answer = function(*arguments, **options)
                 if isinstance(answer, Answer):
                     _give(answer, as_json)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from components.core.config import ConfigError
 from components.core.layout import RELATIVE, Layout
+from components.core.user import ADMIN
 from flows.commands.decorators import Answer, command
 from flows.commands.runs import in_words, wide_console
 from flows.gc_lock import no_run_beside
@@ -28,7 +29,7 @@ AGE = re.compile(r"(\d+)([dh])")
 SECONDS = {"d": 86_400, "h": 3_600}
 
 
-@command(services=True)
+@command(services=True, role=ADMIN)
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Keep this many of the newest runs.")],
     older: Annotated[str, typer.Option(metavar="AGE", help="Remove only what is older: 30d, 12h; 0d is any age.")],

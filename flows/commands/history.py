@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from components.core.config import ConfigError
+from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
     from components.lineage.champions import Reign
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def history(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The released model.")],
     at: Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.core.config import ConfigError
+from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ ReferenceArgument = Annotated[str, typer.Argument(metavar="VERSION", help=WHICH)
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")]
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def promote(
     reference: ReferenceArgument,
     reason: ReasonOption,
@@ -50,7 +51,7 @@ def promote(
     return _answer(done, announce(done))
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def reject(reference: ReferenceArgument, reason: ReasonOption) -> Answer:
     """Record that a candidate shall not become the champion.
 
@@ -67,7 +68,7 @@ def reject(reference: ReferenceArgument, reason: ReasonOption) -> Answer:
     return _answer(done, announce(done))
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def rollback(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The released model.")], reason: ReasonOption
 ) -> Answer:

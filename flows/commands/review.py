@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.core.layout import Layout
+from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 STYLES = {"passed": "green", "failed": "bold red", "pending": "yellow"}
 
 
-@command(services=True)
+@command(services=True, role=REVIEWER)
 def review(
     reference: Annotated[
         str | None, typer.Argument(metavar="[VERSION]", help="NAME@latest, NAME-candidates/NUMBER or NAME/NUMBER.")

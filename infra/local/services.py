@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import PedigreeError
-from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, PORTS, REGION, Site, StackError
+from components.core.user import REVIEWER, TRAINER
+from infra.local.roles import settle_roles
+from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, PASSWORDS, PORTS, REGION, Site, StackError
 
 WORK_POOL = "pedigree"
 WORKER = "local"
@@ -94,7 +96,7 @@ def services(site: Site) -> list[Service]:
 
 
 def _s3(site: Site) -> Service:
-    """SeaweedFS as one process: a real S3 with credentials, versioning, object lock and conditional puts.
+    """SeaweedFS as one process: a real S3 with two identities, versioning, object lock and conditional puts.
 
     Its filer and volume servers take writes only with a token that the S3 gateway signs (the WEED_JWT keys).
     """
@@ -105,6 +107,7 @@ def _s3(site: Site) -> Service:
     command += [f"-{name}=false" for name in off]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-metricsPort=0", "-volume.id=pedigree"]
     command += ["-filer.disableDirListing", "-volume.preStopSeconds=0", f"-webdav.cacheDir={folder}"]
+    command += [f"-s3.config={site.s3_identities}"]
     secret = {key: site.credentials[key] for key in site.credentials if key.startswith(("AWS_", "WEED_"))}
     storage = Storage(site)
     return Service(
@@ -210,7 +213,11 @@ def _mlflow(site: Site) -> Service:
     def check() -> None:
         request(url, "/api/2.0/mlflow/experiments/search", auth, "POST", {"max_results": 1})
 
-    return Service("mlflow", command, variables, site.folder, url, check)
+    def make_users() -> None:
+        passwords = {role: site.credentials[PASSWORDS[role]] for role in (TRAINER, REVIEWER)}
+        settle_roles(lambda path, *how: request(url, path, auth, *how), passwords)
+
+    return Service("mlflow", command, variables, site.folder, url, check, make_users)
 
 
 def _prefect(site: Site) -> Service:
@@ -300,16 +307,16 @@ def _keeper(site: Site) -> Service:
         if age > KEEPER_SILENCE_SECONDS:
             raise UnhealthyError(f"the keeper has not looked at the services for {age:.0f} s")
 
-    return Service("keeper", command, site.variables(), site.root, "", check, after="worker", umask=-1)
+    return Service("keeper", command, site.variables(TRAINER), site.root, "", check, after="worker", umask=-1)
 
 
 def _worker(site: Site) -> Service:
-    """A process worker in the checkout: its flow runs see the same variables as any client of the stack."""
+    """A process worker in the checkout: its flow runs work as the trainer."""
     url, auth = site.url("prefect"), site.credentials["PREFECT_API_AUTH_STRING"]
     command = [program("prefect"), "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", WORKER]
     command += ["--install-policy", "never"]
     variables = {
-        **site.variables(),
+        **site.variables(TRAINER),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
         **DATED_LOGS,
@@ -340,4 +347,4 @@ def deployment(site: Site) -> Service | None:
     automate = [sys.executable, "-m", "infra.automations"]
     remember = f"printf %s {digest} > {shlex.quote(str(done))}"  # here, since nobody may wait for its end
     command = ["/bin/sh", "-c", f"{shlex.join(deploy)} && {shlex.join(automate)} && {remember}"]
-    return Service("deploy", command, site.variables(), site.root, "", lambda: None, umask=-1)
+    return Service("deploy", command, site.variables(TRAINER), site.root, "", lambda: None, umask=-1)

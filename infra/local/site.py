@@ -15,7 +15,9 @@ from configobj import ConfigObj, ConfigObjError
 
 from components.core.errors import PedigreeError
 from components.core.layout import Layout
+from components.core.signing import PRIVATE_KEY, PUBLIC_KEY
 from components.core.storage import write_bytes, write_json
+from components.core.user import ADMIN, REVIEWER, TRAINER
 
 DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET = "pedigree-data", "pedigree-models", "pedigree-audit"
 REGION = "us-east-1"
@@ -34,6 +36,17 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
+
+PASSWORDS = {
+    ADMIN: "MLFLOW_TRACKING_PASSWORD", TRAINER: "MLFLOW_TRAINER_PASSWORD", REVIEWER: "MLFLOW_REVIEWER_PASSWORD",
+}  # fmt: skip
+
+# What the trainer may do on S3; all but reading is refused elsewhere, as below `released/`.
+TRAINER_ACTIONS = [
+    "Read", "List", f"Write:{DATA_BUCKET}",
+    *(f"{action}:{AUDIT_BUCKET}" for action in ("Write", "PutObjectRetention", "GetBucketObjectLockConfiguration")),
+    *(f"Write:{MODELS_BUCKET}/{place}" for place in ("mlflow/*", ".doctor-*")),
+]  # fmt: skip
 
 
 class StackError(PedigreeError):
@@ -82,25 +95,44 @@ class Site:
         """The address of a service."""
         return f"http://{HOST}:{self.ports[service]}"
 
-    def storage_variables(self) -> dict[str, str]:
+    @property
+    def has_roles(self) -> bool:
+        """Whether there is a login for each role; stacks of older versions have one for the admin only."""
+        return all(name in self.credentials for name in PASSWORDS.values())
+
+    @property
+    def signing_keys(self) -> tuple[Path, Path]:
+        """The private key that signs released models, and its public key."""
+        return self.folder / "signing-key.pem", self.folder / "signing-key.pub.pem"
+
+    @property
+    def s3_identities(self) -> Path:
+        """SeaweedFS's file of the identities beside its admin, who is also the reviewer."""
+        return self.folder / "s3-identities.json"
+
+    def storage_variables(self, role: str = ADMIN) -> dict[str, str]:
         """The variables that lead to the S3 server alone."""
+        owner = "TRAINER" if role == TRAINER else "AWS"
         return {
             "AWS_ENDPOINT_URL": self.url("s3"),
-            "AWS_ACCESS_KEY_ID": self.credentials["AWS_ACCESS_KEY_ID"],
-            "AWS_SECRET_ACCESS_KEY": self.credentials["AWS_SECRET_ACCESS_KEY"],
+            "AWS_ACCESS_KEY_ID": self.credentials.get(f"{owner}_ACCESS_KEY_ID", ""),
+            "AWS_SECRET_ACCESS_KEY": self.credentials.get(f"{owner}_SECRET_ACCESS_KEY", ""),
             "AWS_DEFAULT_REGION": REGION,
             "PEDIGREE_DATA_BUCKET": DATA_BUCKET,
             "PEDIGREE_MODELS_BUCKET": MODELS_BUCKET,
             "PEDIGREE_AUDIT_BUCKET": AUDIT_BUCKET,
         }
 
-    def variables(self) -> dict[str, str]:
-        """Everything that a client of this stack needs in its environment."""
+    def variables(self, role: str = ADMIN) -> dict[str, str]:
+        """Everything that a client of this stack needs in its environment to work in a role."""
+        private, public = self.signing_keys
         return {
-            **self.storage_variables(),
+            **self.storage_variables(role),
+            **({} if role == TRAINER else {PRIVATE_KEY: str(private)}),
+            PUBLIC_KEY: str(public),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
-            "MLFLOW_TRACKING_USERNAME": self.credentials["MLFLOW_TRACKING_USERNAME"],
-            "MLFLOW_TRACKING_PASSWORD": self.credentials["MLFLOW_TRACKING_PASSWORD"],
+            "MLFLOW_TRACKING_USERNAME": role,
+            "MLFLOW_TRACKING_PASSWORD": self.credentials.get(PASSWORDS[role], ""),
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
             "PREFECT_API_AUTH_STRING": self.credentials["PREFECT_API_AUTH_STRING"],
             "PREFECT_HOME": str(self.folder / "prefect"),
@@ -123,6 +155,8 @@ def settle(site: Site, running: set[str]) -> list[str]:
             (site.folder / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         site.folder.chmod(0o700)
         _settle_credentials(site)
+        if not all(key.exists() for key in site.signing_keys):
+            make_signing_key(*site.signing_keys)
         lines = _settle_ports(site, running)
         _write_client_files(site)
         site.save()
@@ -138,8 +172,10 @@ def _settle_credentials(site: Site) -> None:
     wanted = {
         "AWS_ACCESS_KEY_ID": "PEDIGREE" + secrets.token_hex(6).upper(),
         "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-        "MLFLOW_TRACKING_USERNAME": "admin",
-        "MLFLOW_TRACKING_PASSWORD": secrets.token_urlsafe(18),
+        "TRAINER_ACCESS_KEY_ID": "TRAINER" + secrets.token_hex(6).upper(),
+        "TRAINER_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        "MLFLOW_TRACKING_USERNAME": ADMIN,
+        **{name: secrets.token_urlsafe(18) for name in PASSWORDS.values()},
         "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_urlsafe(18)}",
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         "WEED_JWT_SIGNING_KEY": secrets.token_hex(32),
@@ -148,6 +184,21 @@ def _settle_credentials(site: Site) -> None:
     }
     site.credentials = {key: site.credentials.get(key, new) for key, new in wanted.items()}
     _write_private(site.folder / "credentials.env", "".join(f"{k}={v}\n" for k, v in site.credentials.items()))
+
+
+def make_signing_key(private: Path, public: Path) -> None:
+    """Write an elliptic curve key that only its owner may read, unless it is there, and its public key."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    if private.exists():
+        key = serialization.load_pem_private_key(private.read_bytes(), None)
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        write_bytes(private, key.private_bytes(encoding, form, serialization.NoEncryption()), mode=0o600)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    write_bytes(public, key.public_key().public_bytes(serialization.Encoding.PEM, form))
 
 
 def _settle_ports(site: Site, running: set[str]) -> list[str]:
@@ -182,13 +233,15 @@ def is_free(port: int) -> bool:
 
 
 def _write_client_files(site: Site) -> None:
-    """Write the AWS-format credentials, MLflow's auth settings, and DVC's local remote where there is a DVC project."""
+    """Write S3's identities, DVC's credentials and remote (where there is a DVC project), and MLflow's settings."""
     keys = site.credentials
     credentials = site.folder / "s3-credentials"
+    key = {"accessKey": keys["TRAINER_ACCESS_KEY_ID"], "secretKey": keys["TRAINER_SECRET_ACCESS_KEY"]}
+    identity = {"name": TRAINER, "credentials": [key], "actions": TRAINER_ACTIONS}
+    _write_private(site.s3_identities, json.dumps({"identities": [identity]}))
     _write_private(
         credentials,
-        f"[default]\naws_access_key_id = {keys['AWS_ACCESS_KEY_ID']}\n"
-        f"aws_secret_access_key = {keys['AWS_SECRET_ACCESS_KEY']}\n",
+        f"[default]\naws_access_key_id = {key['accessKey']}\naws_secret_access_key = {key['secretKey']}\n",
     )
     auth = {
         "default_permission": "READ",

@@ -18,12 +18,14 @@ import psutil
 
 from components.core.layout import Layout
 from components.core.locks import exclusive
+from components.core.user import ADMIN, REVIEWER, TRAINER
 from infra.local.processes import MARK, blame, end, find, main_process, mark, signals, spawn, stop
 from infra.local.services import KEEPER_STATE, Service, UnhealthyError, deployment, services
 from infra.local.site import GRPC_OFFSET, QUIET, Site, StackError, settle, without_proxy
 
 logger = logging.getLogger(__name__)
 
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 STOP_ORDER = (("keeper",), ("deploy", "worker"), ("prefect", "mlflow"), ("s3",))
 ADOPTED_GRACE_SECONDS = 15.0
 Report = Callable[[str], None]
@@ -46,21 +48,26 @@ class Status:
         return asdict(self)
 
 
-def environment(root: Path) -> dict[str, str]:
-    """All variables that lead to the local stack of `root`, which must have been started once."""
+def environment(root: Path, role: str = ADMIN) -> dict[str, str]:
+    """All variables that lead to the local stack of `root` in a role; it must have been started once."""
     site = Site.load(root)
     if "prefect" not in site.ports or not site.credentials:
         raise StackError(f"there is no local stack in {site.folder} yet: start it with `pedigree up`")
-    return {**site.variables(), **without_proxy(os.environ)}
+    if not site.has_roles:
+        raise StackError(f"the local stack in {site.folder} was made without roles: `pedigree up` makes them")
+    return {**site.variables(role), **without_proxy(os.environ)}
 
 
-def connect(root: Path, start: bool = True, beside: bool = False) -> dict[str, str]:
+def connect(root: Path, start: bool = True, beside: bool = False, role: str = TRAINER) -> dict[str, str]:
     """The variables to apply: the team's services where the environment names them, else the local stack.
+
+    Whoever has set a login to MLflow keeps it: a user of their own, or the admin, as `pedigree env` does.
 
     Args:
         root: the checkout.
         start: start the local stack where it is not running.
         beside: as of `up`.
+        role: in which the local stack is used.
 
     Raises:
         StackError: the environment names only a part of a team's services, or the local stack cannot start.
@@ -76,7 +83,12 @@ def connect(root: Path, start: bool = True, beside: bool = False) -> dict[str, s
             raise StackError(f"{named}: set all of them, or none of them for the local stack")
         return dict(QUIET)
     inside = os.environ.get(MARK, "").startswith(mark(site, ""))  # a flow run must not restart its own worker
-    variables = up(root, beside=beside) if start and not inside else environment(root)
+    if start and not inside:
+        up(root, beside=beside)
+    login = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    variables = environment(root, ADMIN if login == ADMIN else role)
+    if login and login not in {ADMIN, TRAINER, REVIEWER}:
+        variables = {key: value for key, value in variables.items() if key not in LOGIN}
     # A session token from elsewhere would be sent along with our keys, and refused.
     return {**variables, "AWS_SESSION_TOKEN": ""} if os.environ.get("AWS_SESSION_TOKEN") else variables
 

@@ -11,9 +11,12 @@ from mlflow import MlflowClient
 from components.core import stage_runs, tracking
 from components.core.metric_queue import MetricQueue
 from components.core.mlflow_client import TrackingError
+from components.core.model_files import FILES_TAG, ModelFilesError, file_digests
 from components.core.registered_weights import WEIGHTS_SHA256_TAG, download_weights
+from components.core.signing import PUBLIC_KEY, SignatureError, sign_folder
 from components.core.storage import StorageError, sha256_file
 from components.core.user import user_name
+from tests.keys import key_variables
 
 PARAMS = {
     "name": "tiny",
@@ -210,12 +213,15 @@ def test_long_digests_are_refused():
 
 
 @pytest.fixture
-def version(client, tmp_path):
-    """Version 1 of a registered model whose weights lie some folders deep, and those weights."""
+def version(client, tmp_path, monkeypatch):
+    """Version 1 of a released model whose weights lie some folders deep, and those weights."""
+    for variable, value in key_variables(tmp_path / "keys").items():
+        monkeypatch.setenv(variable, value)
     weights = tmp_path / "registered" / "artifacts" / "weights"
     weights.mkdir(parents=True)
     (weights / "model.safetensors").write_bytes(b"weights")
     (weights / "config.json").write_text("{}")
+    sign_folder(tmp_path / "registered")
     with_name = tmp_path.name.replace("_", "-")
     client.create_registered_model(with_name)
     tags = {WEIGHTS_SHA256_TAG: sha256_file(weights / "model.safetensors")}
@@ -232,8 +238,40 @@ def test_weights_are_fetched_once_and_checked_each_time(version, workspace):
     (weights / "model.safetensors").write_bytes(b"altered")
     assert download_weights(f"models:/{name}/1", workspace) == folder
     (folder / "model.safetensors").write_bytes(b"altered")  # no longer what was fetched: fetch again, and see why
-    with pytest.raises(TrackingError, match="do not use"):
+    with pytest.raises(SignatureError, match=rf"^models:/{name}/1: .*do not use it.*weights/model\.safetensors"):
         download_weights(f"models:/{name}/1", workspace)
+
+
+def test_a_released_model_is_verified_whole_or_not_used(version, workspace, monkeypatch, tmp_path):
+    name, weights = version
+    download_weights(f"models:/{name}/1", workspace)
+    code = weights.parents[1] / "pyfunc_model.py"
+    code.write_text("import os")  # beside weights that are as they were
+    for variable, value in key_variables(tmp_path / "others").items():  # what the key before has verified is not used
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SignatureError, match="do not use it"):
+        download_weights(f"models:/{name}/1", workspace)
+    sign_folder(code.parent)
+    download_weights(f"models:/{name}/1", workspace)
+    monkeypatch.delenv(PUBLIC_KEY)
+    with pytest.raises(SignatureError, match=rf"^models:/{name}/1: {PUBLIC_KEY} is not set"):
+        download_weights(f"models:/{name}/1", workspace)
+
+
+def test_a_candidate_is_verified_by_the_digests_of_its_files(version, client, workspace, tmp_path):
+    name, registered = f"{version[0]}-candidates", tmp_path / "registered"
+    (registered / "model.sig").unlink()
+    files = file_digests(registered)
+    client.create_registered_model(name)
+    for tags in ({}, {FILES_TAG: json.dumps(files)}):
+        client.create_model_version(name, str(registered), tags=tags)
+    with pytest.raises(ModelFilesError, match=rf"^models:/{name}/1: has no tag {FILES_TAG}"):
+        download_weights(f"models:/{name}/1", workspace)
+    (registered / "code.py").write_text("import os")
+    with pytest.raises(ModelFilesError, match=r"do not use it: code\.py$"):
+        download_weights(f"models:/{name}/2", workspace)
+    (registered / "code.py").unlink()
+    assert (download_weights(f"models:/{name}/2", workspace) / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize(

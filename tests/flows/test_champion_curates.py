@@ -11,6 +11,7 @@ import yaml
 from mlflow import MlflowClient
 
 from components.core.registered_weights import WEIGHTS_SHA256_TAG
+from components.core.signing import sign_folder
 from components.core.storage import sha256_file
 from components.curation.embedders import resolve
 from components.model.config import ViTConfig
@@ -21,6 +22,7 @@ from flows.git import WorkspaceError
 from flows.registered import exact
 from flows.workspace import params_text
 from tests.flows.repository import PROJECT
+from tests.keys import key_variables
 
 EMBEDDER = "{kind: model, weights: models:/curator@champion, preprocessing: {resize_size: 32, crop_size: 28}}"
 
@@ -36,14 +38,16 @@ def client(root) -> Iterator[MlflowClient]:
     uri = f"sqlite:///{root}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
     client.create_registered_model("curator")
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        backbone = VisionTransformer(ViTConfig(dim=24, depth=1, num_heads=2, image_size=28))
-        save_weights(root / f"weights-{seed}", backbone, None, {})
-        tags = {WEIGHTS_SHA256_TAG: sha256_file(root / f"weights-{seed}" / "model.safetensors")}
-        client.create_model_version("curator", str(root / f"weights-{seed}"), tags=tags)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        for variable, value in {"MLFLOW_TRACKING_URI": uri, **key_variables(root / "keys")}.items():
+            patch.setenv(variable, value)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            backbone = VisionTransformer(ViTConfig(dim=24, depth=1, num_heads=2, image_size=28))
+            save_weights(root / f"weights-{seed}", backbone, None, {})
+            sign_folder(root / f"weights-{seed}")
+            tags = {WEIGHTS_SHA256_TAG: sha256_file(root / f"weights-{seed}" / "model.safetensors")}
+            client.create_model_version("curator", str(root / f"weights-{seed}"), tags=tags)
         yield client
 
 

@@ -26,7 +26,7 @@ from flows.retrain import RunResult
 from tests.flows.repository import IDENTITY, PROJECT, git_lines, pedigree, pedigree_command
 
 DECISIONS = ("review", "promote", "reject", "rollback", "history")
-WITH_EXAMPLES = ("run", "plan", "ingest", *DECISIONS, "trace", "curate", "train-status")
+WITH_EXAMPLES = ("run", "plan", "ingest", *DECISIONS, "trace", "verify", "curate", "train-status")
 COMMANDS = (*WITH_EXAMPLES, "up", "status", "down", "env")
 
 

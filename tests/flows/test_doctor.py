@@ -14,8 +14,10 @@ import boto3
 import pytest
 from prefect.client.orchestration import get_client
 
+from components.core.user import TRAINER
 from flows import health
 from flows.health import GREEN, RED, YELLOW, Finding, databases, packages, python
+from infra.local import supervisor
 from tests.flows.repository import copy_of_project, pedigree
 
 DEPLOYMENTS = ("retrain/weekly", "retrain/on-new-images", "ingest/ingest")
@@ -54,7 +56,7 @@ def versions(bucket: str, endpoint: str) -> list[str]:
 
 @pytest.mark.stack
 def test_all_is_green_where_all_is_well_and_no_probe_stays(stack, checkout, deployed):
-    code, found = doctor(checkout)
+    code, found = doctor(checkout, **supervisor.environment(stack.root, TRAINER))  # as runs work
     waits = {"retrain/weekly: schedule"}  # the scheduler may not have looked at it yet, just deployed
     assert {name: one for name, one in found.items() if one.state == RED} == {}
     assert {name for name, one in found.items() if one.state == YELLOW} <= {"versions", "disk", *waits}

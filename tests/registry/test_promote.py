@@ -65,7 +65,9 @@ def decide(finished, reference: str, reason: str = "r", **waivers: str) -> Decis
     return promote(reference, reason, finished["latest"], TRACE | waivers)
 
 
-def test_champion_loads_from_released_bytes(finished, name: str, photographs):
+def test_champion_loads_from_released_bytes(finished, name: str, photographs, monkeypatch):
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "Rita")
+    monkeypatch.setenv("GIT_AUTHOR_EMAIL", "rita@example.org")
     candidate = finished["first"]["teacher"]
     done = decide(finished, f"{name}-candidates/1", "better on every test")
     assert (done.changed, done.version, done.previous) == (True, f"{name}/1", None)
@@ -78,8 +80,8 @@ def test_champion_loads_from_released_bytes(finished, name: str, photographs):
     np.testing.assert_array_equal(champion.predict(frame), trained.predict(frame))
     (entry,) = AuditLog.from_environment().read(name)
     assert (entry.action, entry.subject) == ("promote", f"{name}/1")
-    assert entry.actor == os.environ["MLFLOW_TRACKING_USERNAME"]
-    assert entry.details["actor_from"] == "MLflow user (MLFLOW_TRACKING_USERNAME)"
+    assert entry.actor == "Rita <rita@example.org>"
+    assert entry.details["actor_from"] == "git's user.name and user.email; MLflow's login admin is shared"
     assert entry.details["reason"] == "better on every test"
     assert entry.details["digest"] == candidate["digest"]
     assert entry.details["waived"] == TRACE

@@ -24,6 +24,7 @@ from components.adaptation.config import AdaptConfig
 from components.core.config import ConfigError, validate
 from components.core.errors import EngineError, known
 from components.core.registered_weights import WEIGHTS_SHA256_TAG
+from components.core.signing import sign_folder
 from components.core.storage import sha256_file
 from components.distillation import stage as distillation
 from components.distillation.config import DistillConfig
@@ -35,6 +36,7 @@ from components.pretraining.config import PretrainConfig
 from components.training import delivery, pictures
 from components.training.loss_table import read_rows
 from components.training.parallelize import EXIT_INTERRUPTED, launch
+from tests.keys import key_variables
 from tests.training.jobs import broken, load_heads, write_labeled
 
 ONE_STEP = {
@@ -137,7 +139,10 @@ def test_a_registered_version_teaches_if_it_has_heads(workspace, pretrain_values
     client.create_registered_model("big")
     tags = {WEIGHTS_SHA256_TAG: sha256_file(pretrained / "model.safetensors")}
     headless = shutil.copytree(pretrained, workspace / "headless", ignore=lambda *_: ["heads.safetensors"])
+    for variable, value in key_variables(workspace / "keys").items():
+        monkeypatch.setenv(variable, value)
     for folder in (pretrained, headless):
+        sign_folder(folder)
         client.create_model_version("big", str(folder), tags=tags)
     values = tiny(steps=1, students={"s": {"backbone": backbone}}, **ONE_STEP)
 
