@@ -73,13 +73,14 @@ def authenticated_user() -> str | None:
     uri = server_uri()
     if uri is None or not uri.startswith("http"):
         return None
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request, verify_rest_response
+    from mlflow.utils import credentials, rest_utils
 
-    answer: Any = http_request(get_default_host_creds(uri), CURRENT_USER, "GET")
+    host: Any = credentials.get_default_host_creds(uri)  # pyright: ignore[reportUnknownMemberType]
+    answer: Any = rest_utils.http_request(host, CURRENT_USER, "GET")  # pyright: ignore[reportUnknownMemberType]
     if answer.status_code == HTTPStatus.NOT_FOUND:
         return None
-    return verify_rest_response(answer, CURRENT_USER).json()["user"]["username"]
+    rest_utils.verify_rest_response(answer, CURRENT_USER)  # pyright: ignore[reportUnknownMemberType]
+    return answer.json()["user"]["username"]
 
 
 def configure_client() -> None:

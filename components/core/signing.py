@@ -48,7 +48,7 @@ def sign_folder(folder: Path) -> None:
     if not key.startswith(PKCS11):
         key = os.fspath(_key_file(PRIVATE_KEY, "the private key of the reviewer"))
     try:
-        config = signing.Config().set_hashing_config(_hashing())
+        config: Any = signing.Config().set_hashing_config(_hashing())  # its types are partial
         if key.startswith(PKCS11):
             config.use_pkcs11_signer(pkcs11_uri=key)
         else:
@@ -72,7 +72,8 @@ def verify_folder(folder: Path) -> None:
     if not (folder / SIGNATURE).is_file():
         raise SignatureError(f"not signed: it has no {SIGNATURE}; `pedigree promote` signs what it releases")
     try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing())
+        config: Any = verifying.Config()
+        config = config.use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing())
     except (OSError, ValueError) as error:
         raise SignatureError(f"{PUBLIC_KEY}={key}: not a public key: {_said(error)}") from error
     try:
@@ -94,7 +95,8 @@ def _differing(folder: Path) -> list[str]:
 def _hashing() -> Any:
     from model_signing import hashing
 
-    return hashing.Config().set_ignored_paths(paths=NOT_OF_THE_MODEL, ignore_git_paths=False)
+    config: Any = hashing.Config()
+    return config.set_ignored_paths(paths=NOT_OF_THE_MODEL, ignore_git_paths=False)
 
 
 def _said(error: Exception) -> str:
