@@ -140,7 +140,7 @@ def resolve(client: MlflowClient, reference: str) -> ModelVersion:
 def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version with this alias; None when there is none."""
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return ModelReference(name, alias=alias).find(client)
     except MlflowException as error:
         if error.error_code not in NOT_THERE:
             raise
