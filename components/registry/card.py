@@ -11,6 +11,13 @@ import pyarrow as pa
 from components.lineage.provenance import DataVersion, Origin
 from components.model.config import Preprocessing
 
+SERVE = "mlflow models serve --model-uri models:/{name}@latest --env-manager local --port 5050"
+# In a pipe: an argument may have 128 KiB. curl leaves out the line breaks of base64.
+ASK = (
+    r"""echo "{\"instances\": [\"$(base64 photo.jpg)\"]}" | """
+    'curl -H "Content-Type: application/json" -d @- http://127.0.0.1:5050/invocations'
+)
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -46,10 +53,15 @@ def render_card(facts: CardFacts) -> str:
     parts = [
         f"# {facts.name}",
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
-        f"bytes), gives their class tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
+        "bytes, or their base64 text over HTTP; transparency is laid over white, as in training), gives their class "
+        f"tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
         f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
         "pixel square in the middle, as the evaluation below did; the parameter `resolution` sets another square, a "
         f"multiple of {backbone['patch_size']}, of the same part of the image.",
+        "## Use",
+        f"```sh\n{SERVE.format(name=facts.name)}\n{ASK}\n```",
+        "Or `inputs`, `dataframe_records`, `dataframe_split`; beside it `params`. Status 400 comes with the bad row "
+        "and the reason.",
         "## Origin",
         _table(
             ("", ""),
