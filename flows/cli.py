@@ -14,6 +14,7 @@ from flows.commands import (
     curate,
     doctor,
     down,
+    embed,
     env,
     gc,
     ingest,
@@ -69,6 +70,7 @@ app.command("promote")(promote.promote)
 app.command("trace")(trace.trace)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
+app.command("embed")(embed.embed)
 app.command("plan")(plan.plan)
 app.command("train-status")(train_status.train_status)
 app.command("gc")(gc.gc)
