@@ -16,6 +16,7 @@ from flows.commands import (
     down,
     embed,
     env,
+    export,
     gc,
     ingest,
     plan,
@@ -70,6 +71,7 @@ app.command("promote")(promote.promote)
 app.command("trace")(trace.trace)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
+app.command("export")(export.export)
 app.command("embed")(embed.embed)
 app.command("plan")(plan.plan)
 app.command("train-status")(train_status.train_status)

@@ -38,6 +38,7 @@ RUN_ELSEWHERE = (
     ("pedigree doctor", "tests/flows/test_doctor.py", r'"doctor"'),
     ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
     ("pedigree embed", "tests/evaluation/test_folder_features.py", r'"embed", "weights"'),
+    ("pedigree export", "tests/registry/test_exports.py", r'"export", "weights"'),
     ("mlflow models serve --model-uri", "tests/registry/test_serving.py", r"SERVE\.replace"),
     ('echo "{', "tests/registry/test_serving.py", r"ASK\.replace"),
     ("pedigree up", "tests/infra/test_local_stack.py", r'"up"'),
