@@ -14,7 +14,9 @@ from flows.commands import (
     curate,
     doctor,
     down,
+    embed,
     env,
+    export,
     gc,
     history,
     ingest,
@@ -77,6 +79,8 @@ app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
+app.command("export")(export.export)
+app.command("embed")(embed.embed)
 app.command("plan")(plan.plan)
 app.command("train-status")(train_status.train_status)
 app.command("gc")(gc.gc)

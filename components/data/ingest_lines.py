@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from components.core.text import one_line
 from components.data.ingest_config import IngestRequest
 from components.data.labels import Placement, label_line, place, placement_lines, untested_line
-from components.data.sources import Listing
+from components.data.sources import Listing, Refusal
 
 if TYPE_CHECKING:
     from components.data.ingest import Finding
@@ -105,7 +105,7 @@ def relabeled_lines(relabeled: Sequence[tuple[Finding, str | None]]) -> Iterator
         )
 
 
-def source_lines(listing: Listing, findings: Sequence[Finding], rejected: Sequence[Finding]) -> Iterator[str]:
+def source_lines(listing: Listing, findings: Sequence[Finding], rejected: Sequence[Finding | Refusal]) -> Iterator[str]:
     """Yield lines on rejected and ignored files, links, and lossy decoding."""
     yield from counted([*listing.notes, *((note, finding.uri) for finding in findings for note in finding.notes)])
     if listing.ignored.counts:

@@ -148,8 +148,10 @@ def add_to_subset(
     Returns:
         [T, D], of the dtype of `tokens`.
     """
+    if drop_path == 0:  # first: an exported graph has no number of sequences to compute with
+        return tokens + branch(tokens, layout)
     subset = tuple((max(int(count * (1 - drop_path)), 1), length) for count, length in layout)
-    if drop_path == 0 or subset == layout:
+    if subset == layout:
         return tokens + branch(tokens, layout)
     rows, weights, start = [], [], 0
     for (count, length), (size, _) in zip(layout, subset, strict=True):

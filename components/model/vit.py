@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
     def _pack(batches: list[Tensor]) -> tuple[Tensor, Layout]:
         """Concatenate the tokens [B, N, D] of each batch as rows of one [T, D]."""
         rows = [tokens.flatten(0, 1) for tokens in batches]
-        return torch.cat(rows) if len(rows) > 1 else rows[0], tuple((len(t), t.shape[1]) for t in batches)
+        return torch.cat(rows) if len(rows) > 1 else rows[0], tuple((t.shape[0], t.shape[1]) for t in batches)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """Map [B, 3, H, W] to [B, 1 + R + P, D], with the steps of `prepare_tokens_with_masks` in order."""

@@ -14,6 +14,13 @@ from components.registry.review import Review
 SHOWN = 3  # measures
 BASELINE = "random"
 
+SERVE = "mlflow models serve --model-uri models:/{name}@latest --env-manager local --port 5050"
+# In a pipe: an argument may have 128 KiB. curl leaves out the line breaks of base64.
+ASK = (
+    r"""echo "{\"instances\": [\"$(base64 photo.jpg)\"]}" | """
+    'curl -H "Content-Type: application/json" -d @- http://127.0.0.1:5050/invocations'
+)
+
 
 def render_card(found: Review, links: Mapping[str, str]) -> str:
     """The card as markdown. It has no tables: MLflow sets their columns without a space between them.
@@ -34,6 +41,9 @@ def render_card(found: Review, links: Mapping[str, str]) -> str:
         " · ".join(f"[{text}]({address})" for text, address in links.items()),
         "## Use",
         use(making),
+        f"```sh\n{SERVE.format(name=found.version.partition('/')[0])}\n{ASK}\n```",
+        "Or `inputs`, `dataframe_records`, `dataframe_split`; beside it `params`. Status 400 comes with the bad row "
+        "and the reason.",
         "MLflow runs the code that lies beside the weights when it loads them. Verify a released copy first, by "
         f"`pedigree verify {released}@champion`, or without Pedigree, in "
         f"the folder of the copy, by `model_signing verify key . --signature {SIGNATURE} --public_key KEY` with the "
@@ -65,7 +75,8 @@ def use(making: Making) -> str:
     shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
     return (
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
-        f"bytes), gives their class tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
+        "bytes, or their base64 text over HTTP; transparency is laid over white, as in training), gives their class "
+        f"tokens, float32 [n, {backbone['dim']}]; scale them to unit length before taking "
         f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
         "pixel square in the middle, as the evaluation did; the parameter `resolution` sets another square, a "
         f"multiple of {backbone['patch_size']}, of the same part of the image."

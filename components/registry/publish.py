@@ -24,6 +24,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.types.schema import AnyType
 
 from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
@@ -235,7 +236,9 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
 
 def _signature(dim: int, resolution: int) -> ModelSignature:
     return ModelSignature(
-        inputs=Schema([ColSpec("binary", "image")]),
+        # Bytes, or base64 text. Not `binary`: MLflow's server decodes such a column in two of its four JSON forms only,
+        # names neither row nor reason where it cannot, and refuses an empty frame.
+        inputs=Schema([ColSpec(AnyType(), "image")]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, dim))]),
         params=ParamSchema([ParamSpec("resolution", "integer", resolution)]),
     )
