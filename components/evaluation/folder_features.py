@@ -31,7 +31,7 @@ from components.core.progress import progress
 from components.core.storage import disk_errors, sha256_file
 from components.data.ingest_lines import source_lines
 from components.data.shards import MAX_PIXELS, ImageError, decode_noted
-from components.data.sources import Batch, Entry, Listing, Refusal, list_source, read_batch
+from components.data.sources import Entry, EntryBatch, Listing, Refusal, list_source, read_batch
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.model.preprocessing import center_crop, to_input
@@ -178,7 +178,7 @@ def _compute_parts(listing: Listing, parts: Path, model: _Model) -> tuple[list[P
     return paths, resumed
 
 
-def _digest(batch: Batch, key: str) -> str:
+def _digest(batch: EntryBatch, key: str) -> str:
     """Names a part: by the model, and by its files' names, places, lengths and times."""
     entries = [(e.uri, e.offset, e.length, _time_of(e.path)) for e in batch.entries]
     return hashlib.sha256(json.dumps([key, batch.row_group, entries]).encode()).hexdigest()
@@ -198,7 +198,7 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
-def _embed_batch(batch: Batch, root: str, model: _Model) -> pa.Table:
+def _embed_batch(batch: EntryBatch, root: str, model: _Model) -> pa.Table:
     rows: list[tuple[str, str, int, int]] = []
     made: list[list[NDArray[np.float32]]] = []
     refused, noted = list[Refusal](), list[tuple[str, str]]()
@@ -219,7 +219,7 @@ def _embed_batch(batch: Batch, root: str, model: _Model) -> pa.Table:
     return table.replace_schema_metadata({**(schema.metadata or {}), LEFT_OUT: json.dumps(told)})
 
 
-def _prepared(batch: Batch, root: str, model: _Model) -> Iterator[list[_Crop | Refusal]]:
+def _prepared(batch: EntryBatch, root: str, model: _Model) -> Iterator[list[_Crop | Refusal]]:
     """The images of a batch, decoded and cropped by threads, as many at a time as the network takes."""
     entries = iter(read_batch(batch))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
