@@ -302,8 +302,44 @@ def curate_descriptor() -> Row:
     return _embedding("curate_descriptor", "decode + score + descriptor, against a plain loop", network=False)
 
 
+def served_single() -> Row:
+    """A registered ViT-S/14 at 224 pixels, one 320-pixel JPEG a call, against a plain torch loop."""
+    return _served("served_single", 1)
+
+
+def served_batch() -> Row:
+    """The same, 16 of them a call."""
+    return _served("served_batch", 16)
+
+
+def served_size() -> Row:
+    """The registered model's folder against its weights file alone."""
+    from tests.benchmarks.served import served
+
+    with served(_photographs(320)) as (_, _, folder):
+        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        weights = next(folder.rglob("model.safetensors")).stat().st_size
+    return Row("served_size", "registered ViT-S/14, against its weights alone", 2**30 / whole, 2**30 / weights, "1/GiB")
+
+
+def export_timm() -> Row:
+    """A ViT-S/14 exported to timm: features within 1e-4 of ours, forward pass of 8 images at 224 pixels."""
+    return _exported("timm")
+
+
+def export_transformers() -> Row:
+    """The same for transformers."""
+    return _exported("transformers")
+
+
+def export_onnx() -> Row:
+    """The same for onnxruntime."""
+    return _exported("onnx")
+
+
 _MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
-BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor)}
+_USED = (served_single, served_batch, served_size, export_timm, export_transformers, export_onnx)
+BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor, *_USED)}
 CURATION, SIZES = "curation", "10000,100000"
 NAMES = [*BENCHMARKS, CURATION]
 
@@ -342,6 +378,37 @@ def _embedding(name: str, what: str, network: bool) -> Row:
     finally:
         torch.set_num_threads(threads)
     return Row(name, what, *_rates(REPEATS * len(files), seconds), "images/s")
+
+
+def _served(name: str, count: int) -> Row:
+    import torch
+
+    from tests.benchmarks.served import served
+
+    threads, files = torch.get_num_threads(), (_photographs(320) * 4)[:count]
+    torch.set_num_threads(1)
+    try:
+        with served(files) as (ours, plain, _):
+            np.testing.assert_allclose(ours(files), plain(files), atol=1e-3, err_msg="the two sides embed differently")
+            seconds = _take_turns(lambda: ours(files), lambda: plain(files), turns=7 if count == 1 else 2)
+    finally:
+        torch.set_num_threads(threads)
+    return Row(name, f"ViT-S/14, {count} a call, 1 thread, against plain torch", *_rates(count, seconds), "images/s")
+
+
+def _exported(kind: str) -> Row:
+    import torch
+
+    from tests.benchmarks.served import BATCH, exported
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = exported(kind, threads=1)
+    finally:
+        torch.set_num_threads(threads)
+    what = f"ViT-S/14 forward, 1 thread, against its export in {'onnxruntime' if kind == 'onnx' else kind}"
+    return Row(f"export_{kind}", what, *_rates(BATCH, seconds), "images/s")
 
 
 def _curation(sizes: str, steps: str) -> list[curation.Cost]:
