@@ -31,9 +31,11 @@ from components.model.head import ProjectionHead
 from components.model.vit import VisionTransformer
 from components.registry import stage
 from components.registry.config import RegisterConfig
+from components.registry.promote import Decision, promote
 
 PATCH = 7
 CONFIG = RegisterConfig(preprocessing=Preprocessing(resize_size=32, crop_size=28))
+TRACE = {"lineage": "the workspace of these tests has no storage"}
 TESTED = [f"{number:064x}" for number in range(200)]  # ids of evaluation images
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
 
@@ -191,6 +193,11 @@ def finished(stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     change_teacher(root, 11, 0.5)
     stage.run(CONFIG, root, 7, name)
     return {"root": earlier, "latest": root, "name": name, "first": first, "again": again, "newer": newer}
+
+
+def decide(finished: dict[str, Any], reference: str, reason: str = "r", **waivers: str) -> Decision:
+    """Promote, with what these made-up workspaces cannot have waived."""
+    return promote(reference, reason, finished["latest"], TRACE | waivers)
 
 
 def new_name() -> str:

@@ -21,7 +21,7 @@ from components.core.errors import PedigreeError
 from components.lineage.audit_log import AuditLog, Event, OvertakenError
 from components.lineage.provenance import Tag
 from components.registry import promote as promotion
-from components.registry.promote import Decision, promote, reject, rollback
+from components.registry.promote import promote, reject, rollback
 from components.registry.publish import RegistryError
 from components.registry.release import Released
 from components.registry.review import review_reference, undecided
@@ -32,9 +32,9 @@ from flows.commands.promote import promote as promote_command
 from flows.commands.promote import reject as reject_command
 from flows.commands.promote import rollback as rollback_command
 from flows.commands.review import review as review_command
+from tests.registry.conftest import TRACE, decide
 
 pytestmark = pytest.mark.stack
-TRACE = {"lineage": "the workspace of these tests has no storage"}
 
 
 @pytest.fixture
@@ -59,10 +59,6 @@ def state(name: str) -> dict[str, object]:
         "versions": len(client.search_model_versions(f"name='{name}'")),
         "events": [(e.sequence, e.subject) for e in AuditLog.from_environment().read(name)],
     }
-
-
-def decide(finished, reference: str, reason: str = "r", **waivers: str) -> Decision:
-    return promote(reference, reason, finished["latest"], TRACE | waivers)
 
 
 def test_champion_loads_from_released_bytes(finished, name: str, photographs, monkeypatch):
