@@ -20,11 +20,12 @@ from components.core.signing import PRIVATE_KEY, PUBLIC_KEY
 from components.core.user import ADMIN, REVIEWER, TRAINER
 from components.lineage.audit_log import AuditLog
 from components.registry import stage
-from components.registry.promote import promote, who, with_alias
+from components.registry.promote import promote, who
+from components.registry.standing import with_alias
 from infra.local import supervisor
 from infra.local.services import request
 from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site
-from tests.registry.conftest import PREPROCESSING, make_workspace
+from tests.registry.conftest import CONFIG, TRACE, make_workspace
 
 pytestmark = pytest.mark.stack
 
@@ -173,11 +174,11 @@ def test_a_run_registers_as_the_trainer_and_the_reviewer_promotes(servers, monke
             monkeypatch.setenv(variable, value)
         if role == TRAINER:
             assert with_alias(MlflowClient(), name, "champion") is None  # the first question of a first run
-            stage.run(PREPROCESSING, tmp_path / "run", 7, name)
+            stage.run(CONFIG, tmp_path / "run", 7, name)
             with pytest.raises(PedigreeError, match=f"{PRIVATE_KEY} is not set"):
-                promote(f"{name}@latest", "a trainer's own")
+                promote(f"{name}@latest", "a trainer's own", tmp_path / "run", TRACE)
         else:
-            with pytest.raises(PedigreeError, match="no such candidate"):
+            with pytest.raises(PedigreeError, match="no such version"):
                 promote(f"{name}-none@latest", "good")
-            assert promote(f"{name}@latest", "good").version == "1"
+            assert promote(f"{name}@latest", "good", tmp_path / "run", TRACE).version == f"{name}/1"
     assert [entry.subject for entry in AuditLog.from_environment().read(name)] == [f"{name}/1"]

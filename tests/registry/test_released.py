@@ -24,10 +24,10 @@ from components.core.model_files import SIGNATURE, digest_of, file_digests
 from components.core.registered_weights import download_weights
 from components.core.signing import PRIVATE_KEY, PUBLIC_KEY, SignatureError
 from components.lineage.verify import verify
-from components.registry.promote import promote
 from components.registry.release import Released
 from flows.commands.decorators import command
 from flows.commands.verify import verify as verify_command
+from tests.registry.conftest import decide
 
 pytestmark = pytest.mark.stack
 WEIGHTS = "artifacts/weights/model.safetensors"
@@ -43,7 +43,7 @@ def released(finished, name: str) -> str:
     client.create_model_version(
         f"{name}-candidates", version.source, version.run_id, tags=version.tags, model_id=model_id
     )
-    promote(f"{name}/1", "good")
+    decide(finished, f"{name}-candidates/1", "good")
     return name
 
 
@@ -98,8 +98,8 @@ def test_whatever_is_changed_in_the_bucket_is_noticed_and_named(finished, releas
     code, shown, _ = by_command(f"{released}@champion", "--json")
     assert (code, json.loads(shown)["differing"]) == (1, [])
     assert json.loads(shown)["checks"]["signature"].startswith("not signed")
-    again = promote(f"{released}/1", "as a champion that was released before there were signatures")
-    assert (again.version, verify(f"{released}/1", tmp_path).holds) == ("1", True)
+    again = decide(finished, f"{released}-candidates/1", "as a champion of the time before signatures")
+    assert (again.version, verify(f"{released}/1", tmp_path).holds) == (f"{released}/1", True)
 
 
 def test_tags_that_a_person_without_the_key_changed_are_noticed(released: str, tmp_path):
@@ -141,9 +141,9 @@ def test_hostile_files_are_not_released(finished, name: str, tmp_path, spoil: Ca
     assert found["KeyCount"] == 0
 
 
-def test_without_a_key_nothing_is_released(released: str, monkeypatch):
+def test_without_a_key_nothing_is_released(finished, released: str, monkeypatch):
+    bucket, prefix = place(released)
+    boto3.client("s3").delete_object(Bucket=bucket, Key=f"{prefix}/{SIGNATURE}")
     monkeypatch.delenv(PRIVATE_KEY)
-    client = MlflowClient()
-    client.delete_model_version(released, "1")
     with pytest.raises(SignatureError, match=f"{PRIVATE_KEY} is not set"):
-        promote(f"{released}/1", "again")
+        decide(finished, f"{released}-candidates/1", "again")
