@@ -199,7 +199,7 @@ def test_command(one, tmp_path: Path, monkeypatch):
 def test_a_registered_version_states_its_passport(finished, stack, tmp_path: Path, monkeypatch):
     name = f"{finished['name']}-candidates"
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["export", f"{name}@latest", "--format", "safetensors", "--json"])
+    done = CliRunner().invoke(app, ["export", f"{name}/2", "--format", "safetensors", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["path"], told["assumed"]) == (f"{name}-2.safetensors", None)
