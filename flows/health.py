@@ -322,7 +322,7 @@ def _deployment(client: SyncPrefectClient, expected: dict[str, Any]) -> Iterator
     yield Finding(name, GREEN, f"deployed to work pool {found.work_pool_name}")
     if expected.get("schedules"):
         yield _schedule(client, name, found)
-    if expected.get("triggers"):
+    if any(trigger.get("enabled", True) for trigger in expected.get("triggers", ())):
         automations = client.read_resource_related_automations(f"prefect.deployment.{found.id}")
         on = any(automation.enabled for automation in automations)
         advice = "" if on else "switch it on in Prefect's page, under Automations, or `prefect deploy --all`"

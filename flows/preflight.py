@@ -174,7 +174,7 @@ def _local_storage() -> bool:
 
 
 def num_parameters(backbone: ViTConfig, heads: Sequence[HeadConfig]) -> int:
-    """Count the parameters of a vision transformer and its heads, without biases, norms and positions (below 1 %)."""
+    """Count the parameters of a vision transformer and its heads, without biases, norms and positions (3 % at most)."""
     dim = backbone.dim
     total = backbone.depth * dim * dim * (4 + 2 * backbone.ffn_ratio)  # swiglu: three matrices of 2/3 the width
     total += dim * 3 * backbone.patch_size**2

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from flows.workspace import Workspace
 
 STOP_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
+_recording = threading.Lock()  # what a stage records is committed before the next one records, under its own name
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 WORTH_A_RETRY = (os.EX_TEMPFAIL, -signal.SIGTERM)
 
@@ -64,10 +66,12 @@ def run_stage(stage: Stage, workspace: Workspace) -> str:
 
 def _bring(stage: Stage, workspace: Workspace) -> str:
     logger = get_run_logger()
-    outcome = workspace.ledger.take_up(stage.name)
+    with _recording:
+        outcome = workspace.ledger.take_up(stage.name)
+        if outcome is not Outcome.CHANGED:
+            workspace.ledger.push(stage.name)  # an earlier run may have stopped before pushing
+            workspace.commit(f"{stage.name}: {outcome.value}")
     if outcome is not Outcome.CHANGED:
-        workspace.ledger.push(stage.name)  # an earlier run may have stopped before pushing
-        workspace.commit(f"{stage.name}: {outcome.value}")
         logger.info("%s: %s, not computed again", stage.name, outcome.value)
         return outcome.value
     logger.info("%s: %s", stage.name, stage.command, extra=DETAIL)
@@ -76,8 +80,9 @@ def _bring(stage: Stage, workspace: Workspace) -> str:
     with progress_artifact(stage.name) as show:
         stream(stage.command, workspace.root, partial(hand_on, stage.name, logger, show))
     board.doing(stage.name, "storing its outputs")
-    workspace.ledger.record(stage.name)
-    workspace.commit(f"{stage.name}: ran for {time.monotonic() - begun:.0f} s")
+    with _recording:
+        workspace.ledger.record(stage.name)
+        workspace.commit(f"{stage.name}: ran for {time.monotonic() - begun:.0f} s")
     logger.info("%s: done in %.0f s", stage.name, time.monotonic() - begun)
     return "ran"
 

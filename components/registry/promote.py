@@ -95,8 +95,8 @@ def promote(
     """
     waivers = waivers or {}
     _check_words(PROMOTE, reason, waivers)
-    by = who(actor)
     with _deciding(reference) as (standing, version, settled):
+        by = who(actor)
         unexplained = standing.unexplained()
         signed = Released().is_signed(standing.name, _digest(version))
         if _is_champion(standing, version) and signed and not unexplained:
@@ -126,8 +126,8 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
         RecordError: the audit log is broken or does not take the event.
     """
     _check_words(REJECT, reason, {})
-    by = who(actor)
     with _deciding(reference) as (standing, version, settled):
+        by = who(actor)
         if not ModelReference(str(version.name)).is_candidate:
             raise ConfigError(f"{address(version)}: is released; `pedigree rollback {standing.name}` takes it back")
         details = {"reason": reason.strip(), "actor_from": by["actor_from"], "run": version.run_id}
@@ -154,9 +154,8 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
         RecordError: as for `promote`.
     """
     _check_words(ROLLBACK, reason, {})
-    by = who(actor)
     with one_line_errors():
-        standing = Standing.read(name)
+        standing, by = Standing.read(name), who(actor)
         settled, last = standing.settle(), standing.entries[-1] if standing.entries else None
         if last and (last.action, last.actor, last.details["reason"]) == (ROLLBACK, by["actor"], reason.strip()):
             return _decision(standing, ROLLBACK, resolve(standing.client, last.subject), None, settled, [])

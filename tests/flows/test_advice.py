@@ -31,7 +31,7 @@ def test_what_the_default_recipe_would_miss_of_a_hundred_thousand_photographs():
     assert missed("tiny-cpu", 100_000, 1_080) == [
         "it trains on crops of 48 pixels, not 96",
         "it keeps at most 2,000 images (curate.target_images)",
-        "its pretraining draws 25,600 images, not 640,000",
+        "its pretraining draws 11,200 images, not 640,000",
     ]
     assert missed("tiny-cpu", 100_000, 1_080, gpu=True)[0] == "it trains on crops of 48 pixels, not 224"
 

@@ -125,26 +125,26 @@ def test_disks_without_room(checkout, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DISK(0, 0, 2**30))
     check(checkout, recipe(), choose(checkout, None))
     told = caplog.text
-    assert "1.00 GiB are free, a run that computes all stages needs about 4.07 (" in told
+    assert "1.00 GiB are free, a run that computes all stages needs about 4.04 (" in told
     assert "curated images 2.00, " in told
     assert "curated images in S3 2.00, " in told
-    assert "checkpoints 0.05" in told
+    assert "checkpoints 0.03" in told
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
     check(checkout, recipe(), choose(checkout, None))
-    assert "needs about 2.06 (" in caplog.text
+    assert "needs about 2.03 (" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DISK(0, 0, 2**20))
     assert faults(checkout, recipe())[-1].endswith("/.pedigree: 1 MiB are free, and a run needs 100 MiB at least")
 
 
 def test_loaders_that_shared_memory_cannot_hold(checkout, monkeypatch):
-    room = {shared_memory.SHARED_MEMORY: DISK(0, 0, 9 * 2**20)}
+    room = {shared_memory.SHARED_MEMORY: DISK(0, 0, 7 * 2**20)}
     monkeypatch.setattr(shutil, "disk_usage", lambda where: room.get(where, DISK(0, 0, 2**40)))
     told = faults(checkout, recipe("pretrain.stream.num_workers=6", "evaluate.num_workers=9"))
     assert [line.partition(": set ")[2].partition(",")[0] for line in told] == [
-        "evaluate.num_workers=6", "pretrain.stream.num_workers=5",
+        "evaluate.num_workers=4", "pretrain.stream.num_workers=5",
     ]  # fmt: skip
     assert told[1].startswith(
-        "/dev/shm has 9 MiB free, and pretrain.stream.num_workers=6 keeps up to 13 batches of 0.7 MiB there"
+        "/dev/shm has 7 MiB free, and pretrain.stream.num_workers=6 keeps up to 13 batches of 0.6 MiB there"
     )
 
 
@@ -153,7 +153,7 @@ def test_parameters_are_counted_as_they_are():
     shape = given.backbone.trained_at(given.crops.global_size)
     network = draw_network(shape, {"dino": given.dino_head, "ibot": given.ibot_head}, seed=0)
     real = sum(parameter.numel() for parameter in network.parameters())
-    assert num_parameters(given.backbone, (given.dino_head, given.ibot_head)) == pytest.approx(real, rel=0.02)
+    assert num_parameters(given.backbone, (given.dino_head, given.ibot_head)) == pytest.approx(real, rel=0.03)
 
 
 def test_torch_is_not_needed():
