@@ -51,6 +51,11 @@ def line_of_succession(entries: Iterable[Entry]) -> list[str]:
     return found
 
 
+def aliases_of(line: Sequence[str]) -> dict[str, str]:
+    """Return the version that each alias belongs on, by a line of succession."""
+    return dict(zip((CHAMPION, PREVIOUS), [*reversed(line[-2:])], strict=False))
+
+
 def reigns(entries: Iterable[Entry]) -> list[Reign]:
     """Return the changes of the champion, oldest first."""
     changes = [entry for entry in entries if entry.action in CHANGES]
@@ -67,8 +72,7 @@ def unexplained(name: str, entries: Sequence[Entry], aliases: Mapping[str, Any],
         aliases: its aliases in MLflow, to version numbers.
         versions: its versions in MLflow.
     """
-    line = line_of_succession(entries)
-    stated = dict(zip((CHAMPION, PREVIOUS), [*reversed(line[-2:])], strict=False))
+    stated = aliases_of(line_of_succession(entries))
     found = []
     for alias in (CHAMPION, PREVIOUS):
         there = str(ModelReference(name, version=str(aliases[alias]))) if alias in aliases else None

@@ -147,8 +147,7 @@ def size(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
 
 def latency(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """One image takes no longer than its budget."""
-    state, told = _budget(evidence.facts.latency_ms, config.max_latency_ms, "ms an image")
-    return state, f"{told} on {evidence.facts.machine}"
+    return _budget(evidence.facts.latency_ms, config.max_latency_ms, f"ms an image on {evidence.facts.machine}")
 
 
 def not_rejected(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:

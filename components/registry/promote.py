@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from components.core.config import ConfigError
 from components.core.git import person
 from components.core.mlflow_client import authenticated_user
+from components.core.model_files import differing
 from components.core.references import ModelReference
 from components.core.signing import verify_folder
 from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
@@ -172,7 +173,7 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
 def who(actor: str | None) -> dict[str, str]:
     """The person who acts, and how that is known: MLflow's user, unless many share it, then whom git knows."""
     if actor:
-        return {"actor": actor, "actor_from": "given by the caller"}
+        return {"actor": actor, "actor_from": "as typed, not authenticated"}
     login = authenticated_user()
     if login and login not in {ADMIN, TRAINER, REVIEWER}:
         return {"actor": login, "actor_from": "MLflow user, authenticated by the server"}
@@ -189,11 +190,10 @@ def verify_files(folder: Path, version: ModelVersion) -> dict[str, str]:
         RegistryError: a file was changed, added or removed since; the message names the files.
     """
     stated, found = json.loads(version.tags.get(Tag.FILES, "{}")), file_digests(folder)
-    differing = sorted(path for path in stated.keys() | found.keys() if stated.get(path) != found.get(path))
-    if differing:
+    if others := differing(stated, found):
         raise RegistryError(
-            f"{address(version)}: not the bytes that were registered: {', '.join(differing[:5])} "
-            f"({len(differing)} of {len(stated)} files); nothing was changed"
+            f"{address(version)}: not the bytes that were registered: {', '.join(others[:5])} "
+            f"({len(others)} of {len(stated)} files); nothing was changed"
         )
     weights = {sha256 for path, sha256 in found.items() if path.endswith(f"/{WEIGHTS_FILE}")}
     if digest_of(found) != version.tags.get(Tag.DIGEST) or weights != {version.tags.get(Tag.WEIGHTS_SHA256)}:

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from components.core.config import ConfigError
 from components.core.references import CANDIDATES, ModelReference
 from components.lineage.audit_log import AuditLog, Entry, Event, OvertakenError
-from components.lineage.champions import CHAMPION, CHANGES, PREVIOUS, line_of_succession, unexplained
+from components.lineage.champions import CHAMPION, CHANGES, PREVIOUS, aliases_of, line_of_succession, unexplained
 from components.registry.publish import RegistryError, registry_client, versions
 
 NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
@@ -159,7 +159,4 @@ def _listed(client: MlflowClient, name: str) -> str:
 
 def _stated(line: Sequence[str]) -> dict[str, Any]:
     """Aliases with their numbers, by a line of succession."""
-    return {
-        alias: version.rpartition("/")[2]
-        for alias, version in zip((CHAMPION, PREVIOUS), [*reversed(line[-2:])], strict=False)
-    }
+    return {alias: version.rpartition("/")[2] for alias, version in aliases_of(line).items()}

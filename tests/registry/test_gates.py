@@ -93,7 +93,7 @@ def test_intervals_are_wilsons_of_accuracies_and_the_bootstraps_of_others():
         ("data", {"snapshots_passed": 1}, "1 of 2 snapshots"),
         ("decontamination", {"scored_on": ("a.dir", "c.dir")}, "scored on c.dir"),
         ("size", {"gates": GatesConfig(max_size_mib=3)}, "3.5 MiB, at most 3"),
-        ("latency", {"gates": GatesConfig(max_latency_ms=10)}, "12 ms an image, at most 10 on x86_64 with 2 CPUs"),
+        ("latency", {"gates": GatesConfig(max_latency_ms=10)}, "12 ms an image on x86_64 with 2 CPUs, at most 10"),
     ],
 )  # fmt: skip
 def test_each_gate_fails_alone(name, changes, text):
