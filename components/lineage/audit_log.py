@@ -24,6 +24,7 @@ from components.core.storage import s3_client, s3_errors
 from components.lineage.lock_file import RecordError
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
+PLATFORM = "_platform"  # chain of the events that concern no single model, such as an ingest; no model can have this name
 GENESIS = "0" * 64
 ATTEMPTS = 20
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
@@ -233,7 +234,7 @@ def _canonical(values: Mapping[str, Any]) -> bytes:
 
 
 def _checked(name: str) -> str:
-    if not MODEL_NAME.fullmatch(name):
+    if name != PLATFORM and not MODEL_NAME.fullmatch(name):
         raise RecordError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
     return name
 
