@@ -24,6 +24,7 @@ import yaml
 
 from components.core.errors import PedigreeError, ServiceError, error_message
 from components.core.layout import Layout
+from components.core.signing import check_keys
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
 
@@ -73,6 +74,7 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
                 [dvc_remote],
                 ".dvc/config, .dvc/config.local and AWS_* lead to it; `dvc remote list` shows it",
             ),
+            ("signing keys", [signing_keys], "components/registry/README.md, 'Keys', makes a pair"),
             ("MLflow", [mlflow], "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD log in"),
             ("Prefect", [prefect], login),
         ]
@@ -230,6 +232,11 @@ def dvc_remote(checkout: Path) -> Iterator[Finding]:
     else:
         advice = f"`dvc remote modify storage url s3://{bucket}/dvc`, or correct PEDIGREE_DATA_BUCKET"
         yield Finding("DVC remote", RED, f"{address} is not in the data bucket {bucket}", advice)
+
+
+def signing_keys(_: Path) -> Iterator[Finding]:
+    """Check the keys that sign released models and verify them before use."""
+    yield Finding("signing keys", GREEN, check_keys())
 
 
 def mlflow(checkout: Path) -> Iterator[Finding]:
