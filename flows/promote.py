@@ -71,7 +71,7 @@ def _promote(reference: str) -> State[Any]:
         done = decisions.promote(found.version, answer.reason, Path.cwd(), answer.waive, answer.name)
     for note in announce(done):
         get_run_logger().warning(note)
-    return Completed(message=f"{done.action}: {done.version}, event {done.event.sequence if done.event else 'none'}")
+    return Completed(message=f"{done.action}: {done.version}, event {done.event.sequence}")
 
 
 def gates_table(found: Any) -> str:

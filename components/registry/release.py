@@ -63,11 +63,11 @@ class Released:
             list(pool.map(lambda path: self._put(folder / path, f"{prefix}/{path}", files[path]), files))
         with s3_errors(f"s3://{self.bucket}/{prefix}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
-            found = {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
+            found = (item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", []))
+            foreign = next((path for path in found if path not in {*files, SIGNATURE}), None)
+            if foreign is not None:
+                raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model, first {foreign}")
             self._client.upload_file(str(folder / SIGNATURE), self.bucket, f"{prefix}/{SIGNATURE}")
-        found.discard(SIGNATURE)
-        if found != set(files):
-            raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model: {found - set(files)}")
         return f"s3://{self.bucket}/{prefix}"
 
     def is_signed(self, name: str, digest: str) -> bool:

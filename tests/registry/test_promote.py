@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import typer
 from mlflow import MlflowClient
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 
 from components.core.config import ConfigError
@@ -21,6 +23,8 @@ from components.core.errors import PedigreeError
 from components.lineage.audit_log import AuditLog, Event, OvertakenError
 from components.lineage.provenance import Tag
 from components.registry import promote as promotion
+from components.registry import review as reviews
+from components.registry.config import GatesConfig
 from components.registry.promote import promote, reject, rollback
 from components.registry.publish import RegistryError
 from components.registry.release import Released
@@ -139,7 +143,8 @@ def test_rollback_brings_the_bytes_of_before_without_candidate_or_run(finished, 
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame), before)
     with pytest.raises(RegistryError, match=f"{name}: no earlier champion to return to; {name}/1 is the first"):
         rollback(name, "again")
-    assert rollback(name, "fails at night").event is None  # run again, as after a crash
+    again = rollback(name, "fails at night")  # run again, as after a crash
+    assert (again.changed, again.event) == (False, done.event)
     again = decide(finished, f"{name}/2", "mended")  # a released version, by its released bytes
     assert (again.version, again.previous) == (f"{name}/2", f"{name}/1")
     bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], first.source.split("/", 3)[3]
@@ -160,10 +165,10 @@ def test_previous_keeps_the_champion_before(finished, name: str):
 
 
 def test_champion_already(finished, name: str):
-    decide(finished, f"{name}-candidates/1", "first")
+    first = decide(finished, f"{name}-candidates/1", "first")
     before = state(name)
     again = decide(finished, f"{name}-candidates/1", "again")
-    assert (again.changed, again.event, again.version) == (False, None, f"{name}/1")
+    assert (again.changed, again.event, again.version) == (False, first.event, f"{name}/1")
     assert state(name) == before
 
 
@@ -226,6 +231,21 @@ def test_killed_at_any_step_and_run_again(finished, name: str):
     assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
 
 
+def test_reject_killed_at_any_step_and_run_again(finished, name: str):
+    candidate = f"{name}-candidates/3"
+    for owner, function in ((AuditLog, "append"), (MlflowClient, "set_model_version_tag")):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, owner, function, 1)
+            with pytest.raises(Killed):
+                reject(candidate, "fails at night", "Ann")
+    done = reject(candidate, "fails at night", "Ann")
+    assert (done.action, done.changed, done.event.sequence) == ("reject", False, 1)
+    assert [(e.sequence, e.subject) for e in AuditLog.from_environment().read(name)] == [(1, candidate)]
+    tag = MlflowClient().get_model_version(f"{name}-candidates", "3").tags[Tag.REJECTED]
+    assert tag == "Ann, event 1: fails at night"
+    assert reject(candidate, "and by day", "Ann").changed
+
+
 def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int) -> None:
     original, calls = getattr(owner, function), itertools.count(1)
 
@@ -257,6 +277,26 @@ def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(finished, name:
     with pytest.raises(OvertakenError, match=r"event 2 came first: reject of .*/1 by Bob, 'at night'; look again"):
         decide(finished, f"{name}-candidates/1", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
+
+
+def test_a_typed_name_is_no_second_person(finished, name: str, monkeypatch):
+    original, asked = reviews._read, {"gates": GatesConfig(second_person=True)}
+
+    def strict(version: str):
+        record = original(version)
+        assert record is not None
+        return dataclasses.replace(record, facts=record.facts.model_copy(update=asked))
+
+    monkeypatch.setattr(reviews, "_read", strict)
+    candidate, alone = f"{name}-candidates/1", {**TRACE, "second-person": "urgent"}
+    with pytest.raises(RegistryError, match="second-person: Bob is a name that was not authenticated; another person"):
+        promote(candidate, "r", finished["latest"], TRACE, "Bob")
+    with pytest.raises(RegistryError, match="the gate second-person is waived by an authenticated person only"):
+        promote(candidate, "r", finished["latest"], alone, "Bob")
+    monkeypatch.setattr(promotion, "authenticated_user", lambda: "rita")  # over HTTP in tests/infra/test_roles.py
+    done = promote(candidate, "r", finished["latest"], TRACE)
+    gate = done.event.details["gates"]["second-person"]
+    assert (done.event.actor, gate[0], gate[1].startswith("rita decides")) == ("rita", "passed", True)
 
 
 def test_tampered_candidate_is_refused_and_the_file_named(finished, name: str):
@@ -329,6 +369,13 @@ def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     found = json.loads(invoke(app, ["review", f"{name}@latest", "--json"]).stdout)
     assert (found["version"], found["champion"]) == (f"{name}-candidates/3", f"{name}/1")
     assert f"{name}-candidates/3" in invoke(app, ["review"]).stdout
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), monkeypatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+        waiting = invoke(app, ["review", "--json"])
+    (row,) = (row for row in json.loads(waiting.stdout) if row["version"] == f"{name}-candidates/3")
+    assert row["request"] is None
+    assert row["request_unknown"].startswith("Prefect at http://127.0.0.1:9/api does not answer (")
+    assert waiting.stderr == f"{row['request_unknown']}\n"
 
     opened: list[str] = []
     monkeypatch.setattr(typer, "launch", opened.append)
