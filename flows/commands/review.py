@@ -17,8 +17,6 @@ from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from components.registry.review import Review
 
 STYLES = {"passed": "green", "failed": "bold red", "pending": "yellow"}
@@ -62,7 +60,7 @@ def review(
     return Answer(data, partial(_show, found, page, passport), exit_code=1 if found.failed else 0)
 
 
-def _waiting(client: MlflowClient) -> Answer:
+def _waiting(client: Any) -> Answer:
     """The candidates that nobody has decided on, with Prefect's requests, where these are known."""
     from components.registry.review import undecided
     from flows.decisions import open_requests
