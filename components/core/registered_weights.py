@@ -52,7 +52,7 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
     with reported():
         client = checked_client()
         found = asked.find(client)
-        model = ModelReference(asked.name, version=str(found.version)).uri
+        model = ModelReference.of_version(found).uri
 
         def fetch(target: Path) -> Path:
             fetched = download_model(model, target)

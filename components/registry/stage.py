@@ -66,7 +66,7 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
         teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
-        parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
+        parent = (address(teacher), teacher.tags[Tag.WEIGHTS_SHA256])
         for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
             path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
@@ -168,6 +168,8 @@ class _Register:
             other = resolve(self.client, reviewed.beside.version).run_id
             asked = urlencode({"runs": f'["{run_id}","{other}"]', "experiments": f'["{run.info.experiment_id}"]'})
             links[f"parameters beside {reviewed.beside.version}"] = f"#/compare-runs?{asked}"
+        metric = reviewed.facts.main_metric()
+        links[f"all versions by {metric}"] = f"{experiment}?{_sorted_by(metric, reviewed.facts.model)}"
         return links
 
 
@@ -192,11 +194,18 @@ def log_inputs(root: Path, origin: Origin) -> None:
             log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
+def _sorted_by(metric: str, model: str) -> str:
+    """Query of MLflow's list of runs, which names each run's version; its lists of versions sort by time only."""
+    name = f"attributes.run_name LIKE '%/register@{model}'"
+    asked = {"searchFilter": name, "orderByKey": f"metrics.`{metric}`", "orderByAsc": "false"}
+    return urlencode({"workflowType": "machine_learning", **asked})
+
+
 def _summary(version: ModelVersion, reviewed: Review) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": str(version.version),
-        "uri": ModelReference(version.name, version=str(version.version)).uri,
+        "uri": ModelReference.of_version(version).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
         "verdict": reviewed.verdict,

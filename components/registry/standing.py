@@ -149,7 +149,7 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 
 def address(version: ModelVersion) -> str:
     """`NAME/3`."""
-    return str(ModelReference(str(version.name), version=str(version.version)))
+    return str(ModelReference.of_version(version))
 
 
 def _listed(client: MlflowClient, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ def test_a_candidate_without_a_champion_stands_beside_the_last_one(finished, tmp
     assert f"{last} 0.750, difference -0.250 (-0.309 to -0.186)" in version.description
     assert version.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
     assert f"[parameters beside {last}](#/compare-runs?runs=" in version.description
+    (by_score,) = re.findall(r"\[all versions by knn_top1\]\(#/experiments/\d+/runs\?(.+)\)", version.description)
+    assert "%2Fregister%40teacher%27&orderByKey=metrics.%60knn_top1%60&orderByAsc=false" in by_score
     page = MlflowClient().download_artifacts(version.run_id, "passport.html", str(tmp_path))
     text = Path(page).read_text()
     assert f"<h2>What differs from {last}</h2>" in text
