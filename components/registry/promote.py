@@ -25,8 +25,9 @@ from components.core.model_files import differing
 from components.core.references import ModelReference
 from components.core.signing import verify_folder
 from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
+from components.lineage.audit_chain import PROMOTE, REJECT, ROLLBACK
 from components.lineage.audit_log import Entry, Event
-from components.lineage.champions import CHANGES, PROMOTE, REJECT, ROLLBACK
+from components.lineage.champions import CHANGES
 from components.lineage.provenance import WEIGHTS_FILE, Tag
 from components.registry.gates import GATES, failed
 from components.registry.publish import (

@@ -23,8 +23,9 @@ from components.core.model_files import ModelFilesError
 from components.core.references import CANDIDATES, LATEST, ModelReference
 from components.core.registered_weights import download_weights
 from components.core.signing import SignatureError
+from components.lineage.audit_chain import REJECT
 from components.lineage.audit_log import Entry
-from components.lineage.champions import CHAMPION, REJECT
+from components.lineage.champions import CHAMPION
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, own_intervals, paired_differences, read_facts
