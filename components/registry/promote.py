@@ -25,7 +25,7 @@ from components.core.model_files import differing
 from components.core.references import ModelReference
 from components.core.signing import verify_folder
 from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
-from components.lineage.audit_chain import PROMOTE, REJECT, ROLLBACK
+from components.lineage.audit_chain import DECISIONS, PROMOTE, REJECT, ROLLBACK
 from components.lineage.audit_log import Entry, Event
 from components.lineage.champions import CHANGES
 from components.lineage.provenance import WEIGHTS_FILE, Tag
@@ -136,6 +136,7 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
         details["digest"] = version.tags.get(Tag.DIGEST, "")
         after = standing.record(Event(standing.name, REJECT, address(version), by["actor"], details))
         event = after.entries[-1]
+        after.anchor()
         _tag_candidate(after.client, address(version), Tag.REJECTED, f"{by['actor']}, event {event.sequence}: {reason}")
         return _decision(after, REJECT, version, event, settled, after.unexplained())
 
@@ -158,7 +159,7 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
     _check_words(ROLLBACK, reason, {})
     with one_line_errors():
         standing, by = Standing.read(name), who(actor)
-        settled, last = standing.settle(), standing.entries[-1] if standing.entries else None
+        settled, last = standing.settle(), next((e for e in reversed(standing.entries) if e.action in DECISIONS), None)
         if last and (last.action, last.actor, last.details["reason"]) == (ROLLBACK, by["actor"], reason.strip()):
             return _decision(standing, ROLLBACK, resolve(standing.client, last.subject), None, settled, [])
         if standing.previous is None:
@@ -317,11 +318,13 @@ def _change(
         "source": str(version.source),
         "run": version.run_id,
         "previous": standing.champion,
+        "signature": Released().signature(standing.name, _digest(version)),
     }
     after = standing.record(Event(standing.name, action, address(version), by["actor"], details))
     event = after.entries[-1]
     after.client.set_model_version_tag(standing.name, version.version, Tag.AUDIT, f"{event.sequence}:{event.hash}")
     after.move_aliases()
+    after.anchor()
     return after, event
 
 
