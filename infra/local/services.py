@@ -244,7 +244,7 @@ def _prefect(site: Site) -> Service:
     auth = site.credentials["PREFECT_API_AUTH_STRING"]
     command = [program("prefect"), "server", "start", "--host", HOST, "--port", str(port)]
     variables = {
-        **site.variables(),
+        **site.variables(TRAINER),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///prefect/prefect.db",  # below cwd, as MLflow's
         "PREFECT_SERVER_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
