@@ -18,6 +18,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from components.core.audit_keys import AUDIT_KEY, AUDIT_PUBLIC_KEYS, AuditKeyError, own_signer, trusted_keys
+from components.core.errors import TRY_AGAIN
 from components.core.storage import StorageError
 from components.core.user import TRAINER
 from components.lineage import audit_log
@@ -148,8 +149,9 @@ def test_one_line_for_each_refusal(log: AuditLog, name: str, monkeypatch: pytest
     with pytest.raises(RecordError, match="is not a model name"):
         log.read("../other")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StorageError, match="does not answer"):
+    with pytest.raises(StorageError, match="does not answer") as error:
         AuditLog(log.bucket).read(name)
+    assert error.value.exit_code == TRY_AGAIN
     monkeypatch.delenv("PEDIGREE_AUDIT_BUCKET")
     with pytest.raises(RecordError, match="PEDIGREE_AUDIT_BUCKET is not set"):
         AuditLog.from_environment()
