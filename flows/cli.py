@@ -11,6 +11,7 @@ import typer
 
 from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
+    audit,
     curate,
     doctor,
     down,
@@ -89,6 +90,11 @@ sources_app = typer.Typer(no_args_is_help=True, help="List or remove what is in 
 sources_app.command("list")(sources.list_sources)
 sources_app.command("remove")(sources.remove)
 app.add_typer(sources_app, name="sources")
+audit_app = typer.Typer(no_args_is_help=True, help="Read, check and export the audit log.")
+audit_app.command("log")(audit.log)
+audit_app.command("verify")(audit.verify)
+audit_app.command("export")(audit.export)
+app.add_typer(audit_app, name="audit")
 
 
 class _Plain(logging.Formatter):

@@ -56,7 +56,7 @@ def _promote(reference: str) -> State[Any]:
     with one_line_errors():
         client = registry_client()
         found = reviews.review_reference(client, reference, Path.cwd())
-        if decided := reviews.decided(client, found.version):
+        if decided := reviews.decided(found.version):
             get_run_logger().info("%s: %s; nothing is asked", found.version, decided)
             return Completed(message=f"{found.version}: {decided}")
     table = gates_table(found)

@@ -22,6 +22,7 @@ from components.core.git import git, try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
 from components.recipe import PARAMS_FILE, Recipe
+from flows import run_events
 from flows.gc_lock import no_gc_beside
 from flows.git import head_commit
 from flows.snapshot import by_top_level, describe, snapshot
@@ -77,7 +78,7 @@ class Workspace:
 
 
 def close_branch(root: Path, message: str) -> str:
-    """Add the closing commit of a run, unless there is one; return the branch's last commit.
+    """Add the closing commit of a run, which anchors the audit log, unless there is one; return the last commit.
 
     Args:
         root: the run's folder.
@@ -85,7 +86,8 @@ def close_branch(root: Path, message: str) -> str:
     """
     if not git(root, "show", "-s", "--format=%s", "HEAD").startswith(ENDS):
         one_line = " ".join(message.split())[:1000]
-        git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line)
+        body = ["--message", "\n".join(anchors)] if (anchors := run_events.ended(root, one_line)) else []
+        git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line, *body)
     return git(root, "rev-parse", "HEAD")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from components.lineage import audit_log
 from infra.local import supervisor
 
 SERVICES, MAIN_JOB = "services", "test_main_job.py"
@@ -51,6 +52,15 @@ def _loggers_are_on(caplog: pytest.LogCaptureFixture) -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] in ("components", "flows", "infra") and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_audit_heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests verify of the audit log out of the checkpoints of the checkout that they run in."""
+    folder = tmp_path_factory.mktemp("audit-heads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_log, "heads_folder", lambda: folder)
+        yield
 
 
 @dataclass(frozen=True)

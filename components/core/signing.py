@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from components.core.audit_keys import AuditKeyError, keys_of
 from components.core.errors import PedigreeError
 from components.core.model_files import NOT_OF_THE_MODEL, SIGNATURE, differing, file_digests
 from components.core.text import some_of
@@ -74,6 +75,22 @@ def _loaded(variable: str, path: Path, load: Callable[[bytes], Any]) -> Any:
         kind = key.curve.name if isinstance(key, EllipticCurvePublicKey) else type(key).__name__.strip("_")
         raise SignatureError(f"{variable}={path}: a key of kind {kind}; allowed: elliptic curves {', '.join(CURVES)}")
     return key
+
+
+def signing_key_id() -> str:
+    """Return the id of the public key: the SHA-256 of its DER form, in hex.
+
+    Raises:
+        SignatureError: as of `public_key`, or it is no elliptic curve key.
+    """
+    file = public_key()
+    try:
+        ids = list(keys_of({file.name: file.read_text(errors="replace")}))
+    except (OSError, AuditKeyError) as error:
+        raise SignatureError(f"{PUBLIC_KEY}={file}: not a public key: {_said(error)}") from error
+    if len(ids) != 1:
+        raise SignatureError(f"{PUBLIC_KEY}={file}: holds {len(ids)} public keys, expected one")
+    return ids[0]
 
 
 def sign_folder(folder: Path) -> None:

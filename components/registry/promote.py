@@ -26,8 +26,9 @@ from components.core.references import ModelReference
 from components.core.registered_weights import download_model
 from components.core.signing import verify_folder
 from components.core.user import SHARED_LOGINS, user_name
+from components.lineage.audit_chain import PROMOTE, REJECT, ROLLBACK
 from components.lineage.audit_log import Entry, Event
-from components.lineage.champions import CHANGES, PROMOTE, REJECT, ROLLBACK
+from components.lineage.champions import CHANGES
 from components.lineage.provenance import WEIGHTS_FILE, Tag
 from components.registry.gates import AS_A_USER, GATES, SECOND_PERSON, failed
 from components.registry.publish import (
@@ -143,6 +144,7 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
         else:
             after = standing.record(Event(standing.name, REJECT, address(version), by["actor"], details))
             event = after.entries[-1]
+        after.anchor()
         _tag_candidate(after.client, address(version), Tag.REJECTED, f"{by['actor']}, event {event.sequence}: {reason}")
         return _decision(after, version, event, settled, after.unexplained(), changed=event is not last)
 
@@ -328,11 +330,13 @@ def _change(
         "source": str(version.source),
         "run": version.run_id,
         "previous": standing.champion,
+        "signature": Released().signature(standing.name, _digest(version)),
     }
     after = standing.record(Event(standing.name, action, address(version), by["actor"], details))
     event = after.entries[-1]
     after.client.set_model_version_tag(standing.name, version.version, Tag.AUDIT, f"{event.sequence}:{event.hash}")
     after.move_aliases()
+    after.anchor()
     return after, event
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 
 from components.core.model_files import SIGNATURE, check_harmless
-from components.core.signing import sign_folder
+from components.core.signing import sign_folder, signing_key_id
 from components.core.storage import s3_client, s3_errors
 from components.model.export import BACKBONE_FILE, open_backbone
 from components.registry.publish import RegistryError
@@ -75,6 +75,17 @@ class Released:
         key = f"released/{name}/{digest}/{SIGNATURE}"
         with s3_errors(f"s3://{self.bucket}/{key}"):
             return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1).get("Contents"))
+
+    def signature(self, name: str, digest: str) -> dict[str, str]:
+        """Return the SHA-256 of the signature beside released files, and the id of the key that verifies it.
+
+        Raises:
+            SignatureError: there is no public key.
+            StorageError: there is no signature, or S3 does not answer.
+        """
+        key = f"released/{name}/{digest}/{SIGNATURE}"
+        with s3_errors(f"s3://{self.bucket}/{key}"):
+            return {"sha256": self._sha256(key), "key": signing_key_id()}
 
     def _put(self, file: Path, key: str, sha256: str) -> None:
         if file.stat().st_size > MAX_PUT_BYTES:

@@ -22,8 +22,9 @@ from components.core.model_files import ModelFilesError
 from components.core.references import CANDIDATES, LATEST, ModelReference
 from components.core.registered_weights import download_model, download_weights
 from components.core.signing import SignatureError
-from components.lineage.audit_log import Entry
-from components.lineage.champions import CHAMPION, REJECT
+from components.lineage.audit_chain import DECISIONS, PROMOTE, REJECT
+from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.champions import CHAMPION
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
 from components.registry.facts import (
@@ -191,11 +192,11 @@ def review_reference(client: MlflowClient, reference: str, root: Path) -> Review
 
 
 def undecided(client: MlflowClient) -> list[Undecided]:
-    """The newest candidate of each model, where it was neither released nor rejected."""
-    found = []
+    """The newest candidate of each model, where it was neither released nor rejected, by the audit log."""
+    found, log = [], AuditLog.from_environment()
     for model in client.search_registered_models(filter_string=f"name LIKE '%{CANDIDATES}'"):
         version = with_alias(client, str(model.name), LATEST)
-        if version is None or decided(client, address(version)):
+        if version is None or decided(address(version), log):
             continue
         made = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
         tags = version.tags
@@ -204,12 +205,16 @@ def undecided(client: MlflowClient) -> list[Undecided]:
     return sorted(found, key=lambda candidate: candidate.made, reverse=True)
 
 
-def decided(client: MlflowClient, candidate: str) -> str | None:
-    """What was decided on a candidate; None: nothing yet."""
-    tags = resolve(client, candidate).tags
-    if Tag.RELEASED in tags:
-        return f"released as {tags[Tag.RELEASED]}"
-    return f"rejected by {tags[Tag.REJECTED]}" if Tag.REJECTED in tags else None
+def decided(candidate: str, log: AuditLog | None = None) -> str | None:
+    """What was last decided on a candidate, `NAME-candidates/3`, by the audit log; None: nothing yet."""
+    asked = ModelReference.parse(candidate)
+    assert asked is not None
+    for entry in reversed((log or AuditLog.from_environment()).read(asked.model)):
+        if entry.action == PROMOTE and entry.details.get("candidate") == candidate:
+            return f"released as {entry.subject}"
+        if entry.action == REJECT and entry.subject == candidate:
+            return f"rejected by {entry.actor}, event {entry.sequence}: {entry.details.get('reason', '')}"
+    return None
 
 
 def page_url(version: str) -> str:
@@ -309,7 +314,7 @@ def _fault(version: str, root: Path) -> str | None:
 
 
 def _rejected(entries: list[Entry], version: str) -> str | None:
-    entry = next((e for e in reversed(entries) if e.subject == version), None)
+    entry = next((e for e in reversed(entries) if e.subject == version and e.action in DECISIONS), None)
     if entry is None or entry.action != REJECT:
         return None
     return f"{entry.actor} rejected it on {entry.time[:10]} (event {entry.sequence}): {entry.details['reason']}"

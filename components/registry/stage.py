@@ -14,13 +14,18 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from components.core.errors import DatasetError
+from components.core.git import person
 from components.core.layout import RELATIVE, Layout
 from components.core.references import CANDIDATES, ModelReference
 from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
 from components.core.tracking import log_input, tag_run
+from components.core.user import user_name
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
+from components.lineage.audit_anchors import anchor_model
+from components.lineage.audit_chain import REGISTER, Head
+from components.lineage.audit_log import Entry, Event, open_log
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
 from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
@@ -79,6 +84,7 @@ class _Register:
 
     def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, name: str) -> None:
         self.client, self.config, self.root, self.seed, self.name = client, config, root, seed, name
+        self.audit = open_log()
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
         except DatasetError as error:
@@ -98,10 +104,31 @@ class _Register:
         making, by_image = self._making(origin, parent), Layout(self.root).by_image(item)
         shown = address(version) if version else name
         reviewed = review_at_registration(facts, making, by_image, self.client, shown)
+        events = self.audit.read(name) if self.audit else []  # before anything is registered: the log answers
         version = version or self._publish(reviewed, making, item)
+        self._record(version, reviewed, origin, events)
         log.info("%s version %s: %s", name, version.version, reviewed.verdict)
         self.done[item] = _summary(version, reviewed)
         return version
+
+    def _record(self, version: ModelVersion, reviewed: Review, origin: Origin, events: list[Entry]) -> None:
+        """Write the event of a registration, also of one that a killed run left without it, and anchor it in MLflow."""
+        subject, digest = address(version), version.tags[Tag.DIGEST]
+        if self.audit is None or any((e.action, e.subject) == (REGISTER, subject) for e in events):
+            return
+        details = {
+            "digest": digest,
+            "weights_sha256": origin.weights_sha256,
+            "commit": origin.commit,
+            "branch": origin.branch,
+            "dvc_lock_sha256": origin.lock_sha256,
+            "run": version.run_id,
+            "verdict": reviewed.verdict,
+            "gates": {gate.name: [gate.state, gate.text] for gate in reviewed.gates},
+        }
+        actor = person(self.root) or user_name()
+        entry = self.audit.append(Event(version.name, REGISTER, subject, actor, details))
+        anchor_model(self.client, version.name, version.name, Head(entry.sequence, entry.hash))
 
     def _making(self, origin: Origin, parent: tuple[str, str]) -> Making:
         weights = self.root / origin.weights_path

@@ -13,6 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
 from components.core.references import CANDIDATES, ModelReference
+from components.lineage.audit_anchors import anchor_model
+from components.lineage.audit_chain import Head
 from components.lineage.audit_log import AuditLog, Entry, Event, OvertakenError
 from components.lineage.champions import CHAMPION, CHANGES, PREVIOUS, aliases_of, line_of_succession, unexplained
 from components.registry.publish import RegistryError, registry_client, versions
@@ -99,6 +101,11 @@ class Standing:
             self.client.set_registered_model_alias(self.name, alias, number)
         if self.previous is None and PREVIOUS in self._aliases():
             self.client.delete_registered_model_alias(self.name, PREVIOUS)
+
+    def anchor(self) -> None:
+        """Tag the released model, if there is one, with its last event, so that one that was cut off is seen."""
+        last = self.entries[-1]
+        anchor_model(self.client, self.name, self.name, Head(last.sequence, last.hash))
 
     def unexplained(self) -> list[str]:
         """What the registry says and no event explains."""

@@ -337,8 +337,16 @@ def export_onnx() -> Row:
     return _exported("onnx")
 
 
+def audit_append() -> Row:
+    """Two writers append 1,000 audit events each at once: one of the last ten against one of the first ten."""
+    from tests.benchmarks.audit import append_at_once
+
+    rates = _rates(1, append_at_once())
+    return Row("audit_append", "the last of 2 x 1,000 events, against the first", *rates, "events/s")
+
+
 _MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
-_USED = (served_single, served_batch, served_size, export_timm, export_transformers, export_onnx)
+_USED = (served_single, served_batch, served_size, export_timm, export_transformers, export_onnx, audit_append)
 BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor, *_USED)}
 CURATION, SIZES = "curation", "10000,100000"
 NAMES = [*BENCHMARKS, CURATION]

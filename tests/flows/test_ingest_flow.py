@@ -21,6 +21,7 @@ from skimage import data
 
 from components.data.ingest_config import IngestRequest
 from components.data.manifest import read_collection
+from components.lineage.audit_log import PLATFORM, AuditLog
 from flows.announce import LISTENER, POOL_GROWN
 from flows.ingest import ingest as ingest_flow
 from infra.local.services import request
@@ -98,6 +99,11 @@ def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_pat
     assert (again.report.pool_snapshot, again.report.evaluation_snapshot) == (None, None)
     assert again.retraining[0].note.startswith("an ingest that was cut short had sent the event")
     assert len(grown("flow-shots")) == 1
+    (event,) = (entry for entry in AuditLog.from_environment().read(PLATFORM) if entry.subject == "flow-shots")
+    assert (event.action, event.details["counts"]["seen"], event.details["validation"]) == ("ingest", 40, "passed")
+    stored = yaml.safe_load((root / f"{report['pool_snapshot']}.dvc").read_text())["outs"][0]["md5"]
+    assert event.details["data"][report["pool_snapshot"]] == stored
+    assert len(event.details["data"]) == 2
 
 
 def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack, tmp_path, photos, monkeypatch):

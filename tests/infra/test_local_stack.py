@@ -97,7 +97,14 @@ def test_everything_listens_on_the_loopback_interface_only(stack):
 def test_secrets_are_private_and_shown_only_where_asked(stack, monkeypatch):
     folder = stack.root / ".pedigree"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    for name in ("credentials.env", "s3-credentials", "s3-identities.json", "basic_auth.ini", "signing-key.pem"):
+    for name in (
+        "credentials.env",
+        "s3-credentials",
+        "s3-identities.json",
+        "basic_auth.ini",
+        "signing-key.pem",
+        "audit-trainer.pem",
+    ):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
     monkeypatch.chdir(stack.root)
     (stack.root / "dvc.yaml").touch()  # by which the commands know their own folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
+from components.core.signing import signing_key_id
+from components.lineage.audit_anchors import TAG
 from components.lineage.audit_log import AuditLog, Event, OvertakenError
 from components.lineage.provenance import Tag
 from components.registry import promote as promotion
@@ -30,7 +33,7 @@ from components.registry.config import GatesConfig
 from components.registry.promote import promote, reject, rollback
 from components.registry.publish import RegistryError
 from components.registry.release import Released
-from components.registry.review import review_reference, undecided
+from components.registry.review import decided, review_reference, undecided
 from components.registry.standing import Standing
 from flows.commands.decorators import command
 from flows.commands.history import history as history_command
@@ -92,6 +95,10 @@ def test_champion_loads_from_released_bytes(finished, name: str, photographs, mo
         "knn_top1 minus that of random weights: +0.650 (+0.550 to +0.750)",
     ]
     assert entry.details["gates"]["lineage"][0] == "failed"
+    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{candidate['digest']}/model.sig"
+    signature = boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    assert entry.details["signature"] == {"sha256": hashlib.sha256(signature).hexdigest(), "key": signing_key_id()}
+    assert MlflowClient().get_registered_model(name).tags[TAG] == f"{name} 1 {entry.hash}"
     version = MlflowClient().get_model_version(name, "1")
     assert version.tags[Tag.AUDIT] == f"1:{entry.hash}"
     assert version.tags[Tag.CANDIDATE] == f"{name}-candidates/1"
@@ -120,14 +127,19 @@ def test_a_worse_candidate_is_stopped_by_the_gate_that_says_so(finished, name: s
 def test_a_rejected_candidate_stays_out_until_that_is_waived(finished, name: str):
     decide(finished, f"{name}-candidates/1")
     assert [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)] == [f"{name}-candidates/3"]
+    MlflowClient().set_model_version_tag(f"{name}-candidates", "3", Tag.RELEASED, f"{name}/1")  # as a trainer can
+    assert [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)] == [f"{name}-candidates/3"]
     done = reject(f"{name}-candidates/3", "fails at night", "Ann")
     assert (done.action, done.version, done.unexplained) == ("reject", f"{name}-candidates/3", [])
     tag = MlflowClient().get_model_version(f"{name}-candidates", "3").tags[Tag.REJECTED]
     assert tag == "Ann, event 2: fails at night"
     assert not [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)]
+    assert decided(f"{name}-candidates/3") == "rejected by Ann, event 2: fails at night"
     with pytest.raises(RegistryError, match=r"rejection: Ann rejected it on .* \(event 2\): fails at night"):
         decide(finished, f"{name}-candidates/3", champion="known")
     assert decide(finished, f"{name}-candidates/3", champion="known", rejection="mended").version == f"{name}/2"
+    MlflowClient().delete_model_version_tag(f"{name}-candidates", "3", Tag.RELEASED)  # as if killed before it
+    assert decided(f"{name}-candidates/3") == f"released as {name}/2"
     with pytest.raises(ConfigError, match="is released"):
         reject(f"{name}/2", "r")
 
