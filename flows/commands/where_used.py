@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,6 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from components.core.config import ConfigError
 from components.core.text import one_line, some_of
 from flows.commands.decorators import Answer, answer_console, command
 
@@ -41,7 +41,9 @@ def where_used(
     Searches the data of all commits of all branches, and all registered
     versions: how the image came in, why each curated version has it or not,
     the runs, the models that were trained on it, and those that were taught
-    by or started from them, with the first and last step that drew it.
+    by or started from them, with the first and last step that drew it. For a
+    file that is in no data version, near copies by the embedder of the newest
+    run are offered, with their similarity.
 
     Exits with 1 if a data version or a model could not be searched.
 
@@ -52,35 +54,22 @@ def where_used(
 
       pedigree where-used CC-BY-4.0 --json | jq '.models[].reference'
     """
+    from components.curation.near_copies import checked_image, near_copies, newest_embedded
     from components.lineage.where_used import Search, draws
 
     root = Path.cwd()
     search = Search(root)
     uses = search.find(search.query(target))
-    if not uses.data:
-        _check_image(target)
+    near = None
+    if not uses.data and Path(target).is_file():
+        image = checked_image(Path(target))
+        near = near_copies(image, newest_embedded(root), root)
     drawn, unknown = draws(uses, root) if len(uses.image_ids) <= MAX_DRAWN else ({}, [])
     problems = [f"incomplete: {line}" for line in [*uses.unknown, *unknown]]
     data = _as_dict(uses, drawn, root) | {"unknown": [*uses.unknown, *unknown]}
-    return Answer(data, partial(_show, uses, drawn, root), problems, INCOMPLETE if problems else 0)
-
-
-def _check_image(target: str) -> None:
-    """Tell a file that is no image from an image that is used nowhere.
-
-    Raises:
-        ConfigError: it cannot be decoded.
-    """
-    from components.data.shards import MAX_PIXELS, ImageError, decode_image
-
-    path = Path(target)
-    if path.is_file():
-        try:
-            decode_image(path.read_bytes(), max_pixels=MAX_PIXELS)
-        except ImageError as error:
-            raise ConfigError(
-                f"{path}: not an image that Pedigree can read ({error}), and in no data version"
-            ) from None
+    data |= {"near_copies": asdict(near) if near else None}
+    show = partial(_show, uses, drawn, root, near.lines() if near else [])
+    return Answer(data, show, problems, INCOMPLETE if problems else 0)
 
 
 def _as_dict(uses: Uses, drawn: Mapping[str, Sequence[Draw]], root: Path) -> dict[str, Any]:
@@ -117,9 +106,10 @@ def _reasons(use: Use) -> dict[str, int]:
     return {("in: " if kept else "out: ") + reason: count for (kept, reason), count in sorted(found.items())}
 
 
-def _show(uses: Uses, drawn: Mapping[str, Sequence[Draw]], root: Path) -> None:
+def _show(uses: Uses, drawn: Mapping[str, Sequence[Draw]], root: Path, more: Sequence[str]) -> None:
     console = answer_console()
-    console.print(Text(_sentence(uses)))
+    for line in (_sentence(uses), *more):
+        console.print(Text(line))
     tree = Tree(Text(str(uses.query), "bold"))
     for kind, plural in KINDS.items():
         found = [use for use in uses.data if use.data.kind == kind]

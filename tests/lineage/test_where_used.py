@@ -261,4 +261,10 @@ def test_command(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "notes.jpg").write_text("no image")
     refused = where_used(str(tmp_path / "notes.jpg"))
     assert refused.exit_code == 2
-    assert "not an image that Pedigree can read" in refused.stderr
+    assert "notes.jpg: not an image that Pedigree can read" in refused.stderr
+    shutil.copy(case.file, tmp_path / "saved.jpg")
+    with (tmp_path / "saved.jpg").open("ab") as file:
+        file.write(b" ")
+    assert where_used(str(tmp_path / "saved.jpg")).stdout.splitlines()[1:] == [
+        "near copies were not looked for: no run here keeps embeddings"
+    ]
