@@ -102,7 +102,7 @@ def find_holdings(root: Path) -> Holdings:
 
 
 def read_registry(locks: Mapping[str, frozenset[Data]]) -> list[Registered]:
-    """Return all registered versions with the data that they hold.
+    """Return all registered versions of Pedigree with the data that they hold.
 
     Args:
         locks: of `Holdings`.
@@ -111,7 +111,7 @@ def read_registry(locks: Mapping[str, frozenset[Data]]) -> list[Registered]:
         TrackingError: MLflow does not answer.
     """
     client = checked_client()
-    found = versions(client)
+    found = [version for version in versions(client) if version.tags.get(Tag.COMMIT)]
     with reported():
         models = {name: client.get_registered_model(name) for name in sorted({version.name for version in found})}
     found.sort(key=lambda version: (version.name, int(version.version)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,10 @@ class Draw:
 class Search:
     """All data versions of a repository, and its registry.
 
+    Attributes:
+        data: all data versions, by kind, newest first.
+        unknown: lines about records and registered versions that cannot be read.
+
     Args:
         root: the checkout, or a clone with all branches.
 
@@ -169,19 +173,17 @@ class Search:
 
     def __init__(self, root: Path) -> None:
         self._root, self._holdings, self._index = root, find_holdings(root), ImageIndex(root)
-        self._unknown = list(self._holdings.unknown)
+        self.unknown = list(self._holdings.unknown)
         self._registry: list[Registered] = []
         if server_uri() is None:
             no_server = "no registry was searched: MLFLOW_TRACKING_URI is not set; run `pedigree up`, or set it"
-            self._unknown.append(no_server)
+            self.unknown.append(no_server)
         else:
             self._registry = read_registry(self._holdings.locks)
-            self._unknown += [
-                f"{version.reference}: {version.unknown}" for version in self._registry if version.unknown
-            ]
+            self.unknown += [f"{version.reference}: {version.unknown}" for version in self._registry if version.unknown]
         stated = {data for version in self._registry for data in version.data}
         newest_first = [*reversed(self._holdings.data), *sorted(stated - set(self._holdings.data))]
-        self._data = sorted(newest_first, key=lambda data: KIND_ORDER.index(data.kind))
+        self.data = sorted(newest_first, key=lambda data: KIND_ORDER.index(data.kind))
 
     def query(self, text: str) -> Query:
         """Return what a person means: an image file, a source, a license, an image id or its beginning, or a URI.
@@ -193,7 +195,7 @@ class Search:
         if Path(text).is_file():
             return Query(frozenset([sha256_file(Path(text))]))
         for name in ("source", "license"):
-            if any(row[name] == text for data in self._data for row in self._counts(data)):
+            if any(row[name] == text for data in self.data for row in self._counts(data)):
                 return Query(source=text) if name == "source" else Query(license=text)
         if not ID_BEGINNING.fullmatch(text):
             return Query(uri=text)
@@ -209,17 +211,26 @@ class Search:
         Raises:
             StorageError: the DVC remote does not answer.
         """
-        uses, unknown = [], list(self._unknown)
-        for data in self._data:
+        uses, unknown = [], list(self.unknown)
+        for data in self.data:
             try:
                 rows = self._index.search(data, query)
             except NOT_READABLE as error:
                 unknown.append(f"{data.path} ({data.dvc}): not searched: {' '.join(str(error).split())}")
                 continue
             if len(rows):
-                holders = self._holdings.data.get(data, Holders())
+                holders = self.holders(data)
                 uses.append(Use(data, rows, holders.commits, holders.branches))
-        return Uses(query, uses, _models(self._registry, uses), len(self._data), unknown)
+        models = self.models_of(use.data for use in uses if len(use.kept))
+        return Uses(query, uses, models, len(self.data), unknown)
+
+    def holders(self, data: Data) -> Holders:
+        """Return the commits and branches with a data version; none if only the registry names it."""
+        return self._holdings.data.get(data, Holders())
+
+    def models_of(self, data: Iterable[Data]) -> list[ModelUse]:
+        """Return the registered versions with any of these data versions, and those that these taught or began."""
+        return _models(self._registry, set(data))
 
     def _counts(self, data: Data) -> list[dict[str, Any]]:
         try:
@@ -292,9 +303,7 @@ def _draw(training: Training, image_id: str, known: dict[tuple[str, str], list[i
     )
 
 
-def _models(registry: Sequence[Registered], uses: Iterable[Use]) -> list[ModelUse]:
-    """Return the registered versions with data of the uses, and those that were taught by or started from them."""
-    kept = {use.data for use in uses if len(use.kept)}
+def _models(registry: Sequence[Registered], kept: Set[Data]) -> list[ModelUse]:
     found: dict[str, ModelUse] = {}
     for version in registry:
         if data := tuple(sorted(version.data & kept)):
