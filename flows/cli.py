@@ -12,6 +12,7 @@ import typer
 from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
     curate,
+    diff,
     doctor,
     down,
     embed,
@@ -79,6 +80,7 @@ app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
+app.command("diff")(diff.diff)
 app.command("where-used")(where_used.where_used)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)

@@ -33,6 +33,7 @@ from components.data.manifest import (
 from components.data.shards import ShardReader
 from components.data.stream import ImageStream
 from components.lineage import where_used
+from components.lineage.data_diff import compare, find_side
 from components.lineage.image_index import FOLDER, Query
 from components.lineage.provenance import Tag, collect_origin
 from components.lineage.where_used import EVALUATED, POOLED, TRAINED, Search, Uses, draws, find
@@ -240,6 +241,35 @@ def test_the_index_answers_without_the_manifests_and_is_made_again(case: Case):
     shutil.rmtree(index)
     again = find(case.root, query)
     assert [use.data for use in again.data] == [use.data for use in before.data]
+
+
+def test_two_data_versions_are_compared(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one, two = (find_side(name, case.root, pool=False) for name in (ONE, f"{case.curated[1]}"))
+    found = compare(one, two, case.root)
+    assert (found.images, found.added, found.removed, found.changed) == ((40, 39), [], [case.image], 0)
+    assert found.changes == [("in: balanced", "out: near_duplicate", 1)]
+    assert [(s.value, s.before, s.after, s.share) for s in found.shifts["source"]] == [("a", 40, 39, 0.0)]
+    back = compare(two, one, case.root)
+    assert (back.added, back.removed) == ([case.image], [])
+    assert compare(one, one, case.root).changes == []
+    pool = find_side(f"runs/{ONE}", case.root, pool=True)
+    assert [data.path for data in pool.data] == [POOL]
+    assert compare(one, pool, case.root).changes[-1][:2] != ("in: balanced", "in: balanced")
+    monkeypatch.chdir(case.root)
+    page = tmp_path / "diff.html"
+    done = CliRunner().invoke(app, ["diff", ONE, TWO, "--html", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "40 -> 39 images: 0 added, 1 removed, 0 for another reason" in done.stdout
+    assert page.read_text().count("data:image/jpeg;base64,") == 1
+    told = json.loads(CliRunner().invoke(app, ["diff", ONE, TWO, "--json"]).stdout)
+    assert told["removed"] == [case.image]
+    for wrong, message in [
+        ("nothing", "no data version"),
+        ("main", "has no curated set"),
+        ("0" * 32, "no commit here"),
+    ]:
+        refused = CliRunner().invoke(app, ["diff", ONE, wrong])
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
 
 
 def test_command(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
