@@ -13,6 +13,7 @@ from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
     audit,
     curate,
+    diff,
     doctor,
     down,
     embed,
@@ -33,6 +34,7 @@ from flows.commands import (
     train_status,
     up,
     verify,
+    where_used,
 )
 from flows.console import screen
 
@@ -79,6 +81,8 @@ app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
+app.command("diff")(diff.diff)
+app.command("where-used")(where_used.where_used)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)

@@ -39,6 +39,8 @@ RUN_ELSEWHERE = (
     ("pedigree audit verify", "tests/flows/test_audit_command.py", r'audit\("verify"'),
     ("pedigree audit export", "tests/flows/test_audit_command.py", r'audit\("export", "--out"'),
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
+    ("pedigree diff", "tests/lineage/test_where_used.py", r'"diff", ONE, TWO, "--html"'),
+    ("pedigree where-used", "tests/lineage/test_where_used.py", r'"where-used"'),
     ("pedigree sources list", "tests/flows/test_sources.py", r'"sources", "list"'),
     ("pedigree sources remove", "tests/flows/test_sources.py", r'"sources", "remove"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),
