@@ -26,7 +26,7 @@ from components.core.references import ModelReference
 from components.core.registered_weights import download_model
 from components.core.signing import verify_folder
 from components.core.user import SHARED_LOGINS, user_name
-from components.lineage.audit_chain import PROMOTE, REJECT, ROLLBACK
+from components.lineage.audit_chain import DECISIONS, PROMOTE, REJECT, ROLLBACK
 from components.lineage.audit_log import Entry, Event
 from components.lineage.champions import CHANGES
 from components.lineage.provenance import WEIGHTS_FILE, Tag
@@ -138,7 +138,8 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
             raise ConfigError(f"{address(version)}: is released; `pedigree rollback {standing.name}` takes it back")
         details = {"reason": reason.strip(), "actor_from": by["actor_from"], "run": version.run_id}
         details["digest"] = version.tags.get(Tag.DIGEST, "")
-        last = next((entry for entry in reversed(standing.entries) if entry.subject == address(version)), None)
+        about = (entry for entry in reversed(standing.entries) if entry.subject == address(version))
+        last = next((entry for entry in about if entry.action in DECISIONS), None)
         if last and _is_repeat(last, REJECT, by, reason):
             after, event = standing, last
         else:
