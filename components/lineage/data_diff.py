@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,9 +25,6 @@ from components.lineage.image_index import ImageIndex
 from components.lineage.lock_file import Record, RecordError
 from components.lineage.provenance import CURATED, POOL
 from components.lineage.seen import find_record_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ABSENT = "not there"  # state of an image that the other version does not know
 EXACT = "exact_duplicate"  # of an image that is listed again: its other row says more
@@ -99,14 +96,14 @@ def find_side(text: str, root: Path, pool: bool) -> Side:
         return Side(f"{known[0].path} {dvc_id[:12]}", (known[0],))
     record = _record(text, root)
     if pool:
-        found = tuple(Data(path, dvc) for path, dvc in record.tracked(POOL).items())
+        found = [Data(path, dvc) for path, dvc in record.tracked(POOL).items()]
     else:
         curated = record.output(CURATED) if record.read("dvc.lock") else None
-        found = (Data(CURATED, curated),) if curated else ()
+        found = [Data(CURATED, curated)] if curated else []
     if not found:
         raise ConfigError(f"{text}: has no {'snapshot of the pool' if pool else 'curated set in its dvc.lock'}")
     ids = "" if len(found) > 1 else f" {found[0].dvc[:12]}"
-    return Side(f"{'pool' if pool else CURATED}{ids} of {text}", found)
+    return Side(f"{'pool' if pool else CURATED}{ids} of {text}", tuple(found))
 
 
 def compare(before: Side, after: Side, root: Path) -> DataDiff:
@@ -133,7 +130,7 @@ def compare(before: Side, after: Side, root: Path) -> DataDiff:
         added=both.index[now & ~was].tolist(),
         removed=both.index[was & ~now].tolist(),
         changed=int((differs & known & (was == now)).sum()),
-        changes=[(str(a), str(b), int(count)) for (a, b), count in counts.items()],  # pyright: ignore[reportGeneralTypeIssues]
+        changes=[(str(a), str(b), int(count)) for (a, b), count in counts.items()],
         shifts={name: _shifts(kept[0][name], kept[1][name]) for name in ATTRIBUTES},
     )
 
@@ -184,11 +181,11 @@ def _record(text: str, root: Path) -> Record:
     return Record(root, commit)
 
 
-def _states(index: ImageIndex, side: Side) -> pd.DataFrame:
-    """Return the state of each image by its id in the pool, with its attributes."""
+def _states(index: ImageIndex, side: Side) -> Any:
+    """Return a data frame of the state of each image by its id in the pool, with its attributes."""
     rows = pa.concat_tables([index.rows(data) for data in side.data])
     rows = rows.filter(pc.invert(pc.fill_null(pc.equal(rows["pool_id"], rows["image_id"]), False)))  # pyright: ignore[reportAttributeAccessIssue]
-    frame = rows.select(["image_id", "pool_id", "kept", "reason", *ATTRIBUTES]).to_pandas()
+    frame: Any = rows.select(["image_id", "pool_id", "kept", "reason", *ATTRIBUTES]).to_pandas()  # pandas' types vary
     frame["image_id"] = frame["pool_id"].fillna(frame["image_id"])
     frame["state"] = frame["kept"].map({True: "in: ", False: "out: "}) + frame["reason"]
     frame["rank"] = 2 * ~frame["kept"] + (frame["reason"] == EXACT)
@@ -196,7 +193,7 @@ def _states(index: ImageIndex, side: Side) -> pd.DataFrame:
     return frame.drop_duplicates("image_id").set_index("image_id")[["state", *ATTRIBUTES]]
 
 
-def _shifts(before: pd.Series, after: pd.Series) -> list[Shift]:
+def _shifts(before: Any, after: Any) -> list[Shift]:
     old, new = (values.fillna("(none)").value_counts().to_dict() for values in (before, after))
     sizes = max(len(before), 1), max(len(after), 1)
     found = [
