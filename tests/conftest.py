@@ -28,6 +28,9 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     """Let xdist hand out the groups in the order below, not those of the most tests first, and let tests fork."""
     config.option.loadscopereorder = False
+    # Small matrices gain nothing from threads, which took a quarter of the processors' time; torch and others read it
+    # when they are imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Once a test has run a flow here, Prefect's events worker would fail at the end of each forked process, such as a
     # loader's: it waits for its own thread, which is not there.
     os.register_at_fork(after_in_child=threading._threading_atexits.clear)

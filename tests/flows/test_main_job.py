@@ -146,12 +146,13 @@ def interrupted(root: Path, until: str, hit: Callable[[psutil.Process], None]) -
 
 @pytest.fixture(scope="module")
 def traced(checkout) -> Iterator[Path]:
-    """The folder in which each stage's process leaves the names of what it has loaded."""
+    """The folder in which each stage leaves the names of what it has loaded; stages take the threads of a person's."""
     folder = checkout.parent / "traced"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(TRACER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.delenv("OMP_NUM_THREADS", raising=False)
         yield folder
 
 
