@@ -21,6 +21,7 @@ import yaml
 from components.core.git import git, try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
+from components.lineage.anchors import set_anchor
 from components.recipe import PARAMS_FILE, Recipe
 from flows.gc_lock import no_gc_beside
 from flows.git import head_commit
@@ -77,7 +78,7 @@ class Workspace:
 
 
 def close_branch(root: Path, message: str) -> str:
-    """Add the closing commit of a run, unless there is one; return the branch's last commit.
+    """Add the closing commit of a run, unless there is one; anchor and return the branch's last commit.
 
     Args:
         root: the run's folder.
@@ -86,7 +87,9 @@ def close_branch(root: Path, message: str) -> str:
     if not git(root, "show", "-s", "--format=%s", "HEAD").startswith(ENDS):
         one_line = " ".join(message.split())[:1000]
         git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line)
-    return git(root, "rev-parse", "HEAD")
+    commit, branch = git(root, "rev-parse", "HEAD", "--abbrev-ref", "HEAD").splitlines()
+    set_anchor(root, branch.removeprefix("runs/"), commit)
+    return commit
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from components.core.storage import sha256_file
 from components.core.tracking import log_input, tag_run
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
+from components.lineage.anchors import set_anchor
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
-from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
+from components.lineage.provenance import CURATED, DECISIONS, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.registry.card import render_card
 from components.registry.config import RegisterConfig
 from components.registry.differences import Side
@@ -138,6 +139,7 @@ class _Register:
                 tags={
                     Tag.PARENT: making.parent[0],
                     Tag.PARENT_SHA256: making.parent[1],
+                    Tag.ANCHOR: set_anchor(self.root, making.run, origin.commit),
                     Tag.VALIDATION: f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool",
                     **stated,
                 },
@@ -201,6 +203,8 @@ def _summary(version: ModelVersion, reviewed: Review) -> dict[str, Any]:
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
         "verdict": reviewed.verdict,
         "failed_gates": [gate.name for gate in reviewed.failed],
+        # Committed with the run: `pedigree verify` compares the registry with it. Of the files the digest is enough.
+        "tags": {k: v for k, v in sorted(version.tags.items()) if k != Tag.FILES and k not in DECISIONS},
     }
 
 
