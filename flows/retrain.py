@@ -31,7 +31,7 @@ from flows import interrupt, live, preflight, published, run_events
 from flows.console import board
 from flows.decisions import announce_candidate
 from flows.failure import failed
-from flows.git import WorkspaceError
+from flows.git import WorkspaceError, push_runs
 from flows.registered import exact, open_registry
 from flows.run_log import log_file
 from flows.sources import choose, source_names
@@ -154,6 +154,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         if interrupt.requested():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
+        push_runs(Path.cwd(), get_run_logger())
         _close(workspace, recipe.name, parent, status)
     url = stage_runs.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)

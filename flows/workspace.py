@@ -21,6 +21,7 @@ import yaml
 from components.core.git import git, try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
+from components.lineage.anchors import set_anchor
 from components.recipe import PARAMS_FILE, Recipe
 from flows import run_events
 from flows.gc_lock import no_gc_beside
@@ -78,7 +79,9 @@ class Workspace:
 
 
 def close_branch(root: Path, message: str) -> str:
-    """Add the closing commit of a run, which anchors the audit log, unless there is one; return the last commit.
+    """Add the closing commit of a run, unless there is one; set the anchor of the branch, and return its last commit.
+
+    The closing commit holds the heads of the audit log.
 
     Args:
         root: the run's folder.
@@ -88,7 +91,9 @@ def close_branch(root: Path, message: str) -> str:
         one_line = " ".join(message.split())[:1000]
         body = ["--message", "\n".join(anchors)] if (anchors := run_events.ended(root, one_line)) else []
         git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line, *body)
-    return git(root, "rev-parse", "HEAD")
+    commit, branch = git(root, "rev-parse", "HEAD", "--abbrev-ref", "HEAD").splitlines()
+    set_anchor(root, branch.removeprefix("runs/"), commit)
+    return commit
 
 
 @contextmanager

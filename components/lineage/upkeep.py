@@ -18,6 +18,7 @@ from components.core.layout import Layout
 from components.core.locks import is_locked
 from components.core.references import RUN_ID
 from components.core.stage_runs import PARENT_STAGE
+from components.lineage.anchors import read_anchors
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
 from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects
@@ -130,6 +131,8 @@ def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
     def remove_branches() -> None:
         git(root, "worktree", "prune")
         for run in gone:
+            for anchor in read_anchors(root, run.id):
+                git(root, "update-ref", "-d", f"refs/tags/{anchor.name}", anchor.id)
             git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
         for name in [*(run.id for run in gone), *stale]:
             delete(runs / f"{name}.lock")

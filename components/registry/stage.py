@@ -23,12 +23,13 @@ from components.core.tracking import log_input, tag_run
 from components.core.user import user_name
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
+from components.lineage.anchors import set_anchor
 from components.lineage.audit_anchors import anchor_model
 from components.lineage.audit_chain import REGISTER, Head
 from components.lineage.audit_log import Entry, Event, open_log
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
-from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
+from components.lineage.provenance import CURATED, DECISION_TAGS, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.registry.card import render_card
 from components.registry.config import RegisterConfig
 from components.registry.differences import Side
@@ -165,6 +166,7 @@ class _Register:
                 tags={
                     Tag.PARENT: making.parent[0],
                     Tag.PARENT_SHA256: making.parent[1],
+                    Tag.ANCHOR: set_anchor(self.root, making.run, origin.commit),
                     Tag.VALIDATION: f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool",
                     **stated,
                 },
@@ -237,6 +239,8 @@ def _summary(version: ModelVersion, reviewed: Review) -> dict[str, Any]:
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
         "verdict": reviewed.verdict,
         "failed_gates": [gate.name for gate in reviewed.failed],
+        # Committed with the run: `pedigree verify` compares the registry with it. Of the files the digest is enough.
+        "tags": {k: v for k, v in sorted(version.tags.items()) if k != Tag.FILES and k not in DECISION_TAGS},
     }
 
 

@@ -310,6 +310,7 @@ def _write_dvc_settings(site: Site, credentials: Path) -> None:
         "endpointurl": site.url("s3"),
         "credentialpath": str(credentials),
         "region": REGION,
+        "verify": "true",  # DVC compares what it pulls with its id
     }
     local.filename = None
     _write_private(file, b"\n".join([*local.write(), b""]).decode())
