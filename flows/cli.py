@@ -32,6 +32,7 @@ from flows.commands import (
     train_status,
     up,
     verify,
+    where_used,
 )
 from flows.console import screen
 
@@ -78,6 +79,7 @@ app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
+app.command("where-used")(where_used.where_used)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)

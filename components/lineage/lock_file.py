@@ -62,8 +62,7 @@ class Record:
 
         Register stages are excluded, because they are recorded after the registration that contains this hash.
         """
-        stages = {name: s for name, s in self.stages().items() if name.split("@")[0] != REGISTER_STAGE}
-        return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return stages_sha256(self.stages())
 
     def output(self, path: str) -> str | None:
         """Return the DVC id of a stage's output by its path; of a student, from the stage that evaluates it."""
@@ -111,6 +110,12 @@ class Record:
             listing = try_git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
+
+
+def stages_sha256(stages: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the stages of a `dvc.lock`, as of `Record.lock_sha256`."""
+    counted = {name: stage for name, stage in stages.items() if name.split("@")[0] != REGISTER_STAGE}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:
