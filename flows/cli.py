@@ -28,6 +28,7 @@ from flows.commands import (
     seen,
     sources,
     status,
+    takedown,
     trace,
     train_status,
     up,
@@ -80,6 +81,7 @@ app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
 app.command("where-used")(where_used.where_used)
+app.command("takedown")(takedown.takedown)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)

@@ -6,9 +6,10 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from components.core.storage import atomic_dir
 from components.data import expectations, summary
@@ -26,6 +27,8 @@ from components.data.manifest import (
 from components.data.provenance import read_provenance
 from components.data.shards import EXTENSIONS, ShardReader, ShardWriter
 from components.data.tombstones import WITHDRAWN
+
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
 def rebuild(snapshot: Path, withdrawn: Collection[str], why: str, docs_folder: Path) -> Path | None:
@@ -45,7 +48,7 @@ def rebuild(snapshot: Path, withdrawn: Collection[str], why: str, docs_folder: P
     """
     table = read_manifest(snapshot / MANIFEST)
     out = pc.is_in(table["image_id"], value_set=pa.array(sorted(withdrawn), pa.string()))
-    left, gone = table.filter(pc.invert(out)), table.filter(out)  # pyright: ignore[reportAttributeAccessIssue]
+    left, gone = table.filter(pc.invert(out)), table.filter(out)
     if not len(left):
         return None
     folder = snapshot.with_name(snapshot_name(left))
@@ -69,7 +72,7 @@ def _write_shards(snapshot: Path, staging: Path, left: pa.Table, touched: set[st
     """Copy the untouched shards, and write the others without the withdrawn images; return the new manifest."""
     reader, parts = ShardReader(snapshot), []
     for shard in left["shard"].unique().to_pylist():
-        rows = left.filter(pc.equal(left["shard"], shard))  # pyright: ignore[reportAttributeAccessIssue]
+        rows = left.filter(pc.equal(left["shard"], shard))
         parts.append(_write_again(reader, staging, shard, rows) if shard in touched else rows)
         if shard not in touched:
             _link_or_copy(snapshot / shard, staging / shard)

@@ -24,7 +24,7 @@ from components.core.references import CANDIDATES, LATEST, ModelReference
 from components.core.registered_weights import download_weights
 from components.core.signing import SignatureError
 from components.lineage.audit_log import Entry
-from components.lineage.champions import CHAMPION, REJECT
+from components.lineage.champions import CHAMPION, REJECT, TAKEDOWN
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, own_intervals, paired_differences, read_facts
@@ -32,6 +32,7 @@ from components.registry.gates import Evidence, Gate, failed, judge, verdict
 from components.registry.making import Making, read_making
 from components.registry.publish import RegistryError, versions
 from components.registry.standing import Standing, address, resolve, with_alias
+from components.registry.withdrawals import open_takedown
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
@@ -146,6 +147,7 @@ def review(standing: Standing, version: ModelVersion, root: Path, actor: str | N
         missing=trace(mine, root).missing,
         weights=_fault(mine, root),
         rejected=_rejected(standing.entries, mine),
+        takedown=open_takedown(version, standing.entries, {mine, candidate}, root),
         actor=actor,
     )
     return Review(
@@ -290,7 +292,7 @@ def _fault(version: str, root: Path) -> str | None:
 
 
 def _rejected(entries: list[Entry], version: str) -> str | None:
-    entry = next((e for e in reversed(entries) if e.subject == version), None)
+    entry = next((e for e in reversed(entries) if e.subject == version and e.action != TAKEDOWN), None)
     if entry is None or entry.action != REJECT:
         return None
     return f"{entry.actor} rejected it on {entry.time[:10]} (event {entry.sequence}): {entry.details['reason']}"
