@@ -14,8 +14,10 @@ from components.lineage.audit_log import AuditLog
 from flows.announce import LISTENER
 from flows.health import online_workers, start_worker
 from flows.pool_lock import pool_held
+from flows.purge import purge
 
 if TYPE_CHECKING:
+    from components.lineage.purge import Purged
     from components.lineage.takedown import Takedown
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,14 @@ class Done:
         commit: of the checkout's branch.
         retraining: line on the retraining.
         notes: lines on what was not done.
+        purged: None if no purge was asked for.
     """
 
     takedown: Takedown
     commit: str
     retraining: str
     notes: list[str] = field(default_factory=list)
+    purged: Purged | None = None
 
 
 def carry_out(root: Path, takedown: Takedown) -> Done:
@@ -51,12 +55,17 @@ def carry_out(root: Path, takedown: Takedown) -> Done:
     """
     log = AuditLog.from_environment()
     with pool_held(takedown.id, logger, "the takedown"):
+        # Those of an ingest that was at work when the takedown was asked for too.
+        there = dict.fromkeys(steps.snapshots_with(root, takedown.images), "")
+        takedown = takedown.model_copy(update={"snapshots": {**there, **takedown.snapshots}})
         held = {path: id_ for path, id_ in steps.dvc_ids(root).items() if path in takedown.snapshots}
         steps.record(takedown, log, held)
         steps.bury(root, takedown)
         takedown = steps.replace_snapshots(root, takedown)
         done = Done(takedown, steps.commit(root, takedown), "")
     done.notes += steps.flag(takedown, _registry(takedown), log)
+    if takedown.purge:  # before a run begins, beside which nothing may be removed
+        done.purged = purge(root, takedown, log)
     done.retraining = _retrain(takedown)
     takedown.forget(root)
     return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from components.core.config import ConfigError
 from components.core.text import some_of
-from components.data.manifest import MANIFEST
-from components.lineage.takedown import dvc_ids
+from components.data.manifest import snapshot_manifests
+from components.lineage.takedown import COLLECTIONS, snapshots_with
 from components.lineage.where_used import Query, Search, Uses
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
@@ -61,15 +61,15 @@ def assess(root: Path, query: Query) -> Impact:
         ConfigError: there are no images of the source or under the license.
         StorageError, TrackingError: as of `where_used`.
     """
-    search, here = Search(root), dict(_snapshots(root))
+    search, here = Search(root), list(_snapshots(root))
     images = set(query.images)
     if not images:
-        images = _kept(search.find(query)) | {id_ for table in here.values() for id_ in _matching(table, query)}
+        images = _kept(search.find(query)) | {id_ for table in here for id_ in _matching(table, query)}
         if not images:
             raise ConfigError(_no_images(query, here))
     uses = search.find(Query(frozenset(images)))
-    rows = {path: table.filter(pc.is_in(table["image_id"], pa.array(sorted(images)))) for path, table in here.items()}
-    sources = Counter(pair for table in rows.values() for pair in _pairs(table))
+    rows = [table.filter(pc.is_in(table["image_id"], pa.array(sorted(images)))) for table in here]
+    sources = Counter(pair for table in rows for pair in _pairs(table))
     sources |= Counter(pair for use in uses.data if use.data.kind != "curated" for pair in _pairs(use.kept))
     found = {id_ for id_, _ in sources} | _kept(uses)
     models = {model.reference: model for model in uses.models}
@@ -77,7 +77,7 @@ def assess(root: Path, query: Query) -> Impact:
         images=tuple(sorted(images)),
         nowhere=len(images - found),
         sources=dict(sorted(Counter(source for _, source in sources).items())),
-        snapshots={path: len(table) for path, table in rows.items() if len(table)},
+        snapshots=snapshots_with(root, images),
         versions=[(use.data.path, use.data.dvc, len(use.kept)) for use in uses.data if len(use.kept)],
         runs=uses.runs,
         learned={name: _why(model) for name, model in models.items() if model.learned},
@@ -87,9 +87,10 @@ def assess(root: Path, query: Query) -> Impact:
     )
 
 
-def _snapshots(root: Path) -> Iterator[tuple[str, pa.Table]]:
-    for path in dvc_ids(root):
-        yield path, pq.read_table(root / path / MANIFEST, columns=["image_id", "source", "license"])
+def _snapshots(root: Path) -> Iterator[pa.Table]:
+    """Yield the images of each snapshot on disk, tracked or not."""
+    for path in (path for folder in COLLECTIONS for path in snapshot_manifests(root / folder)):
+        yield pq.read_table(path, columns=["image_id", "source", "license"])
 
 
 def _kept(uses: Uses) -> set[str]:
@@ -114,7 +115,7 @@ def _why(model: Any) -> str:
     return ", ".join([*model.relations, *taught])
 
 
-def _no_images(query: Query, here: Mapping[str, pa.Table]) -> str:
+def _no_images(query: Query, here: Iterable[pa.Table]) -> str:
     name = "source" if query.source is not None else "license"
-    known = sorted({value for table in here.values() for value in table[name].unique().to_pylist()})
+    known = sorted({value for table in here for value in table[name].unique().to_pylist()})
     return f"{query}: no data version has images of it; the checkout has {some_of(known, 10) or 'no images'}"

@@ -24,7 +24,7 @@ from components.core.layout import RELATIVE
 from components.core.mlflow_client import reported
 from components.core.references import ModelReference
 from components.core.storage import write_json
-from components.data.manifest import MANIFEST, read_manifest
+from components.data.manifest import MANIFEST, read_manifest, snapshot_manifests
 from components.data.provenance import provenance_file
 from components.data.rebuild import rebuild
 from components.data.shards import ShardReader
@@ -55,6 +55,8 @@ class Takedown(Config):
         snapshots: of the checkout that hold images, to the folders that replace them: None where no image is left; an
             empty text as long as it is not known.
         near_copies: near copies are refused too, by `fingerprints`.
+        purge: the bytes are removed too.
+        search: what the proof of a purge searches for, hexadecimal; see `purge.py`.
         retrain: start a retraining.
     """
 
@@ -69,6 +71,8 @@ class Takedown(Config):
     models: dict[str, str] = Field(default_factory=dict)
     snapshots: dict[str, str | None] = Field(default_factory=dict)
     near_copies: bool = False
+    purge: bool = False
+    search: tuple[str, ...] = ()
     retrain: bool = True
 
     def note(self, root: Path) -> Path:
@@ -114,6 +118,16 @@ def image_bytes(snapshot: Path, wanted: Iterable[str]) -> dict[str, bytes]:
     return {row["image_id"]: reader.read(row["shard"], row["offset"], row["length"]) for row in rows}
 
 
+def snapshots_with(root: Path, wanted: Iterable[str]) -> dict[str, int]:
+    """Return the snapshots of the checkout, tracked or not, that hold any of these images, with their number."""
+    ids, found = pa.array(sorted(wanted), pa.string()), {}
+    for path in (path for folder in COLLECTIONS for path in snapshot_manifests(root / folder)):
+        count = pc.sum(pc.is_in(read_manifest(path)["image_id"], value_set=ids)).as_py()
+        if count:
+            found[path.parent.relative_to(root).as_posix()] = count
+    return found
+
+
 def record(takedown: Takedown, log: AuditLog, snapshots: Mapping[str, str]) -> None:
     """Append the event of a takedown, unless the log has it.
 
@@ -135,6 +149,7 @@ def record(takedown: Takedown, log: AuditLog, snapshots: Mapping[str, str]) -> N
         "image_ids": list(takedown.images[:NAMED_IDS]),
         "images_sha256": hashlib.sha256("\n".join(takedown.images).encode()).hexdigest(),
         "near_copies": takedown.near_copies,
+        "purge": takedown.purge,
         "snapshots": dict(snapshots),
         "models": dict(takedown.models),
     }

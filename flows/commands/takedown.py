@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.core.config import ConfigError
+from components.core.layout import RELATIVE
+from components.core.locks import exclusive
 from components.core.references import IMAGE_ID
 from components.core.text import one_line, some_of
 from components.core.user import ADMIN
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from components.lineage.takedown import Takedown
     from components.lineage.where_used import Query
     from flows.takedown import Done
+
+log = logging.getLogger(__name__)
 
 SHOWN = 5  # names of one kind
 WEIGHTS_KEEP = "weights keep what they learned: versions are flagged and their promotion is blocked, none is deleted"
@@ -40,6 +45,7 @@ def takedown(  # noqa: PLR0913, PLR0917 - the options of a command
     file: Annotated[Path | None, typer.Option(help="CSV with a column `image` of files or image ids.")] = None,
     reason: Annotated[str, typer.Option(help="Why; it goes into git and the audit log.")] = "",
     near_copies: Annotated[bool, typer.Option("--near-copies", help="Later ingests refuse near copies too.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Remove the bytes everywhere, and prove it.")] = False,
     retrain: Annotated[bool, typer.Option(help="Start a retraining without the images.")] = True,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> Answer:
@@ -52,34 +58,39 @@ def takedown(  # noqa: PLR0913, PLR0917 - the options of a command
     retraining. Weights keep what they learned. A takedown that was cut short
     is finished by the next one, also by `pedigree takedown` without options.
 
+    --purge removes the shards, embeddings, pictures, checkpoints and caches
+    that hold or show the images from S3 (all object versions), DVC's cache,
+    worktrees, MLflow and Prefect, then searches all bytes; exits with 1 if any
+    are left. Old data versions cannot be pulled whole any more.
+
     Examples:
       pedigree takedown --image photo.jpg --reason "consent withdrawn"
 
-      pedigree takedown --source crawl --reason "license revoked"
+      pedigree takedown --source crawl --reason "license revoked" --purge
 
       pedigree takedown --file ids.csv --reason "court order 7" --near-copies --yes --json
     """
     root = Path.cwd()
     head_commit(root)
-    given = {"--image": image, "--source": source, "--license": license_, "--file": file}
-    asked = [name for name, value in given.items() if value]
-    earlier = _finish_earlier(root)
-    if not asked and earlier:
-        return Answer({"finished": [_as_dict(done) for done in earlier]}, partial(_show_all, earlier))
-    if len(asked) != 1 or not reason.strip():
-        raise ConfigError(f"give one of {', '.join(given)}, and --reason TEXT; given: {', '.join(asked) or 'none'}")
-    query, pictures = _query(image, source, license_, file)
-    _bring_data(root)
-    from components.lineage.impact import assess
+    with exclusive(root / RELATIVE.state / "takedown.lock", lambda _: log.info("waiting for another takedown")):
+        given = {"--image": image, "--source": source, "--license": license_, "--file": file}
+        asked = [name for name, value in given.items() if value]
+        earlier = _finish_earlier(root)
+        if not asked and earlier:
+            return _answer({}, earlier, earlier)
+        if len(asked) != 1 or not reason.strip():
+            raise ConfigError(f"give one of {', '.join(given)}, and --reason TEXT; given: {', '.join(asked) or 'none'}")
+        query, pictures = _query(image, source, license_, file)
+        _bring_data(root)
+        from components.lineage.impact import assess
 
-    impact = assess(root, query)
-    _confirm(impact, str(query), yes)
-    intent = _intent(root, impact, pictures, str(query), reason.strip(), near_copies)
-    intent = intent.model_copy(update={"retrain": retrain})
-    intent.save(root)
-    done = _carry_out(root, intent)
-    data = {"impact": dataclasses.asdict(impact), **_as_dict(done), "finished": [_as_dict(each) for each in earlier]}
-    return Answer(data, partial(_show_all, [*earlier, done]))
+        impact = assess(root, query)
+        _confirm(impact, str(query), purge, yes)
+        intent = _intent(root, impact, pictures, str(query), reason.strip(), near_copies)
+        intent = intent.model_copy(update={"purge": purge, "retrain": retrain})
+        intent.save(root)
+        done = _carry_out(root, intent)
+        return _answer({"impact": dataclasses.asdict(impact), **_as_dict(done)}, earlier, [*earlier, done])
 
 
 def _query(
@@ -135,7 +146,7 @@ def _bring_data(root: Path) -> None:
         Ledger(root).bring_data()
 
 
-def _confirm(impact: Impact, asked: str, yes: bool) -> None:
+def _confirm(impact: Impact, asked: str, purge: bool, yes: bool) -> None:
     """Show the impact, and ask; a person types the number of images."""
     if yes:
         return
@@ -144,7 +155,7 @@ def _confirm(impact: Impact, asked: str, yes: bool) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    for line in _impact_lines(impact, asked):
+    for line in _impact_lines(impact, asked, purge):
         console.print(line, markup=False)
     typed = typer.prompt(f"type the number of images, {len(impact.images)}, to withdraw them", err=True)
     if typed.strip().replace(",", "") != str(len(impact.images)):
@@ -154,6 +165,7 @@ def _confirm(impact: Impact, asked: str, yes: bool) -> None:
 def _intent(
     root: Path, impact: Impact, pictures: Mapping[str, bytes], asked: str, reason: str, near_copies: bool
 ) -> Takedown:
+    from components.lineage.residue import needle
     from components.lineage.takedown import Takedown, takedown_id
     from components.registry.promote import who
 
@@ -171,6 +183,7 @@ def _intent(
         models=dict(impact.learned),
         snapshots=dict.fromkeys(impact.snapshots, ""),
         near_copies=near_copies,
+        search=tuple(sorted(needle(data).hex() for data in pictures.values())),
     )
 
 
@@ -185,8 +198,7 @@ def _fingerprints(root: Path, impact: Impact, pictures: Mapping[str, bytes]) -> 
         found |= image_bytes(root / snapshot, impact.images)
     signs = [sign for data in found.values() if (sign := fingerprint(decode_image(data)))]
     if lacking := len(impact.images) - len(signs):
-        console = answer_console()
-        console.print(f"near copies of {lacking} images cannot be told: their bytes are not here, or have no structure")
+        log.warning("near copies of %d images cannot be told: their bytes are not here, or have no structure", lacking)
     return signs
 
 
@@ -202,12 +214,19 @@ def _carry_out(root: Path, intent: Takedown) -> Done:
     return carry_out(root, intent)
 
 
+def _answer(data: dict[str, Any], earlier: Sequence[Done], all_done: Sequence[Done]) -> Answer:
+    remains = any(done.purged and done.purged.left for done in all_done)
+    data = {**data, "finished": [_as_dict(done) for done in earlier]}
+    return Answer(data, partial(_show_all, all_done), exit_code=int(remains))
+
+
 def _as_dict(done: Done) -> dict[str, Any]:
-    intent = done.takedown.model_dump(mode="json", exclude={"fingerprints"})
-    return {**intent, "commit": done.commit, "retraining": done.retraining, "notes": done.notes}
+    intent = done.takedown.model_dump(mode="json", exclude={"search", "fingerprints"})
+    return {**intent, "commit": done.commit, "retraining": done.retraining, "notes": done.notes,
+            "purged": dataclasses.asdict(done.purged) if done.purged else None}  # fmt: skip
 
 
-def _impact_lines(impact: Impact, asked: str) -> list[str]:
+def _impact_lines(impact: Impact, asked: str, purge: bool) -> list[str]:
     """What a takedown would concern."""
     sources = ", ".join(f"{name} {count:,}" for name, count in impact.sources.items()) or "none"
     lines = [f"{asked}: {len(impact.images):,} images; by source: {sources}"]
@@ -224,7 +243,11 @@ def _impact_lines(impact: Impact, asked: str) -> list[str]:
         lines.append(f"models with them in the pool or evaluation set only: {len(impact.beside)}, not flagged"
                      f"{_such(sorted(impact.beside))}")  # fmt: skip
     lines += [f"not searched: {line}" for line in impact.unknown]
-    return [*lines, "the bytes stay in old data versions", WEIGHTS_KEEP]
+    if not purge:
+        lines.append("the bytes stay in old data versions; --purge removes them")
+    else:
+        lines.append("the purge removes whole shards of old data versions, and pictures of runs that used them")
+    return [*lines, WEIGHTS_KEEP]
 
 
 def _named(impact: Impact, name: str) -> str:
@@ -258,4 +281,5 @@ def _lines(done: Done) -> list[str]:
                  f"{' and near copies' if intent.fingerprints else ''}")  # fmt: skip
     lines += [f"  flagged: {name} ({why}); its gate `takedown` fails" for name, why in intent.models.items()]
     lines += [f"  {WEIGHTS_KEEP}"] if intent.models else []
-    return lines + [f"  {line}" for line in [*done.notes, done.retraining]]
+    lines += [f"  {line}" for line in [*done.notes, done.retraining]]
+    return lines + ([f"  {line}" for line in done.purged.lines()] if done.purged else [])

@@ -8,13 +8,16 @@ import os
 import shutil
 import signal
 import uuid
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import boto3
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 from mlflow import MlflowClient
@@ -22,18 +25,27 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from components.core.git import git
+from components.core.pictures import Tile, draw_sheet, fit, in_columns, jpeg
+from components.core.storage import sha256_file, split_s3_uri, write_bytes, write_json
 from components.data.ingest import IngestReport, ingest
 from components.data.ingest_config import IngestRequest
-from components.data.manifest import read_collection
+from components.data.manifest import CURATED_SCHEMA, read_collection, write_manifest
+from components.data.shards import ShardReader, ShardWriter
 from components.lineage import takedown as steps
 from components.lineage.audit_log import PLATFORM, AuditLog
 from components.lineage.ledger import Ledger
-from components.lineage.lock_file import Record
+from components.lineage.lock_file import Record, file_md5
 from components.lineage.provenance import Tag
+from components.recipe import load_recipe
 from components.registry.withdrawals import open_takedown
+from flows import purge as flow_purge
 from flows import takedown as flow
 from flows.cli import app
+from flows.health import takedowns
+from flows.purge import ANY_GARBAGE
+from flows.workspace import Workspace, open_workspace
 from infra.local import supervisor
+from infra.local.compaction import compact_storage
 from tests.flows.repository import PROJECT, git_lines
 from tests.lineage.short_runs import make_short_runs
 
@@ -250,3 +262,124 @@ def test_models_that_learned_an_image_are_flagged_and_their_gate_fails(storage, 
     assert reason.endswith(": court order")
     assert "trained on it" in reason
     assert open_takedown(version, [], {candidate}, runs.root).startswith("1 images of its training set were withdrawn")
+
+
+STAGES = """stages:
+  embed:
+    cmd: "true"
+    deps: [data/pool]
+    outs: [data/embeddings]
+  curate:
+    cmd: "true"
+    deps: [data/pool, data/embeddings]
+    outs: [data/curated, reports/curate/report.html, reports/curate/kept.jpg]
+"""
+
+
+def do_stages(work: Workspace) -> bytes:
+    """Write what `embed` and `curate` write of the pool, and record it; return the sheet of the kept images."""
+    work.ledger.bring_data()
+    root, pool = work.root, read_collection(work.root / "data/pool")
+    (root / "data/embeddings/scores").mkdir(parents=True)
+    np.save(root / "data/embeddings/pool.npy", np.ones((len(pool), 4), np.float32))
+    pq.write_table(pool.select(["image_id"]), root / "data/embeddings/scores/pool.parquet")
+    work.ledger.record("embed")
+    (root / "data/curated").mkdir()
+    pictures, rows = {}, []
+    reader = ShardReader(root / "data/pool")
+    for row in pool.to_pylist():
+        pictures[row["image_id"]] = row | {"data": reader.read(row["shard"], row["offset"], row["length"])}
+    with ShardWriter(root / "data/curated", 2**20) as shards:
+        for id_, row in sorted(pictures.items()):
+            shard, offset, _ = shards.add(id_, "jpg", row.pop("data"))
+            empty = dict.fromkeys(("derived_from", "seed_set", "query_id", "similarity", "cluster_path"))
+            empty |= dict.fromkeys(("gray_share", "entropy", "nsfw", "num_faces"))
+            rows.append(row | {"shard": shard, "offset": offset, "origin": "balanced", "group_id": id_} | empty)
+    write_manifest(pa.Table.from_pylist(rows, schema=CURATED_SCHEMA), root / "data/curated/manifest.parquet")
+    tiles = [
+        Tile(fit(Image.open(io.BytesIO(reader.read(r["shard"], r["offset"], r["length"]))))) for r in pool.to_pylist()
+    ]
+    sheet = jpeg(draw_sheet(in_columns(tiles, 4)))
+    (root / "reports/curate").mkdir(parents=True, exist_ok=True)
+    (root / "reports/curate/kept.jpg").write_bytes(sheet)
+    (root / "reports/curate/report.html").write_text(f"<img src='data:image/jpeg;base64,{b64encode(sheet).decode()}'>")
+    work.ledger.record("curate")
+    work.commit("curate: ran for 0 s")
+    git(work.root, "commit", "-q", "--allow-empty", "-m", "Run finished")
+    return sheet
+
+
+def everything_stored(root: Path) -> Iterator[tuple[str, bytes]]:
+    """All files below a folder, and all versions of all objects of its remote."""
+    for path in root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            yield str(path), path.read_bytes()
+    s3, (bucket, prefix) = boto3.client("s3"), split_s3_uri(str(Record(root).remote_url()))
+    for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Versions", ()):
+            key, version = item["Key"], item["VersionId"]
+            yield f"{key} {version}", s3.get_object(Bucket=bucket, Key=key, VersionId=version)["Body"].read()
+
+
+def holding(root: Path, *wanted: bytes) -> list[str]:
+    return [name for name, data in everything_stored(root) if any(each in data for each in wanted)]
+
+
+@pytest.mark.stack
+def test_a_purge_leaves_the_bytes_nowhere_even_if_it_is_killed(project: Path, storage, monkeypatch):
+    (project / "dvc.yaml").write_text(STAGES)
+    recipe = load_recipe(PROJECT, "tiny-cpu").model_copy(update={"name": "purged"})
+    with open_workspace(project, recipe, [p.removeprefix("data/pool/") for p in steps.dvc_ids(project)]) as work:
+        sheet = do_stages(work)
+    image = picture(8)
+    wanted, (start, end) = sha256(image).hexdigest(), (len(image) // 2 - 20, len(image) // 2 + 20)
+    marks = (image[start:end], sheet[len(sheet) // 2 :][:40], b64encode(sheet)[4000:4060])
+    # What else lies about: an old version of an object, a fetched block, a stopped training, the sample, a lost copy.
+    s3, (bucket, prefix) = boto3.client("s3"), split_s3_uri(str(Record(project).remote_url()))
+    snapshot = next(path for path in steps.dvc_ids(project) if steps.image_bytes(project / path, [wanted]))
+    md5 = file_md5(project / snapshot / "00000.tar")
+    key = f"{prefix}/files/md5/{md5[:2]}/{md5[2:]}"
+    s3.copy_object(Bucket=bucket, Key=key, CopySource={"Bucket": bucket, "Key": key}, MetadataDirective="REPLACE")
+    s3.delete_object(Bucket=bucket, Key=key)
+    state = project / ".pedigree"
+    training = {"dataset_sha256": sha256_file(work.root / "data/curated/manifest.parquet"), "stage": "pretrain"}
+    write_json(state / "checkpoints/k1/config.json", training)
+    write_json(state / "checkpoints/k2/config.json", training | {"dataset_sha256": "0" * 64})
+    for name in ("checkpoints/k1/diverged_step_3/rank_0.safetensors", "cache/shards/0-0", "sample/pool/8.jpg"):
+        write_bytes(state / name, b"before" + image + b"after")
+    write_bytes(work.root / "reports/lost.html", b"<img src='data:image/jpeg;base64," + b64encode(image) + b"'>")
+    assert len(holding(project, *marks)) > 10
+
+    arguments = ["--image", wanted, "--reason", "court order", "--purge", "--yes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_purge.steps, "prove", lambda *_: os._exit(9))  # after all was removed
+        child = os.fork()
+        if child == 0:
+            CliRunner().invoke(app, ["takedown", *arguments])
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert "takedown" in {finding.check for finding in takedowns(project)}
+    (done,) = takedown()["finished"]
+    assert done["purged"]["left"] == []
+    assert done["purged"]["removed"]["copies found by the search"] == 2  # in the sample and in the run's folder
+    assert holding(project, *marks) == []
+    assert list(takedowns(project)) == []
+    assert not (state / "checkpoints/k1").exists()
+    assert (state / "checkpoints/k2").exists()
+    assert (work.root / "data/curated/manifest.parquet").exists()
+    assert not (work.root / "data/curated/00000.tar").exists()
+    # The server's own files have them no more either, once it has overwritten what was deleted.
+    compact_storage(storage.root, ANY_GARBAGE)
+    volumes = [path for path in (storage.root / ".pedigree").rglob("*.dat") if path.is_file()]
+    assert volumes
+    assert not [path for path in volumes if any(mark in path.read_bytes() for mark in marks)]
+    # What is left is whole: other images, and the versions without this one.
+    shutil.rmtree(project / ".dvc/cache")
+    assert Ledger(project).bring_data() == len(steps.dvc_ids(project))
+    assert ids(project) == {sha256(picture(n)).hexdigest() for n in range(10)} - {wanted}
+    purge = AuditLog.from_environment().read(PLATFORM)[-1]
+    assert (purge.action, purge.details["left"], purge.details["runs"]) == ("purge", [], [work.run_id])
+    # A copy that Pedigree has not made is told, and left to its owner.
+    (project / "mine.bin").write_bytes(image)
+    found = takedown("--image", "mine.bin", *arguments[2:], code=1)
+    assert found["purged"]["left"] == ["mine.bin: not a copy that Pedigree made, so it was not removed"]
