@@ -30,6 +30,7 @@ from flows.commands import (
     seen,
     sources,
     status,
+    takedown,
     trace,
     train_status,
     up,
@@ -83,6 +84,7 @@ app.command("verify")(verify.verify)
 app.command("seen")(seen.seen)
 app.command("diff")(diff.diff)
 app.command("where-used")(where_used.where_used)
+app.command("takedown")(takedown.takedown)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)

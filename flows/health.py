@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.core.errors import PedigreeError, ServiceError, error_message
-from components.core.layout import Layout
+from components.core.layout import RELATIVE, Layout
 from components.core.signing import check_keys
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
@@ -64,7 +64,7 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
         services: whether services are configured; if not, only the machine and the checkout are checked.
     """
     local: list[Check] = [python, packages, pinned, disk, databases]
-    groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit], "")]
+    groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit, takedowns], "")]
     if services:
         login = "PREFECT_API_URL and PREFECT_API_AUTH_STRING lead to it; `pedigree up` starts the local one"
         groups += [
@@ -159,6 +159,12 @@ def commit(checkout: Path) -> Iterator[Finding]:
     from flows.git import head_commit
 
     yield Finding("git", GREEN, f"commit {head_commit(checkout)[:10]}")
+
+
+def takedowns(checkout: Path) -> Iterator[Finding]:
+    """Name the takedowns that were begun and not finished."""
+    for path in sorted((checkout / RELATIVE.state / "takedowns").glob("*.json")):
+        yield Finding("takedown", RED, f"{path.stem} was cut short", "`pedigree takedown` finishes it")
 
 
 def s3_answers(_: Path) -> Iterator[Finding]:

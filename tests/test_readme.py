@@ -41,6 +41,7 @@ RUN_ELSEWHERE = (
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree diff", "tests/lineage/test_where_used.py", r'"diff", ONE, TWO, "--html"'),
     ("pedigree where-used", "tests/lineage/test_where_used.py", r'"where-used"'),
+    ("pedigree takedown", "tests/flows/test_takedown.py", r'takedown\("--image"'),
     ("pedigree sources list", "tests/flows/test_sources.py", r'"sources", "list"'),
     ("pedigree sources remove", "tests/flows/test_sources.py", r'"sources", "remove"'),
     ("pedigree ingest", "tests/flows/test_ingest_command.py", r'"ingest"'),

@@ -49,6 +49,7 @@ class Tag(StrEnum):
     SCORE = "pedigree.score"  # the main measure
     RELEASED = "pedigree.released"  # on a candidate: the version that it became
     REJECTED = "pedigree.rejected"  # on a candidate: who and why
+    TAKEDOWN = "pedigree.takedown"  # the last takedown of images that it may have learned, and why
 
 
 DECISION_TAGS = (

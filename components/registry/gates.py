@@ -45,6 +45,7 @@ class Evidence:
         missing: what the trace of the model lacks; None: not traced yet.
         weights: what is wrong with the weights; None: they load and are finite.
         rejected: who rejected this version and why; None: nobody has.
+        takedown: which takedown withdrew images that it may have learned; empty: none; None: not looked up yet.
         actor: who would promote it; None: not known yet.
         authenticated: MLflow has authenticated the actor; a name that was typed, or that git knows, may be anybody's.
     """
@@ -58,6 +59,7 @@ class Evidence:
     missing: Sequence[str] | None = None
     weights: str | None = None
     rejected: str | None = None
+    takedown: str | None = None
     actor: str | None = None
     authenticated: bool = False
 
@@ -165,6 +167,13 @@ def not_rejected(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
     return (FAILED, evidence.rejected) if evidence.rejected else (PASSED, "nobody has")
 
 
+def takedown(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """No image that it may have learned was withdrawn; not listed before the decision."""
+    if evidence.takedown is None:
+        return PASSED, ""
+    return (FAILED, evidence.takedown) if evidence.takedown else (PASSED, "none of its images was withdrawn")
+
+
 def second_person(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """Whoever promotes the model is an authenticated user, and not who started its run."""
     authors = ", ".join(evidence.facts.authors)
@@ -189,6 +198,7 @@ GATES: Mapping[str, Callable[[Evidence, GatesConfig], tuple[str, str]]] = {
     "size": size,
     "latency": latency,
     "rejection": not_rejected,
+    "takedown": takedown,
     SECOND_PERSON: second_person,
 }
 

@@ -43,6 +43,7 @@ from components.registry.publish import (
 from components.registry.release import Released
 from components.registry.review import Review, review
 from components.registry.standing import NOT_THERE, Standing, address, resolve
+from components.registry.withdrawals import open_takedown
 
 AUTHENTICATED = "MLflow user, authenticated by the server"
 
@@ -177,6 +178,9 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
             raise RegistryError(f"{name}: no earlier champion to return to; {now}")
         unexplained = standing.unexplained()
         version = resolve(standing.client, standing.previous)
+        names = {address(version), version.tags.get(Tag.CANDIDATE, "")}
+        if found := open_takedown(version, standing.entries, names, Path.cwd()):
+            raise RegistryError(f"{address(version)}: has an open takedown, {found}; promote another version")
         _check_released(standing, version)
         after, event = _change(standing, ROLLBACK, version, by, {"reason": reason.strip(), "unexplained": unexplained})
     return _decision(after, version, event, settled, unexplained)

@@ -42,6 +42,7 @@ from components.registry.gates import Evidence, Gate, failed, judge, verdict
 from components.registry.making import Making, read_making
 from components.registry.publish import RegistryError, versions
 from components.registry.standing import Standing, address, resolve, with_alias
+from components.registry.withdrawals import open_takedown
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
@@ -161,6 +162,7 @@ def review(
         missing=trace(mine, root).missing,
         weights=_fault(mine, root),
         rejected=_rejected(standing.entries, mine),
+        takedown=open_takedown(version, standing.entries, {mine, candidate}, root),
         actor=actor,
         authenticated=authenticated,
     )

@@ -339,7 +339,7 @@ def test_promotion_and_trace(checkout, first):
     words = ["promote", "pedigree@latest", "--reason", "the first one"]
     refused = pedigree(checkout, *words)
     assert refused.returncode == 1
-    assert "does not pass 1 of 11 gates: random: knn_top1" in refused.stderr
+    assert "does not pass 1 of 12 gates: random: knn_top1" in refused.stderr
     done = pedigree(checkout, *words, "--waive", "random=of 3 steps nothing can be expected")
     assert done.returncode == 0, done.stderr
     done = pedigree(checkout, "trace", "pedigree@champion", "--json")

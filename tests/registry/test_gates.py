@@ -42,7 +42,7 @@ def facts(**changes: object) -> Facts:
     return Facts.model_validate(values | changes)
 
 
-GOOD = Evidence(facts(), missing=())
+GOOD = Evidence(facts(), missing=(), takedown="")
 
 
 def state(name: str, evidence: Evidence) -> str:
@@ -142,7 +142,7 @@ def test_intervals_are_wilsons_of_accuracies_and_the_bootstraps_of_others():
     ],
 )  # fmt: skip
 def test_each_gate_fails_alone(name, changes, text):
-    gates = judge(Evidence(facts(**changes), missing=()))
+    gates = judge(Evidence(facts(**changes), missing=(), takedown=""))
     assert [gate.name for gate in failed(gates)] == [name]
     assert text in failed(gates)[0].text
     assert verdict(gates) == f"fails 1 of {len(GATES)} gates: {name}"
@@ -154,16 +154,18 @@ def test_each_gate_fails_alone(name, changes, text):
         ("lineage", {"missing": ("run 7: deleted", "pool x: gone")}),
         ("weights", {"weights": "NaN in blocks.0"}),
         ("rejection", {"rejected": "Ann rejected it"}),
+        ("takedown", {"takedown": "w-0123456789ab on 2026-11-30 (trained on it): consent withdrawn"}),
     ],
 )
 def test_what_is_found_at_the_decision_fails_its_gate(name, change):
     assert [gate.name for gate in failed(judge(dataclasses.replace(GOOD, **change)))] == [name]
 
 
-def test_before_the_decision_lineage_is_pending():
+def test_before_the_decision_lineage_is_pending_and_takedowns_are_not_listed():
     gates = judge(Evidence(facts()))
     assert [gate.name for gate in gates if gate.state == PENDING] == ["lineage"]
-    assert verdict(gates) == f"passes {len(GATES) - 1} of {len(GATES)} gates, 1 at the decision"
+    assert {gate.name for gate in gates} == set(GATES) - {"takedown"}
+    assert verdict(gates) == f"passes {len(gates) - 1} of {len(gates)} gates, 1 at the decision"
 
 
 @pytest.mark.parametrize(
