@@ -43,7 +43,7 @@ from components.lineage.lock_file import RecordError
 __all__ = ["GENESIS", "PLATFORM", "AuditLog", "Entry", "Event", "OvertakenError", "open_log"]
 
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
-ATTEMPTS = 40
+ATTEMPTS = 100
 MOST_WAIT_SECONDS = 0.05  # for an entry that another writer is putting
 READERS = 8  # S3 requests at once
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
@@ -141,11 +141,12 @@ class AuditLog:
             if self._put(entry, lock):
                 self._heads.put(event.name, head.then(entry))
                 return entry
-            # Only the entry that came first is read, so that the next try is quicker than another whole append:
-            # else of two busy writers one could lose all its tries.
-            if first := self._next(event.name, head):
-                head, newer = head.then(first), [first]
-            else:
+            # Read on to the end before the next try: a put that is refused takes longer than another writer's append,
+            # so who only learned of one entry a try could lose them all.
+            newer = []
+            while first := self._next(event.name, head):
+                head, newer = head.then(first), [*newer, first]
+            if not newer:
                 time.sleep(random.uniform(0, MOST_WAIT_SECONDS))
         raise RecordError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
 
@@ -221,7 +222,7 @@ class AuditLog:
         return head, newer
 
     def _next(self, name: str, head: Head) -> Entry | None:
-        """Return the verified entry that another writer has put after the head; None if it cannot be read yet."""
+        """Return the verified entry after the head; None if there is none yet."""
         key = key_at(name, head.sequence + 1)
         with s3_errors(self._place):
             try:
