@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from components.core.config import parse_yaml
 from components.core.git import git, try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
@@ -128,14 +129,14 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
     """Return the text of a run's `params.yaml`: the checkout's if its values are equal, else the given values."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     own = checkout / PARAMS_FILE
-    if own.exists() and yaml.safe_load(own.read_text()) == values:
+    if own.exists() and parse_yaml(own.read_text()) == values:
         return own.read_text()
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def _recorded_outputs(root: Path) -> set[str]:
     lock = Layout(root).dvc_lock
-    stages = ((yaml.safe_load(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
+    stages = ((parse_yaml(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
     return {out["path"] for stage in stages.values() for out in stage.get("outs", ())}
 
 

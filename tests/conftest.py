@@ -17,10 +17,10 @@ import pytest
 from components.lineage import audit_log
 from infra.local import supervisor
 
-SERVICES, MAIN_JOB = "services", "test_main_job.py"
+SERVICES, MAIN_JOB = "services", "main-job"
 # Groups that take long: they begin first, so that at the end no process waits for another one.
 LONG = (
-    SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_ranks.py", "test_embed_on_ray.py",
+    MAIN_JOB, SERVICES, "test_ranks.py", "test_training_stages.py", "test_together.py", "test_embed_on_ray.py",
     "test_plan.py", "test_ledger.py",
 )  # fmt: skip
 
@@ -38,14 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests: all that need the stack to one, but the main job; the others file by file."""
+    """Where processes share the tests: all that need the stack to two of them, each with a stack; others by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=lambda item: LONG.index(_group(item)) if _group(item) in LONG else len(LONG))
 
 
 def _group(item: pytest.Item) -> str:
-    return SERVICES if "stack" in getattr(item, "fixturenames", ()) else item.path.name
+    """The main job, and then the registry's tests, have one stack; all others that need services share another."""
+    if not {"stack", "servers"} & set(getattr(item, "fixturenames", ())):
+        return item.path.name
+    return MAIN_JOB if item.path.name == "test_main_job.py" or item.path.parent.name == "registry" else SERVICES
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from components.core.config import parse_yaml
 from components.core.errors import PedigreeError
 from components.core.git import file_at, try_git
 from components.core.layout import RELATIVE
@@ -53,7 +54,7 @@ class Record:
         if data is None:
             raise RecordError(f"{where}: no such file, so it is unknown what made this model; run `dvc repro`")
         try:
-            return dict(yaml.safe_load(data)["stages"])
+            return dict(parse_yaml(data)["stages"])
         except (yaml.YAMLError, TypeError, KeyError):
             raise RecordError(f"{where}: not a DVC lock file") from None
 
@@ -85,7 +86,7 @@ class Record:
         """Return the snapshots below `folder` that `dvc add` tracks: path -> DVC id, sorted by path."""
         found = {}
         for file in self._dvc_files(folder):
-            for out in yaml.safe_load(self.read(file) or b"").get("outs", []):
+            for out in parse_yaml(self.read(file) or b"").get("outs", []):
                 found[(PurePosixPath(file).parent / out["path"]).as_posix()] = out["md5"]
         return found
 

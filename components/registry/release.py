@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from components.core.model_files import SIGNATURE, check_harmless
 from components.core.signing import sign_folder, signing_key_id
 from components.core.storage import s3_client, s3_errors
-from components.model.export import BACKBONE_FILE, open_backbone
+from components.lineage.provenance import WEIGHTS_FILE
 from components.registry.publish import RegistryError
 
 BUCKET_VARIABLE = "PEDIGREE_MODELS_BUCKET"
@@ -54,9 +54,11 @@ class Released:
             SignatureError: there is no key to sign with, or no public key of it.
             StorageError: S3 refuses or does not answer.
         """
+        from components.model.export import open_backbone  # torch: seconds, which a rollback or a rejection lacks
+
         prefix = f"released/{name}/{digest}"
         check_harmless(folder)
-        for weights in folder.rglob(BACKBONE_FILE):
+        for weights in folder.rglob(WEIGHTS_FILE):
             open_backbone(weights.parent)
         sign_folder(folder)
         with ThreadPoolExecutor(8) as pool:

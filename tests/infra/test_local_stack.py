@@ -393,7 +393,7 @@ def test_two_ups_at_once_start_one_server(root):
     assert len(supervisor.processes(root)) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_start_cleans_up(root, how):
     # A shell's background job, such as these tests under nohup, ignores Ctrl-C.
     heard = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {UP}"

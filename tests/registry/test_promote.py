@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import traceback
 from pathlib import Path
 
 import boto3
@@ -312,6 +313,9 @@ def test_of_two_processes_that_promote_at_once_one_wins(finished, name: str):
                 told.put((number, decide(finished, f"{name}-candidates/{number}", f"it is {number}").version))
             except OvertakenError as error:
                 told.put((number, error.entry.details["reason"]))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
         os._exit(0)  # at a fork, conftest.py takes away what would end MLflow's threads
 
     both = [context.Process(target=promote_one, args=(number,)) for number in (1, 2)]
