@@ -47,6 +47,14 @@ def failed_files_removal(
     return Removal("MLflow files of failed runs", going, 0, carry_out)
 
 
+def place_on_s3(uri: str) -> str | None:
+    """Return where artifacts lie on S3; None if they do not, or the server's bucket is not known."""
+    scheme, _, path = uri.partition(":/")
+    if scheme == PROXIED and (bucket := os.environ.get(BUCKET_VARIABLE)):
+        return f"s3://{bucket}/{FOLDER}/{path.strip('/')}"
+    return uri.rstrip("/") if scheme == "s3" else None
+
+
 def _size(client: Any, run_id: str, path: str | None = None) -> int:
     with reported():
         files = client.list_artifacts(run_id, path)
@@ -57,8 +65,7 @@ def _delete_files(info: Any) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     get_artifact_repository(info.artifact_uri, tracking_uri=server_uri()).delete_artifacts()
-    scheme, _, path = info.artifact_uri.partition(":/")
-    if scheme == PROXIED and (bucket := os.environ.get(BUCKET_VARIABLE)):
-        store = S3Store(f"s3://{bucket}/{FOLDER}/{path.strip('/')}/")
+    if info.artifact_uri.startswith(PROXIED) and (place := place_on_s3(info.artifact_uri)):
+        store = S3Store(f"{place}/")
         # The bucket is versioned, and MLflow deletes only the latest versions.
         store.remove({name: item for name, item in store.listing(("",)).items() if not item.there})

@@ -21,7 +21,7 @@ from flows.health import GREEN, RED, YELLOW, Finding, databases, packages, pytho
 from infra.local import supervisor
 from tests.flows.repository import copy_of_project, pedigree
 
-DEPLOYMENTS = ("retrain/weekly", "retrain/on-new-images", "ingest/ingest")
+DEPLOYMENTS = ("retrain/weekly", "retrain/on-new-images", "ingest/ingest", "verify/weekly")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def versions(bucket: str, endpoint: str) -> list[str]:
 @pytest.mark.stack
 def test_all_is_green_where_all_is_well_and_no_probe_stays(stack, checkout, deployed):
     code, found = doctor(checkout, **supervisor.environment(stack.root, TRAINER))  # as runs work
-    waits = {"retrain/weekly: schedule"}  # the scheduler may not have looked at it yet, just deployed
+    # The scheduler may not have looked at them yet, just deployed.
+    waits = {"retrain/weekly: schedule", "verify/weekly: schedule"}
     assert {name: one for name, one in found.items() if one.state == RED} == {}
     assert {name for name, one in found.items() if one.state == YELLOW} <= {"versions", "disk", *waits}
     assert code == 0

