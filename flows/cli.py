@@ -13,6 +13,7 @@ from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
     curate,
     doctor,
+    documents,
     down,
     embed,
     env,
@@ -77,6 +78,7 @@ app.command("rollback")(promote.rollback)
 app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
+app.command("documents")(documents.documents)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)

@@ -366,6 +366,28 @@ class _LockTrace:
         node.children += _sources(manifest)
 
 
+class _InWorkspace(_LockTrace):
+    """Likewise, of a registration in progress: manifests are read from the workspace, and no storage is asked."""
+
+    def _contents(self, node: Node, stated_sha256: str | None) -> None:
+        manifest = self.record.root / node.name / "manifest.parquet"
+        if manifest.is_file():
+            node.facts["manifest_sha256"] = stated_sha256
+            node.children += _sources(manifest.read_bytes())
+
+
+def workspace_tree(root: Path, tags: Mapping[str, str]) -> Node:
+    """The commit that a version is about to be registered from, as `trace` shows it but for the objects of its data.
+
+    Args:
+        root: the run's workspace.
+        tags: of the version's origin.
+    """
+    node = Node("commit", tags[Tag.COMMIT], {"branch": tags[Tag.BRANCH]})
+    node.children += _InWorkspace(Record(root), dict(tags)).nodes()
+    return node
+
+
 def _sources(manifest: bytes) -> list[Node]:
     import pyarrow as pa
     import pyarrow.parquet as pq
