@@ -23,6 +23,7 @@ from flows.commands import (
     ingest,
     plan,
     promote,
+    reproduce,
     review,
     run,
     runs,
@@ -79,6 +80,7 @@ app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("documents")(documents.documents)
+app.command("reproduce")(reproduce.reproduce)
 app.command("seen")(seen.seen)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)

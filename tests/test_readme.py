@@ -36,6 +36,7 @@ RUN_ELSEWHERE = (
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
     ("pedigree verify", "tests/registry/test_released.py", r'by_command\(.*"--json"'),
     ("pedigree documents", "tests/registry/test_documents.py", r'command\("documents"\)'),
+    ("pedigree reproduce", "tests/flows/test_reproduce.py", r'RUN, "--stage"'),
     ("pedigree seen", "tests/lineage/test_seen.py", r'"--image"'),
     ("pedigree sources list", "tests/flows/test_sources.py", r'"sources", "list"'),
     ("pedigree sources remove", "tests/flows/test_sources.py", r'"sources", "remove"'),
