@@ -22,6 +22,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
+	$(BIN)/pytest -m slow
 	$(BIN)/python -m tests.benchmarks
 
 clean:  ## stops the services and removes what can be made again; .pedigree (S3, registry, audit log) stays

@@ -81,6 +81,11 @@ def announce_snapshots(source: Path) -> list[Retraining]:
     return [_announce_one(source / note.name, note) for note in _notes(source)]
 
 
+def pending_snapshots(source: Path) -> list[Path]:
+    """Return the existing snapshots of a source whose events are pending."""
+    return [source / note.name for note in _notes(source)]
+
+
 def _notes(source: Path) -> list[Path]:
     """Return the pending event files of the source's existing snapshots."""
     notes = sorted((UNANNOUNCED / source.name).glob("[0-9a-f]*"))

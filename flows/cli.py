@@ -11,7 +11,9 @@ import typer
 
 from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
+    audit,
     curate,
+    diff,
     doctor,
     documents,
     down,
@@ -30,10 +32,12 @@ from flows.commands import (
     seen,
     sources,
     status,
+    takedown,
     trace,
     train_status,
     up,
     verify,
+    where_used,
 )
 from flows.console import screen
 
@@ -82,6 +86,9 @@ app.command("verify")(verify.verify)
 app.command("documents")(documents.documents)
 app.command("reproduce")(reproduce.reproduce)
 app.command("seen")(seen.seen)
+app.command("diff")(diff.diff)
+app.command("where-used")(where_used.where_used)
+app.command("takedown")(takedown.takedown)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)
@@ -93,6 +100,11 @@ sources_app = typer.Typer(no_args_is_help=True, help="List or remove what is in 
 sources_app.command("list")(sources.list_sources)
 sources_app.command("remove")(sources.remove)
 app.add_typer(sources_app, name="sources")
+audit_app = typer.Typer(no_args_is_help=True, help="Read, check and export the audit log.")
+audit_app.command("log")(audit.log)
+audit_app.command("verify")(audit.verify)
+audit_app.command("export")(audit.export)
+app.add_typer(audit_app, name="audit")
 
 
 class _Plain(logging.Formatter):

@@ -10,6 +10,8 @@ import os
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
+from components.core.errors import ServiceError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,9 +32,10 @@ MAX_RUNS = 200
 def announce(done: Decision) -> list[str]:
     """Send the event of a decision, and end the request for it; return lines on what failed.
 
+    What Prefect has already is not sent again, so a decision that is run again tells a Prefect that was away.
     The event of a promotion or a rollback is `pedigree.model.promoted`, on which `prefect.yaml` can start a run.
     """
-    if done.event is None or not os.environ.get("PREFECT_API_URL"):
+    if not os.environ.get("PREFECT_API_URL"):
         return []
     from httpx import HTTPError
 
@@ -43,8 +46,9 @@ def announce(done: Decision) -> list[str]:
         for version in {done.version, done.candidate}:
             _resume(version, done)
     except HTTPError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return [f"Prefect was not told ({reason}): no run that waits for {name} starts, and its request stays open"]
+        return [
+            f"Prefect was not told ({_reason(error)}): no run that waits for {name} starts, and its request stays open"
+        ]
     return []
 
 
@@ -54,7 +58,11 @@ def announce_candidate(version: str, digest: str) -> None:
 
 
 def open_requests() -> dict[str, str]:
-    """Return the candidates that wait for a decision in Prefect's page, with the address of the request."""
+    """Return the candidates that wait for a decision in Prefect's page, with the address of the request.
+
+    Raises:
+        ServiceError: Prefect does not answer, so that the requests are not known.
+    """
     if not os.environ.get("PREFECT_API_URL"):
         return {}
     from httpx import HTTPError
@@ -64,9 +72,14 @@ def open_requests() -> dict[str, str]:
     try:
         with get_client(sync_client=True) as client:
             found = _suspended(client)
-    except HTTPError:
-        return {}
+    except HTTPError as error:
+        url = os.environ["PREFECT_API_URL"]
+        raise ServiceError(f"Prefect at {url} does not answer ({_reason(error)}), so requests are not shown") from error
     return {run.parameters["reference"]: url_for("flow-run", obj_id=run.id) or "" for run in found}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _send(event: str, resource: str, what: str, payload: Mapping[str, Any]) -> None:
@@ -90,7 +103,6 @@ def _resume(version: str, done: Decision) -> None:
     """Let the requests for a decision on this version see that it has been made."""
     from prefect.client.orchestration import get_client
 
-    assert done.event is not None
     answer = {
         "decision": "reject" if done.action == "reject" else "approve",
         "name": done.event.actor,

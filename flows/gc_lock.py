@@ -30,8 +30,8 @@ def no_gc_beside(checkout: Path) -> Iterator[None]:
 
 
 @contextmanager
-def no_run_beside(checkout: Path) -> Iterator[None]:
-    """Exclude runs inside the block, for `pedigree gc`.
+def no_run_beside(checkout: Path, by: str = "pedigree gc") -> Iterator[None]:
+    """Exclude runs inside the block, for `pedigree gc` or another command that removes data.
 
     Raises:
         WorkspaceError: a run or another gc is in progress.
@@ -41,7 +41,7 @@ def no_run_beside(checkout: Path) -> Iterator[None]:
         running = [f"run {run.id}" for run in find_runs(checkout) if run.locked]
         if running or not free:
             who = ", ".join(running) or "another `pedigree gc`, or a run that just starts,"
-            raise WorkspaceError(f"{who} is in progress; nothing was removed: run `pedigree gc` again once it ends")
+            raise WorkspaceError(f"{who} is in progress; nothing was removed: run `{by}` again once it ends")
         yield
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.core.errors import PedigreeError
 from components.core.git import call_git, try_git
+from components.lineage.anchors import ANCHORS
+from components.lineage.runs import BRANCHES
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+PUSHED = (BRANCHES, ANCHORS)
+TRY_AGAIN_SECONDS = (1.0, 4.0)
+TRANSIENT = re.compile(r"Could not resolve|[Tt]imed out|unable to access|Connection|hung up|early EOF|cannot lock ref")
+# Never ask: a run has no terminal, or nobody looks at it.
+UNASKED = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
 
 
 class WorkspaceError(PedigreeError):
@@ -55,3 +69,37 @@ def head(checkout: Path) -> Head:
     if not commit:
         raise WorkspaceError(f"{checkout} has no commit yet, and a run is a commit: `git add -A && git commit`")
     return Head(commit, checkout / index)
+
+
+def push_runs(checkout: Path, logger: Logger) -> bool:
+    """Push all run branches and anchors to the checkout's git remote, and log it if it does not have them all.
+
+    Runs that an earlier push did not deliver are pushed too. Nothing is overwritten on the remote.
+
+    Returns:
+        Whether the remote has all runs.
+    """
+    remote = _remote(checkout)
+    if remote is None:
+        logger.info("the record of the runs is only in %s, which has no git remote to push their branches to", checkout)
+        return False
+    refspecs = [f"{pattern}*:{pattern}*" for pattern in PUSHED]
+    extra = {name: os.environ.get(name, value) for name, value in UNASKED.items()}
+    for seconds in (*TRY_AGAIN_SECONDS, None):
+        done = call_git(checkout, "push", "--quiet", "--no-verify", remote, *refspecs, extra=extra)
+        if done.returncode == 0:
+            return True
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        if seconds is None or not TRANSIENT.search(said):
+            break
+        time.sleep(seconds)
+    by_hand = f"git push {remote} " + " ".join(f"'{refspec}'" for refspec in refspecs)
+    logger.warning("git remote %s lacks runs (%s); the next run pushes them again, or `%s`", remote, said, by_hand)
+    return False
+
+
+def _remote(checkout: Path) -> str | None:
+    """Return git's `remote.pushDefault`, else `origin`, else the first remote; None without any."""
+    names = (try_git(checkout, "remote") or "").splitlines()
+    default = try_git(checkout, "config", "remote.pushDefault")
+    return default or ("origin" if "origin" in names else next(iter(names), None))

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.core.errors import PedigreeError, ServiceError, error_message
-from components.core.layout import Layout
+from components.core.layout import RELATIVE, Layout
+from components.core.signing import check_keys
 from components.core.storage import StorageError, s3_client, s3_errors
 from infra.local.services import SCHEDULER_GRACE, WORK_POOL
 
@@ -63,7 +64,7 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
         services: whether services are configured; if not, only the machine and the checkout are checked.
     """
     local: list[Check] = [python, packages, pinned, disk, databases]
-    groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit], "")]
+    groups: list[tuple[str, list[Check], str]] = [("this machine", local, ""), ("checkout", [commit, takedowns], "")]
     if services:
         login = "PREFECT_API_URL and PREFECT_API_AUTH_STRING lead to it; `pedigree up` starts the local one"
         groups += [
@@ -73,6 +74,7 @@ def diagnose(checkout: Path, services: bool) -> Iterator[Finding]:
                 [dvc_remote],
                 ".dvc/config, .dvc/config.local and AWS_* lead to it; `dvc remote list` shows it",
             ),
+            ("signing keys", [signing_keys], "components/registry/README.md, 'Keys', makes a pair"),
             ("MLflow", [mlflow], "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD log in"),
             ("Prefect", [prefect], login),
         ]
@@ -159,6 +161,12 @@ def commit(checkout: Path) -> Iterator[Finding]:
     yield Finding("git", GREEN, f"commit {head_commit(checkout)[:10]}")
 
 
+def takedowns(checkout: Path) -> Iterator[Finding]:
+    """Name the takedowns that were begun and not finished."""
+    for path in sorted((checkout / RELATIVE.state / "takedowns").glob("*.json")):
+        yield Finding("takedown", RED, f"{path.stem} was cut short", "`pedigree takedown` finishes it")
+
+
 def s3_answers(_: Path) -> Iterator[Finding]:
     """Send S3 a request, and compare its clock with the local one."""
     bucket = _named("PEDIGREE_DATA_BUCKET")
@@ -230,6 +238,11 @@ def dvc_remote(checkout: Path) -> Iterator[Finding]:
     else:
         advice = f"`dvc remote modify storage url s3://{bucket}/dvc`, or correct PEDIGREE_DATA_BUCKET"
         yield Finding("DVC remote", RED, f"{address} is not in the data bucket {bucket}", advice)
+
+
+def signing_keys(_: Path) -> Iterator[Finding]:
+    """Check the keys that sign released models and verify them before use."""
+    yield Finding("signing keys", GREEN, check_keys())
 
 
 def mlflow(checkout: Path) -> Iterator[Finding]:

@@ -10,12 +10,13 @@ from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from components.core.errors import DatasetError
 from components.data.ingest import IngestReport
 from components.data.ingest import ingest as ingest_source
 from components.data.ingest_config import IngestRequest
 from components.lineage.ledger import Ledger
-from flows import interrupt, live
-from flows.announce import Retraining, announce_snapshots, forget_snapshots, remember_untracked
+from flows import interrupt, live, run_events
+from flows.announce import Retraining, announce_snapshots, forget_snapshots, pending_snapshots, remember_untracked
 from flows.console import board
 from flows.failure import failed
 from flows.pool_lock import pool_held
@@ -56,9 +57,15 @@ def ingest(request: IngestRequest, announce: bool = True) -> Ingested | State[An
 def _ingest(request: IngestRequest, announce: bool) -> Ingested:
     source = request.pool / request.name
     with pool_held(request.name, get_run_logger()):
-        report = ingest_source(request)
+        run_events.check_log()
+        try:
+            report = ingest_source(request)
+        except DatasetError as error:
+            run_events.gate_failed(request, error)
+            raise
         remember_untracked(source)
         track(request)
+        run_events.ingested(request, report, pending_snapshots(source))
         retraining = announce_snapshots(source) if announce else []
         forget_snapshots(source)
     notes = "\n".join(("```text", *report.notes, "```"))  # names in it are no markup

@@ -56,7 +56,7 @@ def _promote(reference: str) -> State[Any]:
     with one_line_errors():
         client = registry_client()
         found = reviews.review_reference(client, reference, Path.cwd())
-        if decided := reviews.decided(client, found.version):
+        if decided := reviews.decided(found.version):
             get_run_logger().info("%s: %s; nothing is asked", found.version, decided)
             return Completed(message=f"{found.version}: {decided}")
     table = gates_table(found)
@@ -71,7 +71,7 @@ def _promote(reference: str) -> State[Any]:
         done = decisions.promote(found.version, answer.reason, Path.cwd(), answer.waive, answer.name)
     for note in announce(done):
         get_run_logger().warning(note)
-    return Completed(message=f"{done.action}: {done.version}, event {done.event.sequence if done.event else 'none'}")
+    return Completed(message=f"{done.action}: {done.version}, event {done.event.sequence}")
 
 
 def gates_table(found: Any) -> str:

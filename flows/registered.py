@@ -37,7 +37,7 @@ def _exact(recipe: Recipe, registry: MlflowClient) -> Recipe:
 
     def version(name: str, alias: str) -> str | None:
         found = with_alias(registry, name, alias)
-        return ModelReference(name, version=str(found.version)).uri if found else None
+        return ModelReference.of_version(found).uri if found else None
 
     names = {model: recipe.name if model == "teacher" else f"{recipe.name}-{model}" for model in recipe.evaluate.models}
     champions = {model: found for model, name in names.items() if (found := version(name, "champion"))}

@@ -27,11 +27,11 @@ from components.core.mlflow_client import TrackingError
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.ledger import Stage
 from components.recipe import Recipe, load_recipe
-from flows import interrupt, live, preflight, published
+from flows import interrupt, live, preflight, published, run_events
 from flows.console import board
 from flows.decisions import announce_candidate
 from flows.failure import failed
-from flows.git import WorkspaceError
+from flows.git import WorkspaceError, push_runs
 from flows.registered import exact, open_registry
 from flows.run_log import log_file
 from flows.sources import choose, source_names
@@ -106,6 +106,7 @@ def _retrain(checkout: Path, read_recipe: Callable[[], Recipe], sources: list[st
             changed = f"the model's name changed from {name} to {recipe.name} while this run waited"
             raise WorkspaceError(f"{changed}; run again")
         preflight.check(checkout, recipe, used)
+        run_events.check_log()
         with open_workspace(checkout, exact(recipe, registry), used) as workspace:
             live.note(checkout, run=workspace.run_id, model=recipe.name)
             with log_file(checkout, workspace.run_id):
@@ -139,6 +140,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
     parent = stage_runs.open_parent(workspace.run_id, recipe.name, recipe.model_dump(mode="json", by_alias=True))
     status, how = "FAILED", "Run failed: a defect, see its log"
     try:
+        run_events.started(workspace, recipe)
         with board.working("data", "putting the pool in place"):
             workspace.ledger.bring_data()
             workspace.ledger.fetch_run_cache()
@@ -152,6 +154,7 @@ def _run(workspace: Workspace, recipe: Recipe) -> RunResult:
         if interrupt.requested():
             status, how = "KILLED", f"Run interrupted: {interrupt.current.reason}"
         commit = close_branch(workspace.root, how)
+        push_runs(Path.cwd(), get_run_logger())
         _close(workspace, recipe.name, parent, status)
     url = stage_runs.run_url(parent)
     return RunResult(workspace.run_id, workspace.branch, commit, workspace.root, outcomes, url)
@@ -161,6 +164,7 @@ def _close(workspace: Workspace, name: str, parent: str | None, status: str) -> 
     """Publish the end of the run. Unreachable services only cause warnings, because git and DVC have the record."""
     try:
         stage_runs.close_parent(parent, status)
+        run_events.anchor(name)
         if status != "FINISHED":
             stage_runs.close_lost(workspace.run_id, name)  # killed stages
     except TrackingError as error:

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from components.core.config import parse_yaml
 from components.core.git import git, try_git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import try_lock, wait_for_lock
+from components.lineage.anchors import set_anchor
 from components.recipe import PARAMS_FILE, Recipe
+from flows import run_events
 from flows.gc_lock import no_gc_beside
 from flows.git import head_commit
 from flows.snapshot import by_top_level, describe, snapshot
@@ -77,7 +80,9 @@ class Workspace:
 
 
 def close_branch(root: Path, message: str) -> str:
-    """Add the closing commit of a run, unless there is one; return the branch's last commit.
+    """Add the closing commit of a run, unless there is one; set the anchor of the branch, and return its last commit.
+
+    The closing commit holds the heads of the audit log.
 
     Args:
         root: the run's folder.
@@ -85,8 +90,11 @@ def close_branch(root: Path, message: str) -> str:
     """
     if not git(root, "show", "-s", "--format=%s", "HEAD").startswith(ENDS):
         one_line = " ".join(message.split())[:1000]
-        git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line)
-    return git(root, "rev-parse", "HEAD")
+        body = ["--message", "\n".join(anchors)] if (anchors := run_events.ended(root, one_line)) else []
+        git(root, "commit", "--quiet", "--no-verify", "--allow-empty", "--message", one_line, *body)
+    commit, branch = git(root, "rev-parse", "HEAD", "--abbrev-ref", "HEAD").splitlines()
+    set_anchor(root, branch.removeprefix("runs/"), commit)
+    return commit
 
 
 @contextmanager
@@ -121,14 +129,14 @@ def params_text(checkout: Path, recipe: Recipe) -> str:
     """Return the text of a run's `params.yaml`: the checkout's if its values are equal, else the given values."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     own = checkout / PARAMS_FILE
-    if own.exists() and yaml.safe_load(own.read_text()) == values:
+    if own.exists() and parse_yaml(own.read_text()) == values:
         return own.read_text()
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def _recorded_outputs(root: Path) -> set[str]:
     lock = Layout(root).dvc_lock
-    stages = ((yaml.safe_load(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
+    stages = ((parse_yaml(lock.read_text()) or {}).get("stages") or {}) if lock.exists() else {}
     return {out["path"] for stage in stages.values() for out in stage.get("outs", ())}
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from components.lineage import audit_log
 from infra.local import supervisor
 
-SERVICES, MAIN_JOB = "services", "test_main_job.py"
+SERVICES, MAIN_JOB = "services", "main-job"
 # Groups that take long: they begin first, so that at the end no process waits for another one.
 LONG = (
-    SERVICES, MAIN_JOB, "test_training_stages.py", "test_together.py", "test_ranks.py", "test_embed_on_ray.py",
+    MAIN_JOB, SERVICES, "test_ranks.py", "test_training_stages.py", "test_together.py", "test_embed_on_ray.py",
     "test_plan.py", "test_ledger.py",
 )  # fmt: skip
 
@@ -27,6 +28,9 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     """Let xdist hand out the groups in the order below, not those of the most tests first, and let tests fork."""
     config.option.loadscopereorder = False
+    # Small matrices gain nothing from threads, which took a quarter of the processors' time; torch and others read it
+    # when they are imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Once a test has run a flow here, Prefect's events worker would fail at the end of each forked process, such as a
     # loader's: it waits for its own thread, which is not there.
     os.register_at_fork(after_in_child=threading._threading_atexits.clear)
@@ -34,14 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests: all that need the stack to one, but the main job; the others file by file."""
+    """Where processes share the tests: all that need the stack to two of them, each with a stack; others by file."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=lambda item: LONG.index(_group(item)) if _group(item) in LONG else len(LONG))
 
 
 def _group(item: pytest.Item) -> str:
-    return SERVICES if "stack" in getattr(item, "fixturenames", ()) else item.path.name
+    """The main job, and then the registry's tests, have one stack; all others that need services share another."""
+    if not {"stack", "servers"} & set(getattr(item, "fixturenames", ())):
+        return item.path.name
+    return MAIN_JOB if item.path.name == "test_main_job.py" or item.path.parent.name == "registry" else SERVICES
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +58,15 @@ def _loggers_are_on(caplog: pytest.LogCaptureFixture) -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] in ("components", "flows", "infra") and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_audit_heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests verify of the audit log out of the checkpoints of the checkout that they run in."""
+    folder = tmp_path_factory.mktemp("audit-heads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_log, "heads_folder", lambda: folder)
+        yield
 
 
 @dataclass(frozen=True)

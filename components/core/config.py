@@ -29,6 +29,15 @@ class ConfigError(InputError):
     """A parameter file or override that cannot be used; the message says which key and what is allowed."""
 
 
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse YAML, by libyaml where PyYAML has it, which takes an eighth of the time.
+
+    Raises:
+        YAMLError: it is invalid.
+    """
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping.
 
@@ -36,7 +45,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        data: Any = yaml.safe_load(path.read_text())
+        data = parse_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

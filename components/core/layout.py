@@ -144,6 +144,11 @@ class Layout:
         return self.state / "streamed"
 
     @property
+    def audit_heads(self) -> Path:
+        """The last verified entry of each chain of the audit log."""
+        return self.state / "audit-heads"
+
+    @property
     def data_docs(self) -> Path:
         """Data Docs of Great Expectations."""
         return self.state / "data-docs"

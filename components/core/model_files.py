@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from components.core.errors import PedigreeError
@@ -15,6 +15,8 @@ FILES_TAG = "pedigree.files"  # on a model version: path -> SHA-256 of every fil
 SIGNATURE = "model.sig"  # beside the files that it signs
 META_FILE = "registered_model_meta"  # MLflow writes it into a downloaded copy
 NOT_OF_THE_MODEL = (SIGNATURE, META_FILE)
+MAX_FILES, MAX_GIB = 1000, 64.0  # of a model; ours have some 50 files
+MAX_RECORD_GIB = 1.0  # of a folder of it that is read into memory
 # How files begin that run code when they are read, or hold more than they seem to. A safetensors file may begin as a
 # pickle does; its own reader takes nothing but tensors.
 HOSTILE = {
@@ -26,6 +28,25 @@ HOSTILE = {
 
 class ModelFilesError(PedigreeError):
     """The files of a model are not those that were registered, or must not be released; the message names them."""
+
+
+def check_list(files: Iterable[tuple[str, int]], max_gib: float) -> None:
+    """Refuse a list of more or larger files than a model has; reads no further than it must.
+
+    Args:
+        files: names with bytes.
+        max_gib: of all of them together.
+
+    Raises:
+        ModelFilesError: names the file at which the limit is passed.
+    """
+    size = 0
+    for number, (name, num_bytes) in enumerate(files, start=1):
+        size += num_bytes
+        if number > MAX_FILES:
+            raise ModelFilesError(f"more than {MAX_FILES} files, first too many: {name}; not a model, do not use it")
+        if size > max_gib * 2**30:
+            raise ModelFilesError(f"more than {max_gib:g} GiB, with {name} ({num_bytes} bytes); do not use it")
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -58,13 +79,16 @@ def differing(stated: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
 
 
 def check_harmless(folder: Path) -> None:
-    """Refuse a model with a file that could run code when it is read, or that unpacks to more than it seems.
+    """Refuse a model with a file that could run code when it is read, that unpacks to more than it seems, or too many.
 
     Raises:
         ModelFilesError: names the file and what it is.
     """
-    for name in file_digests(folder):
-        with (folder / name).open("rb") as file:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    check_list(((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files), MAX_GIB)
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        with path.open("rb") as file:
             begin = file.read(8)
         for what, pattern in HOSTILE.items():
             if pattern.match(begin) and not name.endswith(".safetensors"):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from components.core.layout import Layout
 from components.core.mlflow_client import TrackingError, checked_client, reported, server_uri
-from components.core.model_files import ModelFilesError, differing_files
+from components.core.model_files import (
+    MAX_GIB,
+    MAX_RECORD_GIB,
+    ModelFilesError,
+    check_harmless,
+    check_list,
+    differing_files,
+)
 from components.core.references import ModelReference
 from components.core.signing import SignatureError, public_key, verify_folder
-from components.core.storage import sha256_file
+from components.core.storage import s3_client, s3_errors, sha256_file, split_s3_uri
 from components.core.text import some_of
 from components.core.weights_cache import keep_weights
 
@@ -33,7 +41,8 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
         TrackingError: no server is set, it does not answer, the version does not exist, or its weights are not those
             that were registered.
         SignatureError: a released model is not signed, is not what was signed, or no public key is known.
-        ModelFilesError: a candidate's files are not those that were registered.
+        ModelFilesError: a candidate's files are not those that were registered or could run code, or a model's are
+            too many or too large.
     """
     asked = ModelReference.of_uri(uri)
     if asked is None:
@@ -43,12 +52,10 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
     with reported():
         client = checked_client()
         found = asked.find(client)
-        model = ModelReference(asked.name, version=str(found.version)).uri
+        model = ModelReference.of_version(found).uri
 
         def fetch(target: Path) -> Path:
-            from mlflow.artifacts import download_artifacts
-
-            fetched = Path(download_artifacts(artifact_uri=model, dst_path=str(target), tracking_uri=server_uri()))
+            fetched = download_model(model, target)
             verify_model(asked, found.tags, fetched)
             return fetched
 
@@ -60,17 +67,56 @@ def download_weights(uri: str, root: Path = Path()) -> Path:
     return folder
 
 
+def download_model(uri: str, target: Path, folder: str = "") -> Path:
+    """Download a model's files, or one folder of them, if they are not more or larger than a model's.
+
+    Args:
+        uri: `models:/NAME/3`, `models:/m-ID` or `s3://BUCKET/PREFIX`.
+        target: folder that is there.
+        folder: what is wanted of it; all if empty.
+
+    Raises:
+        ModelFilesError: there are too many files, or too large ones; none is downloaded then.
+        MlflowException: there is no such model.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository: Any = get_artifact_repository(uri, tracking_uri=server_uri())
+    check_list(_listed(repository, folder), MAX_RECORD_GIB if folder else MAX_GIB)
+    return Path(repository.download_artifacts(folder, str(target)))
+
+
+def _listed(repository: Any, folder: str) -> Iterator[tuple[str, int]]:
+    """Names and bytes of the files of a model, page by page on S3, else folder by folder."""
+    place = getattr(repository, "repo", repository).artifact_uri
+    if place.startswith("s3://"):
+        bucket, prefix = split_s3_uri(f"{place}/{folder}".rstrip("/") + "/")
+        with s3_errors(place):
+            for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                yield from ((item["Key"].removeprefix(prefix), item["Size"]) for item in page.get("Contents", []))
+        return
+    folders = [folder]
+    while folders:
+        for item in repository.list_artifacts(folders.pop() or None):
+            if item.is_dir:
+                folders.append(item.path)
+            yield item.path, item.file_size or 0
+
+
 def verify_model(asked: ModelReference, tags: dict[str, str], folder: Path) -> None:
     """Check the downloaded files of a version: by the signature of a released one, by the tags of a candidate.
 
     Raises:
         SignatureError: as of `verify_folder`.
-        ModelFilesError: a candidate's files are not those that were registered, or were not registered at all.
+        ModelFilesError: a candidate's files are not those that were registered, were not registered at all, or could
+            run code.
     """
     if not asked.is_candidate:
         verify_folder(folder)
-    elif differing := differing_files(folder, tags):
-        raise ModelFilesError(f"not the files that were registered, do not use it: {some_of(differing, 5)}")
+    else:
+        if differing := differing_files(folder, tags):
+            raise ModelFilesError(f"not the files that were registered, do not use it: {some_of(differing, 5)}")
+        check_harmless(folder)
 
 
 def _origin(asked: ModelReference, found: Any) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from components.core.audit_keys import AuditKeyError, keys_of
 from components.core.errors import PedigreeError
 from components.core.model_files import NOT_OF_THE_MODEL, SIGNATURE, differing, file_digests
 from components.core.text import some_of
@@ -21,6 +23,8 @@ from components.core.text import some_of
 PRIVATE_KEY = "PEDIGREE_SIGNING_KEY"  # the reviewer's: a PEM file, or a `pkcs11:` URI of a KMS or a hardware key
 PUBLIC_KEY = "PEDIGREE_SIGNING_PUBLIC_KEY"  # everybody's: its public key, a PEM file
 PKCS11 = "pkcs11:"
+OF_THE_REVIEWER = "the private key of the reviewer"
+CURVES = ("secp256r1", "secp384r1", "secp521r1")  # of model-signing
 
 
 class SignatureError(PedigreeError):
@@ -36,6 +40,59 @@ def public_key() -> Path:
     return _key_file(PUBLIC_KEY, "the public key of those who release models")
 
 
+def check_keys() -> str:
+    """Check that the public key can be used, and that it belongs to the private key, where one is named.
+
+    Returns:
+        What was found, in one line.
+
+    Raises:
+        SignatureError: there is no public key, a file is not such a key, or the two are not a pair.
+    """
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+    path, private = public_key(), os.environ.get(PRIVATE_KEY, "")
+    public = _loaded(PUBLIC_KEY, path, load_pem_public_key)
+    if not private:
+        return f"{path} verifies; nothing is signed here, {PRIVATE_KEY} is not set"
+    if private.startswith(PKCS11):
+        return f"{path} verifies; {PRIVATE_KEY} is in a device, which is asked when a model is released"
+    file = _key_file(PRIVATE_KEY, OF_THE_REVIEWER)
+    if _loaded(PRIVATE_KEY, file, lambda data: load_pem_private_key(data, None).public_key()) != public:
+        raise SignatureError(f"{PUBLIC_KEY}={path} is not the public key of {PRIVATE_KEY}={file}; name a pair")
+    return f"{path} verifies what {file} signs"
+
+
+def _loaded(variable: str, path: Path, load: Callable[[bytes], Any]) -> Any:
+    """Return the public key that a file gives, of a kind that can sign models."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+    try:
+        key = load(path.read_bytes())
+    except Exception as error:  # of the library, for each thing that a file may be
+        raise SignatureError(f"{variable}={path}: not a key that can be used: {_said(error)}") from error
+    if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in CURVES:
+        kind = key.curve.name if isinstance(key, EllipticCurvePublicKey) else type(key).__name__.strip("_")
+        raise SignatureError(f"{variable}={path}: a key of kind {kind}; allowed: elliptic curves {', '.join(CURVES)}")
+    return key
+
+
+def signing_key_id() -> str:
+    """Return the id of the public key: the SHA-256 of its DER form, in hex.
+
+    Raises:
+        SignatureError: as of `public_key`, or it is no elliptic curve key.
+    """
+    file = public_key()
+    try:
+        ids = list(keys_of({file.name: file.read_text(errors="replace")}))
+    except (OSError, AuditKeyError) as error:
+        raise SignatureError(f"{PUBLIC_KEY}={file}: not a public key: {_said(error)}") from error
+    if len(ids) != 1:
+        raise SignatureError(f"{PUBLIC_KEY}={file}: holds {len(ids)} public keys, expected one")
+    return ids[0]
+
+
 def sign_folder(folder: Path) -> None:
     """Write the signature of all other files of a model into its folder, and verify it.
 
@@ -46,7 +103,7 @@ def sign_folder(folder: Path) -> None:
 
     key = os.environ.get(PRIVATE_KEY, "")
     if not key.startswith(PKCS11):
-        key = os.fspath(_key_file(PRIVATE_KEY, "the private key of the reviewer"))
+        key = os.fspath(_key_file(PRIVATE_KEY, OF_THE_REVIEWER))
     try:
         config: Any = signing.Config().set_hashing_config(_hashing())  # its types are partial
         if key.startswith(PKCS11):

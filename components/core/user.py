@@ -7,6 +7,7 @@ import os
 
 # MLflow users of the local stack, which all who work with it share: they name a role, not a person.
 ADMIN, TRAINER, REVIEWER = "admin", "trainer", "reviewer"
+SHARED_LOGINS = (ADMIN, TRAINER, REVIEWER)
 
 
 def user_name() -> str:

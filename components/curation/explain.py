@@ -71,6 +71,10 @@ class Explanation:
         return asdict(self)
 
 
+class NoSuchImageError(CurationError):
+    """The curated set's two tables have no such image."""
+
+
 def explain(tables: CuratedTables, query: str) -> Explanation:
     """Find an image, and explain why it is in or out.
 
@@ -79,7 +83,8 @@ def explain(tables: CuratedTables, query: str) -> Explanation:
         query: an image id or its prefix, a source URI or its last part, or a file with the image's bytes.
 
     Raises:
-        CurationError: nothing matches, or several images do.
+        NoSuchImageError: nothing matches.
+        CurationError: several images do, or a table cannot be read.
     """
     for path, schema in ((tables.manifest, CURATED_SCHEMA), (tables.rejected, REJECTED_SCHEMA)):
         if missing := sorted(set(schema.names) - set(_open(path).schema.names)):
@@ -90,7 +95,7 @@ def explain(tables: CuratedTables, query: str) -> Explanation:
     once = [row for row in rejected if row["reason"] != EXACT]
     found = {row["image_id"]: row for row in [*again, *once, *kept]}  # later ones override: they have the final outcome
     if not found:
-        raise CurationError(f"{query!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
+        raise NoSuchImageError(f"{query!r}: no such image in {tables.manifest.parent}; give an id or a source URI")
     if len(found) > 1:
         listed = ", ".join(f"{i[:16]} ({row['source_uri']})" for i, row in list(found.items())[:SHOWN_MATCHES])
         more = ", ..." if len(found) > SHOWN_MATCHES else ""

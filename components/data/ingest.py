@@ -42,10 +42,12 @@ from components.data.manifest import (
 )
 from components.data.provenance import Provenance, read_provenance
 from components.data.shards import EXTENSIONS, MAX_PIXELS, PIXEL_CEILING, ImageError, ShardWriter, decode_noted
+from components.data.tombstones import WITHDRAWN, NearCopies, Withdrawn, read_withdrawn, tombstone_folder
 
 logger = logging.getLogger(__name__)
 
 SMALL_SOURCE_BYTES = 256 * 1024**2  # below this, starting worker processes takes longer than reading
+STORED = ("image_id", "label", "split", "source_uri", "license")  # of a row; the rest follows from the image's bytes
 DECODED_BYTES = 40  # memory per pixel during decoding; measured: at most 36 (four channels of 16 bits)
 
 TOO_MANY_PIXELS = (
@@ -206,11 +208,21 @@ def _exclusive(collection: Path) -> Iterator[None]:
 
 def _examine(listing: sources.Listing, request: IngestRequest) -> list[Finding]:
     workers = _workers_that_fit(request, 1 if listing.num_bytes < SMALL_SOURCE_BYTES else None)
-    look = partial(examine_batch, max_pixels=request.max_pixels)
+    withdrawn = read_withdrawn(tombstone_folder(request.pool))
+    look = partial(examine_batch, max_pixels=request.max_pixels, withdrawn=tuple(withdrawn.fingerprints))
     batches = map_shards(look, listing.batches, workers=workers, what="examine", unit="batches")
     refused = [Finding(item.uri, reason=item.reason, detail=item.detail) for item in listing.refusals]
-    found = [*(finding for batch in batches for finding in batch), *refused]
+    found = [*(_obey(finding, withdrawn) for batch in batches for finding in batch), *refused]
     return [replace(finding, uri=finding.uri.removeprefix(listing.root)) for finding in found]
+
+
+def _obey(finding: Finding, withdrawn: Withdrawn) -> Finding:
+    """Reject an image that was withdrawn, or is a near copy of one, with what its tombstone says."""
+    if finding.reason == WITHDRAWN:  # a near copy; so far its detail is the fingerprint that it is near
+        return replace(finding, detail=f"a near copy of an image that was {withdrawn.fingerprints[finding.detail]}")
+    if finding.reason is None and (told := withdrawn.images.get(str(finding.image_id))):
+        return replace(finding, reason=WITHDRAWN, detail=told)
+    return finding
 
 
 def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None:
@@ -225,15 +237,22 @@ def _workers_that_fit(request: IngestRequest, workers: int | None) -> int | None
     return min(workers or len(os.sched_getaffinity(0)), fit)
 
 
-def examine_batch(batch: sources.EntryBatch, max_pixels: int) -> list[Finding]:
-    """Decode every image of a batch; copy images that are expensive to read again to the batch's spool file."""
+def examine_batch(batch: sources.EntryBatch, max_pixels: int, withdrawn: tuple[str, ...] = ()) -> list[Finding]:
+    """Decode every image of a batch; copy images that are expensive to read again to the batch's spool file.
+
+    Args:
+        batch: of the source.
+        max_pixels: of an image.
+        withdrawn: fingerprints; a near copy is rejected, with the fingerprint as its detail.
+    """
+    near = NearCopies(withdrawn)
     with ExitStack() as stack:
         spool = stack.enter_context(batch.spool.open("wb")) if batch.spool else None
-        return [_examine_entry(entry, data, max_pixels, spool) for entry, data in sources.read_batch(batch)]
+        return [_examine_entry(entry, data, max_pixels, spool, near) for entry, data in sources.read_batch(batch)]
 
 
 def _examine_entry(
-    entry: sources.Entry, data: bytes | sources.Refusal, max_pixels: int, spool: BinaryIO | None
+    entry: sources.Entry, data: bytes | sources.Refusal, max_pixels: int, spool: BinaryIO | None, near: NearCopies
 ) -> Finding:
     finding = Finding(entry.uri, entry.folder, entry.label, notes=(entry.note,) if entry.note else ())
     if isinstance(data, sources.Refusal):
@@ -244,6 +263,8 @@ def _examine_entry(
     except ImageError as error:
         remedy = TOO_MANY_PIXELS if error.reason == "too_many_pixels" else ""
         return replace(finding, reason=error.reason, detail=error.detail + remedy)
+    if copied := near.find(loaded.image):
+        return replace(finding, reason=WITHDRAWN, detail=copied)
     path, offset = entry.path, entry.offset
     if spool is not None:
         path, offset = spool.name, spool.tell()
@@ -340,9 +361,8 @@ def _as_stored(image: Finding, license_: str) -> tuple[str, str | None, str | No
 
 
 def _rows(snapshot: Path) -> set[tuple[str, str | None, str | None, str, str]]:
-    columns = ("image_id", "label", "split", "source_uri", "license")
     table = read_manifest(snapshot / MANIFEST)
-    return set(zip(*(table[name].to_pylist() for name in columns), strict=True))
+    return set(zip(*(table[name].to_pylist() for name in STORED), strict=True))
 
 
 def _place(image_id: str) -> float:
@@ -350,9 +370,13 @@ def _place(image_id: str) -> float:
     return int(image_id[48:], 16) / 16**16
 
 
-def _snapshot_name(taken: list[Finding], license_: str) -> str:
-    rows = json.dumps([_as_stored(finding, license_) for finding in taken])
-    return hashlib.sha256(rows.encode()).hexdigest()[:12]
+def snapshot_name(manifest: pa.Table) -> str:
+    """Return the name of a snapshot with these rows: a digest of what does not follow from the images' bytes."""
+    return _name_of(zip(*(manifest[name].to_pylist() for name in STORED), strict=True))
+
+
+def _name_of(rows: Iterable[tuple[str, str | None, str | None, str, str]]) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:12]
 
 
 def _provenance(findings: Iterable[Finding], request: IngestRequest) -> Provenance:
@@ -374,7 +398,7 @@ def _write_snapshot(
     """Write and validate one snapshot in a staging directory, which is renamed when `stack` exits without error."""
     if not taken:
         return None
-    folder = collection / request.name / _snapshot_name(taken, request.license)
+    folder = collection / request.name / _name_of(_as_stored(finding, request.license) for finding in taken)
     staging = stack.enter_context(atomic_dir(folder))
     with ShardWriter(staging, request.shard_bytes) as shards:
         places = [

@@ -1,60 +1,59 @@
-"""The audit log: who did what to which model, as hash-chained objects in an object-locked S3 bucket.
+"""The audit log: who did what to which model, as hash-chained, signed objects in an object-locked S3 bucket.
 
-Each event is one object, `events/<name>/<sequence>.json`, with the hash of the previous event, so that readers detect
+Each event is one object, `events/<chain>/<sequence>.json`, with the hash of the event before it, so that readers detect
 changed, removed or inserted events. Events are written with `If-None-Match: *`, so that two writers cannot use the same
 sequence number. Retention is the bucket's default, which its owner sets and the writer cannot weaken; in a bucket
 without a default each event is locked for ten years in governance mode. A bucket without object lock is refused.
+`audit_chain.py` has the form of an event, `audit_heads.py` what this checkout has verified already.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
-import json
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 from botocore.exceptions import ClientError
 
-from components.core.references import MODEL_NAME
+from components.core.audit_keys import AUDIT_KEY, own_signer, trusted_keys
 from components.core.storage import s3_client, s3_errors
+from components.lineage.audit_chain import (
+    GENESIS,
+    PLATFORM,
+    Entry,
+    Event,
+    Head,
+    chain_prefix,
+    examine,
+    hash_of,
+    key_at,
+    next_entry,
+    parse,
+)
+from components.lineage.audit_heads import Heads, heads_folder
 from components.lineage.lock_file import RecordError
 
+__all__ = ["GENESIS", "PLATFORM", "AuditLog", "Entry", "Event", "OvertakenError", "open_log"]
+
 BUCKET_VARIABLE = "PEDIGREE_AUDIT_BUCKET"
-PLATFORM = "_platform"  # chain of the events that concern no single model, such as an ingest; no model can have this name
-GENESIS = "0" * 64
-ATTEMPTS = 20
+ATTEMPTS = 100
+MOST_WAIT_SECONDS = 0.05  # for an entry that another writer is putting
+READERS = 8  # S3 requests at once
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
 RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
+CLIENT_VARIABLES = (
+    "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
+    "AWS_DEFAULT_REGION",
+)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Event:
-    """An action: `actor` did `action` to `subject`, a version of the model `name`."""
-
-    name: str
-    action: str
-    subject: str
-    actor: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An event in the log; `hash` is the SHA-256 of the canonical JSON of all other fields."""
-
-    name: str
-    sequence: int
-    previous: str
-    time: str
-    actor: str
-    action: str
-    subject: str
-    details: dict[str, Any]
-    hash: str
+logger = logging.getLogger(__name__)
 
 
 class OvertakenError(RecordError):
@@ -68,17 +67,37 @@ class OvertakenError(RecordError):
         )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A version of an object in the bucket, or the marker of its deletion at a time."""
+
+    key: str
+    version: str
+    deleted: datetime.datetime | None = None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An object's bytes and its lock."""
+
+    body: bytes
+    lock: str | None
+    until: datetime.datetime | None
+
+
 class AuditLog:
     """The events of all models in one bucket.
 
     Args:
         bucket: name of the object-locked bucket; the standard AWS variables set endpoint and credentials.
+        heads: what this checkout has verified; by default of the folder that this process works in.
     """
 
-    def __init__(self, bucket: str) -> None:
+    def __init__(self, bucket: str, heads: Heads | None = None) -> None:
         self.bucket = bucket
         self._place = f"audit log s3://{bucket}"
-        self._client = s3_client()
+        self._client = _client_for(tuple(os.environ.get(name) for name in CLIENT_VARIABLES))
+        self._heads = heads or Heads(bucket, heads_folder())
         self._owner_retains: bool | None = None
 
     @classmethod
@@ -94,7 +113,7 @@ class AuditLog:
         return cls(bucket)
 
     def append(self, event: Event, after: int | None = None) -> Entry:
-        """Verify the chain of the event's model, and append the event.
+        """Verify the chain of the event's model from this checkout's checkpoint on, and append the event, signed.
 
         Args:
             event: what was done, or is about to be.
@@ -102,31 +121,63 @@ class AuditLog:
 
         Raises:
             RecordError: the chain is broken, the bucket has no object lock, or another event came first.
+            AuditKeyError: there is no key to sign with, or none to verify with.
             StorageError: S3 refuses or does not answer, as in `read`.
         """
-        lock = self._lock()
+        lock, signer = self._lock(), own_signer()
+        head, newer = self._advance(event.name)
         for _ in range(ATTEMPTS):
-            entries = self.read(event.name)
-            if after is not None and len(entries) > after:
-                raise OvertakenError(entries[after])
-            entry = _next_entry(event, entries[-1] if entries else None)
+            if after is not None and head.sequence != after:
+                raise self._moved(event.name, head, newer, after)
+            if head.signed and signer is None:
+                raise RecordError(
+                    f"{AUDIT_KEY} is not set, and the events of {event.name} are signed: name the PEM file with your "
+                    "key, or run `pedigree up`"
+                )
+            entry = next_entry(event, head, signer)
+            _, faults = examine(head, key_at(event.name, entry.sequence), entry.body, trusted_keys)
+            if faults:  # it could never be taken away again
+                raise RecordError(f"event not written to s3://{self.bucket}/events/{event.name}: {faults[0]}")
             if self._put(entry, lock):
+                self._heads.put(event.name, head.then(entry))
                 return entry
+            # Read on to the end before the next try: a put that is refused takes longer than another writer's append,
+            # so who only learned of one entry a try could lose them all.
+            newer = []
+            while first := self._next(event.name, head):
+                head, newer = head.then(first), [*newer, first]
+            if not newer:
+                time.sleep(random.uniform(0, MOST_WAIT_SECONDS))
         raise RecordError(f"s3://{self.bucket}/events/{event.name}: lost the race {ATTEMPTS} times; try again")
+
+    def head(self, name: str) -> Head:
+        """Return the last entry of a chain, verified as by `append`; raises the same errors."""
+        return self._advance(name)[0]
+
+    def check(self, name: str) -> None:
+        """Raise what an append to the chain would raise, without appending."""
+        self._lock()
+        own_signer()
+        self.head(name)
+
+    def verified_heads(self) -> dict[str, Head]:
+        """Return the heads that this checkout has verified last, by chain, without asking S3."""
+        return self._heads.known()
 
     def read(self, name: str) -> list[Entry]:
         """Return the verified events of the model `name`, oldest first; empty if there are none.
 
         Raises:
-            RecordError: an entry was changed, replaced, deleted or moved; the message names it.
+            RecordError: an entry was changed, replaced, deleted or moved, or is not signed by a known key; the message
+                names it.
         """
-        objects = self._objects(f"events/{_checked(name)}/")
-        entries: list[Entry] = []
-        for number, (key, version) in enumerate(objects, start=1):
-            if key != _key(name, number):
-                raise self._broken(_key(name, number), f"missing; the next one found is {key}")
-            body = self._get(key, version)
-            entries.append(self._verified(key, body, entries[-1] if entries else None))
+        seen = self._heads.get(name)  # before the listing: another process may append meanwhile
+        objects = self._objects(name)
+        entries, head = self._verified(objects, Head(), name)
+        if len(entries) < seen.sequence or (seen.sequence and entries[seen.sequence - 1].hash != seen.hash):
+            raise self._contradicted(name, seen, len(entries) < seen.sequence)
+        if head.sequence > seen.sequence:
+            self._heads.put(name, head)
         return entries
 
     def names(self) -> list[str]:
@@ -136,42 +187,102 @@ class AuditLog:
             pages = self._client.get_paginator("list_object_versions").paginate(**query)
             return [p["Prefix"].split("/")[1] for page in pages for p in page.get("CommonPrefixes", [])]
 
-    def _verified(self, key: str, body: bytes, before: Entry | None) -> Entry:
-        try:
-            entry = Entry(**json.loads(body))
-        except (ValueError, TypeError):
-            raise self._broken(key, "not an audit entry") from None
-        if entry.hash != _hash(entry):
-            raise self._broken(key, f"its content no longer matches its hash {entry.hash[:12]}")
-        if entry.previous != (before.hash if before else GENESIS):
-            raise self._broken(key, "does not continue the entry before it")
-        if _key(entry.name, entry.sequence) != key:
-            raise self._broken(key, f"says that it is entry {entry.sequence} of {entry.name}")
-        return entry
+    def stored(self, name: str, after: str = "") -> Iterator[Stored]:
+        """List what the bucket holds of a chain, from the first key after `after` on: all versions and markers."""
+        query = {"Bucket": self.bucket, "Prefix": chain_prefix(name), **({"KeyMarker": after} if after else {})}
+        with s3_errors(self._place):
+            for page in self._client.get_paginator("list_object_versions").paginate(**query):
+                for marker in page.get("DeleteMarkers", []):
+                    yield Stored(marker["Key"], marker["VersionId"], marker["LastModified"])
+                for item in page.get("Versions", []):
+                    yield Stored(item["Key"], item["VersionId"])
 
-    def _broken(self, key: str, what: str) -> RecordError:
+    def fetch(self, objects: Sequence[Stored]) -> list[Fetched]:
+        """Read objects, several at once."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._fetch, objects)) if len(objects) > 1 else [self._fetch(o) for o in objects]
+
+    def broken(self, key: str, what: str) -> RecordError:
+        """Return the error that names an object of the log."""
         return RecordError(f"audit log broken at s3://{self.bucket}/{key}: {what}")
 
-    def _objects(self, prefix: str) -> list[tuple[str, str]]:
-        """Return (key, version id) of every object, in order; raise on a second version or a delete marker."""
-        found: dict[str, str] = {}
-        with s3_errors(self._place):
-            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
-                for marker in page.get("DeleteMarkers", []):
-                    raise self._broken(marker["Key"], f"deleted on {marker['LastModified']:%Y-%m-%d %H:%M:%S}")
-                for item in page.get("Versions", []):
-                    if item["Key"] in found:
-                        raise self._broken(item["Key"], "overwritten: it has more than one version")
-                    found[item["Key"]] = item["VersionId"]
-        return sorted(found.items())
+    def _advance(self, name: str) -> tuple[Head, list[Entry]]:
+        """Verify what follows the checkpoint; return the head now, and the entries after the checkpoint."""
+        seen = self._heads.get(name)
+        objects = self._objects(name, key_at(name, seen.sequence - 1) if seen.sequence else "")
+        if seen.sequence:
+            if not objects or objects[0].key != key_at(name, seen.sequence):
+                raise self._contradicted(name, seen, cut=True)
+            last = parse(self._fetch(objects[0]).body)
+            if last is None or not last.hash == hash_of(last) == seen.hash:
+                raise self._contradicted(name, seen, cut=False)
+        newer, head = self._verified(objects[1:] if seen.sequence else objects, seen, name)
+        if newer:
+            self._heads.put(name, head)
+        return head, newer
 
-    def _get(self, key: str, version: str) -> bytes:
+    def _next(self, name: str, head: Head) -> Entry | None:
+        """Return the verified entry after the head; None if there is none yet."""
+        key = key_at(name, head.sequence + 1)
         with s3_errors(self._place):
-            return self._client.get_object(Bucket=self.bucket, Key=key, VersionId=version)["Body"].read()
+            try:
+                body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+            except self._client.exceptions.NoSuchKey:
+                return None
+        entry, faults = examine(head, key, body, trusted_keys)
+        if entry is None or faults:
+            raise self.broken(key, faults[0])
+        return entry
+
+    def _verified(self, objects: Sequence[Stored], head: Head, name: str) -> tuple[list[Entry], Head]:
+        """Verify the entries after a head; return them, and the head after them."""
+        entries: list[Entry] = []
+        keys = cache(trusted_keys)
+        for found, fetched in zip(objects, self.fetch(objects), strict=True):
+            wanted = key_at(name, head.sequence + 1)
+            if found.key != wanted:
+                raise self.broken(wanted, f"missing; the next one found is {found.key}")
+            entry, faults = examine(head, found.key, fetched.body, keys)
+            if entry is None or faults:
+                raise self.broken(found.key, faults[0])
+            entries.append(entry)
+            head = head.then(entry)
+        return entries, head
+
+    def _objects(self, name: str, after: str = "") -> list[Stored]:
+        """Return the objects of a chain, in order; raise on a second version or a delete marker."""
+        found: dict[str, Stored] = {}
+        for item in self.stored(name, after):
+            if item.deleted:
+                raise self.broken(item.key, f"deleted on {item.deleted:%Y-%m-%d %H:%M:%S}")
+            if item.key in found:
+                raise self.broken(item.key, "overwritten: it has more than one version")
+            found[item.key] = item
+        return [found[key] for key in sorted(found)]
+
+    def _contradicted(self, name: str, seen: Head, cut: bool) -> RecordError:
+        what = "missing: the end of the chain was cut off" if cut else "replaced: another entry than before"
+        return self.broken(key_at(name, seen.sequence), f"{what}; {self._heads.where(name)}")
+
+    def _moved(self, name: str, head: Head, newer: Sequence[Entry], after: int) -> RecordError:
+        """Return the error for a chain that is not as long as the actor has seen it."""
+        if head.sequence < after:
+            return self.broken(key_at(name, head.sequence + 1), "missing: the end of the chain was cut off meanwhile")
+        first = next((entry for entry in newer if entry.sequence == after + 1), None)
+        if first is None:  # it is before the checkpoint, so it was verified
+            with s3_errors(self._place):
+                body = self._client.get_object(Bucket=self.bucket, Key=key_at(name, after + 1))["Body"].read()
+            first = parse(body)
+        return OvertakenError(first) if first else self.broken(key_at(name, after + 1), "not an audit entry")
+
+    def _fetch(self, found: Stored) -> Fetched:
+        with s3_errors(self._place):
+            got = self._client.get_object(Bucket=self.bucket, Key=found.key, VersionId=found.version)
+            return Fetched(got["Body"].read(), got.get("ObjectLockMode"), got.get("ObjectLockRetainUntilDate"))
 
     def _put(self, entry: Entry, lock: Mapping[str, Any]) -> bool:
         """Write the object unless the key exists; return whether it holds these bytes, also after a resent request."""
-        key, body = _key(entry.name, entry.sequence), _canonical(dataclasses.asdict(entry))
+        key, body = key_at(entry.name, entry.sequence), entry.body
         with s3_errors(self._place):
             try:
                 self._client.put_object(
@@ -211,33 +322,20 @@ class AuditLog:
         )
 
 
-def _next_entry(event: Event, before: Entry | None) -> Entry:
-    values = {
-        **dataclasses.asdict(event),
-        "details": dict(event.details),
-        "sequence": before.sequence + 1 if before else 1,
-        "previous": before.hash if before else GENESIS,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-    }
-    entry = Entry(**values, hash="")
-    return dataclasses.replace(entry, hash=_hash(entry))
+def open_log() -> AuditLog | None:
+    """Return the log; None, with one warning a process, if PEDIGREE_AUDIT_BUCKET is not set."""
+    if os.environ.get(BUCKET_VARIABLE):
+        return AuditLog.from_environment()
+    _warn_of_no_log()
+    return None
 
 
-def _hash(entry: Entry) -> str:
-    values = dataclasses.asdict(entry)
-    del values["hash"]
-    return hashlib.sha256(_canonical(values)).hexdigest()
+@cache
+def _warn_of_no_log() -> None:
+    logger.warning("%s is not set: nothing is recorded in an audit log", BUCKET_VARIABLE)
 
 
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def _checked(name: str) -> str:
-    if name != PLATFORM and not MODEL_NAME.fullmatch(name):
-        raise RecordError(f"{name!r} is not a model name: letters, digits, dot, dash and underscore are allowed")
-    return name
-
-
-def _key(name: str, sequence: int) -> str:
-    return f"events/{_checked(name)}/{sequence:08d}.json"
+@lru_cache(maxsize=8)
+def _client_for(_variables: tuple[str | None, ...]) -> Any:
+    """Return a client, which takes a third of a second to make; anew when the variables differ."""
+    return s3_client()

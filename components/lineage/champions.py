@@ -12,12 +12,13 @@ from itertools import zip_longest
 from typing import Any
 
 from components.core.references import ModelReference
+from components.lineage.audit_chain import PROMOTE, ROLLBACK
 from components.lineage.audit_log import Entry
 from components.lineage.provenance import Tag
 
 CHAMPION, PREVIOUS = "champion", "previous"
-PROMOTE, REJECT, ROLLBACK = "promote", "reject", "rollback"
 CHANGES = (PROMOTE, ROLLBACK)
+TAKEDOWN = "takedown"  # of images that a version may have learned; no decision
 
 
 @dataclass(frozen=True)

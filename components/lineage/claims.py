@@ -9,7 +9,8 @@ from typing import Any
 
 from components.core.mlflow_client import reported
 from components.core.references import COMMIT, DATA_ID, RUN_ID, ModelReference
-from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.audit_chain import REGISTER
+from components.lineage.audit_log import PLATFORM, AuditLog, Entry
 from components.lineage.lock_file import RecordError
 from components.lineage.provenance import Tag, data_versions
 
@@ -67,12 +68,17 @@ def version_claims(found: Iterable[Any]) -> list[Claim]:
 def audit_claims(log: AuditLog, client: Any) -> tuple[list[Claim], list[str]]:
     """Return the claims of audit events and of their MLflow runs, and a note for each missing run.
 
+    Events of runs and ingests claim nothing, or no run could ever be removed. A registration claims its run as long as
+    MLflow has the version.
+
     Raises:
         RecordError: a chain is broken, so nothing may be removed.
         StorageError: S3 does not answer.
     """
     claims, notes = [], []
-    for entry in (entry for name in log.names() for entry in log.read(name)):
+    for entry in (entry for name in log.names() if name != PLATFORM for entry in log.read(name)):
+        if entry.action == REGISTER:
+            continue
         by, text = f"audit event {entry.name}/{entry.sequence}", json.dumps(asdict(entry))
         tags = _run_tags(client, entry)
         if tags is None:

@@ -47,25 +47,31 @@ class Remote:
         with s3_errors(self.address(dvc_id)):
             return self._client.get_object(Bucket=self._bucket, Key=self._key(dvc_id))["Body"].read()
 
-    def missing(self, dvc_ids: Iterable[str]) -> list[str]:
-        """Return the ids of missing objects."""
-        ids = list(dvc_ids)
+    def read_range(self, dvc_id: str, offset: int, length: int) -> bytes:
+        """Return a part of an object."""
+        part = f"bytes={offset}-{offset + length - 1}"
+        with s3_errors(self.address(dvc_id)):
+            return self._client.get_object(Bucket=self._bucket, Key=self._key(dvc_id), Range=part)["Body"].read()
+
+    def versions(self, dvc_ids: Iterable[str]) -> dict[str, str]:
+        """Return the S3 version of each object, `null` in a bucket without versions; missing objects are left out."""
+        ids = sorted(set(dvc_ids))
         with ThreadPoolExecutor(10) as pool:
-            present = list(pool.map(self._exists, ids))
-        return [dvc_id for dvc_id, found in zip(ids, present, strict=True) if not found]
+            found = zip(ids, pool.map(self._version, ids), strict=True)
+            return {dvc_id: version for dvc_id, version in found if version is not None}
 
     def file(self, folder: Path, path: str, md5: str) -> bytes:
         """Return a file of a tracked folder, from disk if it has this md5 there, else from the remote."""
         local = folder / path
         return local.read_bytes() if local.is_file() and file_md5(local) == md5 else self.read(md5)
 
-    def _exists(self, dvc_id: str) -> bool:
+    def _version(self, dvc_id: str) -> str | None:
         try:
             with s3_errors(self.address(dvc_id)):
-                self._client.head_object(Bucket=self._bucket, Key=self._key(dvc_id))
+                head = self._client.head_object(Bucket=self._bucket, Key=self._key(dvc_id))
         except MissingInStorageError:
-            return False
-        return True
+            return None
+        return head.get("VersionId", "null")
 
     def _key(self, dvc_id: str) -> str:
         return "/".join(part for part in (self._prefix, "files/md5", dvc_id[:2], dvc_id[2:]) if part)

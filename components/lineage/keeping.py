@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from components.core.git import git, try_git
 from components.core.layout import RELATIVE
 from components.core.references import RUN_ID
+from components.lineage.anchors import ANCHORS, anchor_of
 from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.needs import Needs, read_yaml
 from components.lineage.runs import BRANCHES, Run, worktrees
@@ -77,8 +78,10 @@ def needed_objects(
     Raises:
         RecordError: the commit of a registered version is missing, but some of its data is present.
     """
-    away, needed = {f"{BRANCHES}{run.id}" for run in gone}, NeededObjects()
-    tips_of = {name: sha for name, sha in _commits_of_refs(root) if name not in away}
+    ids = {run.id for run in gone}
+    away, needed = {f"{BRANCHES}{name}" for name in ids}, NeededObjects()
+    refs = _commits_of_refs(root)
+    tips_of = {name: sha for name, sha in refs if name not in away and not anchor_of(name, ids)}
     trees = [tree for tree in worktrees(root) if tree.branch not in away]
     tips = {*tips_of.values(), *(tree.head for tree in trees)}
     covered = tips | _commits_of_runs(root, [name for name in tips_of if name.startswith(BRANCHES)])
@@ -107,7 +110,7 @@ def only_needed_by(root: Path, runs: Iterable[Run], needs: Needs) -> dict[str, s
     """Return run id -> the DVC objects that only the run's last commit needs."""
     of = {run.id: needs.of_commit(run.tip) for run in runs if run.commits}
     users = Counter(id_ for ids in of.values() for id_ in ids)
-    others = [needs.of_commit(sha) for name, sha in _commits_of_refs(root) if not name.startswith(BRANCHES)]
+    others = [needs.of_commit(sha) for name, sha in _commits_of_refs(root) if not name.startswith((BRANCHES, ANCHORS))]
     own = {f"{BRANCHES}{name}" for name in of}
     others += [needs.of_folder(t.folder) for t in worktrees(root) if t.branch not in own and t.folder.is_dir()]
     shared = set().union(*others)
@@ -146,7 +149,8 @@ def _commits_of_runs(root: Path, branches: Sequence[str]) -> set[str]:
     """Return all commits of runs, one per stage, to include outputs that later commits replaced."""
     if not branches:
         return set()
-    return set(git(root, "rev-list", *branches, "--not", f"--exclude={BRANCHES}*", "--all", "--").split())
+    others = ("--not", f"--exclude={BRANCHES}*", f"--exclude={ANCHORS}*", "--all", "--")
+    return set(git(root, "rev-list", *branches, *others).split())
 
 
 def _commits_of_refs(root: Path) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from components.core.config import parse_yaml
 from components.core.errors import PedigreeError
 from components.core.git import file_at, try_git
 from components.core.layout import RELATIVE
@@ -53,7 +54,7 @@ class Record:
         if data is None:
             raise RecordError(f"{where}: no such file, so it is unknown what made this model; run `dvc repro`")
         try:
-            return dict(yaml.safe_load(data)["stages"])
+            return dict(parse_yaml(data)["stages"])
         except (yaml.YAMLError, TypeError, KeyError):
             raise RecordError(f"{where}: not a DVC lock file") from None
 
@@ -62,8 +63,7 @@ class Record:
 
         Register stages are excluded, because they are recorded after the registration that contains this hash.
         """
-        stages = {name: s for name, s in self.stages().items() if name.split("@")[0] != REGISTER_STAGE}
-        return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return stages_sha256(self.stages())
 
     def output(self, path: str) -> str | None:
         """Return the DVC id of a stage's output by its path; of a student, from the stage that evaluates it."""
@@ -86,7 +86,7 @@ class Record:
         """Return the snapshots below `folder` that `dvc add` tracks: path -> DVC id, sorted by path."""
         found = {}
         for file in self._dvc_files(folder):
-            for out in yaml.safe_load(self.read(file) or b"").get("outs", []):
+            for out in parse_yaml(self.read(file) or b"").get("outs", []):
                 found[(PurePosixPath(file).parent / out["path"]).as_posix()] = out["md5"]
         return found
 
@@ -111,6 +111,12 @@ class Record:
             listing = try_git(self.root, "ls-tree", "-r", "--name-only", self.revision, "--", folder) or ""
             found = (line for line in listing.splitlines() if line.endswith(".dvc"))
         return sorted(found)
+
+
+def stages_sha256(stages: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the stages of a `dvc.lock`, as of `Record.lock_sha256`."""
+    counted = {name: stage for name, stage in stages.items() if name.split("@")[0] != REGISTER_STAGE}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def find_record(root: Path, commit: str, lock_sha256: str | None) -> Record | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from components.core.config import parse_yaml
 from components.core.git import git
 from components.core.references import DATA_ID
 from components.lineage.lock_file import LOCK, RecordError
@@ -88,7 +89,7 @@ def read_yaml(text: bytes, where: str) -> Any:
         RecordError: it is invalid, so the objects that it names are unknown.
     """
     try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return parse_yaml(text)
     except yaml.YAMLError:
         raise RecordError(
             f"{where}: not readable as YAML, so the data that it names is not known; mend it first"

@@ -39,6 +39,7 @@ class Tag(StrEnum):
     VALIDATION = "pedigree.validation"
     PARENT = "pedigree.parent"
     PARENT_SHA256 = "pedigree.parent_sha256"
+    ANCHOR = "pedigree.anchor"  # id of the git tag that holds the commit
     DIGEST = "pedigree.digest"
     FILES = FILES_TAG
     CANDIDATE = "pedigree.candidate"
@@ -48,6 +49,15 @@ class Tag(StrEnum):
     SCORE = "pedigree.score"  # the main measure
     RELEASED = "pedigree.released"  # on a candidate: the version that it became
     REJECTED = "pedigree.rejected"  # on a candidate: who and why
+    TAKEDOWN = "pedigree.takedown"  # the last takedown of images that it may have learned, and why
+
+
+DECISION_TAGS = (
+    Tag.CANDIDATE,
+    Tag.AUDIT,
+    Tag.RELEASED,
+    Tag.REJECTED,
+)  # set after the registration, each by an audit event
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from components.core.git import git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import is_locked
 from components.core.references import RUN_ID
+from components.lineage.anchors import ANCHORS
 from components.lineage.lock_file import Record
 
 BRANCHES = "refs/heads/runs/"
@@ -172,7 +173,7 @@ def _own_commits(root: Path, name: str) -> list[Commit]:
         found.append(_commit(line))
         if found[-1].subject == f"Run {name}":
             return found
-    others = ["--not", f"--exclude={BRANCHES}*", "--all"]
+    others = ["--not", f"--exclude={BRANCHES}*", f"--exclude={ANCHORS}*", "--all"]
     lines = git(root, "log", form, branch, *others, "--").splitlines()
     return [_commit(line) for line in lines] or found[:1]
 

@@ -87,6 +87,13 @@ class History:
     unknown: str | None = None
 
 
+def find_record_of(reference: str, root: Path) -> tuple[str, Record]:
+    """Return a registered version, as `NAME/3`, and the record of its run; raises as `read_history`."""
+    version = find_version(reference, root)
+    name = str(ModelReference.of_version(version))
+    return name, _record(name, version.tags, root)
+
+
 def read_history(reference: str, root: Path) -> History:
     """Find a registered model's trainings.
 

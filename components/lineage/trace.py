@@ -6,85 +6,30 @@ they do not have, or where they contradict each other, becomes a `missing` line 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from components.core.config import ConfigError
-from components.core.errors import PedigreeError
 from components.core.git import try_git
 from components.core.layout import RELATIVE
 from components.core.mlflow_client import checked_client, server_uri, shown_server
 from components.core.references import URI, ModelReference
 from components.core.storage import StorageError
-from components.data.provenance import SUFFIX, Provenance
 from components.lineage.audit_log import AuditLog, Entry
 from components.lineage.champions import unexplained
-from components.lineage.dvc_remote import Remote
-from components.lineage.lock_file import Record, RecordError, find_record, upstream
-from components.lineage.provenance import CURATED, POOL, Tag, data_versions
+from components.lineage.lock_file import Record, RecordError, find_record
+from components.lineage.provenance import Tag
+from components.lineage.trace_data import LockTrace
+from components.lineage.trace_tree import ABOVE, Node, Trace
+
+__all__ = ["ACCEPTED", "Node", "Trace", "find_version", "outputs_of", "trace"]
 
 ACCEPTED = "accept-code"  # the action of an event by which a stage's outputs stand for other code than made them
-DATA_FOLDERS = tuple(f"{folder}/" for folder in (RELATIVE.data, RELATIVE.models, RELATIVE.reports))
-
-
-@dataclass
-class Node:
-    """One thing of the trace.
-
-    Attributes:
-        kind: version, event, run, parent, commit, stage, curated, pool, source or code.
-        name: what a person calls it.
-        facts: what is known of it.
-        children: what it was made from.
-        missing: what should be known of it and is not, or contradicts something else.
-    """
-
-    kind: str
-    name: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    children: list[Node] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def walk(self) -> Iterator[Node]:
-        """This node and all below it."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The tree that explains one version."""
-
-    reference: str
-    root: Node
-
-    @property
-    def missing(self) -> list[str]:
-        """All that could not be found, with the node it belongs to."""
-        return [f"{node.kind} {node.name}: {line}" for node in self.root.walk() for line in node.missing]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `complete` says whether nothing is missing."""
-        return {
-            "reference": self.reference,
-            "complete": not self.missing,
-            "missing": self.missing,
-            "trace": self.root.as_dict(),
-        }
 
 
 def trace(reference: str, root: Path) -> Trace:
@@ -125,6 +70,8 @@ class _Tracer:
             raise RecordError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
         self.client = checked_client()
         self.root = root
+        self._shown: set[str] = set()  # versions and data whose details are in the tree
+        self._logs: dict[str, list[Entry] | None] = {}
 
     def version(self, asked: ModelReference) -> Any:
         """The MLflow version, or a sentence that says why there is none."""
@@ -151,8 +98,12 @@ class _Tracer:
             "validation": tags.get(Tag.VALIDATION),
         }
         node = _node("version", f"{version.name}/{version.version}", facts)
+        if node.name in self._shown:  # taught or embedded by itself: two versions of one family
+            return Node("version", node.name, {ABOVE: True})
+        self._shown.add(node.name)
         if ModelReference(version.name).is_candidate:  # by its name: a tag can be taken away
-            node.children += [self._run(version.run_id), *self._parent(tags), self._commit(tags)]
+            node.children += [_event(entry) for entry in self._decisions(node, version.name)]
+            node.children += [self._run(version.run_id), self._commit(tags), *self._parent(tags)]
             return node
         node.children += self._events(node, version.name)
         node.children.append(self._candidate(tags))
@@ -162,12 +113,24 @@ class _Tracer:
         model = _found(lambda: self.client.get_registered_model(name))
         return [] if isinstance(model, str) else sorted(a for a, v in model.aliases.items() if str(v) == str(version))
 
+    def _log(self, node: Node, name: str) -> list[Entry] | None:
+        """Audit events of a model, read once; None if they cannot be, which is missing of the node that asks first."""
+        if name not in self._logs:
+            self._logs[name] = None
+            try:
+                self._logs[name] = AuditLog.from_environment().read(name)
+            except (RecordError, StorageError) as error:
+                node.missing.append(str(error))
+        return self._logs[name]
+
+    def _decisions(self, node: Node, name: str) -> list[Entry]:
+        """Decisions about a candidate, such as a rejection."""
+        return [entry for entry in self._log(node, ModelReference(name).model) or () if entry.subject == node.name]
+
     def _events(self, node: Node, name: str) -> list[Node]:
         """Audit events about a released version; what they say must agree with the registry."""
-        try:
-            entries = AuditLog.from_environment().read(name)
-        except (RecordError, StorageError) as error:
-            node.missing.append(str(error))
+        entries = self._log(node, name)
+        if entries is None:
             return []
         model, versions = (
             _found(lambda: self.client.get_registered_model(name)),
@@ -227,7 +190,25 @@ class _Tracer:
                 node.missing.append(version)
             elif version.tags.get(Tag.WEIGHTS_SHA256) != tags.get(Tag.PARENT_SHA256):
                 node.missing.append("it has other weights in the registry now")
+            else:
+                node.children.append(self.version_node(version))
         return [node]
+
+    def _embedders(self, record: Record) -> list[Node]:
+        """The registered models by whose embeddings the training images were chosen, each with its own trace."""
+        given = record.stages().get("embed", {}).get("params", {}).get(str(RELATIVE.params), {}).get("embed") or {}
+        nodes = []
+        for role in ("embedder", "semantic"):
+            uri = (given.get(role) or {}).get("weights", "")
+            if reference := ModelReference.of_uri(uri):
+                node = Node("embedder", uri, {"role": role})
+                version = self.version(reference)
+                if isinstance(version, str):
+                    node.missing.append(version)
+                else:
+                    node.children.append(self.version_node(version))
+                nodes.append(node)
+        return nodes
 
     def _commit(self, tags: dict[str, str]) -> Node:
         commit, branch = tags.get(Tag.COMMIT), tags.get(Tag.BRANCH, "")
@@ -244,8 +225,9 @@ class _Tracer:
             node.missing.append("the code had uncommitted changes when the version was registered")
         record = self._record(node, commit, tags.get(Tag.LOCK_SHA256))
         if record is not None:
-            node.children += _LockTrace(record, tags).nodes()
+            node.children += LockTrace(record, tags, self._shown).nodes()
             self._acceptances(node, record)
+            node.children += self._embedders(record)
         return node
 
     def _acceptances(self, node: Node, record: Record) -> None:
@@ -280,133 +262,6 @@ class _Tracer:
 def _names(line: str, version: str) -> bool:
     """Whether a line names the version, and not one whose number only begins alike."""
     return re.search(rf"{re.escape(version)}(?!\d)", line) is not None
-
-
-class _LockTrace:
-    """Stages, code and data of one `dvc.lock`, as far as they lead to one set of weights."""
-
-    def __init__(self, record: Record, tags: dict[str, str]) -> None:
-        self.record, self.tags = record, tags
-        self.stages = record.stages()
-        self.path = tags.get(Tag.WEIGHTS_PATH, "")
-        self.names = upstream(self.stages, self.path)
-
-    def nodes(self) -> list[Node]:
-        nodes = [_stage(name, self.stages[name]) for name in self.names]
-        if not nodes:
-            nodes = [Node("stage", self.path or "(none)", missing=["no stage in dvc.lock makes these weights"])]
-        elif self.record.output(self.path) != self.tags.get(Tag.WEIGHTS_DVC):
-            nodes[0].missing.append("dvc.lock records other weights than the registered ones")
-        return [*nodes, self._code(), *self._data()]
-
-    def _code(self) -> Node:
-        deps = {d["path"]: d["md5"] for name in self.names for d in self.stages[name].get("deps", [])}
-        code = {path: md5 for path, md5 in sorted(deps.items()) if not path.startswith(DATA_FOLDERS)}
-        node = Node("code", f"{len(code)} paths", {"paths": code})
-        gone = [p for p in code if try_git(self.record.root, "cat-file", "-e", f"{self.record.revision}:./{p}") is None]
-        if gone:
-            node.missing.append(f"not in the commit: {', '.join(gone)}")
-        if not code:
-            node.missing.append("no stage in dvc.lock names the code that it ran")
-        return node
-
-    def _data(self) -> list[Node]:
-        stated = {v.path: v for tag in (Tag.CURATED, Tag.POOL) for v in data_versions(self.tags, tag)}
-        curated = self.record.output(CURATED)
-        found = self.record.tracked(POOL)
-        nodes = [Node("curated", CURATED, {"dvc": curated})]
-        nodes += [self._snapshot(path, dvc_id) for path, dvc_id in found.items()]
-        nodes += [
-            Node("pool", path, {"dvc": version.dvc}, missing=["the version names it, but its commit does not track it"])
-            for path, version in stated.items()
-            if path != CURATED and path not in found
-        ]
-        if not any(node.kind == "pool" for node in nodes):
-            nodes.append(Node("pool", POOL, missing=["the commit tracks no snapshot of the pool"]))
-        for node in nodes:
-            version = stated.get(node.name)
-            if version is None or version.dvc != node.facts.get("dvc"):
-                node.missing.append("not the version of this folder that the registered version names")
-            if node.facts.get("dvc"):
-                self._contents(node, version.manifest_sha256 if version else None)
-        return nodes
-
-    def _snapshot(self, path: str, dvc_id: str) -> Node:
-        """A snapshot of the pool, with who brought it, when and from where, as far as that was written down."""
-        node = Node("pool", path, {"dvc": dvc_id})
-        text = self.record.read(path + SUFFIX)
-        try:
-            brought = {} if text is None else Provenance.model_validate_json(text).model_dump(mode="json")
-        except ValidationError:
-            brought = {}
-            node.missing.append(f"its {path}{SUFFIX} is not what ingest writes")
-        node.facts |= brought
-        return node
-
-    def _contents(self, node: Node, stated_sha256: str | None) -> None:
-        """What is in a data folder, from the DVC remote: its objects, its manifest, the sources of its images."""
-        try:
-            remote = Remote(self.record.remote_url())
-            node.facts["listing"] = remote.address(node.facts["dvc"])
-            files = remote.listing(node.facts["dvc"])
-            node.facts["objects"] = {path: remote.address(md5) for path, md5 in sorted(files.items())}
-            gone = set(remote.missing(files.values()))
-            node.missing += [f"{remote.address(md5)} ({p}): no such object" for p, md5 in files.items() if md5 in gone]
-            if "manifest.parquet" not in files:
-                node.missing.append("has no manifest.parquet")
-                return
-            md5 = files["manifest.parquet"]
-            manifest = remote.file(self.record.root / node.name, "manifest.parquet", md5)
-        except (PedigreeError, ValueError, KeyError) as error:
-            node.missing.append(str(error))
-            return
-        node.facts["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()
-        if node.facts["manifest_sha256"] != stated_sha256:
-            node.missing.append(f"its manifest is not the one that was registered (SHA-256 {stated_sha256})")
-        node.children += _sources(manifest)
-
-
-class _InWorkspace(_LockTrace):
-    """Likewise, of a registration in progress: manifests are read from the workspace, and no storage is asked."""
-
-    def _contents(self, node: Node, stated_sha256: str | None) -> None:
-        manifest = self.record.root / node.name / "manifest.parquet"
-        if manifest.is_file():
-            node.facts["manifest_sha256"] = stated_sha256
-            node.children += _sources(manifest.read_bytes())
-
-
-def workspace_tree(root: Path, tags: Mapping[str, str]) -> Node:
-    """The commit that a version is about to be registered from, as `trace` shows it but for the objects of its data.
-
-    Args:
-        root: the run's workspace.
-        tags: of the version's origin.
-    """
-    node = Node("commit", tags[Tag.COMMIT], {"branch": tags[Tag.BRANCH]})
-    node.children += _InWorkspace(Record(root), dict(tags)).nodes()
-    return node
-
-
-def _sources(manifest: bytes) -> list[Node]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    keys = ["source", "license"]
-    table = pq.read_table(pa.BufferReader(manifest), columns=keys)
-    rows = table.group_by(keys).aggregate([([], "count_all")]).to_pylist()
-    rows.sort(key=lambda row: tuple(str(row[key]) for key in keys))
-    return [Node("source", r["source"], {"license": r["license"], "images": r["count_all"]}) for r in rows]
-
-
-def _stage(name: str, stage: dict[str, Any]) -> Node:
-    facts = {
-        "command": stage.get("cmd"),
-        "params": {key: value for values in stage.get("params", {}).values() for key, value in values.items()},
-        "deps": {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])},
-        "outs": {out["path"]: out.get("md5") for out in stage.get("outs", [])},
-    }
-    return Node("stage", name, facts)
 
 
 def outputs_of(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from components.core.layout import Layout
 from components.core.locks import is_locked
 from components.core.references import RUN_ID
 from components.core.stage_runs import PARENT_STAGE
+from components.lineage.anchors import read_anchors
 from components.lineage.audit_log import AuditLog
 from components.lineage.claims import REMOVED_TAG, Claim, audit_claims, mlflow_runs, version_claims, versions
 from components.lineage.keeping import Rule, kept_runs, model_names, needed_objects
@@ -56,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """The DVC cache or the DVC remote, listed once."""
 
     name: str
@@ -84,7 +85,7 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
     claims, runs = [*version_claims(found), *of_events], find_runs(root)
     why = kept_runs(root, runs, rule, claims)
     gone, models = [run for run in runs if run.id not in why], model_names(root, runs)
-    disk, s3 = _places(root, cache)
+    disk, s3 = places(root, cache)
     files = failed_files_removal(client, models, [run.id for run in gone], {version.run_id for version in found})
     removals = [files, *_runs_removals(root, gone)]
     dvc, more = _dvc_removals(root, gone, claims, (disk, s3), rule, _unknown_runs(root, client, models))
@@ -94,10 +95,12 @@ def make_plan(root: Path, cache: Path, rule: Rule, client: Any, log: AuditLog) -
     return Plan(removals, why, [*notes, *more, *checkpoint_notes])
 
 
-def _places(root: Path, cache: Path) -> tuple[_Place, _Place | None]:
-    def listed(name: str, store: Store) -> _Place:
+def places(root: Path, cache: Path) -> tuple[Place, Place | None]:
+    """List the DVC cache and the remote, if there is one."""
+
+    def listed(name: str, store: Store) -> Place:
         listing = store.listing()
-        return _Place(name, store, listing, objects(listing))
+        return Place(name, store, listing, objects(listing))
 
     url = Record(root).remote_url()
     return listed("disk", DiskStore(cache)), listed("S3", S3Store(url)) if url else None
@@ -130,6 +133,8 @@ def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
     def remove_branches() -> None:
         git(root, "worktree", "prune")
         for run in gone:
+            for anchor in read_anchors(root, run.id):
+                git(root, "update-ref", "-d", f"refs/tags/{anchor.name}", anchor.id)
             git(root, "update-ref", "-d", f"{BRANCHES}{run.id}", run.tip)
         for name in [*(run.id for run in gone), *stale]:
             delete(runs / f"{name}.lock")
@@ -141,7 +146,7 @@ def _runs_removals(root: Path, gone: Sequence[Run]) -> list[Removal]:
 
 
 def _dvc_removals(
-    root: Path, gone: Sequence[Run], claims: Sequence[Claim], places: Sequence[_Place | None], rule: Rule,
+    root: Path, gone: Sequence[Run], claims: Sequence[Claim], places: Sequence[Place | None], rule: Rule,
     unknown: Sequence[str],
 ) -> tuple[list[Removal], list[str]]:  # fmt: skip
     """Plan the removal of run-cache entries with removed outputs, then of unneeded objects; on S3 first."""
@@ -155,7 +160,7 @@ def _dvc_removals(
     needed, notes = required.ids | needs.whole(young), _notes(required.elsewhere, needs, unknown)
     doomed = {p.name: {} if p.name == "S3" and unknown else _without(p.objects, needed) for p in there}
     alive = {p.name: {id_ for id_, item in p.objects.items() if item.there} - doomed[p.name].keys() for p in there}
-    of_entries = _outputs(there)
+    of_entries = entry_outputs(there)
     removals: list[Removal] = []
     for place in reversed(there):
         bytes_at = alive[place.name] if place.name == "S3" else set().union(*alive.values())
@@ -173,7 +178,7 @@ def _dvc_removals(
     return [*removals, _removal("unfinished files of DVC", there[0], unfinished, {})], notes
 
 
-def _removal(kind: str, place: _Place, found: Mapping[str, Stored], every: Mapping[str, Stored]) -> Removal:
+def _removal(kind: str, place: Place, found: Mapping[str, Stored], every: Mapping[str, Stored]) -> Removal:
     going = {path: item.size for path, item in found.items()}
     left = sum(item.size for item in every.values()) - sum(going.values())
     return Removal(kind, going, max(left, 0), partial(place.store.remove, found))
@@ -188,7 +193,7 @@ def _first(stores: Sequence[Store], id_: str) -> bytes | None:
     return next((data for store in stores if (data := store.read(object_path(id_))) is not None), None)
 
 
-def _outputs(places: Sequence[_Place]) -> dict[str, list[str]]:
+def entry_outputs(places: Sequence[Place]) -> dict[str, list[str]]:
     """Return the DVC ids of each run-cache entry's outputs; entries of equal names are equal and read once."""
     where = {path: place.store for place in reversed(places) for path in entries(place.listing)}
     with ThreadPoolExecutor(READERS) as pool:

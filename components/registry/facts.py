@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from components.core.config import Config, validate
@@ -22,6 +23,7 @@ FOLDER = "evaluation"  # among the model's artifacts
 FACTS, BY_IMAGE = "facts.json", "by_image.parquet"
 MAIN_METRICS = ("knn_top1", "instance_map")  # the first that was measured
 RESAMPLES = 1000  # of measures other than accuracies
+MAX_ROWS = 10_000_000  # of `by_image.parquet`; ImageNet's 50,000 test images, four models and five metrics are a tenth
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
@@ -39,7 +41,7 @@ class Facts(Config):
         evaluation_copies: how many copies that were.
         snapshots: of the pool, that the model was made from.
         snapshots_passed: those that Great Expectations passed.
-        authors: who started the run: git identity, and user names.
+        authors: who started the run: git identity, and user names of the machine and of MLflow.
         size_mib: of the weights.
         latency_ms: of one image, the median.
         machine: on which that was measured.
@@ -99,6 +101,23 @@ def read_facts(folder: Path) -> Facts | None:
     return validate(Facts, json.loads(path.read_text()), str(path)) if path.is_file() else None
 
 
+def read_by_image(path: Path) -> pa.Table:
+    """What models scored on each test image: columns image_id, model, metric, value.
+
+    Raises:
+        ValueError: it is no such table, or unpacks to more rows than an evaluation has.
+    """
+    file = pq.ParquetFile(path)
+    if file.metadata.num_rows > MAX_ROWS:
+        raise ValueError(f"{path.name} has {file.metadata.num_rows} rows, more than {MAX_ROWS}")
+    return file.read(columns=["image_id", "model", "metric", "value"])
+
+
+def metrics_in(by_image: pa.Table) -> list[str]:
+    """Metrics that were measured image by image."""
+    return pc.unique(by_image["metric"]).to_pylist()
+
+
 def own_intervals(by_image: pa.Table) -> dict[str, Interval]:
     """What a model scored with its 95 % interval, by metric: Wilson's of accuracies, else the bootstrap's.
 
@@ -106,7 +125,7 @@ def own_intervals(by_image: pa.Table) -> dict[str, Interval]:
         by_image: columns image_id, metric, value; of one model.
     """
     found: dict[str, Interval] = {}
-    for metric in pc.unique(by_image["metric"]).to_pylist():
+    for metric in metrics_in(by_image):
         values = _of_metric(by_image, metric)["value"].to_numpy()
         accuracy = is_accuracy(values)
         found[metric] = (
@@ -116,14 +135,16 @@ def own_intervals(by_image: pa.Table) -> dict[str, Interval]:
 
 
 def paired_differences(ours: pa.Table, theirs: pa.Table) -> dict[str, Interval] | None:
-    """Ours minus theirs on the same test images, by metric; None: they were measured on different images.
+    """Ours minus theirs on the same test images, by metric that both have; None: the images are not the same.
 
     Args:
         ours: columns image_id, metric, value.
         theirs: likewise.
     """
     found: dict[str, Interval] = {}
-    for metric in pc.unique(ours["metric"]).to_pylist():
+    for metric in metrics_in(ours):
+        if metric not in metrics_in(theirs):
+            continue
         one, other = (_of_metric(table, metric) for table in (ours, theirs))
         if not one["image_id"].equals(other["image_id"]):
             return None

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.core.metrics import Interval
+from components.core.tracking import flatten_numbers
 from components.registry.config import GatesConfig
 from components.registry.facts import Facts
 
 PASSED, FAILED, PENDING = "passed", "failed", "pending"
+SECOND_PERSON = "second-person"
+AS_A_USER = "`pedigree promote` with a login of their own to MLflow (MLFLOW_TRACKING_USERNAME)"
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,13 @@ class Evidence:
         earlier: without a champion: the newest earlier candidate, beside which the model is shown.
         differences: the model minus the one or the other on the same test images, by metric; None: not comparable.
         incomparable: why not.
+        unmatched: metrics of this model alone, as after a change of the evaluation.
         missing: what the trace of the model lacks; None: not traced yet.
         weights: what is wrong with the weights; None: they load and are finite.
         rejected: who rejected this version and why; None: nobody has.
+        takedown: which takedown withdrew images that it may have learned; empty: none; None: not looked up yet.
         actor: who would promote it; None: not known yet.
+        authenticated: MLflow has authenticated the actor; a name that was typed, or that git knows, may be anybody's.
     """
 
     facts: Facts
@@ -49,10 +55,13 @@ class Evidence:
     earlier: str | None = None
     differences: Mapping[str, Interval] | None = None
     incomparable: str = ""
+    unmatched: Sequence[str] = ()
     missing: Sequence[str] | None = None
     weights: str | None = None
     rejected: str | None = None
+    takedown: str | None = None
     actor: str | None = None
+    authenticated: bool = False
 
 
 def judge(evidence: Evidence) -> list[Gate]:
@@ -79,23 +88,26 @@ def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
     """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
     if evidence.champion is None:
         return PASSED, f"there is no other champion to compare with{_beside_earlier(evidence)}"
-    if evidence.differences is None:
+    if not evidence.differences:
         return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
     worse = {
         metric: found
         for metric, found in evidence.differences.items()
-        if found.mean < -config.tolerance.get(metric, 0.0) and found.high < 0
+        if not (found.mean >= -config.tolerance.get(metric, 0.0) or found.high >= 0)  # NaN is worse
     }
+    unused = sorted(set(config.tolerance) - set(evidence.differences))
+    notes = [("not measured of both", evidence.unmatched), ("a tolerance for nothing that was compared", unused)]
+    noted = "".join(f"; {what}: {', '.join(metrics)}" for what, metrics in notes if metrics)
     if worse:
-        return FAILED, f"below {evidence.champion}: {_listed(worse)}"
-    return PASSED, f"not below {evidence.champion}: {_listed(evidence.differences)}"
+        return FAILED, f"below {evidence.champion}: {_listed(worse)}{noted}"
+    return PASSED, f"not below {evidence.champion}: {_listed(evidence.differences)}{noted}"
 
 
 def floors(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
-    """No metric lies below its absolute floor, and each that has one is measured."""
+    """No metric lies below its absolute floor, and each that has one is measured; `slices.worst` is a nested one."""
     if not config.floors:
         return PASSED, "none is set"
-    values = evidence.facts.metrics()
+    values = flatten_numbers(evidence.facts.evaluation)
     told = [f"{metric} {_shown(values.get(metric))}, at least {floor:g}" for metric, floor in config.floors.items()]
     low = [metric for metric, floor in config.floors.items() if not values.get(metric, float("-inf")) >= floor]
     return (FAILED if low else PASSED), ", ".join(told)
@@ -155,13 +167,22 @@ def not_rejected(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
     return (FAILED, evidence.rejected) if evidence.rejected else (PASSED, "nobody has")
 
 
+def takedown(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
+    """No image that it may have learned was withdrawn; not listed before the decision."""
+    if evidence.takedown is None:
+        return PASSED, ""
+    return (FAILED, evidence.takedown) if evidence.takedown else (PASSED, "none of its images was withdrawn")
+
+
 def second_person(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
-    """Whoever promotes the model is not who started its run."""
+    """Whoever promotes the model is an authenticated user, and not who started its run."""
     authors = ", ".join(evidence.facts.authors)
     if not config.second_person:
         return PASSED, "not required"
     if evidence.actor is None:
-        return PENDING, f"the run was started by {authors}"
+        return PENDING, f"the run was started by {authors}; another person decides, by {AS_A_USER}"
+    if not evidence.authenticated:
+        return FAILED, f"{evidence.actor} is a name that was not authenticated; another person decides, by {AS_A_USER}"
     same = evidence.actor in evidence.facts.authors
     return (FAILED if same else PASSED), f"{evidence.actor} decides, the run was started by {authors}"
 
@@ -177,7 +198,8 @@ GATES: Mapping[str, Callable[[Evidence, GatesConfig], tuple[str, str]]] = {
     "size": size,
     "latency": latency,
     "rejection": not_rejected,
-    "second-person": second_person,
+    "takedown": takedown,
+    SECOND_PERSON: second_person,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -10,10 +11,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from mlflow.exceptions import MlflowException
 
 from components.core.git import try_git
 from components.core.layout import RELATIVE, Layout
-from components.core.user import user_name
+from components.core.mlflow_client import authenticated_user
+from components.core.user import SHARED_LOGINS, user_name
 from components.lineage.lock_file import Record
 from components.lineage.provenance import POOL, WEIGHTS_FILE
 from components.model.config import Preprocessing
@@ -21,6 +24,8 @@ from components.model.export import load_backbone
 from components.registry.config import GatesConfig, RegisterConfig
 from components.registry.facts import Facts
 from components.registry.publish import RegistryError
+
+log = logging.getLogger(__name__)
 
 SUMMARY = "summary.html"  # of a snapshot; ingest writes it once Great Expectations has passed all of it
 TIMED, SECONDS = 20, 3.0  # images, at most
@@ -73,10 +78,17 @@ def _read_by(stages: dict[str, dict[str, list[dict[str, str]]]], stage: str) -> 
 
 
 def _authors(root: Path) -> tuple[str, ...]:
-    """Who started the run: as git knows the person, and as the machine does."""
+    """Who started the run: as git knows the person, as the machine does, and as MLflow does by a login of their own."""
     identity = [try_git(root, "config", key) for key in ("user.name", "user.email")]
     git = f"{identity[0]} <{identity[1]}>" if all(identity) else None
-    return tuple(dict.fromkeys(name for name in (git, user_name()) if name))
+    try:
+        login = authenticated_user()
+    except MlflowException as error:
+        said = str(error).splitlines()[0]
+        log.warning("MLflow does not say who works here, so only git and the machine name the run's author: %s", said)
+        login = None
+    names = (git, user_name(), None if login in SHARED_LOGINS else login)
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 @torch.inference_mode()

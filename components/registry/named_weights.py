@@ -98,7 +98,7 @@ def _registered(asked: ModelReference, root: Path) -> NamedWeights:
     client = registry_client()
     with reported():
         version = asked.find(client)
-    exact = ModelReference(asked.name, version=str(version.version))  # an alias may move meanwhile
+    exact = ModelReference.of_version(version)  # an alias may move meanwhile
     folder = download_weights(exact.uri, root)
     facts = {PASSPORT: exact.uri, **{str(tag): version.tags[tag] for tag in STATED if tag in version.tags}}
     return NamedWeights(str(exact), folder, _preprocessing(exact, version), facts)

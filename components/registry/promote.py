@@ -23,12 +23,14 @@ from components.core.git import person
 from components.core.mlflow_client import authenticated_user
 from components.core.model_files import differing
 from components.core.references import ModelReference
+from components.core.registered_weights import download_model
 from components.core.signing import verify_folder
-from components.core.user import ADMIN, REVIEWER, TRAINER, user_name
+from components.core.user import SHARED_LOGINS, user_name
+from components.lineage.audit_chain import DECISIONS, PROMOTE, REJECT, ROLLBACK
 from components.lineage.audit_log import Entry, Event
-from components.lineage.champions import CHANGES, PROMOTE, REJECT, ROLLBACK
+from components.lineage.champions import CHANGES
 from components.lineage.provenance import WEIGHTS_FILE, Tag
-from components.registry.gates import GATES, failed
+from components.registry.gates import AS_A_USER, GATES, SECOND_PERSON, failed
 from components.registry.publish import (
     RegistryError,
     digest_of,
@@ -41,6 +43,9 @@ from components.registry.publish import (
 from components.registry.release import Released
 from components.registry.review import Review, review
 from components.registry.standing import NOT_THERE, Standing, address, resolve
+from components.registry.withdrawals import open_takedown
+
+AUTHENTICATED = "MLflow user, authenticated by the server"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Decision:
         digest: SHA-256 of the model's files.
         source: where its bytes are.
         previous: address of the version that a rollback returns to; None: there is none.
-        event: the audit entry; None when nothing had to be done.
+        event: the audit entry that says so.
+        changed: it is new; else all was as asked already, such as after a call that was killed at its end.
         settled: an earlier change that was cut short was finished first.
         unexplained: what the registry said and no audit event explains.
     """
@@ -67,14 +73,10 @@ class Decision:
     digest: str
     source: str
     previous: str | None
-    event: Entry | None
+    event: Entry
+    changed: bool
     settled: bool
     unexplained: list[str]
-
-    @property
-    def changed(self) -> bool:
-        """Whether there is an event of it; not where the version was the champion already."""
-        return self.event is not None
 
 
 def promote(
@@ -102,9 +104,11 @@ def promote(
         signed = Released().is_signed(standing.name, _digest(version))
         if _is_champion(standing, version) and signed and not unexplained:
             champion = resolve(standing.client, str(standing.champion))
-            return _decision(standing, PROMOTE, champion, None, settled, unexplained)
-        reviewed = review(standing, version, root, by["actor"])
-        _check_gates(reviewed, waivers)
+            event = _approval(standing, address(champion))
+            return _decision(standing, champion, event, settled, unexplained, changed=False)
+        authenticated = by["actor_from"] == AUTHENTICATED
+        reviewed = review(standing, version, root, by["actor"], authenticated)
+        _check_gates(reviewed, waivers, authenticated)
         released = _release(standing, version)
         details: dict[str, Any] = {
             "reason": reason.strip(),
@@ -115,11 +119,13 @@ def promote(
         }
         after, event = _change(standing, PROMOTE, released, by, details)
         _tag_candidate(after.client, released.tags[Tag.CANDIDATE], Tag.RELEASED, address(released))
-    return _decision(after, PROMOTE, released, event, settled, unexplained)
+    return _decision(after, released, event, settled, unexplained)
 
 
 def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
     """Record that a candidate shall not become the champion; from then on its gate `rejection` fails.
+
+    The same rejection by the same actor for the same reason is recorded once: after a crash it can be run again.
 
     Raises:
         ConfigError: no reason, or what is no candidate.
@@ -133,10 +139,16 @@ def reject(reference: str, reason: str, actor: str | None = None) -> Decision:
             raise ConfigError(f"{address(version)}: is released; `pedigree rollback {standing.name}` takes it back")
         details = {"reason": reason.strip(), "actor_from": by["actor_from"], "run": version.run_id}
         details["digest"] = version.tags.get(Tag.DIGEST, "")
-        after = standing.record(Event(standing.name, REJECT, address(version), by["actor"], details))
-        event = after.entries[-1]
+        about = (entry for entry in reversed(standing.entries) if entry.subject == address(version))
+        last = next((entry for entry in about if entry.action in DECISIONS), None)
+        if last and _is_repeat(last, REJECT, by, reason):
+            after, event = standing, last
+        else:
+            after = standing.record(Event(standing.name, REJECT, address(version), by["actor"], details))
+            event = after.entries[-1]
+        after.anchor()
         _tag_candidate(after.client, address(version), Tag.REJECTED, f"{by['actor']}, event {event.sequence}: {reason}")
-        return _decision(after, REJECT, version, event, settled, after.unexplained())
+        return _decision(after, version, event, settled, after.unexplained(), changed=event is not last)
 
 
 def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
@@ -157,17 +169,21 @@ def rollback(name: str, reason: str, actor: str | None = None) -> Decision:
     _check_words(ROLLBACK, reason, {})
     with one_line_errors():
         standing, by = Standing.read(name), who(actor)
-        settled, last = standing.settle(), standing.entries[-1] if standing.entries else None
-        if last and (last.action, last.actor, last.details["reason"]) == (ROLLBACK, by["actor"], reason.strip()):
-            return _decision(standing, ROLLBACK, resolve(standing.client, last.subject), None, settled, [])
+        settled = standing.settle()
+        last = next((entry for entry in reversed(standing.entries) if entry.action in CHANGES), None)
+        if last and _is_repeat(last, ROLLBACK, by, reason):
+            return _decision(standing, resolve(standing.client, last.subject), last, settled, [], changed=False)
         if standing.previous is None:
             now = f"{standing.champion} is the first champion" if standing.champion else "it has no champion"
             raise RegistryError(f"{name}: no earlier champion to return to; {now}")
         unexplained = standing.unexplained()
         version = resolve(standing.client, standing.previous)
+        names = {address(version), version.tags.get(Tag.CANDIDATE, "")}
+        if found := open_takedown(version, standing.entries, names, Path.cwd()):
+            raise RegistryError(f"{address(version)}: has an open takedown, {found}; promote another version")
         _check_released(standing, version)
         after, event = _change(standing, ROLLBACK, version, by, {"reason": reason.strip(), "unexplained": unexplained})
-    return _decision(after, ROLLBACK, version, event, settled, unexplained)
+    return _decision(after, version, event, settled, unexplained)
 
 
 def who(actor: str | None) -> dict[str, str]:
@@ -175,8 +191,8 @@ def who(actor: str | None) -> dict[str, str]:
     if actor:
         return {"actor": actor, "actor_from": "as typed, not authenticated"}
     login = authenticated_user()
-    if login and login not in {ADMIN, TRAINER, REVIEWER}:
-        return {"actor": login, "actor_from": "MLflow user, authenticated by the server"}
+    if login and login not in SHARED_LOGINS:
+        return {"actor": login, "actor_from": AUTHENTICATED}
     shared = f"; MLflow's login {login} is shared" if login else "; MLflow knows no users"
     if found := person(Path.cwd()):
         return {"actor": found, "actor_from": f"git's user.name and user.email{shared}"}
@@ -222,16 +238,23 @@ def _check_words(action: str, reason: str, waivers: Mapping[str, str]) -> None:
             raise ConfigError(f"a waiver of the gate {gate} needs a reason: --waive {gate}=TEXT")
 
 
-def _check_gates(reviewed: Review, waivers: Mapping[str, str]) -> None:
+def _check_gates(reviewed: Review, waivers: Mapping[str, str], authenticated: bool) -> None:
     bad = {gate.name: gate.text for gate in failed(reviewed.gates)}
     if needless := sorted(set(waivers) - set(bad)):
         raise ConfigError(f"the gate {needless[0]} does not fail, so it needs no waiver")
+    if SECOND_PERSON in waivers and not authenticated:
+        raise RegistryError(f"the gate {SECOND_PERSON} is waived by an authenticated person only, by {AS_A_USER}")
     if left := {name: text for name, text in bad.items() if name not in waivers}:
         told = "; ".join(f"{name}: {text}" for name, text in left.items())
         raise RegistryError(
             f"{reviewed.version} does not pass {len(left)} of {len(reviewed.gates)} gates: {told}. Nothing was "
             f"changed; reject it, or waive with --waive {next(iter(left))}=REASON"
         )
+
+
+def _is_repeat(event: Entry, action: str, by: Mapping[str, str], reason: str) -> bool:
+    """Whether an event is what the same actor decides for the same reason once more, as after a crash."""
+    return (event.action, event.actor, event.details.get("reason")) == (action, by["actor"], reason.strip())
 
 
 def _is_champion(standing: Standing, version: ModelVersion) -> bool:
@@ -268,11 +291,9 @@ def _release(standing: Standing, version: ModelVersion) -> ModelVersion:
 
 def _check_released(standing: Standing, version: ModelVersion) -> None:
     """Refuse released bytes that are not those that an event approved."""
-    from mlflow.artifacts import download_artifacts
-
     event = _approval(standing, address(version))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(download_artifacts(artifact_uri=str(event.details["source"]), dst_path=temporary))
+        folder = download_model(str(event.details["source"]), Path(temporary))
         found = verify_files(folder, version)
         verify_folder(folder)
     if digest_of(found) != event.details["digest"]:
@@ -280,10 +301,8 @@ def _check_released(standing: Standing, version: ModelVersion) -> None:
 
 
 def _copy_bytes(released: Released, candidate: ModelVersion, name: str, digest: str) -> str:
-    from mlflow.artifacts import download_artifacts
-
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(download_artifacts(artifact_uri=str(candidate.source), dst_path=temporary))
+        folder = download_model(str(candidate.source), Path(temporary))
         files = verify_files(folder, candidate)
         return released.copy_in(folder, files, name, digest)
 
@@ -316,11 +335,13 @@ def _change(
         "source": str(version.source),
         "run": version.run_id,
         "previous": standing.champion,
+        "signature": Released().signature(standing.name, _digest(version)),
     }
     after = standing.record(Event(standing.name, action, address(version), by["actor"], details))
     event = after.entries[-1]
     after.client.set_model_version_tag(standing.name, version.version, Tag.AUDIT, f"{event.sequence}:{event.hash}")
     after.move_aliases()
+    after.anchor()
     return after, event
 
 
@@ -336,17 +357,23 @@ def _tag_candidate(client: MlflowClient, candidate: str, tag: Tag, value: str) -
 
 
 def _decision(
-    standing: Standing, action: str, version: ModelVersion, event: Entry | None, settled: bool, unexplained: list[str]
+    standing: Standing,
+    version: ModelVersion,
+    event: Entry,
+    settled: bool,
+    unexplained: list[str],
+    changed: bool = True,
 ) -> Decision:
     return Decision(
         name=standing.name,
-        action=action,
+        action=event.action,
         version=address(version),
         candidate=version.tags.get(Tag.CANDIDATE, address(version)),
         digest=version.tags.get(Tag.DIGEST, ""),
         source=str(version.source),
         previous=standing.previous,
         event=event,
+        changed=changed,
         settled=settled,
         unexplained=unexplained,
     )

@@ -158,13 +158,17 @@ def registered(client: MlflowClient, name: str, weights_sha256: str, facts: Fact
 
 
 def ensure_registered_model(client: MlflowClient, name: str, description: str) -> None:
-    """Create the registered model unless it is there."""
+    """Create the registered model unless it is there, or another process makes it at the same time."""
     try:
         client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name, description=description)
+        try:
+            client.create_registered_model(name, description=description)
+        except MlflowException as late:
+            if late.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
 
 def versions(client: MlflowClient, name: str, **tags: str) -> list[ModelVersion]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 
 from components.core.model_files import SIGNATURE, check_harmless
-from components.core.signing import sign_folder
+from components.core.signing import sign_folder, signing_key_id
 from components.core.storage import s3_client, s3_errors
-from components.model.export import BACKBONE_FILE, open_backbone
+from components.lineage.provenance import WEIGHTS_FILE
 from components.registry.publish import RegistryError
 
 BUCKET_VARIABLE = "PEDIGREE_MODELS_BUCKET"
@@ -54,20 +54,22 @@ class Released:
             SignatureError: there is no key to sign with, or no public key of it.
             StorageError: S3 refuses or does not answer.
         """
+        from components.model.export import open_backbone  # torch: seconds, which a rollback or a rejection lacks
+
         prefix = f"released/{name}/{digest}"
         check_harmless(folder)
-        for weights in folder.rglob(BACKBONE_FILE):
+        for weights in folder.rglob(WEIGHTS_FILE):
             open_backbone(weights.parent)
         sign_folder(folder)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda path: self._put(folder / path, f"{prefix}/{path}", files[path]), files))
         with s3_errors(f"s3://{self.bucket}/{prefix}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
-            found = {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
+            found = (item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", []))
+            foreign = next((path for path in found if path not in {*files, SIGNATURE}), None)
+            if foreign is not None:
+                raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model, first {foreign}")
             self._client.upload_file(str(folder / SIGNATURE), self.bucket, f"{prefix}/{SIGNATURE}")
-        found.discard(SIGNATURE)
-        if found != set(files):
-            raise RegistryError(f"s3://{self.bucket}/{prefix}: files that are not of this model: {found - set(files)}")
         return f"s3://{self.bucket}/{prefix}"
 
     def is_signed(self, name: str, digest: str) -> bool:
@@ -75,6 +77,17 @@ class Released:
         key = f"released/{name}/{digest}/{SIGNATURE}"
         with s3_errors(f"s3://{self.bucket}/{key}"):
             return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1).get("Contents"))
+
+    def signature(self, name: str, digest: str) -> dict[str, str]:
+        """Return the SHA-256 of the signature beside released files, and the id of the key that verifies it.
+
+        Raises:
+            SignatureError: there is no public key.
+            StorageError: there is no signature, or S3 does not answer.
+        """
+        key = f"released/{name}/{digest}/{SIGNATURE}"
+        with s3_errors(f"s3://{self.bucket}/{key}"):
+            return {"sha256": self._sha256(key), "key": signing_key_id()}
 
     def _put(self, file: Path, key: str, sha256: str) -> None:
         if file.stat().st_size > MAX_PUT_BYTES:

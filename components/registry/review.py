@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -21,17 +20,29 @@ from components.core.metrics import Interval
 from components.core.mlflow_client import server_uri, without_login
 from components.core.model_files import ModelFilesError
 from components.core.references import CANDIDATES, LATEST, ModelReference
-from components.core.registered_weights import download_weights
+from components.core.registered_weights import download_model, download_weights
 from components.core.signing import SignatureError
-from components.lineage.audit_log import Entry
-from components.lineage.champions import CHAMPION, REJECT
+from components.lineage.audit_chain import DECISIONS, PROMOTE, REJECT
+from components.lineage.audit_log import AuditLog, Entry
+from components.lineage.champions import CHAMPION
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
-from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts, own_intervals, paired_differences, read_facts
+from components.registry.facts import (
+    BY_IMAGE,
+    FACTS,
+    FOLDER,
+    Facts,
+    metrics_in,
+    own_intervals,
+    paired_differences,
+    read_by_image,
+    read_facts,
+)
 from components.registry.gates import Evidence, Gate, failed, judge, verdict
 from components.registry.making import Making, read_making
 from components.registry.publish import RegistryError, versions
 from components.registry.standing import Standing, address, resolve, with_alias
+from components.registry.withdrawals import open_takedown
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, where pyright does not see them
 
@@ -45,12 +56,14 @@ class Beside:
         scores: its metrics; empty where they are not known.
         differences: the version minus it on the same test images, by metric; None: they cannot be compared.
         incomparable: why not.
+        unmatched: metrics that were measured of the version and not of it.
     """
 
     version: str
     scores: Mapping[str, float]
     differences: Mapping[str, Interval] | None
     incomparable: str = ""
+    unmatched: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,9 @@ class _Record:
         return self.of(self.facts.model)
 
 
-def review(standing: Standing, version: ModelVersion, root: Path, actor: str | None = None) -> Review:
+def review(
+    standing: Standing, version: ModelVersion, root: Path, actor: str | None = None, authenticated: bool = False
+) -> Review:
     """Judge a version beside the champion of today.
 
     Args:
@@ -127,6 +142,7 @@ def review(standing: Standing, version: ModelVersion, root: Path, actor: str | N
         version: a candidate, or a released version.
         root: a clone of the repository whose commits made it.
         actor: who would promote it; None: not known yet.
+        authenticated: MLflow has authenticated the actor.
 
     Raises:
         RegistryError: the version was registered without the facts that gates need.
@@ -146,7 +162,9 @@ def review(standing: Standing, version: ModelVersion, root: Path, actor: str | N
         missing=trace(mine, root).missing,
         weights=_fault(mine, root),
         rejected=_rejected(standing.entries, mine),
+        takedown=open_takedown(version, standing.entries, {mine, candidate}, root),
         actor=actor,
+        authenticated=authenticated,
     )
     return Review(
         version=mine,
@@ -176,11 +194,11 @@ def review_reference(client: MlflowClient, reference: str, root: Path) -> Review
 
 
 def undecided(client: MlflowClient) -> list[Undecided]:
-    """The newest candidate of each model, where it was neither released nor rejected."""
-    found = []
+    """The newest candidate of each model, where it was neither released nor rejected, by the audit log."""
+    found, log = [], AuditLog.from_environment()
     for model in client.search_registered_models(filter_string=f"name LIKE '%{CANDIDATES}'"):
         version = with_alias(client, str(model.name), LATEST)
-        if version is None or decided(client, address(version)):
+        if version is None or decided(address(version), log):
             continue
         made = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
         tags = version.tags
@@ -189,12 +207,16 @@ def undecided(client: MlflowClient) -> list[Undecided]:
     return sorted(found, key=lambda candidate: candidate.made, reverse=True)
 
 
-def decided(client: MlflowClient, candidate: str) -> str | None:
-    """What was decided on a candidate; None: nothing yet."""
-    tags = resolve(client, candidate).tags
-    if Tag.RELEASED in tags:
-        return f"released as {tags[Tag.RELEASED]}"
-    return f"rejected by {tags[Tag.REJECTED]}" if Tag.REJECTED in tags else None
+def decided(candidate: str, log: AuditLog | None = None) -> str | None:
+    """What was last decided on a candidate, `NAME-candidates/3`, by the audit log; None: nothing yet."""
+    asked = ModelReference.parse(candidate)
+    assert asked is not None
+    for entry in reversed((log or AuditLog.from_environment()).read(asked.model)):
+        if entry.action == PROMOTE and entry.details.get("candidate") == candidate:
+            return f"released as {entry.subject}"
+        if entry.action == REJECT and entry.subject == candidate:
+            return f"rejected by {entry.actor}, event {entry.sequence}: {entry.details.get('reason', '')}"
+    return None
 
 
 def page_url(version: str) -> str:
@@ -204,7 +226,7 @@ def page_url(version: str) -> str:
 
 def review_at_registration(facts: Facts, making: Making, by_image: Path, client: MlflowClient, name: str) -> Review:
     """What can be said of a version when it is registered: without its trace, beside the alias's champion."""
-    record = _Record(facts, pq.read_table(by_image), making)
+    record = _Record(facts, read_by_image(by_image), making)
     found = with_alias(client, name.removesuffix(CANDIDATES), CHAMPION)
     champion = address(found) if found else None
     beside = _beside(record, champion or _earlier(client, name))
@@ -230,6 +252,7 @@ def _evidence(record: _Record, champion: str | None, beside: Beside | None) -> E
         earlier=beside.version if beside and champion is None else None,
         differences=beside.differences if beside else None,
         incomparable=beside.incomparable if beside else "",
+        unmatched=beside.unmatched if beside else (),
     )
 
 
@@ -256,26 +279,29 @@ def _beside(record: _Record, other: str | None) -> Beside | None:
         if found is None:
             return Beside(other, {}, None, f"{other} was registered without its results by image; run again")
         theirs, scores = found.own(), found.facts.metrics()
+    mine, others = metrics_in(record.own()), metrics_in(theirs)
+    if missing := [metric for metric in others if metric not in mine]:
+        return Beside(other, scores, None, f"{', '.join(missing)} was measured of {other} only; run again")
     differences = paired_differences(record.own(), theirs)
-    return Beside(
-        other, scores, differences, "" if differences else "the two were scored on different images; run again"
-    )
+    why = "" if differences else "the two were scored on different images; run again"
+    return Beside(other, scores, differences, why, [metric for metric in mine if metric not in others])
 
 
 def _read(version: str) -> _Record | None:
     """What a version's folder in MLflow or in the released prefix says of it."""
-    from mlflow.artifacts import download_artifacts
-
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            uri = f"models:/{version}/artifacts/{FOLDER}"
-            folder = Path(download_artifacts(artifact_uri=uri, dst_path=temporary))
+            folder = download_model(f"models:/{version}", Path(temporary), f"artifacts/{FOLDER}")
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        facts = read_facts(folder)
-        return _Record(facts, pq.read_table(folder / BY_IMAGE), read_making(folder)) if facts else None
+        try:
+            facts = read_facts(folder)
+            return _Record(facts, read_by_image(folder / BY_IMAGE), read_making(folder)) if facts else None
+        except (ValueError, OSError, RecursionError) as error:  # of JSON and Parquet
+            said = str(error).splitlines()[0]
+            raise RegistryError(f"{version}: {FOLDER} is not what a run registers, do not use it: {said}") from error
 
 
 def _fault(version: str, root: Path) -> str | None:
@@ -290,7 +316,7 @@ def _fault(version: str, root: Path) -> str | None:
 
 
 def _rejected(entries: list[Entry], version: str) -> str | None:
-    entry = next((e for e in reversed(entries) if e.subject == version), None)
+    entry = next((e for e in reversed(entries) if e.subject == version and e.action in DECISIONS), None)
     if entry is None or entry.action != REJECT:
         return None
     return f"{entry.actor} rejected it on {entry.time[:10]} (event {entry.sequence}): {entry.details['reason']}"

@@ -15,17 +15,23 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from components.core.errors import DatasetError
+from components.core.git import person
 from components.core.layout import RELATIVE, Layout
 from components.core.references import CANDIDATES, ModelReference
 from components.core.stage_runs import stage_run
 from components.core.storage import sha256_file
 from components.core.tracking import log_input, tag_run
+from components.core.user import user_name
 from components.data.manifest import read_manifest
 from components.data.shards import ShardReader
+from components.lineage.anchors import set_anchor
+from components.lineage.audit_anchors import anchor_model
+from components.lineage.audit_chain import REGISTER, Head
+from components.lineage.audit_log import Entry, Event, open_log
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
-from components.lineage.provenance import CURATED, WEIGHTS_FILE, Origin, Tag, collect_origin
-from components.lineage.trace import workspace_tree
+from components.lineage.provenance import CURATED, DECISION_TAGS, WEIGHTS_FILE, Origin, Tag, collect_origin
+from components.lineage.trace_data import workspace_tree
 from components.registry.card import render_card
 from components.registry.config import RegisterConfig
 from components.registry.differences import Side
@@ -71,7 +77,7 @@ def run(config: RegisterConfig, root: Path, seed: int, name: str) -> dict[str, A
     with one_line_errors():
         pretrained = root / PRETRAINED / WEIGHTS_FILE
         teacher = register(name + CANDIDATES, TEACHER, "teacher", (PRETRAINED, _sha256(pretrained)))
-        parent = (f"{teacher.name}/{teacher.version}", teacher.tags[Tag.WEIGHTS_SHA256])
+        parent = (address(teacher), teacher.tags[Tag.WEIGHTS_SHA256])
         for folder in sorted(p for p in Layout(root).students.glob("[!.]*") if p.is_dir()):
             path = str(RELATIVE.students / folder.name)
             taught_by = teacher_of(client, root, folder) or parent
@@ -84,6 +90,7 @@ class _Register:
 
     def __init__(self, client: MlflowClient, config: RegisterConfig, root: Path, seed: int, name: str) -> None:
         self.client, self.config, self.root, self.seed, self.name = client, config, root, seed, name
+        self.audit = open_log()
         try:
             self.curated = read_manifest(root / CURATED / "manifest.parquet")
         except DatasetError as error:
@@ -104,10 +111,31 @@ class _Register:
         making, by_image = self._making(origin, parent), Layout(self.root).by_image(item)
         shown = address(version) if version else name
         reviewed = review_at_registration(facts, making, by_image, self.client, shown)
+        events = self.audit.read(name) if self.audit else []  # before anything is registered: the log answers
         version = version or self._publish(reviewed, making, item)
+        self._record(version, reviewed, origin, events)
         log.info("%s version %s: %s", name, version.version, reviewed.verdict)
         self.done[item] = _summary(version, reviewed)
         return version
+
+    def _record(self, version: ModelVersion, reviewed: Review, origin: Origin, events: list[Entry]) -> None:
+        """Write the event of a registration, also of one that a killed run left without it, and anchor it in MLflow."""
+        subject, digest = address(version), version.tags[Tag.DIGEST]
+        if self.audit is None or any((e.action, e.subject) == (REGISTER, subject) for e in events):
+            return
+        details = {
+            "digest": digest,
+            "weights_sha256": origin.weights_sha256,
+            "commit": origin.commit,
+            "branch": origin.branch,
+            "dvc_lock_sha256": origin.lock_sha256,
+            "run": version.run_id,
+            "verdict": reviewed.verdict,
+            "gates": {gate.name: [gate.state, gate.text] for gate in reviewed.gates},
+        }
+        actor = person(self.root) or user_name()
+        entry = self.audit.append(Event(version.name, REGISTER, subject, actor, details))
+        anchor_model(self.client, version.name, version.name, Head(entry.sequence, entry.hash))
 
     def _making(self, origin: Origin, parent: tuple[str, str]) -> Making:
         weights = self.root / origin.weights_path
@@ -147,6 +175,7 @@ class _Register:
                 tags={
                     Tag.PARENT: making.parent[0],
                     Tag.PARENT_SHA256: making.parent[1],
+                    Tag.ANCHOR: set_anchor(self.root, making.run, origin.commit),
                     Tag.VALIDATION: f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool",
                     **stated,
                 },
@@ -180,6 +209,8 @@ class _Register:
             other = resolve(self.client, reviewed.beside.version).run_id
             asked = urlencode({"runs": f'["{run_id}","{other}"]', "experiments": f'["{run.info.experiment_id}"]'})
             links[f"parameters beside {reviewed.beside.version}"] = f"#/compare-runs?{asked}"
+        metric = reviewed.facts.main_metric()
+        links[f"all versions by {metric}"] = f"{experiment}?{_sorted_by(metric, reviewed.facts.model)}"
         return links
 
 
@@ -204,15 +235,24 @@ def log_inputs(root: Path, origin: Origin) -> None:
             log_input(version.path, version.dvc, remote.address(version.dvc), tags, context)
 
 
+def _sorted_by(metric: str, model: str) -> str:
+    """Query of MLflow's list of runs, which names each run's version; its lists of versions sort by time only."""
+    name = f"attributes.run_name LIKE '%/register@{model}'"
+    asked = {"searchFilter": name, "orderByKey": f"metrics.`{metric}`", "orderByAsc": "false"}
+    return urlencode({"workflowType": "machine_learning", **asked})
+
+
 def _summary(version: ModelVersion, reviewed: Review) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": str(version.version),
-        "uri": ModelReference(version.name, version=str(version.version)).uri,
+        "uri": ModelReference.of_version(version).uri,
         "digest": version.tags[Tag.DIGEST],
         "weights_sha256": version.tags[Tag.WEIGHTS_SHA256],
         "verdict": reviewed.verdict,
         "failed_gates": [gate.name for gate in reviewed.failed],
+        # Committed with the run: `pedigree verify` compares the registry with it. Of the files the digest is enough.
+        "tags": {k: v for k, v in sorted(version.tags.items()) if k != Tag.FILES and k not in DECISION_TAGS},
     }
 
 

@@ -13,6 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from components.core.config import ConfigError
 from components.core.references import CANDIDATES, ModelReference
+from components.lineage.audit_anchors import anchor_model
+from components.lineage.audit_chain import Head
 from components.lineage.audit_log import AuditLog, Entry, Event, OvertakenError
 from components.lineage.champions import CHAMPION, CHANGES, PREVIOUS, aliases_of, line_of_succession, unexplained
 from components.registry.publish import RegistryError, registry_client, versions
@@ -100,6 +102,11 @@ class Standing:
         if self.previous is None and PREVIOUS in self._aliases():
             self.client.delete_registered_model_alias(self.name, PREVIOUS)
 
+    def anchor(self) -> None:
+        """Tag the released model, if there is one, with its last event, so that one that was cut off is seen."""
+        last = self.entries[-1]
+        anchor_model(self.client, self.name, self.name, Head(last.sequence, last.hash))
+
     def unexplained(self) -> list[str]:
         """What the registry says and no event explains."""
         return unexplained(self.name, self.entries, self._aliases(), versions(self.client, self.name))
@@ -149,7 +156,7 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 
 def address(version: ModelVersion) -> str:
     """`NAME/3`."""
-    return str(ModelReference(str(version.name), version=str(version.version)))
+    return str(ModelReference.of_version(version))
 
 
 def _listed(client: MlflowClient, name: str) -> str:

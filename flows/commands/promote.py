@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from components.core.config import ConfigError
 from components.core.user import REVIEWER
@@ -105,10 +106,10 @@ def _show(done: Decision, notes: Sequence[str]) -> None:
     console = answer_console()
     if done.settled:
         console.print("a change that was cut short is finished: the aliases are where the audit log has them")
-    if done.event is None:
-        console.print(f"{done.candidate} is the champion of {done.name} already ({done.version}); nothing to do")
-        if done.action == "rollback":
-            console.print("the last event is this rollback; give another --reason to go further back")
+    if not done.changed:
+        _show_unchanged(console, done)
+        for note in notes:
+            console.print(f"  note      {note}", markup=False)
         return
     if done.action == "reject":
         console.print(f"[bold]{done.version}[/] is rejected")
@@ -123,3 +124,12 @@ def _show(done: Decision, notes: Sequence[str]) -> None:
     for note in notes:
         console.print(f"  note      {note}", markup=False)
     console.print(f"  next      pedigree history {done.name}", markup=False)
+
+
+def _show_unchanged(console: Console, done: Decision) -> None:
+    if done.action == "reject":
+        console.print(f"{done.version} is rejected already, for this reason (event {done.event.sequence})")
+        return
+    console.print(f"{done.candidate} is the champion of {done.name} already ({done.version}); nothing to do")
+    if done.action == "rollback":
+        console.print("the last event is this rollback; give another --reason to go further back")

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from components.core.errors import ServiceError
 from components.core.layout import Layout
 from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
@@ -44,15 +45,11 @@ def review(
     """
     from components.registry import review as reviews
     from components.registry.publish import one_line_errors, registry_client
-    from flows.decisions import open_requests
 
     with one_line_errors():
         client = registry_client()
         if reference is None:
-            waiting = reviews.undecided(client)
-            urls = open_requests()
-            rows = [{**dataclasses.asdict(found), "request": urls.get(found.version)} for found in waiting]
-            return Answer(rows, partial(_show_waiting, rows))
+            return _waiting(client)
         found = reviews.review_reference(client, reference, Path.cwd())
         passport = _write_passport(found, Path.cwd()) if open_ else None
     page = reviews.page_url(found.version)
@@ -61,6 +58,23 @@ def review(
     data = {**dataclasses.asdict(found), "verdict": found.verdict, "page": page, "passport": passport}
     data["facts"], data["making"] = (m.model_dump(mode="json") if m else None for m in (found.facts, found.making))
     return Answer(data, partial(_show, found, page, passport), exit_code=1 if found.failed else 0)
+
+
+def _waiting(client: Any) -> Answer:
+    """The candidates that nobody has decided on, with Prefect's requests, where these are known."""
+    from components.registry.review import undecided
+    from flows.decisions import open_requests
+
+    try:
+        urls, problems = open_requests(), []
+    except ServiceError as error:
+        urls, problems = {}, [str(error)]
+    unknown = problems[0] if problems else None
+    rows = [
+        {**dataclasses.asdict(found), "request": urls.get(found.version), "request_unknown": unknown}
+        for found in undecided(client)
+    ]
+    return Answer(rows, partial(_show_waiting, rows), problems)
 
 
 def _write_passport(found: Review, root: Path) -> str:

@@ -12,6 +12,7 @@ import typer
 from components.core.config import ConfigError
 from components.core.references import IMAGE_ID
 from components.core.storage import sha256_file
+from flows.asked_model import asked_model
 from flows.commands.decorators import Answer, command
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ MAX_SHOWN = 20  # steps of one image
 @command(services=True)
 def seen(
     reference: Annotated[
-        str, typer.Argument(metavar="NAME@ALIAS|NAME/NUMBER", help="A released model or a candidate.")
-    ],
+        str | None, typer.Argument(metavar="[NAME@ALIAS|NAME/NUMBER]", help="As --model.", show_default=False)
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Of its own training; default: the last.")] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE|SHA256", help="Ask for one image.")] = None,
     as_list: Annotated[bool, typer.Option("--list", help="A line for each image: id, draws, weights.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="A released model or a candidate; default: the champion of params.yaml's name.")
+    ] = None,
 ) -> Answer:
     """Count the images on which a registered model was trained, or list the steps that drew one image.
 
@@ -36,14 +40,17 @@ def seen(
     both, to the end of their trainings. Uses no logs: the order is recomputed
     from the weights' configuration and the data version in their `dvc.lock`.
     Counts assume that all images are decodable; for one image the answer is
-    exact. Images are compared by their bytes.
+    exact. Images are compared by their bytes; near copies are offered for a
+    file that was not seen.
 
     Exits with 1 if the history began with foreign weights, whose images are unknown.
 
     Examples:
       pedigree seen pedigree@champion
 
-      pedigree seen pedigree@champion --step 1000 --image photo.jpg
+      pedigree seen --image photo.jpg
+
+      pedigree seen --model pedigree/3 --step 1000 --image photo.jpg
 
       pedigree seen pedigree-small-candidates@latest --list > images.tsv
     """
@@ -52,7 +59,9 @@ def seen(
     image_id = None if image is None else _image_id(image)
     if image_id is not None and as_list:
         raise ConfigError("--image asks for one image and --list for all; give one of them")
-    history = read_history(reference, Path.cwd())
+    root = Path.cwd()
+    reference = asked_model(reference, model, root)
+    history = read_history(reference, root)
     own = history.trainings[0]
     if step is not None and not 0 <= step <= own.steps:
         raise ConfigError(f"--step {step}: {own.weights} of {own.version} had {own.steps} steps; give 0 to {own.steps}")
@@ -65,8 +74,21 @@ def seen(
     answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
     whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
     if image_id is not None:
-        whole |= {"image_id": image_id, "seen": any(answer["steps"] for answer in answers)}
+        whole |= {"image_id": image_id, "model": own.version, "seen": any(answer["steps"] for answer in answers)}
+        whole["near_copies"] = None if whole["seen"] else _near_copies(str(image), own, root)
     return Answer(whole, partial(_print_sentences, whole), problems, exit_code)
+
+
+def _near_copies(image: str, own: Training, root: Path) -> list[str] | None:
+    """Return lines about images that look like a file that was not seen; None for an id.
+
+    Raises:
+        ConfigError: the file is not an image.
+    """
+    from components.curation.near_copies import checked_image, near_copies
+
+    path = Path(image)
+    return near_copies(checked_image(path), own.record, root).lines() if path.is_file() else None
 
 
 def _image_id(image: str) -> str:
@@ -111,7 +133,8 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
 def _print_sentences(whole: dict[str, Any]) -> None:
     lines = []
     if "image_id" in whole:
-        lines.append(f"image {whole['image_id']}: {'seen' if whole['seen'] else 'not seen'}")
+        seen_or_not = "seen" if whole["seen"] else "not seen"
+        lines += [f"image {whole['image_id']}: {seen_or_not} by {whole['model']}", *(whole["near_copies"] or ())]
     for answer in whole["trainings"]:
         relation = "" if answer["relation"] == "itself" else f"{answer['relation']} "
         start = f"{relation}{answer['weights']} of {answer['version']}, by step {answer['until_step']:,} of "

@@ -17,12 +17,17 @@ SETTLE_SECONDS = 3.0  # its filer hands deletions on to the volumes about once a
 TIMEOUT_SECONDS = 300.0
 
 
-def compact_storage(root: Path) -> bool:
-    """Compact the S3 server of `root`'s stack; returns whether that was done: not where S3 is somebody else's."""
+def compact_storage(root: Path, garbage: float = GARBAGE) -> bool:
+    """Compact the S3 server of `root`'s stack; returns whether that was done: not where S3 is somebody else's.
+
+    Args:
+        root: the checkout.
+        garbage: share of a volume from which it is compacted.
+    """
     site = Site.load(root)
     if "master" not in site.ports or os.environ.get("AWS_ENDPOINT_URL") != site.url("s3"):
         return False
-    asked = f"http://{HOST}:{site.ports['master']}/vol/vacuum?garbageThreshold={GARBAGE}"
+    asked = f"http://{HOST}:{site.ports['master']}/vol/vacuum?garbageThreshold={garbage}"
     time.sleep(SETTLE_SECONDS)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -21,9 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from components.core.errors import PedigreeError
+from components.core.storage import sha256_file
 from components.core.user import REVIEWER, TRAINER
 from infra.local.roles import settle_roles
-from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, HOST, MODELS_BUCKET, PASSWORDS, PORTS, REGION, Site, StackError
+from infra.local.site import (
+    AUDIT_BUCKET,
+    AUDIT_POLICY,
+    DATA_BUCKET,
+    HOST,
+    MODELS_BUCKET,
+    PASSWORDS,
+    PORTS,
+    REGION,
+    Site,
+    StackError,
+)
 
 WORK_POOL = "pedigree"
 WORKER = "local"
@@ -96,7 +108,7 @@ def services(site: Site) -> list[Service]:
 
 
 def _s3(site: Site) -> Service:
-    """SeaweedFS as one process: a real S3 with two identities, versioning, object lock and conditional puts.
+    """SeaweedFS as one process: a real S3 with an identity a role, versioning, object lock and conditional puts.
 
     Its filer and volume servers take writes only with a token that the S3 gateway signs (the WEED_JWT keys).
     """
@@ -109,6 +121,8 @@ def _s3(site: Site) -> Service:
     command += ["-filer.disableDirListing", "-volume.preStopSeconds=0", f"-webdav.cacheDir={folder}"]
     command += [f"-s3.config={site.s3_identities}"]
     secret = {key: site.credentials[key] for key in site.credentials if key.startswith(("AWS_", "WEED_"))}
+    if site.s3_identities.exists():  # it reads them when it starts
+        secret["IDENTITIES"] = sha256_file(site.s3_identities)
     storage = Storage(site)
     return Service(
         "s3", command, secret, folder, site.url("s3"), storage.check, storage.make_buckets, None, 0o077, 30.0
@@ -140,13 +154,17 @@ class Storage:
         return self._client
 
     def make_buckets(self) -> None:
-        """Create the buckets that are missing: versioned for data and models, object-locked for the audit log."""
+        """Create the buckets that are missing: versioned for data and models, object-locked for the audit log.
+
+        The audit bucket's policy refuses deletions to the roles.
+        """
         with _boto_errors():
             there = {bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]}
             for bucket in {DATA_BUCKET, MODELS_BUCKET, AUDIT_BUCKET} - there:
                 self.client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=bucket == AUDIT_BUCKET)
             for bucket in (DATA_BUCKET, MODELS_BUCKET):
                 self.client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+            self.client.put_bucket_policy(Bucket=AUDIT_BUCKET, Policy=json.dumps(AUDIT_POLICY))
 
     def check(self) -> None:
         """Put an object, read it back and remove it, so that nothing of it stays."""
@@ -226,7 +244,7 @@ def _prefect(site: Site) -> Service:
     auth = site.credentials["PREFECT_API_AUTH_STRING"]
     command = [program("prefect"), "server", "start", "--host", HOST, "--port", str(port)]
     variables = {
-        **site.variables(),
+        **site.variables(TRAINER),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///prefect/prefect.db",  # below cwd, as MLflow's
         "PREFECT_SERVER_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",

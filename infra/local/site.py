@@ -13,6 +13,7 @@ from typing import Any
 
 from configobj import ConfigObj, ConfigObjError
 
+from components.core.audit_keys import AUDIT_KEY, AUDIT_PUBLIC_KEYS
 from components.core.errors import PedigreeError
 from components.core.layout import Layout
 from components.core.signing import PRIVATE_KEY, PUBLIC_KEY
@@ -41,12 +42,28 @@ PASSWORDS = {
     ADMIN: "MLFLOW_TRACKING_PASSWORD", TRAINER: "MLFLOW_TRAINER_PASSWORD", REVIEWER: "MLFLOW_REVIEWER_PASSWORD",
 }  # fmt: skip
 
-# What the trainer may do on S3; all but reading is refused elsewhere, as below `released/`.
-TRAINER_ACTIONS = [
-    "Read", "List", f"Write:{DATA_BUCKET}",
+# What the roles may do on S3; all but reading is refused elsewhere. Only the admin may bypass the lock of an event.
+APPEND_ACTIONS = [
+    "Read", "List",
     *(f"{action}:{AUDIT_BUCKET}" for action in ("Write", "PutObjectRetention", "GetBucketObjectLockConfiguration")),
-    *(f"Write:{MODELS_BUCKET}/{place}" for place in ("mlflow/*", ".doctor-*")),
 ]  # fmt: skip
+ACTIONS = {
+    TRAINER: [
+        *APPEND_ACTIONS, f"Write:{DATA_BUCKET}",
+        *(f"Write:{MODELS_BUCKET}/{place}" for place in ("mlflow/*", ".doctor-*")),
+    ],
+    REVIEWER: [*APPEND_ACTIONS, f"Write:{MODELS_BUCKET}/released/*"],
+}  # fmt: skip
+# To write includes to delete; the audit bucket's own policy refuses that to both roles.
+AUDIT_POLICY = {
+    "Version": "2012-10-17",
+    "Statement": [{
+        "Effect": "Deny",
+        "Principal": {"AWS": [f"arn:aws:iam::*:user/{role}" for role in ACTIONS]},
+        "Action": ["s3:DeleteObject", "s3:DeleteObjectVersion", "s3:BypassGovernanceRetention"],
+        "Resource": [f"arn:aws:s3:::{AUDIT_BUCKET}/events/*"],
+    }],
+}  # fmt: skip
 
 
 class StackError(PedigreeError):
@@ -98,29 +115,39 @@ class Site:
     @property
     def has_roles(self) -> bool:
         """Whether there is a login for each role; stacks of older versions have one for the admin only."""
-        return all(name in self.credentials for name in PASSWORDS.values())
+        return all(name in self.credentials for name in (*PASSWORDS.values(), *map(_access_key, ACTIONS)))
 
     @property
     def signing_keys(self) -> tuple[Path, Path]:
         """The private key that signs released models, and its public key."""
         return self.folder / "signing-key.pem", self.folder / "signing-key.pub.pem"
 
+    def audit_key(self, role: str) -> Path:
+        """The private key with which a role signs audit events; the admin is a reviewer."""
+        return self.folder / f"audit-{role if role in ACTIONS else REVIEWER}.pem"
+
+    @property
+    def audit_public_keys(self) -> Path:
+        """The folder of their public keys."""
+        return self.folder / "audit-keys"
+
     @property
     def s3_identities(self) -> Path:
-        """SeaweedFS's file of the identities beside its admin, who is also the reviewer."""
+        """SeaweedFS's file of the identities beside its admin."""
         return self.folder / "s3-identities.json"
 
     def storage_variables(self, role: str = ADMIN) -> dict[str, str]:
         """The variables that lead to the S3 server alone."""
-        owner = "TRAINER" if role == TRAINER else "AWS"
         return {
             "AWS_ENDPOINT_URL": self.url("s3"),
-            "AWS_ACCESS_KEY_ID": self.credentials.get(f"{owner}_ACCESS_KEY_ID", ""),
-            "AWS_SECRET_ACCESS_KEY": self.credentials.get(f"{owner}_SECRET_ACCESS_KEY", ""),
+            "AWS_ACCESS_KEY_ID": self.credentials.get(_access_key(role), ""),
+            "AWS_SECRET_ACCESS_KEY": self.credentials.get(_secret_key(role), ""),
             "AWS_DEFAULT_REGION": REGION,
             "PEDIGREE_DATA_BUCKET": DATA_BUCKET,
             "PEDIGREE_MODELS_BUCKET": MODELS_BUCKET,
             "PEDIGREE_AUDIT_BUCKET": AUDIT_BUCKET,
+            AUDIT_KEY: str(self.audit_key(role)),
+            AUDIT_PUBLIC_KEYS: str(self.audit_public_keys),
         }
 
     def variables(self, role: str = ADMIN) -> dict[str, str]:
@@ -155,8 +182,10 @@ def settle(site: Site, running: set[str]) -> list[str]:
             (site.folder / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         site.folder.chmod(0o700)
         _settle_credentials(site)
-        if not all(key.exists() for key in site.signing_keys):
-            make_signing_key(*site.signing_keys)
+        audit = [(site.audit_key(role), site.audit_public_keys / f"{role}.pem") for role in ACTIONS]
+        for private, public in (site.signing_keys, *audit):
+            if not (private.exists() and public.exists()):
+                make_signing_key(private, public)
         lines = _settle_ports(site, running)
         _write_client_files(site)
         site.save()
@@ -167,13 +196,22 @@ def settle(site: Site, running: set[str]) -> list[str]:
     return lines
 
 
+def _access_key(role: str) -> str:
+    """The name of a role's S3 access key in `credentials.env`."""
+    return f"{role.upper() if role in ACTIONS else 'AWS'}_ACCESS_KEY_ID"
+
+
+def _secret_key(role: str) -> str:
+    return f"{role.upper() if role in ACTIONS else 'AWS'}_SECRET_ACCESS_KEY"
+
+
 def _settle_credentials(site: Site) -> None:
     """Make every credential that is missing; they never change by themselves."""
     wanted = {
         "AWS_ACCESS_KEY_ID": "PEDIGREE" + secrets.token_hex(6).upper(),
         "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-        "TRAINER_ACCESS_KEY_ID": "TRAINER" + secrets.token_hex(6).upper(),
-        "TRAINER_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        **{_access_key(role): role.upper() + secrets.token_hex(6).upper() for role in ACTIONS},
+        **{_secret_key(role): secrets.token_hex(20) for role in ACTIONS},
         "MLFLOW_TRACKING_USERNAME": ADMIN,
         **{name: secrets.token_urlsafe(18) for name in PASSWORDS.values()},
         "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_urlsafe(18)}",
@@ -236,13 +274,17 @@ def _write_client_files(site: Site) -> None:
     """Write S3's identities, DVC's credentials and remote (where there is a DVC project), and MLflow's settings."""
     keys = site.credentials
     credentials = site.folder / "s3-credentials"
-    key = {"accessKey": keys["TRAINER_ACCESS_KEY_ID"], "secretKey": keys["TRAINER_SECRET_ACCESS_KEY"]}
-    identity = {"name": TRAINER, "credentials": [key], "actions": TRAINER_ACTIONS}
-    _write_private(site.s3_identities, json.dumps({"identities": [identity]}))
-    _write_private(
-        credentials,
-        f"[default]\naws_access_key_id = {key['accessKey']}\naws_secret_access_key = {key['secretKey']}\n",
-    )
+    identities = [
+        {
+            "name": role,
+            "credentials": [{"accessKey": keys[_access_key(role)], "secretKey": keys[_secret_key(role)]}],
+            "actions": actions,
+        }
+        for role, actions in ACTIONS.items()
+    ]
+    _write_private(site.s3_identities, json.dumps({"identities": identities}))
+    access, secret = keys[_access_key(TRAINER)], keys[_secret_key(TRAINER)]
+    _write_private(credentials, f"[default]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n")
     auth = {
         "default_permission": "READ",
         "database_uri": "sqlite:///mlflow-auth.db",  # below the server's folder: in a URI, `?` and `#` end a path
@@ -268,6 +310,7 @@ def _write_dvc_settings(site: Site, credentials: Path) -> None:
         "endpointurl": site.url("s3"),
         "credentialpath": str(credentials),
         "region": REGION,
+        "verify": "true",  # DVC compares what it pulls with its id
     }
     local.filename = None
     _write_private(file, b"\n".join([*local.write(), b""]).decode())

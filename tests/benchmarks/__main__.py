@@ -337,9 +337,81 @@ def export_onnx() -> Row:
     return _exported("onnx")
 
 
+def audit_append() -> Row:
+    """Two writers append 1,000 audit events each at once: one of the last ten against one of the first ten."""
+    from tests.benchmarks.audit import append_at_once
+
+    rates = _rates(1, append_at_once())
+    return Row("audit_append", "the last of 2 x 1,000 events, against the first", *rates, "events/s")
+
+
+def where_used() -> Row:
+    """One image over 50 data versions of 50,000 images: the index, once made, against reading all manifests."""
+    import pyarrow.parquet as pq
+
+    from components.core.layout import Layout
+    from components.lineage.stored import object_path
+    from components.lineage.where_used import Query, find
+    from tests.benchmarks.lineage import into_cache, repository, without_registry
+
+    versions, rows = 50, 50_000
+    with tempfile.TemporaryDirectory() as name, without_registry():
+        root = Path(name)
+        manifests, image = repository(root, versions, rows, into_cache(root))
+        begun = time.perf_counter()
+        find(root, Query(frozenset([image])))
+        sys.stderr.write(f"where_used: the index was made in {time.perf_counter() - begun:.1f} s\n")
+
+        def ours() -> int:
+            return sum(len(use.rows) for use in find(root, Query(frozenset([image]))).data)
+
+        def naive() -> int:
+            paths = (Layout(root).dvc_cache / object_path(md5) for md5 in manifests)
+            return sum(len(pq.read_table(path, filters=[("image_id", "==", image)])) for path in paths)
+
+        assert ours() == naive() == 1
+        seconds = _take_turns(ours, naive, turns=3)
+    what = f"an image in {versions} data versions of {rows:,}, against all manifests"
+    return Row("where_used", what, *_rates(1, seconds), "searches/s")
+
+
+def trace_images() -> Row:
+    """A snapshot of 1,000,000 images traced to an image and to its sources, against a loop over its rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from components.lineage.image_index import ImageIndex, Query
+    from components.lineage.trace_data import count_sources
+    from components.lineage.where_used import Search
+    from tests.benchmarks.lineage import into_cache, repository, without_registry
+
+    with tempfile.TemporaryDirectory() as name, without_registry():
+        root = Path(name)
+        (md5,), image = repository(root, 1, 1_000_000, into_cache(root))
+        index = ImageIndex(root)
+        (data,) = Search(root).data
+
+        def ours() -> tuple[int, dict[str, int]]:
+            found = {node.name: node.facts["images"] for node in count_sources(index.objects.read(md5))}
+            return len(index.search(data, Query(frozenset([image])))), found
+
+        def loop() -> tuple[int, dict[str, int]]:
+            counts: dict[str, int] = {}
+            found = 0
+            for row in pq.read_table(pa.BufferReader(index.objects.read(md5))).to_pylist():
+                counts[row["source"]] = counts.get(row["source"], 0) + 1
+                found += row["image_id"] == image
+            return found, counts
+
+        assert ours() == loop()
+        seconds = _take_turns(ours, loop, turns=1)
+    return Row("trace_images", "1,000,000 images to sources and one image, against a loop", *_rates(1, seconds), "1/s")
+
+
 _MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
+_TRACED = (audit_append, where_used, trace_images)
 _USED = (served_single, served_batch, served_size, export_timm, export_transformers, export_onnx)
-BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor, *_USED)}
+BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor, *_USED, *_TRACED)}
 CURATION, SIZES = "curation", "10000,100000"
 NAMES = [*BENCHMARKS, CURATION]
 
@@ -399,12 +471,15 @@ def _served(name: str, count: int) -> Row:
 def _exported(kind: str) -> Row:
     import torch
 
-    from tests.benchmarks.served import BATCH, exported
+    from tests.benchmarks.served import BATCH, GATED, SMALL, exported
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = exported(kind, threads=1)
+        with exported(kind, GATED, threads=1):
+            pass  # its features are compared
+        with exported(kind, SMALL, threads=1) as sides:
+            seconds = _take_turns(*sides, turns=5)
     finally:
         torch.set_num_threads(threads)
     what = f"ViT-S/14 forward, 1 thread, against its export in {'onnxruntime' if kind == 'onnx' else kind}"

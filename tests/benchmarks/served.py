@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import io
-import json
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-RESOLUTION, BATCH, REPEATS = 224, 8, 3
+RESOLUTION, BATCH = 224, 8
 CLOSE = 1e-4  # largest difference of a feature
 LIBRARIES = ("timm==1.0.31", "transformers==5.23.0")
 PLACE = Path(".pedigree/cache/exports-venv")
+Tokens = tuple[Any, ...]  # class tokens [B, D] and patch tokens [B, P, D]
+Run = Callable[[], Tokens]
 
-# Run where the libraries are: reads images [B, 3, S, S] and an export, writes tokens and seconds of a forward pass.
+# Run where the libraries are: reads images [B, 3, S, S] and an export; a forward pass for each line; writes its tokens.
 THEIRS = """
-import json, sys, time
+import sys
 import numpy as np, torch
 try:
     import torchvision
@@ -36,7 +36,7 @@ except RuntimeError:  # PyPI's build for CUDA beside torch for CPU: compiled ope
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for name in [name for name in sys.modules if name.startswith("torchvision")]:
         del sys.modules[name]
-kind, path, folder, threads, repeats = sys.argv[1:]
+kind, path, folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 images = torch.from_numpy(np.load(folder + "/images.npy"))
 if kind == "timm":
@@ -56,14 +56,12 @@ else:
     def run():
         tokens = model(images).last_hidden_state
         return tokens[:, 0], tokens[:, 1 + registers:]
-seconds = []
 with torch.inference_mode():
-    for _ in range(int(repeats) + 1):
-        begun = time.perf_counter()
+    for number, _ in enumerate(sys.stdin):
         cls_token, patch_tokens = run()
-        seconds.append(time.perf_counter() - begun)
-np.savez(folder + "/tokens.npz", cls_token=cls_token.numpy(), patch_tokens=patch_tokens.numpy())
-print(json.dumps({"class": type(model).__name__, "seconds": sorted(seconds[1:])[len(seconds) // 2 - 1]}))
+        if number == 0:
+            np.savez(folder + "/tokens.npz", cls_token=cls_token.numpy(), patch_tokens=patch_tokens.numpy())
+        print(number, flush=True)
 """
 
 
@@ -102,18 +100,31 @@ def served(files: list[bytes]) -> Iterator[tuple[Callable[[list[bytes]], Any], C
     import torch
     from mlflow.models import Model
 
+    from components.model.config import Preprocessing
     from components.model.export import load_backbone
     from components.registry.publish import Candidate, save_model
+    from tests.registry.made_up import making, review
 
     before = sys.path.copy()
     with named_vit(SMALL) as weights:
         folder = weights.folder.with_name("model")
-        origin: Any = None  # not of the model itself
-        save_model(
-            Candidate("bench", weights.folder, origin, {}, "", {}, files[0], weights.preprocessing, False),
-            folder,
-            Model(),
+        by_image = weights.folder.with_name("by_image.parquet")
+        by_image.touch()
+        candidate = Candidate(
+            name="bench",
+            weights=weights.folder,
+            origin=making().origin,
+            tags={},
+            card="",
+            passport=b"",
+            making=making(),
+            facts=review().facts,
+            by_image=by_image,
+            example=files[0],
+            preprocessing=weights.preprocessing or Preprocessing(),
+            with_heads=False,
         )
+        save_model(candidate, folder, Model())
         model, backbone = mlflow.pyfunc.load_model(str(folder)), load_backbone(weights.folder)
 
         def plain(images: list[bytes]) -> NDArray[np.float32]:
@@ -131,13 +142,9 @@ def _plainly(data: bytes) -> NDArray[np.float32]:
     return ((pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])).transpose(2, 0, 1)
 
 
-def exported(kind: str, threads: int) -> tuple[float, float]:
-    """Seconds of a batch by ours and by the library that reads the export, whose features are within 1e-4 of ours."""
-    _checked(kind, GATED, threads)
-    return _checked(kind, SMALL, threads)
-
-
-def _checked(kind: str, shape: dict[str, Any], threads: int) -> tuple[float, float]:
+@contextmanager
+def exported(kind: str, shape: dict[str, Any], threads: int) -> Iterator[tuple[Run, Run]]:
+    """A forward pass of a batch by ours and by the library that reads the export, whose features are close to ours."""
     import torch
 
     from components.model.export import load_backbone
@@ -147,43 +154,53 @@ def _checked(kind: str, shape: dict[str, Any], threads: int) -> tuple[float, flo
         form: Any = kind
         done = export(weights, form, weights.folder.with_name(f"out{'.onnx' if kind == 'onnx' else ''}"), RESOLUTION)
         images = np.random.default_rng(0).standard_normal((BATCH, 3, RESOLUTION, RESOLUTION), np.float32)
-        backbone, seconds = load_backbone(weights.folder), []
-        with torch.inference_mode():
-            for _ in range(REPEATS + 1):
-                begun = time.perf_counter()
-                ours = backbone(torch.from_numpy(images))
-                seconds.append(time.perf_counter() - begun)
-        run = _in_onnxruntime if kind == "onnx" else functools.partial(_in_library, kind)
-        theirs, other = run(done.path, images, threads)
-        for own, found in zip((ours.cls_token, ours.patch_tokens), theirs, strict=True):
-            difference = np.abs(own.numpy() - found).max()
-            assert difference < CLOSE, f"{kind}: features differ by {difference:.1e}"
-    return sorted(seconds[1:])[REPEATS // 2], other
+        backbone = load_backbone(weights.folder)
+
+        def ours() -> Tokens:
+            with torch.inference_mode():
+                output = backbone(torch.from_numpy(images))
+            return output.cls_token.numpy(), output.patch_tokens.numpy()
+
+        read = _in_onnxruntime if kind == "onnx" else functools.partial(_in_library, kind)
+        with read(done.path, images, threads) as theirs:
+            for own, found in zip(ours(), theirs(), strict=True):
+                difference = np.abs(own - found).max()
+                assert difference < CLOSE, f"{kind}: features differ by {difference:.1e}"
+            yield ours, theirs
 
 
-def _in_onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> tuple[list[Any], float]:
+@contextmanager
+def _in_onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> Iterator[Run]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session, seconds, found = onnxruntime.InferenceSession(str(path), options), [], list[Any]()
-    for _ in range(REPEATS + 1):
-        begun = time.perf_counter()
-        found = list(session.run(["cls_token", "patch_tokens"], {"images": images}))
-        seconds.append(time.perf_counter() - begun)
-    return found, sorted(seconds[1:])[REPEATS // 2]
+    session = onnxruntime.InferenceSession(str(path), options)
+    yield lambda: tuple(session.run(["cls_token", "patch_tokens"], {"images": images}))
 
 
-def _in_library(kind: str, path: Path, images: NDArray[np.float32], threads: int) -> tuple[list[Any], float]:
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder, "images.npy"), images)
-        command = [str(_libraries()), "-c", THEIRS, kind, str(path), folder, str(threads), str(REPEATS)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{kind}: {done.stderr[-3000:]}")
-        tokens = np.load(Path(folder, "tokens.npz"))
-        found = [tokens["cls_token"], tokens["patch_tokens"]]
-    return found, json.loads(done.stdout.splitlines()[-1])["seconds"]
+@contextmanager
+def _in_library(kind: str, path: Path, images: NDArray[np.float32], threads: int) -> Iterator[Run]:
+    """A process where the library is, that runs once for each line."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "images.npy", images)
+        command = [str(_libraries()), "-c", THEIRS, kind, str(path), name, str(threads)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with (folder / "errors").open("w") as errors, subprocess.Popen(command, **pipes, stderr=errors) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            asked, answered = process.stdin, process.stdout
+
+            def run() -> Tokens:
+                asked.write("run\n")
+                asked.flush()
+                if not answered.readline():
+                    raise RuntimeError(f"{kind}: {(folder / 'errors').read_text()[-3000:]}")
+                tokens = np.load(folder / "tokens.npz")
+                return tokens["cls_token"], tokens["patch_tokens"]
+
+            yield run
 
 
 def _libraries() -> Path:

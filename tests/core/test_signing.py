@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -10,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.core.model_files import META_FILE, SIGNATURE, ModelFilesError, check_harmless, file_digests
-from components.core.signing import PRIVATE_KEY, PUBLIC_KEY, SignatureError, sign_folder, verify_folder
+from components.core.signing import PRIVATE_KEY, PUBLIC_KEY, SignatureError, check_keys, sign_folder, verify_folder
 from tests.keys import key_variables
 
 FILES = {
@@ -122,6 +125,33 @@ def test_a_missing_or_wrong_key_is_one_line(folder, keys, tmp_path, monkeypatch,
         monkeypatch.setenv(variable, value)
         with pytest.raises(SignatureError, match=said) as caught:
             sign_folder(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_keys_are_checked_without_signing(keys, tmp_path, monkeypatch):
+    private, public = keys[PRIVATE_KEY], keys[PUBLIC_KEY]
+    assert check_keys() == f"{public} verifies what {private} signs"
+    monkeypatch.setenv(PRIVATE_KEY, "pkcs11:token=x?pin-value=1234")
+    assert "in a device" in check_keys()
+    assert "1234" not in check_keys()
+    monkeypatch.delenv(PRIVATE_KEY)
+    assert "nothing is signed here" in check_keys()
+
+    others, wrong, of_bitcoin = key_variables(tmp_path / "others"), tmp_path / "wrong.pem", tmp_path / "k1.pem"
+    wrong.write_text("no key")
+    form = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    of_bitcoin.write_bytes(ec.generate_private_key(ec.SECP256K1()).private_bytes(*form))
+    for variable, value, said in (
+        (PRIVATE_KEY, others[PRIVATE_KEY], f"{PUBLIC_KEY}={public} is not the public key of {PRIVATE_KEY}="),
+        (PRIVATE_KEY, "/none.pem", f"{PRIVATE_KEY}=/none.pem: no such file"),
+        (PRIVATE_KEY, str(of_bitcoin), "a key of kind secp256k1; allowed: elliptic curves secp256r1, "),
+        (PUBLIC_KEY, str(wrong), f"{PUBLIC_KEY}={wrong}: not a key that can be used: "),
+        (PUBLIC_KEY, "", f"{PUBLIC_KEY} is not set"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(SignatureError, match=re.escape(said)) as caught:
+                check_keys()
         assert "\n" not in str(caught.value)
 
 

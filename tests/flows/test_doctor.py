@@ -14,6 +14,7 @@ import boto3
 import pytest
 from prefect.client.orchestration import get_client
 
+from components.core.signing import PUBLIC_KEY
 from components.core.user import TRAINER
 from flows import health
 from flows.health import GREEN, RED, YELLOW, Finding, databases, packages, python
@@ -62,20 +63,20 @@ def test_all_is_green_where_all_is_well_and_no_probe_stays(stack, checkout, depl
     assert {name for name, one in found.items() if one.state == YELLOW} <= {"versions", "disk", *waits}
     assert code == 0
     assert {"Python", "packages", "git", "S3", "clock", "data bucket", "models bucket", "audit bucket", "DVC remote",
-            "MLflow", "Prefect", "work pool", "worker", *DEPLOYMENTS, *waits, "retrain/on-new-images: trigger",
-            "automations", "late runs"} <= set(found)  # fmt: skip
+            "signing keys", "MLflow", "Prefect", "work pool", "worker", *DEPLOYMENTS, *waits, "automations",
+            "retrain/on-new-images: trigger", "late runs"} <= set(found)  # fmt: skip
     for role in ("data", "models", "audit"):
         assert versions(f"pedigree-{role}", stack.env["AWS_ENDPOINT_URL"]) == []
 
 
 @pytest.mark.stack
 def test_each_service_that_is_down_or_refuses_is_one_red_line(stack, checkout):
-    code, found = doctor(
-        checkout, AWS_SECRET_ACCESS_KEY="wrong", PREFECT_API_AUTH_STRING="a:b", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
-    )
+    wrong = {"AWS_SECRET_ACCESS_KEY": "wrong", "PREFECT_API_AUTH_STRING": "a:b", PUBLIC_KEY: "/none.pem"}
+    code, found = doctor(checkout, **wrong, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     red = {name: one.detail for name, one in found.items() if one.state == RED}
     assert code == 1
-    assert set(red) == {"S3", "DVC remote", "MLflow", "Prefect"}
+    assert set(red) == {"S3", "DVC remote", "signing keys", "MLflow", "Prefect"}
+    assert red["signing keys"].startswith(f"{PUBLIC_KEY}=/none.pem: no such file")
     assert "access denied (SignatureDoesNotMatch)" in red["S3"]
     assert "Forbidden" in red["DVC remote"]
     assert "http://127.0.0.1:9 or the storage behind it does not answer" in red["MLflow"]

@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from components.core.git import git
-from components.lineage.audit_log import AuditLog, Event
+from components.lineage.audit_log import PLATFORM, AuditLog, Event
 from components.lineage.ledger import Outcome
 from components.lineage.lock_file import Record
 from components.lineage.provenance import Tag
@@ -128,6 +128,10 @@ def test_what_it_must_know_and_cannot(runs: ShortRuns, monkeypatch: pytest.Monke
     assert state(runs)[:3] == before[:3]
     # An audit event that names a run keeps it.
     log = AuditLog.from_environment()
+    log.append(Event(PLATFORM, "run-ended", newest.run_id, "rita", {"commit": git(newest.root, "rev-parse", "HEAD")}))
+    registered = f"{runs.name}-candidates"
+    log.append(Event(registered, "register", f"{registered}/9", "rita", {"branch": newest.branch}))
+    assert newest.run_id not in gc("--keep", "0", "--older", "0d", "--dry-run")["kept_runs"]
     log.append(Event(runs.name, "promote", f"{runs.name}/1", "rita", {"run": open_mlflow_run(newest, "x", "FINISHED")}))
     asked = ("--keep", "0", "--older", "0d", "--dry-run")
     assert gc(*asked)["kept_runs"][newest.run_id] == f"audited: audit event {runs.name}/1"

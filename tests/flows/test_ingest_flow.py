@@ -18,13 +18,16 @@ from filelock import FileLock
 from PIL import Image
 from prefect.client.orchestration import get_client
 from skimage import data
+from typer.testing import CliRunner
 
 from components.data.ingest_config import IngestRequest
 from components.data.manifest import read_collection
+from components.lineage.audit_log import PLATFORM, AuditLog
 from flows.announce import LISTENER, POOL_GROWN
+from flows.cli import app
 from flows.ingest import ingest as ingest_flow
 from infra.local.services import request
-from tests.flows.repository import DVC, PROJECT, make_repository, pedigree, pedigree_command
+from tests.flows.repository import DVC, PROJECT, make_repository, pedigree_command
 
 pytestmark = pytest.mark.stack
 
@@ -47,10 +50,11 @@ def announced(source: str) -> list[dict[str, Any]]:
     return events
 
 
-def ingest(root: Path, source: Path, name: str, *options: str) -> dict[str, Any]:
-    done = pedigree(root, "ingest", str(source), "--name", name, "--license", "CC0-1.0", "--json", *options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def ingest(source: Path, name: str, *options: str) -> str:
+    """What the command prints that ingests into the current folder; test_ingest_command runs it as a process."""
+    done = CliRunner().invoke(app, ["ingest", str(source), "--name", name, "--license", "CC0-1.0", *options])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,8 @@ def photos(tmp_path_factory) -> Path:
 
 def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_path, photos, monkeypatch):
     root = make_repository(tmp_path)
-    report = ingest(root, photos, "flow-shots", "--holdout", "0.25")
+    monkeypatch.chdir(root)
+    report = json.loads(ingest(photos, "flow-shots", "--holdout", "0.25", "--json"))
     assert report["seen"] == 40
     assert report["stored"] + report["held_out"] == 40
     assert 3 <= report["held_out"] <= 18
@@ -92,12 +97,16 @@ def test_new_images_are_held_out_by_content_tracked_and_announced(stack, tmp_pat
 
     note = Path("flow-shots") / Path(report["pool_snapshot"]).name  # as if killed after sending, before noting it
     (root / ".pedigree/announced" / note).rename(root / ".pedigree/unannounced" / note)
-    monkeypatch.chdir(root)
     again = ingest_flow(IngestRequest.parse(source=str(photos), name="flow-shots", license="CC0-1.0", holdout=0.25))
     assert again.report.already_present == 40
     assert (again.report.pool_snapshot, again.report.evaluation_snapshot) == (None, None)
     assert again.retraining[0].note.startswith("an ingest that was cut short had sent the event")
     assert len(grown("flow-shots")) == 1
+    (event,) = (entry for entry in AuditLog.from_environment().read(PLATFORM) if entry.subject == "flow-shots")
+    assert (event.action, event.details["counts"]["seen"], event.details["validation"]) == ("ingest", 40, "passed")
+    stored = yaml.safe_load((root / f"{report['pool_snapshot']}.dvc").read_text())["outs"][0]["md5"]
+    assert event.details["data"][report["pool_snapshot"]] == stored
+    assert len(event.details["data"]) == 2
 
 
 def test_an_evaluation_source_adds_nothing_to_the_pool_and_starts_nothing(stack, tmp_path, photos, monkeypatch):
@@ -156,14 +165,13 @@ def listener(stack, tmp_path) -> Iterator[str]:
         client.delete_work_pool(pool)
 
 
-def test_the_retraining_that_new_images_start_is_named(stack, listener, tmp_path, photos):
-    root = make_repository(tmp_path)
-    done = pedigree(root, "ingest", str(photos), "--name", "flow-told", "--license", "CC0-1.0")
-    assert done.returncode == 0, done.stderr
+def test_the_retraining_that_new_images_start_is_named(stack, listener, tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(make_repository(tmp_path))
+    said = ingest(photos, "flow-told")
     (run,) = prefect("/flow_runs/filter", {"deployments": {"id": {"any_": [listener]}}})
     page = stack.env["PREFECT_API_URL"].removesuffix("/api")
     started = f"40 new images start a retraining: deployment retrain/on-new-images, {page}/runs/flow-run/{run['id']}"
-    assert f"{started}; it waits for a worker: `prefect worker start --pool idle`" in done.stdout
+    assert f"{started}; it waits for a worker: `prefect worker start --pool idle`" in said
 
 
 def test_an_ingest_waits_for_another_and_no_retrain_holds_for_later_ones(stack, tmp_path, photos, monkeypatch):

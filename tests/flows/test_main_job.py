@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlflow
 import numpy as np
@@ -23,6 +25,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
 from components.data.evaluation_set import read_evaluation_set
 from components.data.provenance import SUFFIX
@@ -32,6 +35,7 @@ from components.evaluation.scores import knn_scores
 from components.lineage.code import list_of, read_list
 from components.model.export import load_backbone
 from components.recipe import load_recipe
+from flows.cli import app
 from tests.lineage.test_code import unlisted
 
 ROOT = Path(__file__).parents[2]
@@ -83,10 +87,17 @@ def run(root: Path, *values: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def asked(root: Path, *arguments: str, code: int = 0) -> str:
+    """The JSON that a command prints which only looks; in this process, which saves its imports."""
+    with chdir(root), mock.patch.dict(os.environ):
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == code, done.output[-3000:]
+    return done.stdout
+
+
 def planned(root: Path, *values: str) -> dict[str, str]:
-    done = pedigree(root, "plan", "--json", *settings(*values))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {step["stage"]: step["outcome"] for step in json.loads(done.stdout)["stages"]}
+    told = json.loads(asked(root, "plan", *settings(*values)))
+    return {step["stage"]: step["outcome"] for step in told["stages"]}
 
 
 def computed(result: dict[str, Any]) -> set[str]:
@@ -146,12 +157,13 @@ def interrupted(root: Path, until: str, hit: Callable[[psutil.Process], None]) -
 
 @pytest.fixture(scope="module")
 def traced(checkout) -> Iterator[Path]:
-    """The folder in which each stage's process leaves the names of what it has loaded."""
+    """The folder in which each stage leaves the names of what it has loaded; stages take the threads of a person's."""
     folder = checkout.parent / "traced"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(TRACER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.delenv("OMP_NUM_THREADS", raising=False)
         yield folder
 
 
@@ -331,19 +343,17 @@ def test_an_unchanged_run_computes_nothing(checkout, first):
 
 
 def test_promotion_and_trace(checkout, first):
-    shown = pedigree(checkout, "review", "pedigree@latest", "--json")
-    gates = {gate["name"]: gate["state"] for gate in json.loads(shown.stdout)["gates"]}
+    shown = json.loads(asked(checkout, "review", "pedigree@latest", code=1))
+    gates = {gate["name"]: gate["state"] for gate in shown["gates"]}
     assert gates.pop("random") == "failed"  # of so few steps nothing else can be expected
     assert set(gates.values()) == {"passed"}
     words = ["promote", "pedigree@latest", "--reason", "the first one"]
     refused = pedigree(checkout, *words)
     assert refused.returncode == 1
-    assert "does not pass 1 of 11 gates: random: knn_top1" in refused.stderr
+    assert "does not pass 1 of 12 gates: random: knn_top1" in refused.stderr
     done = pedigree(checkout, *words, "--waive", "random=of 3 steps nothing can be expected")
     assert done.returncode == 0, done.stderr
-    done = pedigree(checkout, "trace", "pedigree@champion", "--json")
-    assert done.returncode == 0, done.stderr
-    text = json.dumps(json.loads(done.stdout))
+    text = json.dumps(json.loads(asked(checkout, "trace", "pedigree@champion")))
     for fact in ("the first one", "CC0-1.0", "python -m components pretrain", "data/pool/sample/"):
         assert fact in text
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
+from components.lineage.audit_anchors import TAG, git_anchors
+from components.lineage.audit_log import PLATFORM, AuditLog
 from tests.flows.repository import DVC, IDENTITY, git_lines, make_repository
 
 STAGES = """
@@ -67,6 +70,14 @@ def test_a_run_that_waited_takes_code_and_sources_of_when_it_begins_to_work(stac
     ended, stage = git_lines(root, "log", "--format=%s", "-2", branch)
     assert (ended, stage.partition(" for ")[0]) == ("Run finished", "copy: ran")
     assert yaml.safe_load("\n".join(git_lines(root, "show", f"{branch}:params.yaml")))["name"] == "waiting"
+    events = [e for e in AuditLog.from_environment().read(PLATFORM) if e.subject == branch.removeprefix("runs/")]
+    assert [(e.action, e.details["model"]) for e in events] == [("run-started", "waiting"), ("run-ended", "waiting")]
+    assert sorted(events[0].details["data"]) == ["data/evaluation/photos/cd34", "data/pool/photos/ab12"]
+    assert events[1].details["how"] == "Run finished"
+    anchors = {anchor.sequence: anchor.hash for anchor in git_anchors(root) if anchor.chain == PLATFORM}
+    assert anchors[events[1].sequence] == events[1].hash
+    tags = MlflowClient().get_experiment_by_name("waiting").tags
+    assert tags[TAG] == f"{PLATFORM} {events[1].sequence} {events[1].hash}"
     run_log = (root / ".pedigree/logs/runs" / f"{branch.removeprefix('runs/')}.log").read_text().splitlines()
     assert all(line[:2] == "20" for line in run_log)  # each with its time
     assert any("copy: done in" in line for line in run_log)

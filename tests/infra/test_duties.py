@@ -120,6 +120,16 @@ def deployed(stack) -> Iterator[Any]:
                 call(stack, f"/deployments/{deployment['id']}", None, "DELETE")
 
 
+def test_a_schedule_fires_again_and_again(deployed):
+    def completed() -> list[str]:
+        return [run["id"] for run in runs(deployed, "clock") if run["state_name"] == "Completed"]
+
+    wait_for("two scheduled runs", lambda: len(completed()) >= 2)
+    assert all(run["auto_scheduled"] for run in runs(deployed, "clock"))
+    clock = call(deployed, "/deployments/name/tick/clock", None, "GET")
+    call(deployed, f"/deployments/{clock['id']}/pause_deployment")  # each run costs seconds, which the others need
+
+
 def test_an_event_starts_a_run(deployed):
     assert os.environ["PREFECT_API_URL"] == deployed.env["PREFECT_API_URL"]
     from prefect.events import Event
@@ -132,16 +142,6 @@ def test_an_event_starts_a_run(deployed):
 
     run_coro_as_sync(send())
     wait_for("the run of the event", lambda: [r for r in runs(deployed, "listener") if r["state_name"] == "Completed"])
-
-
-def test_a_schedule_fires_again_and_again(deployed):
-    def completed() -> list[str]:
-        return [run["id"] for run in runs(deployed, "clock") if run["state_name"] == "Completed"]
-
-    wait_for("two scheduled runs", lambda: len(completed()) >= 2)
-    assert all(run["auto_scheduled"] for run in runs(deployed, "clock"))
-    clock = call(deployed, "/deployments/name/tick/clock", None, "GET")
-    call(deployed, f"/deployments/{clock['id']}/pause_deployment")  # each run costs seconds, which the others need
 
 
 def test_a_crashed_run_is_started_again_and_frees_its_slot(deployed):

@@ -97,7 +97,14 @@ def test_everything_listens_on_the_loopback_interface_only(stack):
 def test_secrets_are_private_and_shown_only_where_asked(stack, monkeypatch):
     folder = stack.root / ".pedigree"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    for name in ("credentials.env", "s3-credentials", "s3-identities.json", "basic_auth.ini", "signing-key.pem"):
+    for name in (
+        "credentials.env",
+        "s3-credentials",
+        "s3-identities.json",
+        "basic_auth.ini",
+        "signing-key.pem",
+        "audit-trainer.pem",
+    ):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
     monkeypatch.chdir(stack.root)
     (stack.root / "dvc.yaml").touch()  # by which the commands know their own folder
@@ -386,7 +393,7 @@ def test_two_ups_at_once_start_one_server(root):
     assert len(supervisor.processes(root)) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_start_cleans_up(root, how):
     # A shell's background job, such as these tests under nohup, ignores Ctrl-C.
     heard = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {UP}"

@@ -57,7 +57,7 @@ def database() -> Iterator[str]:
         (folder.parent / f"{folder.name}.log").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("scheme", ["postgresql+psycopg2", "postgresql"])
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg2", pytest.param("postgresql", marks=pytest.mark.slow)])
 def test_mlflow_serves_from_postgresql_and_takes_a_run(database, scheme, tmp_path):
     port = free_port()
     command = [program("mlflow"), "server", "--port", str(port), "--workers", "1", "--host", "127.0.0.1"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -24,7 +26,7 @@ from components.registry.promote import promote, who
 from components.registry.standing import with_alias
 from infra.local import supervisor
 from infra.local.services import request
-from infra.local.site import AUDIT_BUCKET, DATA_BUCKET, MODELS_BUCKET, Site
+from infra.local.site import AUDIT_BUCKET, AUDIT_POLICY, DATA_BUCKET, MODELS_BUCKET, Site
 from tests.registry.conftest import CONFIG, TRACE, make_workspace
 
 pytestmark = pytest.mark.stack
@@ -142,9 +144,12 @@ def test_on_s3_the_trainer_writes_nothing_that_is_released_and_deletes_no_event(
         return boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], **keys)
 
     trainer, place = s3(TRAINER), {"Bucket": MODELS_BUCKET, "Key": "released/roles/MLmodel"}
-    version = s3(REVIEWER).put_object(**place, Body=b"approved")["VersionId"]
-    event, soon = {"Bucket": AUDIT_BUCKET, "Key": "locked-by-trainer"}, datetime.now(UTC) + timedelta(minutes=5)
+    reviewer = s3(REVIEWER)
+    version = reviewer.put_object(**place, Body=b"approved")["VersionId"]
+    event, soon = {"Bucket": AUDIT_BUCKET, "Key": "events/locked-by-trainer"}, datetime.now(UTC) + timedelta(minutes=5)
     lock = {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": soon}
+    shorter = {"Mode": "GOVERNANCE", "RetainUntilDate": datetime.now(UTC) + timedelta(minutes=1)}
+    unlocked = {"ObjectLockEnabled": "Enabled"}
     locked = trainer.put_object(**event, **lock, Body=b"x")["VersionId"]
     trainer.put_object(Bucket=DATA_BUCKET, Key="roles", Body=b"x")
     forbidden = (
@@ -155,13 +160,34 @@ def test_on_s3_the_trainer_writes_nothing_that_is_released_and_deletes_no_event(
         lambda: trainer.copy_object(**place, CopySource={"Bucket": DATA_BUCKET, "Key": "roles"}),
         lambda: trainer.create_multipart_upload(**place),
         lambda: trainer.put_bucket_versioning(Bucket=MODELS_BUCKET, VersioningConfiguration={"Status": "Suspended"}),
-        lambda: trainer.delete_object(**event, VersionId=locked, BypassGovernanceRetention=True),
+        lambda: reviewer.put_object(Bucket=DATA_BUCKET, Key="roles", Body=b"y"),
+        lambda: reviewer.put_object(Bucket=MODELS_BUCKET, Key="mlflow/roles", Body=b"y"),
+        *(
+            attempt
+            for client in (trainer, reviewer)
+            for attempt in (
+                partial(client.delete_object, **event),  # it would leave a marker
+                partial(client.delete_object, **event, VersionId=locked),
+                partial(client.delete_object, **event, VersionId=locked, BypassGovernanceRetention=True),
+                partial(client.put_object_retention, **event, Retention=shorter, BypassGovernanceRetention=True),
+                partial(client.put_object_retention, **event, Retention=shorter),
+                partial(client.delete_bucket_policy, Bucket=AUDIT_BUCKET),
+                partial(client.put_bucket_policy, Bucket=AUDIT_BUCKET, Policy=json.dumps(AUDIT_POLICY)),
+                partial(client.put_object_lock_configuration, Bucket=AUDIT_BUCKET, ObjectLockConfiguration=unlocked),
+            )
+        ),
     )
     for attempt in forbidden:
         with pytest.raises(ClientError, match="AccessDenied"):
             attempt()
     trainer.delete_objects(Bucket=MODELS_BUCKET, Delete={"Objects": [{"Key": place["Key"]}]})  # says no for each key
     assert trainer.get_object(**place)["Body"].read() == b"approved"
+    for client in (trainer, reviewer):
+        client.delete_objects(Bucket=AUDIT_BUCKET, Delete={"Objects": [{"Key": event["Key"]}]})
+    assert trainer.get_object(**event)["Body"].read() == b"x"
+    # No policy can forbid a second version of a key; the first stays, and whoever reads the log is told.
+    trainer.put_object(**event, **lock, Body=b"other")
+    assert trainer.get_object(**event, VersionId=locked)["Body"].read() == b"x"
 
 
 def test_a_run_registers_as_the_trainer_and_the_reviewer_promotes(servers, monkeypatch, tmp_path):

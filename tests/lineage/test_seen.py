@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -148,6 +149,17 @@ def test_command(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found[0] = [step for step in found[0] if step <= 1]
     assert [training["steps"] for training in told["trainings"]] == found
     assert told["seen"] == any(found)
+    other = tmp_path / "other.jpg"
+    other.write_bytes(case.images[image_id] + b" ")
+    said = seen("--image", str(other)).stdout.splitlines()
+    assert said[0] == f"image {hashlib.sha256(other.read_bytes()).hexdigest()}: not seen by {case.name}/1"
+    assert said[1].endswith("its dvc.lock has no data/embeddings")  # so near copies were not looked for
+    other.write_text("no image")
+    assert "other.jpg: not an image that Pedigree can read" in seen("--image", str(other), code=2).stderr
+    (case.root / "params.yaml").write_text(f"name: {case.name}\n")
+    MlflowClient().set_registered_model_alias(case.name, "champion", "1")
+    by_default = CliRunner().invoke(app, ["seen", "--image", str(file)])
+    assert by_default.stdout.splitlines()[0] == f"image {image_id}: seen by {case.name}/1"
     lines = [f"{i}\t{n}\t{path}" for path, ids in case.drawn.items() for i, n in Counter(ids).items()]
     assert sorted(seen("--list").stdout.splitlines()) == sorted(lines)
     assert (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -15,6 +16,7 @@ import boto3
 import pyarrow as pa
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -23,10 +25,13 @@ from components.core.mlflow_client import TrackingError
 from components.core.storage import sha256_file
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.provenance import Provenance
+from components.lineage import trace_tree
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.lock_file import Record, RecordError, folder_id, upstream
 from components.lineage.provenance import Tag, collect_origin
 from components.lineage.trace import ACCEPTED, Node, Trace, outputs_of, trace
+from components.lineage.trace_page import render_trace
+from components.lineage.trace_targets import trace_target
 
 pytestmark = pytest.mark.stack
 
@@ -223,7 +228,7 @@ def test_command_prints_the_tree_and_json(case: Case, monkeypatch: pytest.Monkey
     app = typer.Typer()
     app.command()(command(checkout=False)(trace_command.__wrapped__))
     monkeypatch.chdir(case.root)
-    shown = CliRunner().invoke(app, [f"{case.name}@champion"])
+    shown = CliRunner().invoke(app, [f"{case.name}@champion", "--full"])
     assert shown.exit_code == 0, shown.output
     for text in (f"version {case.name}/1", "actor: rita", "stage adapt", "license: CC-BY-4.0", "images: 2"):
         assert text in shown.output
@@ -232,9 +237,71 @@ def test_command_prints_the_tree_and_json(case: Case, monkeypatch: pytest.Monkey
     data = json.loads(CliRunner().invoke(app, [f"{case.name}@champion", "--json"]).stdout)
     assert data["complete"] is True
     assert data["trace"]["kind"] == "version"
+    schema = json.loads((Path(trace_tree.__file__).with_name("trace.schema.json")).read_text())
+    Draft202012Validator(schema).validate(data)
+    assert schema["$defs"]["node"]["properties"]["kind"]["enum"] == list(trace_tree.KINDS)
+    assert schema["properties"]["schema"]["const"] == trace_tree.SCHEMA
+    with monkeypatch.context() as narrow:
+        narrow.setenv("COLUMNS", "80")
+        brief = CliRunner().invoke(app, [f"{case.name}@champion"]).stdout.splitlines()
+    assert len(brief) < 24
+    for text in ("rita: good", "stages curate", "museum CC-BY-4.0, 1 images; photos CC0-1.0, 2 images"):
+        assert any(text in line for line in brief)
     refused = CliRunner().invoke(app, ["no-such@champion"])
     assert refused.exit_code == 1
     assert "no-such" in refused.stderr
+
+
+def test_the_page_has_the_whole_tree_and_needs_no_network(case: Case, tmp_path: Path):
+    found = trace(f"{case.name}@champion", case.root)
+    found.root.missing.append("<script>alert(1)</script>")
+    page = render_trace(found).decode()
+    assert page == render_trace(found).decode()
+    assert page.count('<details class="node"') == sum(1 for _ in found.root.walk())
+    assert sha256_file(case.root / "models/adapted/model.safetensors") in page
+    assert "<script>alert" not in page
+    assert not re.search(r"(src|href)=|url\(|@import", page)
+
+
+def test_a_commit_a_run_and_data_are_traced_too(case: Case):
+    by_commit = trace_target(case.recorded_at[:10], case.root)
+    assert by_commit.missing == []
+    assert [node.name for node in kinds(by_commit, "stage")] == ["adapt", "curate", "register", "unrelated"]
+    (pool,) = kinds(by_commit, "pool")
+    assert set(pool.facts["object_versions"]) == {"00000.tar", "manifest.parquet"}
+    assert all(pool.facts["object_versions"].values())
+    by_data = trace_target(pool.facts["dvc"].removesuffix(".dir"), case.root)
+    assert [line for line in by_data.missing if case.name in line or case.prefix in line] == []
+    assert (by_data.root.kind, by_data.root.facts["ingested_by"]) == ("pool", "ina")
+    models = {node.name: node.facts["relation"] for node in kinds(by_data, "version")}
+    assert models[f"{case.name}/1"] == models[f"{case.name}-candidates/1"] == ["in its pool"]
+    by_image = trace_target(f"{0:064d}", case.root)
+    assert {node.kind for node in by_image.root.children} == {"curated", "pool", "version"}
+    run_id = "20260101-000000-abcd"
+    sh(case.root, "git", "branch", f"runs/{run_id}", case.recorded_at)
+    assert [node.kind for node in trace_target(run_id, case.root).root.children] == ["commit"]
+    sh(case.root, "git", "branch", "-D", f"runs/{run_id}")
+    for target, message in [("nothing", "'nothing': nothing to trace; give NAME@ALIAS"), ("0" * 32, "no commit here")]:
+        with pytest.raises(ConfigError, match=message):
+            trace_target(target, case.root)
+
+
+def test_a_teacher_and_an_embedder_have_their_own_trace_once(case: Case):
+    client, name = MlflowClient(), f"taught-{uuid.uuid4().hex[:10]}"
+    client.create_registered_model(f"{name}-candidates")
+    teacher = client.get_model_version(f"{case.name}-candidates", "1")
+    tags = teacher.tags | {Tag.PARENT: f"{case.name}-candidates/1"}
+    tags |= {Tag.PARENT_SHA256: teacher.tags[Tag.WEIGHTS_SHA256]}
+    client.create_model_version(f"{name}-candidates", "s3://elsewhere/m-2", teacher.run_id, tags=tags)
+    AuditLog.from_environment().append(Event(name, "reject", f"{name}-candidates/1", "rita", {"reason": "blurred"}))
+    found = trace(f"{name}-candidates/1", case.root)
+    assert found.missing == []
+    (parent,) = [node for node in found.root.children if node.kind == "parent"]
+    assert parent.children[0].name == f"{case.name}-candidates/1"
+    assert [node.facts["reason"] for node in found.root.children if node.kind == "event"] == ["blurred"]
+    assert len(kinds(found, "source")) == 4  # the teacher's data is that of the student, and stands once
+    again = [node for node in kinds(found, "pool") if node.facts.get("above")]
+    assert len(again) == 1
 
 
 def test_an_object_that_is_gone_is_said(case: Case):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.lineage.lock_file import RecordError, file_md5
-from components.lineage.trace import Node
+from components.lineage.trace_tree import Node
 from components.registry.documents.graph import Graph, public, read_graph
 from components.registry.documents.registered import write_documents
 from components.registry.documents.training_content import PERSON

@@ -12,16 +12,22 @@ from components.core.intervals import accuracy_interval, difference_interval
 from components.core.metrics import Interval
 from components.registry.config import GatesConfig
 from components.registry.facts import Facts, own_intervals, paired_differences
-from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, failed, judge, verdict
+from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, Gate, failed, judge, verdict
+from components.registry.promote import _check_gates
+from components.registry.publish import RegistryError
+from components.registry.review import _beside, _Record
+from tests.registry.made_up import review
 
 ABOVE, BELOW, UNCLEAR = Interval(0.1, 0.05, 0.15), Interval(-0.1, -0.15, -0.05), Interval(-0.02, -0.06, 0.02)
+
+SCORED = {"knn_top1": 0.8, "linear_top1": 0.9, "minus_random": {"knn_top1": dataclasses.asdict(ABOVE)}}
 
 
 def facts(**changes: object) -> Facts:
     values: dict[str, object] = {
         "model": "teacher",
         "gates": GatesConfig(),
-        "evaluation": {"knn_top1": 0.8, "linear_top1": 0.9, "minus_random": {"knn_top1": dataclasses.asdict(ABOVE)}},
+        "evaluation": SCORED,
         "champion": None,
         "scored_on": ("a.dir",),
         "decontaminated_against": ("a.dir", "b.dir"),
@@ -36,7 +42,7 @@ def facts(**changes: object) -> Facts:
     return Facts.model_validate(values | changes)
 
 
-GOOD = Evidence(facts(), missing=())
+GOOD = Evidence(facts(), missing=(), takedown="")
 
 
 def state(name: str, evidence: Evidence) -> str:
@@ -58,6 +64,40 @@ def test_champion_is_not_undercut_beyond_the_tolerance_and_the_interval(differen
     changed = facts(gates=GatesConfig(tolerance={"knn_top1": tolerance}))
     evidence = Evidence(changed, champion="tiny/3", differences={"linear_top1": ABOVE, "knn_top1": difference})
     assert state("champion", evidence) == expected
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "unmatched", "said"),
+    [
+        ({"knn_top1": 0.1}, (), ""),
+        ({"knn_topl": 0.1}, (), "; a tolerance for nothing that was compared: knn_topl"),
+        ({}, ("worst_slice",), "; not measured of both: worst_slice"),
+    ],
+)
+def test_what_was_not_compared_is_told(tolerance, unmatched, said):
+    evidence = Evidence(facts(gates=GatesConfig(tolerance=tolerance)), "tiny/3", differences={"knn_top1": UNCLEAR})
+    (gate, *_) = judge(dataclasses.replace(evidence, unmatched=unmatched))
+    assert (gate.state, gate.text) == (PASSED, f"not below tiny/3: knn_top1 -0.020 (-0.060 to +0.020){said}")
+
+
+@pytest.mark.parametrize("found", [{}, {"knn_top1": Interval(float("nan"), float("nan"), float("nan"))}])
+def test_no_number_beside_the_champion_is_not_a_pass(found):
+    assert state("champion", Evidence(facts(), champion="tiny/3", differences=found)) == FAILED
+
+
+@pytest.mark.parametrize(
+    ("champion", "told"), [(("knn", "worst"), "worst was measured of tiny/3 only"), (("knn",), "")]
+)
+def test_metrics_that_one_evaluation_alone_has(champion, told):
+    rows = [(image, *row) for image in "ab" for row in (("teacher", "knn"), *(("champion", m) for m in champion))]
+    rows += [(image, "teacher", "robust") for image in "ab"]
+    columns = dict(zip(("image_id", "model", "metric"), map(list, zip(*rows, strict=True)), strict=True))
+    record = _Record(facts(champion="models:/tiny/3"), pa.table({**columns, "value": [1.0] * len(rows)}), None)
+    beside = _beside(record, "tiny/3")
+    assert beside is not None
+    assert beside.incomparable.startswith(told)
+    assert bool(beside.differences) == (not told)
+    assert list(beside.unmatched) == ([] if told else ["robust"])
 
 
 def test_a_champion_that_cannot_be_compared_is_told():
@@ -90,6 +130,11 @@ def test_intervals_are_wilsons_of_accuracies_and_the_bootstraps_of_others():
         ("random", {"evaluation": {"knn_top1": 0.8}}, "knn_top1 was not compared with random weights"),
         ("floors", {"gates": GatesConfig(floors={"knn_top1": 0.81})}, "knn_top1 0.8, at least 0.81"),
         ("floors", {"gates": GatesConfig(floors={"worst_slice": 0.1})}, "worst_slice not measured, at least 0.1"),
+        (
+            "floors",
+            {"gates": GatesConfig(floors={"slices.worst": 0.5}), "evaluation": {**SCORED, "slices": {"worst": 0.4}}},
+            "slices.worst 0.4, at least 0.5",
+        ),
         ("data", {"snapshots_passed": 1}, "1 of 2 snapshots"),
         ("decontamination", {"scored_on": ("a.dir", "c.dir")}, "scored on c.dir"),
         ("size", {"gates": GatesConfig(max_size_mib=3)}, "3.5 MiB, at most 3"),
@@ -97,7 +142,7 @@ def test_intervals_are_wilsons_of_accuracies_and_the_bootstraps_of_others():
     ],
 )  # fmt: skip
 def test_each_gate_fails_alone(name, changes, text):
-    gates = judge(Evidence(facts(**changes), missing=()))
+    gates = judge(Evidence(facts(**changes), missing=(), takedown=""))
     assert [gate.name for gate in failed(gates)] == [name]
     assert text in failed(gates)[0].text
     assert verdict(gates) == f"fails 1 of {len(GATES)} gates: {name}"
@@ -109,25 +154,38 @@ def test_each_gate_fails_alone(name, changes, text):
         ("lineage", {"missing": ("run 7: deleted", "pool x: gone")}),
         ("weights", {"weights": "NaN in blocks.0"}),
         ("rejection", {"rejected": "Ann rejected it"}),
+        ("takedown", {"takedown": "w-0123456789ab on 2026-11-30 (trained on it): consent withdrawn"}),
     ],
 )
 def test_what_is_found_at_the_decision_fails_its_gate(name, change):
     assert [gate.name for gate in failed(judge(dataclasses.replace(GOOD, **change)))] == [name]
 
 
-def test_before_the_decision_lineage_is_pending():
+def test_before_the_decision_lineage_is_pending_and_takedowns_are_not_listed():
     gates = judge(Evidence(facts()))
     assert [gate.name for gate in gates if gate.state == PENDING] == ["lineage"]
-    assert verdict(gates) == f"passes {len(GATES) - 1} of {len(GATES)} gates, 1 at the decision"
+    assert {gate.name for gate in gates} == set(GATES) - {"takedown"}
+    assert verdict(gates) == f"passes {len(gates) - 1} of {len(gates)} gates, 1 at the decision"
 
 
 @pytest.mark.parametrize(
-    ("actor", "expected"), [(None, PENDING), ("ann", FAILED), ("Ann <ann@example.org>", FAILED), ("Bob", PASSED)]
+    ("actor", "authenticated", "expected"),
+    [(None, False, PENDING), ("ann", True, FAILED), ("Ann <ann@example.org>", False, FAILED), ("bob", True, PASSED)],
 )
-def test_a_second_person_decides_where_one_is_asked_for(actor, expected):
-    evidence = Evidence(facts(gates=GatesConfig(second_person=True)), missing=(), actor=actor)
-    assert state("second-person", evidence) == expected
+def test_a_second_person_decides_where_one_is_asked_for(actor, authenticated, expected):
+    asked = facts(gates=GatesConfig(second_person=True))
+    assert state("second-person", Evidence(asked, missing=(), actor=actor, authenticated=authenticated)) == expected
     assert state("second-person", dataclasses.replace(GOOD, actor="ann")) == PASSED  # not asked for
+    typed = judge(Evidence(asked, missing=(), actor="Bob"))[-1]
+    said = "Bob is a name that was not authenticated; another person decides, by `pedigree promote` with a login"
+    assert (typed.state, typed.text.startswith(said)) == (FAILED, True)
+
+
+def test_only_an_authenticated_person_waives_the_second_one():
+    found, waived = review(gates=[Gate("second-person", FAILED, "is the same")]), {"second-person": "urgent"}
+    with pytest.raises(RegistryError, match="the gate second-person is waived by an authenticated person only"):
+        _check_gates(found, waived, authenticated=False)
+    _check_gates(found, waived, authenticated=True)
 
 
 def test_pairs_are_made_by_image_and_only_of_the_same_images():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import traceback
 from pathlib import Path
 
 import boto3
@@ -12,19 +16,25 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import typer
 from mlflow import MlflowClient
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
+from components.core.signing import signing_key_id
+from components.lineage.audit_anchors import TAG
 from components.lineage.audit_log import AuditLog, Event, OvertakenError
 from components.lineage.provenance import Tag
 from components.registry import promote as promotion
+from components.registry import review as reviews
+from components.registry.config import GatesConfig
 from components.registry.promote import promote, reject, rollback
 from components.registry.publish import RegistryError
 from components.registry.release import Released
-from components.registry.review import review_reference, undecided
+from components.registry.review import decided, review_reference, undecided
 from components.registry.standing import Standing
 from flows.commands.decorators import command
 from flows.commands.history import history as history_command
@@ -86,6 +96,10 @@ def test_champion_loads_from_released_bytes(finished, name: str, photographs, mo
         "knn_top1 minus that of random weights: +0.650 (+0.550 to +0.750)",
     ]
     assert entry.details["gates"]["lineage"][0] == "failed"
+    bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], f"released/{name}/{candidate['digest']}/model.sig"
+    signature = boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    assert entry.details["signature"] == {"sha256": hashlib.sha256(signature).hexdigest(), "key": signing_key_id()}
+    assert MlflowClient().get_registered_model(name).tags[TAG] == f"{name} 1 {entry.hash}"
     version = MlflowClient().get_model_version(name, "1")
     assert version.tags[Tag.AUDIT] == f"1:{entry.hash}"
     assert version.tags[Tag.CANDIDATE] == f"{name}-candidates/1"
@@ -114,14 +128,19 @@ def test_a_worse_candidate_is_stopped_by_the_gate_that_says_so(finished, name: s
 def test_a_rejected_candidate_stays_out_until_that_is_waived(finished, name: str):
     decide(finished, f"{name}-candidates/1")
     assert [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)] == [f"{name}-candidates/3"]
+    MlflowClient().set_model_version_tag(f"{name}-candidates", "3", Tag.RELEASED, f"{name}/1")  # as a trainer can
+    assert [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)] == [f"{name}-candidates/3"]
     done = reject(f"{name}-candidates/3", "fails at night", "Ann")
     assert (done.action, done.version, done.unexplained) == ("reject", f"{name}-candidates/3", [])
     tag = MlflowClient().get_model_version(f"{name}-candidates", "3").tags[Tag.REJECTED]
     assert tag == "Ann, event 2: fails at night"
     assert not [c.version for c in undecided(MlflowClient()) if c.version.startswith(name)]
+    assert decided(f"{name}-candidates/3") == "rejected by Ann, event 2: fails at night"
     with pytest.raises(RegistryError, match=r"rejection: Ann rejected it on .* \(event 2\): fails at night"):
         decide(finished, f"{name}-candidates/3", champion="known")
     assert decide(finished, f"{name}-candidates/3", champion="known", rejection="mended").version == f"{name}/2"
+    MlflowClient().delete_model_version_tag(f"{name}-candidates", "3", Tag.RELEASED)  # as if killed before it
+    assert decided(f"{name}-candidates/3") == f"released as {name}/2"
     with pytest.raises(ConfigError, match="is released"):
         reject(f"{name}/2", "r")
 
@@ -139,7 +158,8 @@ def test_rollback_brings_the_bytes_of_before_without_candidate_or_run(finished, 
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(frame), before)
     with pytest.raises(RegistryError, match=f"{name}: no earlier champion to return to; {name}/1 is the first"):
         rollback(name, "again")
-    assert rollback(name, "fails at night").event is None  # run again, as after a crash
+    again = rollback(name, "fails at night")  # run again, as after a crash
+    assert (again.changed, again.event) == (False, done.event)
     again = decide(finished, f"{name}/2", "mended")  # a released version, by its released bytes
     assert (again.version, again.previous) == (f"{name}/2", f"{name}/1")
     bucket, key = os.environ["PEDIGREE_MODELS_BUCKET"], first.source.split("/", 3)[3]
@@ -160,10 +180,10 @@ def test_previous_keeps_the_champion_before(finished, name: str):
 
 
 def test_champion_already(finished, name: str):
-    decide(finished, f"{name}-candidates/1", "first")
+    first = decide(finished, f"{name}-candidates/1", "first")
     before = state(name)
     again = decide(finished, f"{name}-candidates/1", "again")
-    assert (again.changed, again.event, again.version) == (False, None, f"{name}/1")
+    assert (again.changed, again.event, again.version) == (False, first.event, f"{name}/1")
     assert state(name) == before
 
 
@@ -226,6 +246,21 @@ def test_killed_at_any_step_and_run_again(finished, name: str):
     assert state(name)["aliases"] == {"champion": "2", "previous": "1"}
 
 
+def test_reject_killed_at_any_step_and_run_again(finished, name: str):
+    candidate = f"{name}-candidates/3"
+    for owner, function in ((AuditLog, "append"), (MlflowClient, "set_model_version_tag")):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, owner, function, 1)
+            with pytest.raises(Killed):
+                reject(candidate, "fails at night", "Ann")
+    done = reject(candidate, "fails at night", "Ann")
+    assert (done.action, done.changed, done.event.sequence) == ("reject", False, 1)
+    assert [(e.sequence, e.subject) for e in AuditLog.from_environment().read(name)] == [(1, candidate)]
+    tag = MlflowClient().get_model_version(f"{name}-candidates", "3").tags[Tag.REJECTED]
+    assert tag == "Ann, event 1: fails at night"
+    assert reject(candidate, "and by day", "Ann").changed
+
+
 def kill_at(patch: pytest.MonkeyPatch, owner: object, function: str, count: int) -> None:
     original, calls = getattr(owner, function), itertools.count(1)
 
@@ -257,6 +292,65 @@ def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(finished, name:
     with pytest.raises(OvertakenError, match=r"event 2 came first: reject of .*/1 by Bob, 'at night'; look again"):
         decide(finished, f"{name}-candidates/1", "reason")
     assert MlflowClient().get_registered_model(name).aliases == {}
+
+
+def test_of_two_processes_that_promote_at_once_one_wins(finished, name: str):
+    """The first versions of a model, each by a process of its own; both have judged when the first event is written."""
+    context = multiprocessing.get_context("fork")
+    barrier, told = context.Barrier(2), context.SimpleQueue()
+
+    def promote_one(number: int) -> None:
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as patch:
+            original = AuditLog.append
+
+            def together(log: AuditLog, event: Event, after: int | None = None):
+                barrier.wait(120)
+                return original(log, event, after)
+
+            patch.setattr(AuditLog, "append", together)
+            try:
+                told.put((number, decide(finished, f"{name}-candidates/{number}", f"it is {number}").version))
+            except OvertakenError as error:
+                told.put((number, error.entry.details["reason"]))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        os._exit(0)  # at a fork, conftest.py takes away what would end MLflow's threads
+
+    both = [context.Process(target=promote_one, args=(number,)) for number in (1, 2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+    assert [process.exitcode for process in both] == [0, 0]
+    found = dict(told.get() for _ in both)
+    (winner,) = (number for number, said in found.items() if said.startswith(f"{name}/"))
+    assert found[3 - winner] == f"it is {winner}"
+    (event,) = AuditLog.from_environment().read(name)
+    champion = event.subject.rpartition("/")[2]
+    assert (event.subject, state(name)["aliases"]) == (found[winner], {"champion": champion})
+    assert Standing.read(name).unexplained() == [f"{name}/{3 - int(champion)}: no event lets it in"]
+    assert decide(finished, f"{name}-candidates/{3 - winner}", "after all").previous == event.subject
+    assert Standing.read(name).unexplained() == []
+
+
+def test_a_typed_name_is_no_second_person(finished, name: str, monkeypatch):
+    original, asked = reviews._read, {"gates": GatesConfig(second_person=True)}
+
+    def strict(version: str):
+        record = original(version)
+        assert record is not None
+        return dataclasses.replace(record, facts=record.facts.model_copy(update=asked))
+
+    monkeypatch.setattr(reviews, "_read", strict)
+    candidate = f"{name}-candidates/1"
+    with pytest.raises(RegistryError, match="second-person: Bob is a name that was not authenticated; another person"):
+        promote(candidate, "r", finished["latest"], TRACE, "Bob")
+    monkeypatch.setattr(promotion, "authenticated_user", lambda: "rita")  # over HTTP in tests/infra/test_roles.py
+    done = promote(candidate, "r", finished["latest"], TRACE)
+    gate = done.event.details["gates"]["second-person"]
+    assert (done.event.actor, gate[0], gate[1].startswith("rita decides")) == ("rita", "passed", True)
 
 
 def test_tampered_candidate_is_refused_and_the_file_named(finished, name: str):
@@ -329,6 +423,13 @@ def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     found = json.loads(invoke(app, ["review", f"{name}@latest", "--json"]).stdout)
     assert (found["version"], found["champion"]) == (f"{name}-candidates/3", f"{name}/1")
     assert f"{name}-candidates/3" in invoke(app, ["review"]).stdout
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), monkeypatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+        waiting = invoke(app, ["review", "--json"])
+    (row,) = (row for row in json.loads(waiting.stdout) if row["version"] == f"{name}-candidates/3")
+    assert row["request"] is None
+    assert row["request_unknown"].startswith("Prefect at http://127.0.0.1:9/api does not answer (")
+    assert waiting.stderr == f"{row['request_unknown']}\n"
 
     opened: list[str] = []
     monkeypatch.setattr(typer, "launch", opened.append)

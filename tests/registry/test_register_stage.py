@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from components.core.storage import sha256_file
+from components.lineage.audit_anchors import TAG
+from components.lineage.audit_log import AuditLog
 from components.lineage.lock_file import RecordError, folder_id
 from components.lineage.provenance import Tag, data_versions
 from components.model.export import load_backbone
@@ -58,6 +61,13 @@ def test_version_states_its_origin(finished):
     assert kept[0][heads] == sha256_file(workspace / "models/adapted/heads.safetensors")  # others may learn from it
     assert heads not in kept[1]
     assert teacher.tags[Tag.VALIDATION] == "passed for 1 of 1 snapshots of the pool"
+    events = AuditLog.from_environment().read(f"{name}-candidates")  # once each, though the first was found again
+    assert [(e.action, e.subject) for e in events] == [("register", f"{name}-candidates/{n}") for n in (1, 2, 3)]
+    assert events[0].details["digest"] == teacher.tags[Tag.DIGEST]
+    assert events[0].details["commit"] == head
+    assert events[0].details["gates"]["random"][0] == "passed"
+    anchored = client.get_registered_model(f"{name}-candidates").tags[TAG]
+    assert anchored == f"{name}-candidates 3 {events[2].hash}"
     (pool,) = data_versions(teacher.tags, Tag.POOL)
     snapshot = workspace / "data/pool/photos/ab12"
     assert (pool.path, pool.dvc) == ("data/pool/photos/ab12", folder_id(snapshot))
@@ -122,6 +132,8 @@ def test_a_candidate_without_a_champion_stands_beside_the_last_one(finished, tmp
     assert f"{last} 0.750, difference -0.250 (-0.309 to -0.186)" in version.description
     assert version.tags[Tag.VERDICT] == "passes 10 of 11 gates, 1 at the decision"
     assert f"[parameters beside {last}](#/compare-runs?runs=" in version.description
+    (by_score,) = re.findall(r"\[all versions by knn_top1\]\(#/experiments/\d+/runs\?(.+)\)", version.description)
+    assert "%2Fregister%40teacher%27&orderByKey=metrics.%60knn_top1%60&orderByAsc=false" in by_score
     page = MlflowClient().download_artifacts(version.run_id, "passport.html", str(tmp_path))
     text = Path(page).read_text()
     assert f"<h2>What differs from {last}</h2>" in text

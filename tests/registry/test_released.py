@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +20,17 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from components.core import model_files, registered_weights
 from components.core.errors import PedigreeError
 from components.core.model_files import SIGNATURE, digest_of, file_digests
 from components.core.registered_weights import download_weights
 from components.core.signing import PRIVATE_KEY, PUBLIC_KEY, SignatureError
 from components.lineage.verify import verify
+from components.model.export import load_backbone
+from components.registry import facts
+from components.registry.named_weights import find_weights
 from components.registry.release import Released
+from components.registry.review import review_reference
 from flows.commands.decorators import command
 from flows.commands.verify import verify as verify_command
 from tests.registry.conftest import decide
@@ -127,24 +133,92 @@ def not_finite(folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
+def zip_bomb(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "code" / "data.bin", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(10_000_000))
+
+
+def one_file_too_many(folder: Path) -> None:
+    for number in range(20):
+        (folder / f"z{number:02}.txt").write_text("x")
+
+
+def too_large(folder: Path) -> None:
+    (folder / "z.txt").write_bytes(bytes(2**20))
+
+
+def register_as_it_is(finished, name: str, folder: Path) -> None:
+    """A candidate whose tags state just these files, as somebody registers it who may write candidates."""
+    client, files = boto3.client("s3"), file_digests(folder)
+    bucket, prefix = os.environ["PEDIGREE_MODELS_BUCKET"], f"mlflow/hostile/{name}"
+    for path in files:
+        client.upload_file(str(folder / path), bucket, f"{prefix}/{path}")
+    version = MlflowClient().get_model_version(f"{finished['name']}-candidates", "1")
+    weights = {"pedigree.weights_sha256": files[WEIGHTS], "pedigree.digest": digest_of(files)}
+    tags = {**version.tags, **weights, "pedigree.files": json.dumps(files)}
+    MlflowClient().create_registered_model(f"{name}-candidates")
+    MlflowClient().create_model_version(f"{name}-candidates", f"s3://{bucket}/{prefix}", version.run_id, tags=tags)
+
+
+@pytest.fixture
+def model(finished, tmp_path, monkeypatch) -> Path:
+    """Files of a candidate; with some more, or a few bytes more, it is over the limits."""
+    candidate = mlflow.artifacts.download_artifacts(finished["first"]["teacher"]["uri"], dst_path=str(tmp_path / "a"))
+    folder = Path(shutil.copytree(candidate, tmp_path / "model"))
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    monkeypatch.setattr(model_files, "MAX_FILES", len(sizes) + 19)
+    for module in (model_files, registered_weights):
+        monkeypatch.setattr(module, "MAX_GIB", (sum(sizes) + 2**19) / 2**30)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (pickled, r"^python_model\.pkl is a pickle"),
+        (pickled, r"python_model\.pkl is a pickle"),
+        (zip_bomb, r"code/data\.bin is a zip archive"),
+        (one_file_too_many, r"more than \d+ files, first too many: .+; not a model, do not use it"),
+        (too_large, r"more than 0\.0\d+ GiB, with z\.txt \(1048576 bytes\); do not use it"),
         (wrong_header, r"model\.safetensors: not a readable safetensors file"),
         (not_finite, r"NaN or infinite values in 1 tensors, first norm\.weight"),
     ],
 )
-def test_hostile_files_are_not_released(finished, name: str, tmp_path, spoil: Callable[[Path], None], said: str):
-    candidate = mlflow.artifacts.download_artifacts(finished["first"]["teacher"]["uri"], dst_path=str(tmp_path / "a"))
-    folder = Path(shutil.copytree(candidate, tmp_path / "model"))
-    spoil(folder)
-    files = file_digests(folder)
+def test_hostile_files_are_neither_used_nor_released(
+    finished, name: str, tmp_path, model: Path, spoil: Callable[[Path], None], said: str
+):
+    spoil(model)
+    register_as_it_is(finished, name, model)
     with pytest.raises(PedigreeError, match=said) as caught:
-        Released().copy_in(folder, files, name, digest_of(files))
+        load_backbone(find_weights(f"{name}-candidates/1", tmp_path).folder)
+    assert "\n" not in str(caught.value)
+    files = file_digests(model)
+    with pytest.raises(PedigreeError, match=said) as caught:
+        Released().copy_in(model, files, name, digest_of(files))
     assert "\n" not in str(caught.value)
     found = boto3.client("s3").list_objects_v2(Bucket=os.environ["PEDIGREE_MODELS_BUCKET"], Prefix=f"released/{name}/")
     assert found["KeyCount"] == 0
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        (("facts.json", b"[" * 100_000), "recursion"),
+        (("facts.json", b"\xff"), "'utf-8' codec"),
+        (("by_image.parquet", b"PAR1 no"), "Parquet"),
+        (None, "by_image.parquet has 200 rows, more than 100"),
+    ],
+)
+def test_a_hostile_record_is_one_line(finished, name: str, model: Path, monkeypatch, spoilt, said):
+    if spoilt is None:
+        monkeypatch.setattr(facts, "MAX_ROWS", 100)  # a file of a few bytes can have any number of rows
+    else:
+        file, data = spoilt
+        (model / "artifacts/evaluation" / file).write_bytes(data)
+    register_as_it_is(finished, name, model)
+    with pytest.raises(PedigreeError, match=f"^{name}-candidates/1: evaluation is not what a run registers") as caught:
+        review_reference(MlflowClient(), f"{name}-candidates/1", finished["latest"])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_a_key_nothing_is_released(finished, released: str, monkeypatch):

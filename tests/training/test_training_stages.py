@@ -164,7 +164,10 @@ def test_a_student_learns_its_frozen_teacher(workspace, pretrain_values, tiny, b
     pretrained = workspace / "models" / "pretrained"
     (workspace / "models" / "adapted").symlink_to(pretrained)
     optimizer = {"base_lr": 0.02, "warmup_steps": 3, "freeze_last_layer_steps": 0}
-    values = tiny(steps=40, students={"s": {"backbone": backbone}}, optimizer=optimizer, ema={"momentum_start": 0.5})
+    values = tiny(
+        steps=40, students={"s": {"backbone": backbone}}, optimizer=optimizer, ema={"momentum_start": 0.5},
+        checkpoint_every_steps=40,
+    )  # fmt: skip
     distillation.run(validate(DistillConfig, values, "test"), workspace, seed=0, name="tiny")
     losses = read_losses(workspace / distillation.REPORTS / "s" / "loss.csv")
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3

@@ -19,7 +19,7 @@ from components.core.references import ModelReference
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.lock_file import RecordError
 from components.lineage.runs import StageEnd, stage_ends
-from components.lineage.trace import Node
+from components.lineage.trace_tree import Node
 from components.registry.facts import Facts
 from components.registry.making import Making
 
@@ -132,7 +132,9 @@ def read_graph(name: str, tree: Node, making: Making, facts: Facts, root: Path) 
     ends = stage_ends(root, origin.commit)
     commit = _commit(tree)
     nodes = [child for child in commit.children if child.kind == "stage" and child.name != CODE_STAGE]
-    data = {child.name: _data(child) for child in commit.children if child.facts.get("dvc")}
+    folders = [child for child in commit.children if child.facts.get("dvc")]
+    known = {child.facts["dvc"]: child for child in reversed(folders) if child.children}
+    data = {child.name: _data(child, known.get(child.facts["dvc"], child)) for child in folders}
     curated = data.pop(str(RELATIVE.curated), None)
     if not nodes or curated is None or not curated.images:
         why = next((line for node in commit.walk() for line in node.missing), "its stages are not recorded")
@@ -186,13 +188,14 @@ def _step(node: Node, end: StageEnd | None) -> Step:
     )
 
 
-def _data(node: Node) -> Data:
+def _data(node: Node, contents: Node) -> Data:
+    """A data folder; `contents` is the node of the same bytes that has their details."""
     address = node.facts.get("source")
     return Data(
         path=node.name,
         dvc=node.facts["dvc"],
-        sha256=node.facts.get("manifest_sha256"),
-        images=tuple(sorted(_images(node))),
+        sha256=contents.facts.get("manifest_sha256"),
+        images=tuple(sorted(_images(contents))),
         ingested=node.facts.get("ingested_at"),
         address=public(address) if address else None,
     )
