@@ -29,6 +29,7 @@ from components.core.errors import (
 )
 from components.core.layout import Layout
 from components.core.log_levels import ERROR, LevelFormatter
+from components.core.machine import MACHINE, describe_machine
 from components.core.stage_runs import stage_run, where_logged
 from components.core.storage import recover_dirs, write_json
 from components.recipe import Recipe, load_recipe
@@ -36,6 +37,7 @@ from components.stages import FORGET, PREPARE_STREAM, STAGES, load, memory_advic
 
 NAMED_STAGES = ("distill", "register")  # they log or register by the model's name
 TRAINING_STAGES = ("pretrain", "adapt", "distill")
+REPRODUCED_STAGES = ("curate", *TRAINING_STAGES)  # their results name the machine, on which their bits may depend
 
 # Of each command that works on shards, here and in `flows`.
 EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Where shards are worked on; default: loky.")]
@@ -107,6 +109,8 @@ def run(
         return
     with stage_run(stage, item, params, root) as tracked:
         result = function(section, root, recipe.seed, **extra)
+        if stage in REPRODUCED_STAGES:
+            result = {**result, MACHINE: describe_machine()}
         write_json(layout.result(stage, item), result)
         # MLflow already has a training's last row, as the end of each curve.
         tracked.log_result(_without_last(result))

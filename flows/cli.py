@@ -15,6 +15,7 @@ from flows.commands import (
     curate,
     diff,
     doctor,
+    documents,
     down,
     embed,
     env,
@@ -24,6 +25,7 @@ from flows.commands import (
     ingest,
     plan,
     promote,
+    reproduce,
     review,
     run,
     runs,
@@ -81,6 +83,8 @@ app.command("rollback")(promote.rollback)
 app.command("history")(history.history)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
+app.command("documents")(documents.documents)
+app.command("reproduce")(reproduce.reproduce)
 app.command("seen")(seen.seen)
 app.command("diff")(diff.diff)
 app.command("where-used")(where_used.where_used)

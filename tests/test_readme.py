@@ -35,6 +35,8 @@ RUN_ELSEWHERE = (
     ("pedigree history", "tests/registry/test_promote.py", r'\["history".*"--at"'),
     ("pedigree trace", "tests/lineage/test_trace.py", r"invoke\(.*--json"),
     ("pedigree verify", "tests/registry/test_released.py", r'by_command\(.*"--json"'),
+    ("pedigree documents", "tests/registry/test_documents.py", r'command\("documents"\)'),
+    ("pedigree reproduce", "tests/flows/test_reproduce.py", r'RUN, "--stage"'),
     ("pedigree audit log", "tests/flows/test_audit_command.py", r'audit\("log".*"--since"'),
     ("pedigree audit verify", "tests/flows/test_audit_command.py", r'audit\("verify"'),
     ("pedigree audit export", "tests/flows/test_audit_command.py", r'audit\("export", "--out"'),

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,7 +35,7 @@ from rich.console import Console
 
 from components.core.errors import DISK_FULL, PedigreeError, ServiceError
 from components.core.layout import Layout
-from components.lineage.lock_file import overlap
+from components.lineage.lock_file import content_id, overlap
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # else it logs each written file
 # No bars and spinners of its own on a terminal: the door shows what goes on.
@@ -104,6 +104,23 @@ class Foreseen:
     waits: tuple[str, ...]
     here: bool
     inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordedOutput:
+    """An output of a stage in `dvc.lock`.
+
+    Attributes:
+        path: of the file or folder.
+        dvc: its id.
+        files: md5 by path inside the folder, of a file under the empty path; None if the listing is gone.
+        report: whether it is a metric, a plot or a page, which may hold times.
+    """
+
+    path: str
+    dvc: str
+    files: Mapping[str, str] | None
+    report: bool
 
 
 class Ledger:
@@ -236,6 +253,35 @@ class Ledger:
         with self._repo() as repo:
             return self._place_data(repo, fetch=True)
 
+    def bring_inputs(self, name: str) -> None:
+        """Check out what a recorded stage reads, fetching missing objects, and compare its bytes with their ids.
+
+        Raises:
+            LedgerError: bytes are gone or changed, or the commit has other inputs than its record of the stage.
+        """
+        with self._repo() as repo:
+            stage = self._stage(repo, name)
+            read = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+            others = (out for other in repo.index.stages if other is not stage for out in other.outs if out.use_cache)
+            outs: dict[str, Any] = {os.path.relpath(out.fs_path, repo.root_dir): out for out in others}
+            needed = {path: out for path, out in outs.items() if any(overlap(path, other) for other in read)}
+            self._fetch(repo, needed)
+            repo.checkout(targets=list(needed), force=True)
+            for path, out in needed.items():
+                if content_id(self.root / path) != out.hash_info.value:
+                    raise LedgerError(
+                        f"{path}: not the bytes that are recorded ({out.hash_info.value}); `pedigree verify`"
+                    )
+            if stage.changed_deps():
+                raise LedgerError(
+                    f"{name}: dvc.lock records it with other inputs than this commit has; see `dvc status`"
+                )
+
+    def recorded_outputs(self, name: str) -> list[RecordedOutput]:
+        """Return what `dvc.lock` records as a stage's outputs; listings of folders are fetched."""
+        with self._repo() as repo:
+            return [_recorded_output(out) for out in self._stage(repo, name).outs if out.hash_info]
+
     def remote_address(self) -> str:
         """Return the address of the remote, once it has answered; do not wait for locks.
 
@@ -316,6 +362,22 @@ class Ledger:
         repo.checkout(targets=targets, force=True)
         return len(targets)
 
+    def _fetch(self, repo: Repo, outs: dict[str, Any]) -> None:
+        """Fetch the outputs, by path, that are not in the cache.
+
+        Raises:
+            LedgerError: some are neither there nor on the remote.
+        """
+        missing = [path for path, out in outs.items() if out.changed_cache()]
+        if missing and self._has_remote(repo):
+            with suppress(dvc.exceptions.DownloadError):  # of objects that the remote lacks too
+                repo.fetch(targets=missing)
+        if lost := [path for path in missing if outs[path].changed_cache()]:
+            raise LedgerError(
+                f"{lost[0]}: its bytes are neither in the DVC cache nor on the remote; they were purged or removed, or "
+                "lie on another remote (AWS_ENDPOINT_URL)"
+            )
+
     def _restore_here(self, repo: Repo, stage: Any) -> tuple[Outcome, bool]:
         """Restore a stage's outputs from the local cache; return the outcome, and whether they are in place."""
         try:
@@ -380,6 +442,15 @@ class Ledger:
                 raise LedgerError(f"DVC: {where}: no space left on the disk; free some, then run again") from error
             refused = isinstance(error, ClientError | PermissionError)
             raise (LedgerError if refused else LedgerUnreachableError)(f"DVC remote: {_one_line(error)}") from error
+
+
+def _recorded_output(out: Any) -> RecordedOutput:
+    dvc_id, path = str(out.hash_info.value), str(out.def_path)
+    files: dict[str, str] | None = {"": dvc_id}
+    if out.is_dir_checksum:
+        listing = out.get_dir_cache()
+        files = None if listing is None else {"/".join(key): found.value for key, _, found in listing}
+    return RecordedOutput(path, dvc_id, files, bool(out.metric or out.plot or path.endswith(".html")))
 
 
 def _inputs(stage: Any, unsure: list[str]) -> dict[str, Any]:

@@ -140,6 +140,11 @@ def folder_id(folder: Path) -> str:
     return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
+def content_id(path: Path) -> str:
+    """Compute the DVC id of a file's or folder's present content."""
+    return folder_id(path) if path.is_dir() else file_md5(path)
+
+
 def upstream(stages: Mapping[str, Any], path: str) -> list[str]:
     """Return the names of the stages that produced `path`, directly or transitively, last one first."""
     pending, found = [path], []

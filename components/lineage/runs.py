@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 from components.core.git import git
 from components.core.layout import RELATIVE, Layout
 from components.core.locks import is_locked
+from components.core.references import RUN_ID
 from components.lineage.anchors import ANCHORS
 from components.lineage.lock_file import Record
 
 BRANCHES = "refs/heads/runs/"
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
+_STAGE_ENDED = re.compile(r"(?P<stage>[^:\s]+): (?:ran for (?P<seconds>\d+) s|restored|unchanged)")  # of subjects
 _ENDS = {"Run finished": FINISHED, "Run failed": FAILED, "Run interrupted": INTERRUPTED}
 
 
@@ -25,6 +28,14 @@ class Commit:
     sha: str
     time: int
     subject: str
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """Time of a stage's commit in seconds since 1970, and how long it ran; None: its outputs were there already."""
+
+    time: int
+    seconds: int | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,23 @@ def registered(root: Path, run: Run) -> list[dict[str, Any]]:
         return []  # the result file is from the checkout
     found = json.loads(Record(root, run.tip).read(str(RELATIVE.result("register"))) or b"{}")
     return [version for version in found.values() if isinstance(version, dict) and "version" in version]
+
+
+def stage_ends(root: Path, commit: str) -> dict[str, StageEnd]:
+    """Return the end of each stage, by the commits of its run up to this one.
+
+    Raises:
+        GitError: there is no such commit here.
+    """
+    found: dict[str, StageEnd] = {}
+    for line in git(root, "log", "--first-parent", "-n", "200", "--format=%ct %s", commit, "--").splitlines():
+        time, _, subject = line.partition(" ")
+        if subject.startswith("Run ") and RUN_ID.search(subject):
+            break
+        if ended := _STAGE_ENDED.fullmatch(subject):
+            seconds = ended["seconds"]
+            found.setdefault(ended["stage"], StageEnd(int(time), None if seconds is None else int(seconds)))
+    return found
 
 
 def worktrees(root: Path) -> list[Worktree]:

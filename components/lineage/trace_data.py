@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -139,6 +140,30 @@ class LockTrace(DataTrace):
                 if node.facts["manifest_sha256"] != stated_sha256:
                     node.missing.append(f"its manifest is not the one that was registered (SHA-256 {stated_sha256})")
         return nodes
+
+
+class _InWorkspace(LockTrace):
+    """Likewise, of a registration in progress: manifests are read from the workspace, and no storage is asked."""
+
+    def add_contents(self, node: Node) -> None:
+        """What is in a data folder: its manifest, the sources of its images."""
+        manifest = self.record.root / node.name / MANIFEST
+        if manifest.is_file():
+            data = manifest.read_bytes()
+            node.facts["manifest_sha256"] = hashlib.sha256(data).hexdigest()
+            node.children += count_sources(data)
+
+
+def workspace_tree(root: Path, tags: Mapping[str, str]) -> Node:
+    """The commit that a version is about to be registered from, as a trace shows it but for the objects of its data.
+
+    Args:
+        root: the run's workspace.
+        tags: of the version's origin.
+    """
+    node = Node("commit", tags[Tag.COMMIT], {"branch": tags[Tag.BRANCH]})
+    node.children += _InWorkspace(Record(root), dict(tags), set()).nodes()
+    return node
 
 
 def count_sources(manifest: bytes) -> list[Node]:

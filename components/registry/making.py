@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from components.core.config import Config, validate
 from components.core.layout import RELATIVE, Layout
+from components.core.storage import sha256_file
 from components.core.tracking import flatten
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.lock_file import Record, upstream
@@ -63,6 +65,7 @@ class Making(Config):
         trainings: first to last.
         curation: of the images.
         sources: source, license and number of images of the training set.
+        shards: SHA-256 of its shards by name; empty where they were streamed, or not recorded.
     """
 
     origin: Origin
@@ -74,6 +77,7 @@ class Making(Config):
     trainings: tuple[Training, ...]
     curation: Curation
     sources: tuple[tuple[str, str, int], ...]
+    shards: dict[str, str] = Field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -166,3 +170,12 @@ def sources(manifest: pa.Table) -> tuple[tuple[str, str, int], ...]:
     """(source, license, number of images), by source."""
     counts = manifest.group_by(["source", "license"]).aggregate([("image_id", "count")]).to_pylist()
     return tuple(sorted((row["source"], row["license"], row["image_id_count"]) for row in counts))
+
+
+def read_shards(folder: Path, manifest: pa.Table) -> dict[str, str]:
+    """SHA-256 of the shards of a manifest by name; of a streamed set, whose shards are not in the folder, none."""
+    names = sorted(set(manifest["shard"].to_pylist()))
+    if not all((folder / name).is_file() for name in names):
+        return {}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))

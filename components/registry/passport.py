@@ -16,6 +16,7 @@ from components.lineage.provenance import DataVersion
 from components.registry.card import interval, standing, use
 from components.registry.config import MEASURES
 from components.registry.differences import Differences, Side, differences
+from components.registry.documents.write import DOCUMENTS, KINDS
 from components.registry.gates import FAILED, PASSED
 from components.registry.making import COSTS, Making, Training
 from components.registry.publish import RegistryError
@@ -88,6 +89,8 @@ def render_passport(found: Review, differing: Differences | None, decisions: Seq
         decisions=[_decision(entry) for entry in decisions],
         decided=f"The run was started by {' or '.join(found.facts.authors) or 'somebody unknown'}. Decisions that came "
         f"after this page was made are not on it; `pedigree review {address} --open` makes it anew.",
+        folder=DOCUMENTS,
+        documents=list(KINDS.items()),
         hashes=list(_hashes(found, making)),
         load=LOAD.format(version=address, dim=making.backbone["dim"]),
     )

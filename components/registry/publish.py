@@ -30,10 +30,11 @@ from components.core.errors import PedigreeError
 from components.core.mlflow_client import TrackingError, checked_client, server_uri, shown_server
 from components.core.model_files import digest_of, file_digests
 from components.core.references import CANDIDATES
-from components.core.storage import write_json
+from components.core.storage import write_bytes, write_json
 from components.core.tracking import flatten_numbers
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
+from components.registry.documents.write import DOCUMENTS
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts
 from components.registry.making import MAKING, Making
 
@@ -82,6 +83,7 @@ class Candidate:
         tags: what else the version states.
         card: what MLflow shows of it, as markdown.
         passport: the page that the card links to.
+        documents: in standard formats, by file name.
         making: how it was made.
         facts: what the gates judge; the numbers of its evaluation become metrics of the model.
         by_image: Parquet of what it scored on each test image.
@@ -96,6 +98,7 @@ class Candidate:
     tags: Mapping[str, str]
     card: str
     passport: bytes
+    documents: Mapping[str, bytes]
     making: Making
     facts: Facts
     by_image: Path
@@ -207,7 +210,7 @@ def _register(client: MlflowClient, candidate: Candidate, run_id: str, folder: P
 
 
 def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
-    """Write the MLflow model: weights, the code that reads them, passport, signature, pinned requirements."""
+    """Write the MLflow model: weights, the code that reads them, passport, documents, signature, requirements."""
     with tempfile.TemporaryDirectory() as temporary:
         parts = Path(temporary)
         for name in CODE:
@@ -217,6 +220,8 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             _copy(candidate.weights / name, parts / "weights" / name)
         (parts / "card.md").write_text(candidate.card)
         (parts / PASSPORT).write_bytes(candidate.passport)
+        for name, document in candidate.documents.items():
+            write_bytes(parts / DOCUMENTS / name, document)
         write_json(parts / FOLDER / FACTS, candidate.facts.model_dump(mode="json"))
         write_json(parts / FOLDER / MAKING, candidate.making.model_dump(mode="json"))
         _copy(candidate.by_image, parts / FOLDER / BY_IMAGE)
@@ -227,7 +232,7 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             path=folder,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             model_config={"preprocessing": candidate.preprocessing.model_dump()},
-            artifacts={name: str(parts / name) for name in ("weights", "card.md", PASSPORT, FOLDER)},
+            artifacts={name: str(parts / name) for name in ("weights", "card.md", PASSPORT, DOCUMENTS, FOLDER)},
             code_paths=[str(parts / "components")],
             signature=_signature(dim, resolution),
             input_example=example,

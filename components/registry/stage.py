@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,10 +31,13 @@ from components.lineage.audit_log import Entry, Event, open_log
 from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
 from components.lineage.provenance import CURATED, DECISION_TAGS, WEIGHTS_FILE, Origin, Tag, collect_origin
+from components.lineage.trace_data import workspace_tree
 from components.registry.card import render_card
 from components.registry.config import RegisterConfig
 from components.registry.differences import Side
-from components.registry.making import Making, parameters, read_curation, read_trainings, sources
+from components.registry.documents.graph import read_graph
+from components.registry.documents.write import DOCUMENTS, make_documents
+from components.registry.making import Making, parameters, read_curation, read_shards, read_trainings, sources
 from components.registry.measure import collect_facts
 from components.registry.passport import differences_from, render_passport
 from components.registry.publish import (
@@ -50,6 +54,7 @@ from components.registry.standing import address, resolve
 
 log = logging.getLogger(__name__)
 
+PAGES = {"passport": PASSPORT, "documents": DOCUMENTS}  # of each version's run, by what is written on their links
 PRETRAINED, TEACHER = str(RELATIVE.weights("pretrained")), str(RELATIVE.weights("adapted"))
 
 
@@ -91,6 +96,7 @@ class _Register:
         except DatasetError as error:
             raise RegistryError(f"the training set cannot be named: {error}") from None
         self.sources, self.inputs_logged = sources(self.curated), False
+        self.shards = read_shards(root / CURATED, self.curated)
         self.done: dict[str, dict[str, Any]] = {}  # by model
 
     def __call__(self, name: str, path: str, item: str, parent: tuple[str, str]) -> ModelVersion:
@@ -143,6 +149,7 @@ class _Register:
             trainings=read_trainings(self.root, origin.weights_path),
             curation=read_curation(self.root),
             sources=self.sources,
+            shards=self.shards,
         )
 
     def _publish(self, reviewed: Review, making: Making, item: str) -> ModelVersion:
@@ -157,6 +164,8 @@ class _Register:
             log_inputs(self.root, origin)
             here = Side(origin.tags(), record, self.curated)
             page = render_passport(reviewed, differences_from(reviewed, here, self.client, self.root), [])
+            tree = workspace_tree(self.root, origin.tags())
+            documents = make_documents(read_graph(reviewed.version, tree, making, facts, self.root))
             stated: dict[str, str] = {Tag.VERDICT: reviewed.verdict, Tag.SCORE: facts.score()}
             tag_run(stated)
             candidate = Candidate(
@@ -170,8 +179,9 @@ class _Register:
                     Tag.VALIDATION: f"passed for {facts.snapshots_passed} of {facts.snapshots} snapshots of the pool",
                     **stated,
                 },
-                card=render_card(reviewed, self._links(run.run_id, reviewed, page)),
+                card=render_card(reviewed, self._links(run.run_id, reviewed, page, documents)),
                 passport=page,
+                documents=documents,
                 making=making,
                 facts=facts,
                 by_image=Layout(self.root).by_image(item),
@@ -181,12 +191,14 @@ class _Register:
             )
             return publish(self.client, candidate, run.run_id)
 
-    def _links(self, run_id: str, reviewed: Review, page: bytes) -> dict[str, str]:
+    def _links(self, run_id: str, reviewed: Review, page: bytes, documents: Mapping[str, bytes]) -> dict[str, str]:
         """Put the pages among the run's artifacts, and return their places in MLflow's pages."""
         layout, run = Layout(self.root), self.client.get_run(run_id)
         experiment = f"#/experiments/{run.info.experiment_id}/runs"
         self.client.log_text(run_id, page.decode(), PASSPORT)
-        links = {"passport": f"{experiment}/{run_id}/artifacts/{PASSPORT}"}
+        for name, document in documents.items():
+            self.client.log_text(run_id, document.decode(), f"{DOCUMENTS}/{name}")
+        links = {name: f"{experiment}/{run_id}/artifacts/{path}" for name, path in PAGES.items()}
         reports = {"evaluation": layout.report("evaluate", reviewed.facts.model), "curation": layout.report("curate")}
         for name, folder in reports.items():
             if (report := folder / "report.html").is_file():

@@ -117,6 +117,7 @@ def served(files: list[bytes]) -> Iterator[tuple[Callable[[list[bytes]], Any], C
             tags={},
             card="",
             passport=b"",
+            documents={"x.json": b"{}"},
             making=making(),
             facts=review().facts,
             by_image=by_image,

@@ -186,7 +186,7 @@ def test_no_pickle_and_a_working_example(finished, tmp_path: Path):
         mlflow.artifacts.download_artifacts(finished["first"]["small"]["uri"], dst_path=str(tmp_path / "model"))
     )
     files = [p for p in folder.rglob("*") if p.is_file()]
-    suffixes = {".py", ".json", ".yaml", ".txt", ".md", ".html", ".safetensors", ".parquet", ""}
+    suffixes = {".py", ".json", ".yaml", ".txt", ".md", ".html", ".safetensors", ".parquet", ".jsonl", ""}
     assert {p.suffix for p in files} <= suffixes
     assert not [p for p in files if p.read_bytes()[:1] == b"\x80" or p.read_bytes()[:2] == b"PK"]
     assert (folder / "artifacts/card.md").read_text().startswith("**test-")

@@ -87,7 +87,13 @@ def test_whatever_is_changed_in_the_bucket_is_noticed_and_named(finished, releas
     bucket, prefix = place(released)
     client, before = boto3.client("s3"), {}
     worse = (finished["root"] / "models/pretrained/model.safetensors").read_bytes()
-    for path, data in ((WEIGHTS, worse), ("pyfunc_model.py", b"import os"), ("code/components/foreign.py", b"")):
+    document = ("artifacts/documents/croissant.json", b"{}")
+    for path, data in (
+        (WEIGHTS, worse),
+        ("pyfunc_model.py", b"import os"),
+        document,
+        ("code/components/foreign.py", b""),
+    ):
         if path != "code/components/foreign.py":
             before[path] = client.get_object(Bucket=bucket, Key=f"{prefix}/{path}")["Body"].read()
         client.put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=data)
