@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from components.core.config import ConfigError
 from components.core.errors import PedigreeError
 from components.core.git import git, try_git
+from components.core.layout import RELATIVE
 from components.core.page import Cell, Picture, render
 from components.core.pictures import Tile, draw_sheet, fit, in_columns, jpeg
 from components.core.references import DATA_ID, RUN_ID, ModelReference
@@ -98,7 +99,7 @@ def find_side(text: str, root: Path, pool: bool) -> Side:
     if pool:
         found = [Data(path, dvc) for path, dvc in record.tracked(POOL).items()]
     else:
-        curated = record.output(CURATED) if record.read("dvc.lock") else None
+        curated = record.output(CURATED) if record.read(str(RELATIVE.dvc_lock)) else None
         found = [Data(CURATED, curated)] if curated else []
     if not found:
         raise ConfigError(f"{text}: has no {'snapshot of the pool' if pool else 'curated set in its dvc.lock'}")

@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tags={},
         card="# card",
         passport=b"",
+        documents={},
         making=making(),
         facts=review().facts,
         by_image=root / "by_image.parquet",

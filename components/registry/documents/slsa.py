@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from components.core.layout import RELATIVE
 from components.registry.documents.graph import PREFIX, Data, Graph, Step
 
 
@@ -23,7 +24,7 @@ def slsa(graph: Graph) -> dict[str, Any]:
             "buildDefinition": {
                 "buildType": f"{PREFIX}dvc-pipeline:v1",
                 "externalParameters": {
-                    "pipeline": "dvc.yaml",
+                    "pipeline": str(RELATIVE.pipeline),
                     "parameters": {step.name: step.parameters for step in graph.steps},
                 },
                 "internalParameters": {
