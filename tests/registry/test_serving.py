@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tags={},
         card="# card",
         passport=b"",
-        documents={},
+        documents={"croissant.json": b"{}"},
         making=making(),
         facts=review().facts,
         by_image=root / "by_image.parquet",
