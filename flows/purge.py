@@ -28,6 +28,11 @@ ANY_GARBAGE = 1e-9  # share of a volume of the local S3 server from which its de
 CHECKPOINT_TRIES = 60
 BUSY_SECONDS = 60.0  # to wait for Prefect's server, which writes to the same database
 MAX_ARTIFACTS = 200  # of one run
+# Prefect's server keeps the data of an artifact also in the events of its making, change and deletion.
+COLLECTION = "prefect.artifact-collection"
+CHANGES = f"event IN ('{COLLECTION}.updated', '{COLLECTION}.deleted')"
+WITH_PICTURE = f"event LIKE '{COLLECTION}.%' AND payload LIKE '%data:image/%'"
+KEPT_EVENTS = "Prefect's server is not on this machine: its events keep pictures until it drops them (7 days)"
 HISTORY = "git history was not rewritten: it has hashes, names of files in their sources, and the reason"
 
 
@@ -54,8 +59,9 @@ def purge(root: Path, takedown: Takedown, log: AuditLog) -> Purged:
         if server_uri():
             count, done.notes = steps.remove_mlflow_pictures(root, checked_client(), found.runs)
             done.removed["pictures in MLflow"] = count
-        done.removed["pictures in Prefect"] = _remove_artifacts(found.runs)
-        done.notes += [*_shrink(Layout(root).state / "prefect" / "prefect.db"), HISTORY]
+        count, notes = remove_prefect_pictures(Layout(root).state / "prefect" / "prefect.db", found.runs)
+        done.removed["pictures in Prefect"] = count
+        done.notes += [*notes, HISTORY]
         compact_storage(root, ANY_GARBAGE)
         steps.prove(root, search, done)
     if found.unproved and not takedown.search:
@@ -91,35 +97,64 @@ def _record(takedown: Takedown, found: Doomed, done: Purged, log: AuditLog) -> N
     log.append(Event(PLATFORM, "purge", takedown.id, takedown.by, details))
 
 
-def _remove_artifacts(runs: Sequence[str]) -> int:
-    """Remove the pictures of runs from Prefect; return their number."""
+def remove_prefect_pictures(database: Path, runs: Sequence[str]) -> tuple[int, list[str]]:
+    """Remove the pictures of runs from Prefect, and the events by which its server tells of all pictures.
+
+    Args:
+        database: of the local server, where there is one.
+        runs: their ids.
+
+    Returns:
+        The number of pictures, and lines on what may be left.
+    """
+    told = _events(database, CHANGES)
+    count, latest = _remove_artifacts(runs)
+    if not database.exists():
+        return count, [KEPT_EVENTS] if count else []
+    until = time.monotonic() + BUSY_SECONDS
+    while _events(database, CHANGES) < told + latest and time.monotonic() < until:  # the server writes events late
+        time.sleep(0.5)
+    return count, _shrink(database)
+
+
+def _remove_artifacts(runs: Sequence[str]) -> tuple[int, int]:
+    """Remove artifacts with pictures; return their number, and for how many of these the server sends an event."""
     if not os.environ.get("PREFECT_API_URL"):
-        return 0
+        return 0, 0
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
-    count = 0
+    count = told = 0
     try:
         with get_client(sync_client=True) as client:
             for run in runs:
                 chosen = FlowRunFilter(name=FlowRunFilterName(any_=[run]))
+                latest = {found.latest_id for found in client.read_latest_artifacts(flow_run_filter=chosen)}
                 for artifact in client.read_artifacts(flow_run_filter=chosen, limit=MAX_ARTIFACTS):
                     if "data:image/" in str(artifact.data):
                         client.delete_artifact(artifact.id)
                         count += 1
+                        told += artifact.id in latest
     except HTTPError as error:
         raise prefect_is_away(error) from error
-    return count
+    return count, told
+
+
+def _events(database: Path, which: str) -> int:
+    """Return how many events the server has written; 0 where the server is not on this machine."""
+    if not database.exists():
+        return 0
+    with closing(sqlite3.connect(database, timeout=BUSY_SECONDS)) as connection:
+        return connection.execute(f"SELECT count(*) FROM events WHERE {which}").fetchone()[0]
 
 
 def _shrink(database: Path) -> list[str]:
-    """Rewrite the local Prefect server's database without what was deleted; return a line if that failed."""
-    if not database.exists():
-        return []
+    """Rewrite the local Prefect server's database without pictures; return a line if that failed."""
     why = "busy"
     try:
         with closing(sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+            connection.execute(f"DELETE FROM events WHERE {WITH_PICTURE}")
             connection.execute("VACUUM")
             for _ in range(CHECKPOINT_TRIES):  # refused while the server reads
                 if not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

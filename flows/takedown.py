@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from components.core.mlflow_client import checked_client, server_uri
 from components.lineage import takedown as steps
 from components.lineage.audit_log import AuditLog
+from components.lineage.lock_file import RecordError
 from flows.announce import LISTENER
 from flows.health import online_workers, start_worker
 from flows.pool_lock import pool_held
@@ -63,7 +64,7 @@ def carry_out(root: Path, takedown: Takedown) -> Done:
         steps.bury(root, takedown)
         takedown = steps.replace_snapshots(root, takedown)
         done = Done(takedown, steps.commit(root, takedown), "")
-    done.notes += steps.flag(takedown, _registry(takedown), log)
+    done.notes += _flag(takedown, log)
     if takedown.purge:  # before a run begins, beside which nothing may be removed
         done.purged = purge(root, takedown, log)
     done.retraining = _retrain(takedown)
@@ -71,8 +72,12 @@ def carry_out(root: Path, takedown: Takedown) -> Done:
     return done
 
 
-def _registry(takedown: Takedown) -> object:
-    return checked_client() if takedown.models and server_uri() else None
+def _flag(takedown: Takedown, log: AuditLog) -> list[str]:
+    if not takedown.models:
+        return []
+    if not server_uri():
+        raise RecordError("MLFLOW_TRACKING_URI is not set, and models are to be flagged: run `pedigree up`, then again")
+    return steps.flag(takedown, checked_client(), log)
 
 
 def _retrain(takedown: Takedown) -> str:

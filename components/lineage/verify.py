@@ -19,7 +19,9 @@ from components.core.mlflow_client import checked_client, reported, server_uri
 from components.core.model_files import digest_of
 from components.core.references import ModelReference
 from components.core.storage import MissingInStorageError
+from components.lineage.audit_anchors import git_anchors, mlflow_anchors
 from components.lineage.audit_log import PLATFORM, AuditLog, Entry
+from components.lineage.audit_verify import verify_log
 from components.lineage.champions import unexplained
 from components.lineage.claims import mlflow_runs, versions
 from components.lineage.lock_file import Record, RecordError
@@ -154,6 +156,8 @@ class _Check:
         for name in sorted({str(version.name) for version in released} | set(self.log.names())):
             if self.chain(name) is not None and name != PLATFORM:
                 self.faults(self.contradictions(name, [v for v in released if v.name == name]))
+        anchors = [*git_anchors(self.root), *mlflow_anchors(self.client)]
+        self.faults(verify_log(self.log, anchors).faults)
         for version in released:
             self.version(version)
 

@@ -17,6 +17,7 @@ from components.core.config import ConfigError
 from components.core.errors import TRY_AGAIN, ServiceError
 from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
+from flows.commands.times import parse_time
 
 if TYPE_CHECKING:
     from components.lineage.audit_chain import Entry
@@ -47,7 +48,7 @@ def log(
     """
     from components.lineage.audit_log import AuditLog
 
-    audit, begin = AuditLog.from_environment(), _time(since) if since else None
+    audit, begin = AuditLog.from_environment(), parse_time("--since", since) if since else None
     names = audit.names()
     if chain is not None and chain not in names:
         raise ConfigError(f"{chain}: no such chain; the log has {', '.join(sorted(names)) or 'none yet'}")
@@ -117,14 +118,6 @@ def _verify_log() -> AuditReport:
 
     anchors = [*git_anchors(Path.cwd()), *mlflow_anchors(checked_client())]
     return verify_log(AuditLog.from_environment(), anchors)
-
-
-def _time(text: str) -> datetime.datetime:
-    try:
-        time = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"--since {text}: expected a time such as 2026-11-29 or 2026-11-29T14:30") from None
-    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def _show_events(entries: Sequence[Entry]) -> None:

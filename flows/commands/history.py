@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from components.core.config import ConfigError
 from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
+from flows.commands.times import parse_time
 
 if TYPE_CHECKING:
     from components.lineage.champions import Reign
@@ -41,7 +40,7 @@ def history(
     from components.registry.publish import one_line_errors
     from components.registry.standing import Standing
 
-    time = _time(at) if at else None
+    time = parse_time("--at", at) if at else None
     with one_line_errors():
         standing = Standing.read(name)
         settled = standing.settle()
@@ -62,14 +61,6 @@ def history(
     problems = [f"not explained by any audit event: {line}" for line in unexplained]
     show = partial(_show, name, found, notes, len(rejections) if not time else 0, at)
     return Answer(data, show, problems, 1 if unexplained else 0)
-
-
-def _time(text: str) -> datetime.datetime:
-    try:
-        time = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"--at {text}: expected a time such as 2026-11-29 or 2026-11-29T14:30+01:00") from None
-    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def _show(name: str, found: Sequence[Reign], notes: Sequence[str], rejections: int, at: str | None) -> None:

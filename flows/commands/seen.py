@@ -63,20 +63,23 @@ def seen(
     reference = asked_model(reference, model, root)
     history = read_history(reference, root)
     own = history.trainings[0]
-    if step is not None and not 0 <= step <= own.steps:
-        raise ConfigError(f"--step {step}: {own.weights} of {own.version} had {own.steps} steps; give 0 to {own.steps}")
+    _check_step(step, own)
     steps = [step, *[None] * (len(history.trainings) - 1)]
     problems = [f"incomplete: {history.unknown}"] if history.unknown else []
     exit_code = INCOMPLETE if problems else 0
     if as_list:
-        rows = _rows(history.trainings, steps)
-        return Answer(rows, partial(_print_list, rows), problems, exit_code)
+        return Answer(rows := _rows(history.trainings, steps), partial(_print_list, rows), problems, exit_code)
     answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
     whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
     if image_id is not None:
         whole |= {"image_id": image_id, "model": own.version, "seen": any(answer["steps"] for answer in answers)}
         whole["near_copies"] = None if whole["seen"] else _near_copies(str(image), own, root)
     return Answer(whole, partial(_print_sentences, whole), problems, exit_code)
+
+
+def _check_step(step: int | None, own: Training) -> None:
+    if step is not None and not 0 <= step <= own.steps:
+        raise ConfigError(f"--step {step}: {own.weights} of {own.version} had {own.steps} steps; give 0 to {own.steps}")
 
 
 def _near_copies(image: str, own: Training, root: Path) -> list[str] | None:

@@ -81,16 +81,20 @@ def takedown(  # noqa: PLR0913, PLR0917 - the options of a command
         if len(asked) != 1 or not reason.strip():
             raise ConfigError(f"give one of {', '.join(given)}, and --reason TEXT; given: {', '.join(asked) or 'none'}")
         query, pictures = _query(image, source, license_, file)
-        _bring_data(root)
-        from components.lineage.impact import assess
-
-        impact = assess(root, query)
+        impact = _assess(root, query)
         _confirm(impact, str(query), purge, yes)
         intent = _intent(root, impact, pictures, str(query), reason.strip(), near_copies)
         intent = intent.model_copy(update={"purge": purge, "retrain": retrain})
         intent.save(root)
         done = _carry_out(root, intent)
         return _answer({"impact": dataclasses.asdict(impact), **_as_dict(done)}, earlier, [*earlier, done])
+
+
+def _assess(root: Path, query: Query) -> Impact:
+    from components.lineage.impact import assess
+
+    _bring_data(root)
+    return assess(root, query)
 
 
 def _query(

@@ -102,30 +102,13 @@ def served(files: list[bytes]) -> Iterator[tuple[Callable[[list[bytes]], Any], C
 
     from components.model.config import Preprocessing
     from components.model.export import load_backbone
-    from components.registry.publish import Candidate, save_model
-    from tests.registry.made_up import making, review
+    from components.registry.publish import save_model
+    from tests.registry.made_up import candidate
 
     before = sys.path.copy()
     with named_vit(SMALL) as weights:
         folder = weights.folder.with_name("model")
-        by_image = weights.folder.with_name("by_image.parquet")
-        by_image.touch()
-        candidate = Candidate(
-            name="bench",
-            weights=weights.folder,
-            origin=making().origin,
-            tags={},
-            card="",
-            passport=b"",
-            documents={"x.json": b"{}"},
-            making=making(),
-            facts=review().facts,
-            by_image=by_image,
-            example=files[0],
-            preprocessing=weights.preprocessing or Preprocessing(),
-            with_heads=False,
-        )
-        save_model(candidate, folder, Model())
+        save_model(candidate(weights.folder, files[0], weights.preprocessing or Preprocessing()), folder, Model())
         model, backbone = mlflow.pyfunc.load_model(str(folder)), load_backbone(weights.folder)
 
         def plain(images: list[bytes]) -> NDArray[np.float32]:

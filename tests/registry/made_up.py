@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from components.core.metrics import Interval
@@ -11,6 +12,7 @@ from components.registry.config import GatesConfig
 from components.registry.facts import Facts
 from components.registry.gates import Evidence, judge
 from components.registry.making import Curation, Making, Training
+from components.registry.publish import Candidate
 from components.registry.review import Beside, Review
 
 ABOVE, UNCLEAR = Interval(0.132, 0.072, 0.192), Interval(0.01, -0.03, 0.05)
@@ -35,6 +37,27 @@ def making() -> Making:
         trainings=(training,),
         curation=Curation(funnel=(("pool", 5), ("curated", 3)), origins={"balanced": 3}, rejected={"too_small": 2}),
         sources=(("<photos>", "CC0-1.0", 3),),
+    )
+
+
+def candidate(weights: Path, example: bytes, preprocessing: Preprocessing) -> Candidate:
+    """Return a candidate of weights in a folder, beside which its empty results by image are put."""
+    by_image = weights.with_name("by_image.parquet")
+    by_image.touch()
+    return Candidate(
+        name="made-up",
+        weights=weights,
+        origin=making().origin,
+        tags={},
+        card="# card",
+        passport=b"",
+        documents={"croissant.json": b"{}"},
+        making=making(),
+        facts=review().facts,
+        by_image=by_image,
+        example=example,
+        preprocessing=preprocessing,
+        with_heads=False,
     )
 
 

@@ -27,9 +27,9 @@ from PIL import Image
 
 from components.model.config import ViTConfig
 from components.registry.card import ASK, SERVE
-from components.registry.publish import Candidate, save_model
+from components.registry.publish import save_model
 from tests.registry.conftest import CONFIG, PHOTOGRAPHS, telling_weights
-from tests.registry.made_up import making, review
+from tests.registry.made_up import candidate
 
 MAX_ROWS = 2**18 // 4**2  # at 28 pixels in patches of 7
 TEXTS = [base64.b64encode(data).decode() for data in PHOTOGRAPHS]
@@ -46,23 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
     shape = ViTConfig(patch_size=7, dim=32, depth=2, num_heads=2, num_registers=1, image_size=28)
     telling_weights(root / "weights", shape)
-    (root / "by_image.parquet").touch()
-    candidate = Candidate(
-        name="served",
-        weights=root / "weights",
-        origin=making().origin,
-        tags={},
-        card="# card",
-        passport=b"",
-        documents={"croissant.json": b"{}"},
-        making=making(),
-        facts=review().facts,
-        by_image=root / "by_image.parquet",
-        example=PHOTOGRAPHS[0],
-        preprocessing=CONFIG.preprocessing,
-        with_heads=False,
-    )
-    save_model(candidate, root / "model", Model())
+    save_model(candidate(root / "weights", PHOTOGRAPHS[0], CONFIG.preprocessing), root / "model", Model())
     return root / "model"
 
 
