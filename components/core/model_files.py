@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from components.core.errors import PedigreeError
 from components.core.storage import sha256_file
@@ -31,18 +31,20 @@ class ModelFilesError(PedigreeError):
 
 
 def check_list(files: Iterable[tuple[str, int]], max_gib: float) -> None:
-    """Refuse a list of more or larger files than a model has; reads no further than it must.
+    """Refuse a list of more or larger files than a model has, or with a path out of it; reads no further than it must.
 
     Args:
         files: names with bytes.
         max_gib: of all of them together.
 
     Raises:
-        ModelFilesError: names the file at which the limit is passed.
+        ModelFilesError: names the file at which the limit is passed, or that would lie elsewhere.
     """
     size = 0
     for number, (name, num_bytes) in enumerate(files, start=1):
         size += num_bytes
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise ModelFilesError(f"the path {name!r} leads out of the model; do not use it")
         if number > MAX_FILES:
             raise ModelFilesError(f"more than {MAX_FILES} files, first too many: {name}; not a model, do not use it")
         if size > max_gib * 2**30:

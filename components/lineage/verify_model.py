@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from components.core.mlflow_client import reported
-from components.core.model_files import NOT_OF_THE_MODEL, SIGNATURE, differing, digest_of
+from components.core.model_files import NOT_OF_THE_MODEL, SIGNATURE, ModelFilesError, differing, digest_of
 from components.core.references import URI, ModelReference
+from components.core.registered_weights import download_model
 from components.core.signing import SignatureError, verify_folder
 from components.core.storage import MissingInStorageError
 from components.lineage.lock_file import RecordError
@@ -81,13 +82,12 @@ def _signature_faults(objects: Objects, place: str, there: Mapping[str, str]) ->
 
     def find() -> list[str]:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary, "model")
-            folder.mkdir()
-            in_parallel(lambda item: objects.fetch(item[1], folder / item[0]), there.items())
             try:
-                verify_folder(folder)
+                verify_folder(download_model(place, Path(temporary)))
             except SignatureError as error:
                 return [f"{place}/{SIGNATURE}: {error}"]
+            except ModelFilesError as error:  # too many or too large, so that none was downloaded
+                return [f"{place}: {error}"]
         return []
 
     return objects.once(f"signature {place}", "\n".join(versions), find)

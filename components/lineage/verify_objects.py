@@ -125,12 +125,6 @@ class Objects:
         """Return the SHA-256 of an object."""
         return self.scan(address, "hashes", hashes)["sha256"]
 
-    def fetch(self, address: str, path: Path) -> None:
-        """Write an object to a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            self._stream(address, lambda body: [file.write(chunk) for chunk in iter(lambda: body.read(CHUNK), b"")])
-
     def version(self, address: str) -> str:
         """Return what tells this version of an object from others."""
         return _version(self._head(address))

@@ -365,4 +365,6 @@ def deployment(site: Site) -> Service | None:
     automate = [sys.executable, "-m", "infra.automations"]
     remember = f"printf %s {digest} > {shlex.quote(str(done))}"  # here, since nobody may wait for its end
     command = ["/bin/sh", "-c", f"{shlex.join(deploy)} && {shlex.join(automate)} && {remember}"]
-    return Service("deploy", command, site.variables(TRAINER), site.root, "", lambda: None, umask=-1)
+    # Beside a first run, the server's SQLite may be locked for longer than the client's five tries, and answer 503.
+    variables = {**site.variables(TRAINER), "PREFECT_CLIENT_MAX_RETRIES": "8"}
+    return Service("deploy", command, variables, site.root, "", lambda: None, umask=-1)
