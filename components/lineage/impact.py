@@ -83,7 +83,7 @@ def assess(root: Path, query: Query) -> Impact:
         learned={name: _why(model) for name, model in models.items() if model.learned},
         beside={name: _why(model) for name, model in models.items() if not model.learned},
         aliases={name: model.aliases for name, model in models.items() if model.aliases},
-        unknown=uses.unknown,
+        unknown=[*uses.unknown, *uses.given_up],
     )
 
 

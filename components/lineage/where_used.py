@@ -110,6 +110,7 @@ class Uses:
         models: registered versions, candidates and released ones.
         searched: number of data versions searched.
         unknown: lines about data versions, records and registered versions that could not be searched.
+        given_up: lines about data versions that are stored nowhere, and that only earlier commits name.
     """
 
     query: Query
@@ -117,6 +118,7 @@ class Uses:
     models: list[ModelUse] = field(default_factory=list)
     searched: int = 0
     unknown: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
 
     @property
     def image_ids(self) -> list[str]:
@@ -181,8 +183,8 @@ class Search:
         else:
             self._registry = read_registry(self._holdings.locks)
             self.unknown += [f"{version.reference}: {version.unknown}" for version in self._registry if version.unknown]
-        stated = {data for version in self._registry for data in version.data}
-        newest_first = [*reversed(self._holdings.data), *sorted(stated - set(self._holdings.data))]
+        self._stated = {data for version in self._registry for data in version.data}
+        newest_first = [*reversed(self._holdings.data), *sorted(self._stated - set(self._holdings.data))]
         self.data = sorted(newest_first, key=lambda data: KIND_ORDER.index(data.kind))
 
     def query(self, text: str) -> Query:
@@ -211,18 +213,20 @@ class Search:
         Raises:
             StorageError: the DVC remote does not answer.
         """
-        uses, unknown = [], list(self.unknown)
+        uses, unknown, given_up = [], list(self.unknown), []
         for data in self.data:
             try:
                 rows = self._index.search(data, query)
             except NOT_READABLE as error:
-                unknown.append(f"{data.path} ({data.dvc}): not searched: {' '.join(str(error).split())}")
+                held = data in self._stated or self.holders(data).branches
+                lines = unknown if held or not isinstance(error, MissingInStorageError) else given_up
+                lines.append(f"{data.path} ({data.dvc}): not searched: {' '.join(str(error).split())}")
                 continue
             if len(rows):
                 holders = self.holders(data)
                 uses.append(Use(data, rows, holders.commits, holders.branches))
         models = self.models_of(use.data for use in uses if len(use.kept))
-        return Uses(query, uses, models, len(self.data), unknown)
+        return Uses(query, uses, models, len(self.data), unknown, given_up)
 
     def holders(self, data: Data) -> Holders:
         """Return the commits and branches with a data version; none if only the registry names it."""

@@ -45,7 +45,8 @@ def where_used(
     file that is in no data version, near copies by the embedder of the newest
     run are offered, with their similarity.
 
-    Exits with 1 if a data version or a model could not be searched.
+    Exits with 1 if a data version or a model could not be searched; a data
+    version that is stored nowhere and that only earlier commits name is a note.
 
     Examples:
       pedigree where-used photo.jpg
@@ -66,7 +67,7 @@ def where_used(
         near = near_copies(image, newest_embedded(root), root)
     drawn, unknown = draws(uses, root) if len(uses.image_ids) <= MAX_DRAWN else ({}, [])
     problems = [f"incomplete: {line}" for line in [*uses.unknown, *unknown]]
-    data = _as_dict(uses, drawn, root) | {"unknown": [*uses.unknown, *unknown]}
+    data = _as_dict(uses, drawn, root) | {"unknown": [*uses.unknown, *unknown], "given_up": uses.given_up}
     data |= {"near_copies": asdict(near) if near else None}
     show = partial(_show, uses, drawn, root, near.lines() if near else [])
     return Answer(data, show, problems, INCOMPLETE if problems else 0)
@@ -122,6 +123,8 @@ def _show(uses: Uses, drawn: Mapping[str, Sequence[Draw]], root: Path, more: Seq
         )
     if tree.children:
         console.print(tree, soft_wrap=False)
+    for line in uses.given_up:
+        console.print(Text(f"note: no branch or version has {line}"))
 
 
 def _sentence(uses: Uses) -> str:

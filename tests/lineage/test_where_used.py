@@ -219,6 +219,23 @@ def test_a_source_a_license_a_uri_and_the_beginning_of_an_id(case: Case):
     assert search.find(Query(frozenset(["0" * 64]))).data == []
 
 
+def test_a_version_that_is_stored_nowhere_is_a_fault_only_while_a_branch_has_it(case: Case):
+    query, lost = Query(frozenset([case.image])), "c" * 32 + ".dir"
+    tip, file = git(case.root, "rev-parse", "HEAD"), (case.root / POOL).with_name("cd34.dvc")
+    try:
+        file.write_text(yaml.safe_dump({"outs": [{"md5": lost, "path": "cd34", "hash": "md5"}]}))
+        git(case.root, "add", str(file))
+        git(case.root, "commit", "--quiet", "--message", "A pool that was never pushed")
+        held = find(case.root, query)
+        git(case.root, "rm", "--quiet", str(file))
+        git(case.root, "commit", "--quiet", "--message", "Without it")
+        left = find(case.root, query)
+    finally:
+        git(case.root, "reset", "--quiet", "--hard", tip)
+    assert [len([line for line in lines if lost in line]) for lines in (held.unknown, held.given_up)] == [1, 0]
+    assert [len([line for line in lines if lost in line]) for lines in (left.unknown, left.given_up)] == [0, 1]
+
+
 def test_the_index_answers_without_the_manifests_and_is_made_again(case: Case):
     query = Query(frozenset([case.image]))
     before = find(case.root, query)
