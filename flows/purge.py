@@ -14,6 +14,7 @@ from components.core.layout import Layout
 from components.core.mlflow_client import checked_client, server_uri
 from components.core.text import some_of
 from components.lineage import purge as steps
+from components.lineage.audit_chain import PURGE
 from components.lineage.audit_log import PLATFORM, AuditLog, Event
 from components.lineage.ledger import Ledger
 from components.lineage.purge import Doomed, Purged
@@ -94,7 +95,7 @@ def _record(takedown: Takedown, found: Doomed, done: Purged, log: AuditLog) -> N
         "searched": vars(done.searched),
         "left": done.left,
     }
-    log.append(Event(PLATFORM, "purge", takedown.id, takedown.by, details))
+    log.append(Event(PLATFORM, PURGE, takedown.id, takedown.by, details))
 
 
 def remove_prefect_pictures(database: Path, runs: Sequence[str]) -> tuple[int, list[str]]:

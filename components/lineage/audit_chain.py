@@ -22,7 +22,10 @@ from components.lineage.lock_file import RecordError
 PLATFORM = "_platform"  # chain of events that concern no single model, such as an ingest; no model can have this name
 PROMOTE, REJECT, ROLLBACK = "promote", "reject", "rollback"
 REGISTER = "register"  # of a candidate, in the chain of NAME-candidates
-DECISIONS = (PROMOTE, REJECT, ROLLBACK)  # which a run's key may not sign
+DECISIONS = (PROMOTE, REJECT, ROLLBACK)
+TAKEDOWN = "takedown"  # of images that a version may have learned; no decision on the version
+PURGE = "purge"  # of bytes; `verify` misses none of what it names
+NOT_A_RUNS = (*DECISIONS, TAKEDOWN, PURGE)  # which a run's key may not sign
 GENESIS = "0" * 64
 TEXTS = ("name", "previous", "time", "actor", "action", "subject", "hash")
 OPTIONAL = ("key", "signature")
@@ -128,7 +131,7 @@ def _signature_fault(entry: Entry, before: Head, keys: Keys) -> str | None:
         return f"signed as {entry.actor} with the unknown key {entry.key[:12]}; {known}"
     if not key.verifies(entry.hash, entry.signature):
         return f"its signature is not that of the {key.name}'s key"
-    if key.name == TRAINER and entry.action in DECISIONS:
+    if key.name == TRAINER and entry.action in NOT_A_RUNS:
         return f"the {entry.action} of {entry.subject} is signed with the {TRAINER}'s key, which may not decide"
     return None
 

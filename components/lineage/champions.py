@@ -18,7 +18,6 @@ from components.lineage.provenance import Tag
 
 CHAMPION, PREVIOUS = "champion", "previous"
 CHANGES = (PROMOTE, ROLLBACK)
-TAKEDOWN = "takedown"  # of images that a version may have learned; no decision
 
 
 @dataclass(frozen=True)

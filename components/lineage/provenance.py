@@ -57,7 +57,8 @@ DECISION_TAGS = (
     Tag.AUDIT,
     Tag.RELEASED,
     Tag.REJECTED,
-)  # set after the registration, each by an audit event
+    Tag.TAKEDOWN,
+)  # set later, each by an audit event
 
 
 @dataclass(frozen=True)

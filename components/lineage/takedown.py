@@ -29,8 +29,8 @@ from components.data.provenance import provenance_file
 from components.data.rebuild import rebuild
 from components.data.shards import ShardReader
 from components.data.tombstones import Tombstone, read_tombstones, tombstone_folder
+from components.lineage.audit_chain import TAKEDOWN
 from components.lineage.audit_log import PLATFORM, AuditLog, Event
-from components.lineage.champions import TAKEDOWN
 from components.lineage.ledger import Ledger
 from components.lineage.lock_file import Record
 from components.lineage.provenance import Tag

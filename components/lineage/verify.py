@@ -19,17 +19,21 @@ from components.core.mlflow_client import checked_client, reported, server_uri
 from components.core.model_files import digest_of
 from components.core.references import ModelReference
 from components.core.storage import MissingInStorageError
+from components.core.text import some_of
 from components.lineage.audit_anchors import git_anchors, mlflow_anchors
+from components.lineage.audit_chain import PURGE
 from components.lineage.audit_log import PLATFORM, AuditLog, Entry
 from components.lineage.audit_verify import verify_log
 from components.lineage.champions import unexplained
 from components.lineage.claims import mlflow_runs, versions
 from components.lineage.lock_file import Record, RecordError
 from components.lineage.provenance import WEIGHTS_FILE, Tag
+from components.lineage.purge import PICTURES
+from components.lineage.stored import object_path
 from components.lineage.trace import find_version
 from components.lineage.verify_data import DataCheck
 from components.lineage.verify_model import model_faults, source_of
-from components.lineage.verify_objects import Job, Memory, Objects, choose, run_jobs
+from components.lineage.verify_objects import NOT_THERE, Job, Memory, Objects, choose, run_jobs
 from components.lineage.verify_record import (
     Registration,
     RunRefs,
@@ -45,7 +49,8 @@ from components.lineage.verify_runs import PASSPORT, artifact_jobs, is_registrat
 SAMPLE = 0.1  # of the bytes of shards
 ALWAYS_BYTES = 1 << 30  # of shards that are read in any case
 EVERYTHING = "everything"
-NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")  # the latter to all but MLflow's admins
+GONE = f": {NOT_THERE}"  # end of the line on an object
+NO_RUN = ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")  # the latter to all but MLflow's admins
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,9 @@ class _Check:
         self.experiments: dict[str, list[Any]] = {}
         self.seen: set[str] = set()
         self.unknown_artifacts = 0
+        purges = [entry.details for entry in self.chain(PLATFORM) or [] if entry.action == PURGE]
+        self.purged_runs = {run for purge in purges for run in purge.get("runs", ())}
+        self.purged = {object_path(id_) for purge in purges for id_ in purge.get("objects", ())}  # ends of addresses
 
     def everything(self) -> None:
         """Check all released versions with what they came from, all models' aliases, and the whole log."""
@@ -269,7 +277,7 @@ class _Check:
             try:
                 run = self.client.get_run(version.run_id)
             except MlflowException as error:
-                if error.error_code not in NOT_THERE:
+                if error.error_code not in NO_RUN:
                     raise
                 self.faults([f"{told} is not there"])
                 return None
@@ -292,6 +300,8 @@ class _Check:
         self.unknown_artifacts += unknown
         for job in jobs:
             self.jobs.setdefault((job.address,), job)
+        if run.data.tags.get("pedigree.run") in self.purged_runs:
+            self.purged |= {job.address for job in jobs if job.address.lower().endswith(PICTURES)}
 
     def record_of(self, run: str) -> Record | None:
         """Return the record at the end of a pipeline run; None if this repository lacks the run."""
@@ -338,10 +348,14 @@ class _Check:
         memory.put("seed", *seed)
         chosen = choose(shards, extent.share, ALWAYS_BYTES, seed[1])
         left = [Job(job.address, partial(self.exists, job.address)) for job in shards if job not in chosen]
-        self.faults(run_jobs([*(job for job in jobs if not job.shard), *chosen, *left]))
+        faults, away = run_jobs([*(job for job in jobs if not job.shard), *chosen, *left]), tuple(self.purged)
+        gone = sorted({line for line in faults if line.endswith(GONE) and line.removesuffix(GONE).endswith(away)})
+        self.faults(line for line in faults if line not in gone)
         found, read = self.found, self.objects
         found.shards, found.shard_bytes = (len(shards), len(chosen)), (_size(shards), _size(chosen))
         found.objects, found.bytes, found.remembered = read.objects, read.bytes, read.remembered
+        if gone:
+            found.notes.append(f"{len(gone)} objects were purged, as the audit log says: {some_of(gone)}")
         if self.unknown_artifacts:
             found.notes.append(f"{self.unknown_artifacts} artifacts of MLflow's runs are in no commit: not compared")
 

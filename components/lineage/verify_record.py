@@ -19,7 +19,7 @@ from components.core.model_files import digest_of
 from components.core.references import ModelReference
 from components.core.text import one_line
 from components.lineage.anchors import Anchor, read_anchors
-from components.lineage.audit_chain import PROMOTE, REJECT, Entry
+from components.lineage.audit_chain import PROMOTE, REJECT, TAKEDOWN, Entry
 from components.lineage.champions import CHANGES
 from components.lineage.lock_file import Record, find_record
 from components.lineage.provenance import DECISION_TAGS, EVALUATION, POOL, Tag, data_versions
@@ -99,8 +99,7 @@ def tag_faults(version: Any, registration: Registration) -> list[str]:
     if _digest(found.get(Tag.FILES)) != registration.tags.get(Tag.DIGEST):
         faults.append(f"tag {Tag.FILES} of {address} does not list the files that {where} has the digest of")
     if Tag.COMMIT in registration.tags:  # else the record is of an earlier release, and lists some of the tags only
-        later = (*DECISION_TAGS, Tag.TAKEDOWN)  # a takedown's gate goes by the log, so its tag is only a view
-        added = {tag for tag in found if tag.startswith(OURS)} - {*registration.tags, *later, Tag.FILES}
+        added = {tag for tag in found if tag.startswith(OURS)} - {*registration.tags, *DECISION_TAGS, Tag.FILES}
         faults += [f"tag {tag} of {address} was added; {where} lacks it" for tag in sorted(added)]
     return faults
 
@@ -120,12 +119,14 @@ def decision_faults(version: Any, entries: Sequence[Entry]) -> list[str]:
             stated[Tag.CANDIDATE] = entry.details.get("candidate")
         elif entry.subject == address and entry.action == REJECT:
             stated[Tag.REJECTED] = f"{entry.actor}, event {entry.sequence}: {entry.details.get('reason', '')}"
+        elif entry.subject == address and entry.action == TAKEDOWN:
+            stated[Tag.TAKEDOWN] = f"{entry.details.get('takedown')}: {entry.details.get('reason', '')}"
         elif entry.action == PROMOTE and entry.details.get("candidate") == address:
             stated[Tag.RELEASED] = entry.subject
     if ModelReference(str(version.name)).is_candidate:
-        relevant: tuple[Tag, ...] = (Tag.RELEASED, Tag.REJECTED)
+        relevant: tuple[Tag, ...] = (Tag.RELEASED, Tag.REJECTED, Tag.TAKEDOWN)
     else:
-        relevant = (Tag.CANDIDATE, Tag.AUDIT)
+        relevant = (Tag.CANDIDATE, Tag.AUDIT, Tag.TAKEDOWN)
     told = {tag: version.tags.get(tag) for tag in relevant}
     return [
         f"tag {tag} of {address} is {one_line(value) if value else 'missing'}, by the audit log it is "

@@ -13,8 +13,8 @@ from mlflow.entities.model_registry import ModelVersion
 from components.core.errors import PedigreeError
 from components.core.layout import RELATIVE
 from components.data.tombstones import read_withdrawn, tombstone_folder
+from components.lineage.audit_chain import TAKEDOWN
 from components.lineage.audit_log import Entry
-from components.lineage.champions import TAKEDOWN
 from components.registry.differences import Side
 
 pc: Any = pyarrow.compute  # created at import, invisible to pyright

@@ -17,8 +17,8 @@ from components.core.git import git
 from components.core.storage import StorageError
 from components.lineage import verify_objects
 from components.lineage.anchors import read_anchors
-from components.lineage.audit_chain import canonical, hash_of
-from components.lineage.audit_log import AuditLog
+from components.lineage.audit_chain import PURGE, canonical, hash_of
+from components.lineage.audit_log import PLATFORM, AuditLog, Event
 from components.lineage.provenance import Tag
 from components.lineage.trace import trace
 from components.lineage.verify import Extent, verify
@@ -320,6 +320,20 @@ def test_an_interrupted_check_goes_on_and_a_service_that_is_away_is_no_fault(pro
 
 def test_nothing_is_left_of_all_these_changes(project: Project):
     assert faults(project) == []
+
+
+def test_what_a_purge_took_away_is_no_fault(project: Project):
+    """After the tests of single changes, since the event stays."""
+    address, kept = (project.dvc_object(POOL, name) for name in ("00000.tar", "summary.html"))
+    id_ = "".join(address.split("/")[-2:])
+    with replaced(project, address, None) as named:
+        assert f"{named}no such object" in faults(project)
+        AuditLog.from_environment().append(Event(PLATFORM, PURGE, "w-1", "Rita", {"objects": [id_], "runs": []}))
+        found = verify(f"{project.name}@champion", project.root)
+        assert found.faults == []
+        assert f"1 objects were purged, as the audit log says: {named}no such object" in found.notes
+        with replaced(project, kept, None) as other:
+            assert faults(project) == [f"{other}no such object"]
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "register"])

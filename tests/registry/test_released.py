@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from components.core import model_files, registered_weights
 from components.core.errors import PedigreeError
-from components.core.model_files import SIGNATURE, digest_of, file_digests
+from components.core.model_files import SIGNATURE, ModelFilesError, check_list, digest_of, file_digests
 from components.core.registered_weights import download_weights
 from components.core.signing import PRIVATE_KEY, PUBLIC_KEY, SignatureError
 from components.lineage.verify import verify
@@ -201,6 +201,12 @@ def test_hostile_files_are_neither_used_nor_released(
     assert "\n" not in str(caught.value)
     found = boto3.client("s3").list_objects_v2(Bucket=os.environ["PEDIGREE_MODELS_BUCKET"], Prefix=f"released/{name}/")
     assert found["KeyCount"] == 0
+
+
+@pytest.mark.parametrize("path", ["../evil.py", "code/../../evil.py", "/etc/evil.py"])
+def test_a_path_out_of_the_model_is_refused_before_the_download(path: str):
+    with pytest.raises(ModelFilesError, match="leads out of the model"):
+        check_list([("MLmodel", 10), (path, 10)], 1.0)
 
 
 @pytest.mark.parametrize(
