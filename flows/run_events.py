@@ -6,6 +6,7 @@ takes no events.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from components.core.layout import RELATIVE
 from components.core.mlflow_client import checked_client
 from components.core.tracking import enabled
 from components.core.user import user_name
+from components.data.expectations import FAILED, VALIDATION
 from components.lineage.audit_anchors import TRAILER, anchor_experiment, anchor_text
 from components.lineage.audit_log import PLATFORM, Event, open_log
 from components.lineage.lock_file import Record
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from flows.workspace import Workspace
 
 STARTED, ENDED, INGESTED, GATE = "run-started", "run-ended", "ingest", "gate"
+CURATE = "curate"  # the stage with gates
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +64,11 @@ def ended(root: Path, how: str) -> list[str]:
         root: the run's folder, whose last commit is that of its last stage.
         how: the subject of the closing commit.
     """
-    params = Record(root).read(str(RELATIVE.params))
+    record = Record(root)
+    params = record.read(str(RELATIVE.params))
     name = (yaml.safe_load(params) or {}).get("name", "") if params else ""
     try:
+        _gates(record, root.name, how)
         _append(ENDED, root.name, {"model": name, "commit": _head(root), "how": how})
         log = open_log()
         heads = log.verified_heads() if log else {}
@@ -72,6 +77,18 @@ def ended(root: Path, how: str) -> list[str]:
         return []
     mine = {chain: head for chain, head in heads.items() if chain == PLATFORM or (name and chain.startswith(name))}
     return [f"{TRAILER}: {anchor_text(chain, head)}" for chain, head in sorted(mine.items())]
+
+
+def _gates(record: Record, run: str, how: str) -> None:
+    """Record whether the curated set has passed its gates, unless the run ended before them or within."""
+    report = record.read(f"{RELATIVE.report(CURATE)}/{VALIDATION}")
+    told: dict[str, Any] = {"stage": CURATE}
+    if report is not None:
+        told |= {"passed": True, "checks": len(json.loads(report)), "data": record.output(str(RELATIVE.curated))}
+    elif FAILED in how:
+        told |= {"passed": False, "reason": how}
+    if "passed" in told:
+        _append(GATE, run, told)
 
 
 def anchor(experiment: str) -> None:

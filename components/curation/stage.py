@@ -41,7 +41,7 @@ from components.curation.report import Curation, evenness, write_report
 from components.curation.scores import load_scorer
 from components.curation.select import Selection, find_seeds, rows_of, select
 from components.curation.unique import Unique, check_copies, drop_copies
-from components.data.expectations import DataDocs
+from components.data.expectations import VALIDATION, DataDocs, write_checks
 from components.data.manifest import FINDINGS
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def curate(config: CurateConfig, root: Path, seed: int) -> dict[str, Any]:
     funnel = [*first, *unique.funnel, ("curated", len(kept))]
     result = Curation(config, inputs, funnel, pool, unique, selection, rejected, docs.passed, previous.note)
     write_report(result, root, Layout(root).report("curate"))
+    write_checks(Layout(root).report("curate") / VALIDATION, docs.passed)
     for line in left_out_lines(config, inputs, rejected):
         log.info(line)
     return _figures(result)

@@ -6,10 +6,12 @@ Great Expectations as one row of failure counts; a seeded sample of rows is vali
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from components.core.errors import DatasetError
+from components.core.storage import write_json
 from components.data.manifest import (
     MANIFEST,
     POOL_SCHEMA,
@@ -35,6 +38,8 @@ SAMPLE_ROWS = 100_000  # validated by the column expectations
 SAMPLE_IMAGES = 256  # whose bytes are hashed again
 SHOWN_IDS = 10
 FAILING_ROWS = "failing-rows.parquet"
+VALIDATION = "validation.json"  # beside what passed: its checks, for readers without Data Docs
+FAILED = "expectations failed"  # in the message of every refusal
 
 Mask = NDArray[np.bool_]
 pc: Any = pyarrow.compute  # created at import, invisible to pyright
@@ -177,6 +182,11 @@ def _wrong_bytes(table: pa.Table, folder: Path) -> Mask:
     return wrong
 
 
+def write_checks(path: Path, checks: Iterable[tuple[str, Check]]) -> None:
+    """Write passed checks as JSON, each with the name of what was examined."""
+    write_json(path, [{"of": what, **dataclasses.asdict(check)} for what, check in checks])
+
+
 def sampled_rows(rows: int, most: int) -> NDArray[np.int64]:
     """Return the ascending indices of all rows, or of `most` rows drawn with seed 0."""
     if rows <= most:
@@ -221,7 +231,7 @@ class DataDocs:
         if failed:
             raise DatasetError(_describe(examination, failed, self.folder, what))
         if not passed:
-            raise DatasetError(f"{what}: a column expectation failed; see {self.folder / 'index.html'}")
+            raise DatasetError(f"{what}: column {FAILED}; see {self.folder / 'index.html'}")
         self.passed += [(what, check) for check in checks]
         return ValidationReport(examination.table.num_rows, checks, self.folder / "index.html")
 
@@ -252,7 +262,7 @@ def _describe(examination: Examination, failed: list[Check], docs_folder: Path, 
         lines.append(f"{line}: {check.failing} of {check.checked}{few} rows: {', '.join(ids)}{more}")
     path = docs_folder / FAILING_ROWS
     write_table(examination.table.filter(pa.array(any_failing)), examination.table.schema, path)
-    return f"{what}: {len(failed)} expectations failed: {'; '.join(lines)}; all failing rows: {path}"
+    return f"{what}: {len(failed)} {FAILED}: {'; '.join(lines)}; all failing rows: {path}"
 
 
 def _great_expectations() -> Any:

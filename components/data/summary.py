@@ -10,7 +10,7 @@ import numpy as np
 
 from components.core.page import Cell, render
 from components.core.storage import write_bytes
-from components.data.expectations import SnapshotFacts, ValidationReport
+from components.data.expectations import VALIDATION, SnapshotFacts, ValidationReport, write_checks
 from components.data.manifest import MANIFEST, QUARANTINE_SCHEMA, REJECTED, read_manifest, read_table
 
 SUMMARY = "summary.html"
@@ -18,7 +18,7 @@ SIZE_EDGES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # pixels, of the 
 
 
 def write_summary(folder: Path, title: str, facts: SnapshotFacts, validation: ValidationReport) -> None:
-    """Write `summary.html` into a snapshot folder."""
+    """Write `summary.html` and `validation.json` into a snapshot folder."""
     table = read_manifest(folder / MANIFEST)
     reasons = Counter(read_table(folder / REJECTED, QUARANTINE_SCHEMA)["reason"].to_pylist())
     labels = Counter(label or "(none)" for label in table["label"].to_pylist())
@@ -43,6 +43,7 @@ def write_summary(folder: Path, title: str, facts: SnapshotFacts, validation: Va
         labels=sorted(labels.items()),
     )
     write_bytes(folder / SUMMARY, page)
+    write_checks(folder / VALIDATION, [("snapshot", check) for check in validation.checks])
 
 
 def _outcome(passed: bool) -> Cell:

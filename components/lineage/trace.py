@@ -26,6 +26,15 @@ from components.lineage.lock_file import Record, RecordError, find_record
 from components.lineage.provenance import Tag
 from components.lineage.trace_data import LockTrace
 from components.lineage.trace_tree import ABOVE, Node, Trace
+from components.lineage.verify_record import (
+    Registration,
+    branch_faults,
+    decision_faults,
+    registrations,
+    run_refs,
+    tag_faults,
+)
+from components.lineage.verify_runs import metric_faults
 
 __all__ = ["ACCEPTED", "Node", "Trace", "find_version", "outputs_of", "trace"]
 
@@ -70,6 +79,8 @@ class _Tracer:
             raise RecordError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
         self.client = checked_client()
         self.root = root
+        self._refs = run_refs(root)
+        self._registered = registrations(root, self._refs)
         self._shown: set[str] = set()  # versions and data whose details are in the tree
         self._logs: dict[str, list[Entry] | None] = {}
 
@@ -101,13 +112,30 @@ class _Tracer:
         if node.name in self._shown:  # taught or embedded by itself: two versions of one family
             return Node("version", node.name, {ABOVE: True})
         self._shown.add(node.name)
+        registration = self._registration(node, version)
         if ModelReference(version.name).is_candidate:  # by its name: a tag can be taken away
             node.children += [_event(entry) for entry in self._decisions(node, version.name)]
-            node.children += [self._run(version.run_id), self._commit(tags), *self._parent(tags)]
+            node.children += [self._run(version.run_id, registration), self._commit(tags), *self._parent(tags)]
             return node
         node.children += self._events(node, version.name)
         node.children.append(self._candidate(tags))
         return node
+
+    def _registration(self, node: Node, version: Any) -> Registration | None:
+        """The record of the run that registered a version; where tags and branch contradict it is missing of the node.
+
+        A version that is about to be registered has none yet.
+        """
+        entries = self._log(node, ModelReference(version.name).model)
+        node.missing += decision_faults(version, entries) if entries is not None else []
+        told = (e.details.get("candidate") for e in reversed(entries or ()) if e.subject == node.name)
+        candidate = next(filter(None, told), version.tags.get(Tag.CANDIDATE, node.name))
+        registration = self._registered.get(candidate)
+        if registration:
+            tags = registration.tags if Tag.COMMIT in registration.tags else version.tags
+            node.missing += tag_faults(version, registration)
+            node.missing += branch_faults(self.root, registration.run, self._refs.get(registration.run), tags)
+        return registration
 
     def _aliases(self, name: str, version: Any) -> list[str]:
         model = _found(lambda: self.client.get_registered_model(name))
@@ -157,7 +185,7 @@ class _Tracer:
         node.children += [*self._parent(tags), self._commit(tags)]
         return node
 
-    def _run(self, run_id: str | None) -> Node:
+    def _run(self, run_id: str | None, registration: Registration | None) -> Node:
         if not run_id:
             return Node("run", "(none)", missing=["the version names no MLflow run"])
         run = _found(lambda: self.client.get_run(run_id))
@@ -173,7 +201,9 @@ class _Tracer:
             "pipeline_run": tags.get("pedigree.run"),
         }
         node = _node("run", run_id, facts)
-        if info.lifecycle_stage != "active":
+        if registration:
+            node.missing += metric_faults(run, Record(self.root, registration.revision))
+        elif info.lifecycle_stage != "active":
             node.missing.append("the run was deleted in MLflow")
         return node
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from components.core.errors import PedigreeError
 from components.core.git import try_git
 from components.core.layout import RELATIVE
+from components.data.expectations import VALIDATION
 from components.data.manifest import MANIFEST
 from components.data.provenance import SUFFIX, Provenance
 from components.data.summary import SUMMARY
@@ -60,8 +62,7 @@ class DataTrace:
             if MANIFEST not in files:
                 node.missing.append(f"has no {MANIFEST}")
                 return
-            if validation := self._validation(node, files):
-                node.facts["validation"] = validation
+            self._add_validation(node, remote, files)
             manifest = remote.file(self.record.root / node.name, MANIFEST, files[MANIFEST])
         except (PedigreeError, ValueError, KeyError) as error:
             node.missing.append(str(error))
@@ -69,13 +70,23 @@ class DataTrace:
         node.facts["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()
         node.children += count_sources(manifest)
 
-    def _validation(self, node: Node, files: Mapping[str, str]) -> str | None:
-        """Where the results of Great Expectations are: both pages are written only for data that passed."""
+    def _add_validation(self, node: Node, remote: Remote, files: Mapping[str, str]) -> None:
+        """Add where the results of Great Expectations are, and each check: all is written only for data that passed."""
+        checks = None
         if node.kind == "curated":
-            report = f"{RELATIVE.reports}/curate/report.html"
-            md5 = self.record.output(report)
-            return f"passed all gates, see {report} (DVC {md5})" if md5 else None
-        return f"passed, see {SUMMARY} (DVC {files[SUMMARY]})" if SUMMARY in files else None
+            folder = RELATIVE.report("curate")
+            if md5 := self.record.output(str(folder / "report.html")):
+                node.facts["validation"] = f"passed all gates, see {folder / 'report.html'} (DVC {md5})"
+            checks = self.record.read(str(folder / VALIDATION))
+        elif SUMMARY in files:
+            node.facts["validation"] = f"passed, see {SUMMARY} (DVC {files[SUMMARY]})"
+            if VALIDATION in files:
+                checks = remote.file(self.record.root / node.name, VALIDATION, files[VALIDATION])
+        if checks is not None:
+            node.facts["checks"] = {
+                f"{one['of']}: {one['name']}": f"{one['meaning']}; {one['failing']} of {one['checked']} failed"
+                for one in json.loads(checks)
+            }
 
 
 class LockTrace(DataTrace):

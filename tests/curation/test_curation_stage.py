@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 
@@ -104,6 +105,8 @@ def test_report(curated):
     assert [row["stage"] for row in rows] == ["pool", "filtered", "decontaminated", "deduplicated", "curated"]
     counts = [int(row["images"]) for row in rows]
     assert counts == [counts[0], counts[0] - 15, counts[0] - 45, counts[0] - 145, counts[0] - 145]
+    checks = json.loads((folder / "validation.json").read_text())
+    assert {check["of"] for check in checks} >= {"after the filters", "curated set"}, checks
     page = (folder / "report.html").read_text()
     for reason in ("too small", "evaluation copy", "near duplicate"):
         assert f"<h3>{reason} " in page

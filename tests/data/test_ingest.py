@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import struct
 import tarfile
@@ -91,6 +92,7 @@ def test_a_folder_becomes_a_snapshot(tmp_path: Path) -> None:
         "manifest.parquet",
         "rejected.parquet",
         "summary.html",
+        "validation.json",
     ]
     assert [p.name for p in (tmp_path / "pool").rglob("*")][:1] == ["photos"]
     rows = read_collection(tmp_path / "pool").to_pylist()
@@ -106,6 +108,8 @@ def test_a_folder_becomes_a_snapshot(tmp_path: Path) -> None:
         assert (row["source"], row["license"]) == ("photos", "CC0-1.0")
     page = (snapshot / "summary.html").read_text()
     assert "ids_unique" in page
+    assert {"of": "snapshot", "name": "ids_unique", "meaning": "no image_id is there twice", "checked": 12,
+            "failing": 0, "allowed": 0} in json.loads((snapshot / "validation.json").read_text())  # fmt: skip
     assert '<tr><th scope="row">16 to 31</th><td class="n">12</td>' in page
     assert "http" not in page  # complete in itself
 

@@ -134,6 +134,7 @@ def _start(project: Project) -> None:
     root = project.root
     made.write_data(root / POOL, curated=False)
     (root / POOL / "summary.html").write_text("<!doctype html>")
+    (root / POOL / "rejected.parquet").write_bytes(b"not read here")
     made.write_data(root / EVALUATION, curated=False)
     (root / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages()}, sort_keys=False))

@@ -67,7 +67,8 @@ def replaced(project: Project, address: str, data: bytes | None) -> Iterator[str
 
 
 DATA = [
-    (POOL, "00000.tar"), (POOL, "manifest.parquet"), (POOL, "summary.html"), (EVALUATION, "00000.tar"),
+    (POOL, "00000.tar"), (POOL, "manifest.parquet"), (POOL, "summary.html"), (POOL, "rejected.parquet"),
+    (EVALUATION, "00000.tar"),
     ("data/curated", "00000.tar"), ("data/curated", "manifest.parquet"), ("data/curated", "rejected.parquet"),
     ("data/embeddings", "pool.npy"), ("models/adapted", "model.safetensors"),
     ("models/students", "small/config.json"), ("reports/evaluate/teacher/report.html", None),
@@ -151,7 +152,7 @@ def test_every_edited_or_deleted_tag_is_named(project: Project, which: str, tags
             *place, tag, "[]" if tag in (Tag.POOL, Tag.CURATED, Tag.EVALUATION) else "other"
         )
     try:
-        found = faults(project)
+        found, traced = faults(project), trace(f"{version.name}/{version.version}", project.root).missing
     finally:
         for tag in known:
             if tag in version.tags:
@@ -159,7 +160,8 @@ def test_every_edited_or_deleted_tag_is_named(project: Project, which: str, tags
             else:
                 project.mlflow.delete_model_version_tag(*place, tag)
     address = f"{version.name}/{version.version}"
-    assert [tag for tag in known if not any(f"tag {tag} of {address} " in line for line in found)] == []
+    for lines in (found, traced):
+        assert [tag for tag in known if not any(f"tag {tag} of {address} " in line for line in lines)] == []
 
 
 def test_an_edited_card_is_named(project: Project):
@@ -180,6 +182,20 @@ def test_a_moved_alias_is_named(project: Project):
         assert told in faults(project, "/1")
     finally:
         project.mlflow.set_registered_model_alias(project.name, "champion", "1")
+
+
+def test_a_copy_that_no_event_lets_in_and_the_alias_on_it_are_named(project: Project):
+    """As MLflow's button "Promote model" makes one."""
+    made = project.mlflow.copy_model_version(f"models:/{project.name}-candidates/1", project.name)
+    project.mlflow.set_registered_model_alias(project.name, "champion", made.version)
+    try:
+        found = faults(project, "/1")
+    finally:
+        project.mlflow.set_registered_model_alias(project.name, "champion", "1")
+        project.mlflow.delete_model_version(project.name, made.version)
+    told = f"{project.name}: the alias champion is on {project.name}/{made.version}, by the audit log it is on "
+    assert any(line.startswith(told) for line in found), found
+    assert any(f"{project.name}/{made.version}" in line and "no event" in line for line in found), found
 
 
 def run_of(project: Project, stage: str):
@@ -221,8 +237,10 @@ def test_an_amended_commit_is_named(project: Project, path: str, old: str, new: 
     tip = git(project.root, "rev-parse", "HEAD")
     with rewritten(project, path, old, new):
         found = faults(project)
+        traced = trace(f"{project.name}@champion", project.root).missing
     told = f"branch runs/{RUN} was rewritten: {tip} (anchored as anchors/{RUN}/{tip[:12]}) is not in it"
     assert told in found
+    assert any(line.endswith(told) for line in traced)
 
 
 def test_a_commit_after_the_end_of_the_run_is_named(project: Project):
@@ -241,6 +259,7 @@ def test_a_deleted_branch_and_a_deleted_anchor_are_named(project: Project):
     try:
         (line,) = faults(project)
         assert line.startswith(f"branch runs/{RUN} is not in this repository, or was deleted; `git branch runs/{RUN} ")
+        assert any(line in told for told in trace(f"{project.name}@champion", project.root).missing)
     finally:
         git(project.root, "update-ref", BRANCH, tip)
         git(project.root, "checkout", "-q", f"runs/{RUN}")
@@ -344,11 +363,12 @@ def test_metrics_of_a_finished_run_are_named(project: Project, stage: str):
     name = f"MLflow run {run.info.run_name} ({run.info.run_id})"
     project.mlflow.log_batch(run.info.run_id, [Metric("knn_top1", 0.99, late, 1), Metric("better", 1.0, late, 1)])
     try:
-        found = faults(project)
+        found, traced = faults(project), trace(f"{project.name}@champion", project.root).missing
     finally:
         project.mlflow.log_batch(run.info.run_id, [Metric("knn_top1", 0.75, late + 1, 2)])
     assert f"{name}: metric knn_top1 is 0.99, in its commit 0.75" in found
     assert f"{name}: metric better (1.0) was logged after it had ended" in found
+    assert any(line.endswith("metric knn_top1 is 0.99, in its commit 0.75") for line in traced) == (stage == "register")
 
 
 def test_a_sample_takes_shards_until_it_has_its_share():

@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 from components.core.config import ConfigError
 from components.core.mlflow_client import TrackingError
 from components.core.storage import sha256_file
+from components.data.expectations import VALIDATION, Check, write_checks
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.provenance import Provenance
+from components.data.summary import SUMMARY
 from components.lineage import trace_tree
 from components.lineage.audit_log import AuditLog, Event
 from components.lineage.lock_file import Record, RecordError, folder_id, upstream
@@ -87,6 +89,8 @@ def files(root: Path) -> None:
     snapshot = root / "data/pool/photos/ab12"
     manifest(snapshot / "manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
     (snapshot / "00000.tar").write_bytes(b"not really a tar")
+    (snapshot / SUMMARY).write_text("<!doctype html>")
+    write_checks(snapshot / VALIDATION, [("snapshot", Check("ids_unique", "no image_id is there twice", 3, 0))])
     when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     Provenance(source="/in/photos", source_version="v1", ingested_at=when, ingested_by="ina").write(snapshot)
     manifest(root / "prepared/manifest.parquet", {"photos": "CC0-1.0", "museum": "CC-BY-4.0"})
@@ -136,9 +140,10 @@ def register(root: Path) -> str:
     client.create_registered_model(name)
     tags |= {Tag.CANDIDATE: f"{name}-candidates/1"}
     client.create_model_version(name, f"s3://elsewhere/released/{name}", run.info.run_id, tags=tags)
-    details = {"digest": "d1", "reason": "good"}
+    details = {"digest": "d1", "reason": "good", "candidate": f"{name}-candidates/1"}
     entry = AuditLog.from_environment().append(Event(name, "promote", f"{name}/1", "rita", details))
     client.set_model_version_tag(name, "1", Tag.AUDIT, f"{entry.sequence}:{entry.hash}")
+    client.set_model_version_tag(f"{name}-candidates", "1", Tag.RELEASED, f"{name}/1")
     client.set_registered_model_alias(name, "champion", "1")
     client.set_terminated(run.info.run_id)
     return name
@@ -195,7 +200,8 @@ def test_data_down_to_s3_objects_and_licenses(case: Case):
     snapshot = case.root / "data/pool/photos/ab12"
     assert pool.facts["manifest_sha256"] == sha256_file(snapshot / "manifest.parquet")
     bucket = os.environ["PEDIGREE_DATA_BUCKET"]
-    assert set(pool.facts["objects"]) == {"00000.tar", "manifest.parquet"}
+    assert set(pool.facts["objects"]) == {"00000.tar", "manifest.parquet", SUMMARY, VALIDATION}
+    assert pool.facts["checks"] == {"snapshot: ids_unique": "no image_id is there twice; 0 of 3 failed"}
     address = pool.facts["objects"]["00000.tar"]
     assert address.startswith(f"s3://{bucket}/{case.prefix}/files/md5/")
     body = boto3.client("s3").get_object(Bucket=bucket, Key=address.removeprefix(f"s3://{bucket}/"))["Body"].read()
@@ -268,7 +274,7 @@ def test_a_commit_a_run_and_data_are_traced_too(case: Case):
     assert by_commit.missing == []
     assert [node.name for node in kinds(by_commit, "stage")] == ["adapt", "curate", "register", "unrelated"]
     (pool,) = kinds(by_commit, "pool")
-    assert set(pool.facts["object_versions"]) == {"00000.tar", "manifest.parquet"}
+    assert pool.facts["object_versions"].keys() == {"00000.tar", "manifest.parquet", SUMMARY, VALIDATION}
     assert all(pool.facts["object_versions"].values())
     by_data = trace_target(pool.facts["dvc"].removesuffix(".dir"), case.root)
     assert [line for line in by_data.missing if case.name in line or case.prefix in line] == []
@@ -292,8 +298,10 @@ def test_a_teacher_and_an_embedder_have_their_own_trace_once(case: Case):
     teacher = client.get_model_version(f"{case.name}-candidates", "1")
     tags = teacher.tags | {Tag.PARENT: f"{case.name}-candidates/1"}
     tags |= {Tag.PARENT_SHA256: teacher.tags[Tag.WEIGHTS_SHA256]}
+    told = Event(name, "reject", f"{name}-candidates/1", "rita", {"reason": "blurred"})
+    tags[Tag.REJECTED] = f"rita, event {AuditLog.from_environment().append(told).sequence}: blurred"
+    del tags[Tag.RELEASED]
     client.create_model_version(f"{name}-candidates", "s3://elsewhere/m-2", teacher.run_id, tags=tags)
-    AuditLog.from_environment().append(Event(name, "reject", f"{name}-candidates/1", "rita", {"reason": "blurred"}))
     found = trace(f"{name}-candidates/1", case.root)
     assert found.missing == []
     (parent,) = [node for node in found.root.children if node.kind == "parent"]
