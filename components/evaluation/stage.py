@@ -20,9 +20,10 @@ from components.core.storage import atomic_dir, write_bytes
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
+from components.evaluation.measure import measure, values_by_image
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import write_comparison, write_report
-from components.evaluation.scores import differences, measure, values_by_image
+from components.evaluation.scores import differences
 from components.model.export import load_backbone
 from components.model.vit import VisionTransformer
 

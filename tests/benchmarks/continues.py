@@ -24,7 +24,7 @@ from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
 from components.data.sample_pool import PHOTOGRAPHS, SAMPLE_LICENSE, build_sample_pool
 from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
-from components.evaluation.scores import knn_scores
+from components.evaluation.protocols import knn
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.pretraining import stage as pretraining
 from components.recipe import Recipe, load_recipe
@@ -94,7 +94,7 @@ def accuracy(weights: Path, images: EvaluationSet, recipe: Recipe) -> tuple[floa
     extractor = {"model": backbone_extractor(load_backbone(weights).eval())}
     assert images.labels is not None
     features = extract_features(extractor, crops, recipe.evaluate, "features")["model"]
-    hits = knn_scores(recipe.evaluate.knn, features, images.labels).by_image["knn_top1"]
+    hits = knn.evaluate(features, images.labels, recipe.evaluate.knn).by_image["knn_top1"]
     new = [images.labels.classes[target] in NEW for target in images.labels.targets[images.labels.test]]
     return float(hits.mean()), float(hits[new].mean())
 

@@ -30,7 +30,7 @@ from components.data.manifest import read_collection
 from components.data.sample_pool import SAMPLE_LICENSE, build_sample_pool
 from components.distillation import stage as distillation
 from components.evaluation import stage as evaluation
-from components.evaluation.scores import knn_scores
+from components.evaluation.protocols import knn
 from components.pretraining import stage as pretraining
 from components.recipe import Recipe, load_recipe
 
@@ -75,7 +75,7 @@ def _of_copy_detection(recipe: Recipe, root: Path) -> float:
     embedded = read_collection(images.root)
     _, rows = np.unique(embedded["image_id"].to_numpy(zero_copy_only=False), return_index=True)  # as in `images`
     embeddings = read_embeddings(Layout(root).embeddings / COPIES / f"{EVALUATION.name}.npy", embedded)
-    return knn_scores(recipe.evaluate.knn, embeddings[rows], images.labels).metrics[METRIC]
+    return knn.evaluate(embeddings[rows], images.labels, recipe.evaluate.knn).metrics[METRIC]
 
 
 def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from sklearn.preprocessing import normalize
 
 from components.core.knn import knn_predictions, nearest
 from components.evaluation.config import EvaluateConfig, KnnConfig, LinearConfig
-from components.evaluation.instance import retrieval_ranks
-from components.evaluation.linear import linear_predictions
+from components.evaluation.protocols.instance import retrieval_ranks
+from components.evaluation.protocols.linear import linear_predictions
 from components.evaluation.scores import Scores, differences
 from components.model.config import Preprocessing
 

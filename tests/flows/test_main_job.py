@@ -31,7 +31,7 @@ from components.data.evaluation_set import read_evaluation_set
 from components.data.provenance import SUFFIX
 from components.data.shards import ShardReader
 from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
-from components.evaluation.scores import knn_scores
+from components.evaluation.protocols import knn
 from components.lineage.code import list_of, read_list
 from components.model.export import load_backbone
 from components.recipe import load_recipe
@@ -307,7 +307,7 @@ def test_a_registered_model_gives_the_features_that_were_evaluated(checkout, fir
     np.testing.assert_allclose(given, measured, rtol=1e-4, atol=1e-4)
     result = json.loads((root / "reports" / "evaluate" / "small" / "result.json").read_text())
     assert images.labels is not None
-    scores = knn_scores(config.knn, given, images.labels).metrics
+    scores = knn.evaluate(given, images.labels, config.knn).metrics
     assert scores == {key: result[key] for key in scores}
 
 

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features."""
+"""Logistic regression on frozen class tokens (dinov2/eval/log_regression.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from threadpoolctl import threadpool_limits
 
 from components.core.metrics import top1_accuracy
 from components.core.progress import track
+from components.data.evaluation_set import Labels
 from components.evaluation.config import LinearConfig
+from components.evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,23 @@ class LinearResult:
 
     predictions: NDArray[np.int64]
     c: float
+
+
+def evaluate(features: NDArray[np.floating], labels: Labels, config: LinearConfig, name: str) -> Scores:
+    """Compute the accuracy of logistic regression, and the chosen C.
+
+    Args:
+        features: [N, D] of all images of the set.
+        labels: of these images.
+        config: grid and solver.
+        name: of the features, for the progress display.
+    """
+    train, test = features[labels.train], features[labels.test]
+    found = linear_predictions(train, labels.targets[labels.train], test, config, name)
+    scores = Scores()
+    scores.add("linear_top1", (found.predictions == labels.targets[labels.test]).astype(np.float64))
+    scores.metrics["linear_c"] = found.c
+    return scores
 
 
 def linear_predictions(
