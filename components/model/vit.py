@@ -137,6 +137,28 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens, layout)
         return self._outputs(tokens, layout)
 
+    def last_layers(self, images: Tensor, count: int) -> list[ViTOutput]:
+        """Encode images; return the tokens of the last `count` blocks, each after the last norm, deepest last.
+
+        `get_intermediate_layers(norm=True)` of DINOv2, as its linear and dense evaluations read it.
+
+        Args:
+            images: as for `forward`.
+            count: of blocks, at most the depth.
+
+        Raises:
+            ValueError: more layers than there are, or an image shape that does not fit.
+        """
+        if not 1 <= count <= len(self.blocks):
+            raise ValueError(f"count must be from 1 to the depth, {len(self.blocks)}, got {count}")
+        tokens, layout = self._pack([self._embed(images, None)])
+        found: list[ViTOutput] = []
+        for number, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, layout)
+            if number > len(self.blocks) - count:
+                found += self._outputs(tokens, layout)
+        return found
+
     def draws(self) -> Draws:
         """Yield the initializers of `init_weights` in DINOv2, in order; patch convolution and norms keep torch's."""
         yield "pos_embed", partial(nn.init.trunc_normal_, std=0.02)

@@ -27,12 +27,15 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from components.core.storage import s3_client, split_s3_uri
 from components.data.evaluation_set import read_evaluation_set
 from components.data.provenance import SUFFIX
 from components.data.shards import ShardReader
 from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
 from components.evaluation.protocols import knn
 from components.lineage.code import list_of, read_list
+from components.lineage.dvc_remote import Remote
+from components.lineage.lock_file import Record
 from components.model.export import load_backbone
 from components.recipe import load_recipe
 from flows.cli import app
@@ -386,5 +389,17 @@ def test_all_data_comes_back_from_s3(checkout, first):
     for path in kept:
         if not path.name.endswith((".dvc", SUFFIX)):  # these are git's
             path.unlink()
+    # DVC by itself notices a changed byte, since its remote says `verify = true`; nothing of it stays here.
+    record, s3 = Record(root), s3_client()
+    remote = Remote(record.remote_url())
+    weights = remote.address(remote.listing(record.output("models/pretrained") or "")["model.safetensors"])
+    bucket, key = split_s3_uri(weights)
+    data = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+    s3.put_object(Bucket=bucket, Key=key, Body=data[:-1] + bytes([data[-1] ^ 1]))
+    refused = subprocess.run([BIN / "dvc", "pull"], cwd=root, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "pretrained" in refused.stderr
+    assert not (root / "models/pretrained/model.safetensors").exists()
+    s3.put_object(Bucket=bucket, Key=key, Body=data)
     subprocess.run([BIN / "dvc", "pull"], cwd=root, capture_output=True, check=True)
     assert {p: hashlib.sha256(p.read_bytes()).digest() for p in kept} == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from components.lineage.audit_log import AuditLog
+from components.lineage.audit_log import PLATFORM, AuditLog
 from components.registry.promote import reject
 from flows.decisions import announce, announce_candidate, open_requests
 from infra.local import supervisor
@@ -19,6 +20,7 @@ PROJECT = Path(__file__).parents[2]
 ASK = """
 from prefect import flow
 from flows.promote import promote
+from flows.verify import verify
 
 @flow
 def retrain(params=None, sources=None): ...
@@ -41,8 +43,10 @@ def deployed(stack):
     (stack.root / "made").mkdir(exist_ok=True)
     (stack.root / "made" / "ask.py").write_text(ASK)
     (stack.root / "made" / "short.py").write_text(SHORT)
+    weekly = next(item for item in project["deployments"] if item["entrypoint"] == "flows/verify.py:verify")
     short = {"name": "short", "entrypoint": "made/short.py:promote", "work_pool": review["work_pool"]}
     made = [{**review, "entrypoint": "made/ask.py:promote"}, {**promotion, "entrypoint": "made/ask.py:retrain"}, short]
+    made.append({**weekly, "entrypoint": "made/ask.py:verify"})
     file = stack.root / "prefect.yaml"
     file.write_text(yaml.safe_dump({"deployments": made}))
     supervisor.up(stack.root)
@@ -50,7 +54,7 @@ def deployed(stack):
         yield stack
     finally:
         file.unlink()
-        for name in ("promote/review", "retrain/on-promotion", "promote/short"):
+        for name in ("promote/review", "retrain/on-promotion", "promote/short", "verify/weekly"):
             found = call(stack, f"/deployments/name/{name}", None, "GET")
             call(stack, f"/deployments/{found['id']}", None, "DELETE")
 
@@ -63,6 +67,18 @@ def requests(stack: Any, candidate: str) -> list[dict[str, Any]]:
 def ended(stack: Any, candidate: str) -> dict[str, Any] | None:
     (run,) = requests(stack, candidate)
     return run["state"] if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED") else None
+
+
+def start(stack: Any, deployment: str, parameters: dict[str, Any]) -> str:
+    """Start a deployment's flow as its schedule does; return the id of the run."""
+    found = call(stack, f"/deployments/name/{deployment}", None, "GET")
+    asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    return call(stack, f"/deployments/{found['id']}/create_flow_run", asked)["id"]
+
+
+def verified(stack: Any, run: str) -> dict[str, Any] | None:
+    state = call(stack, f"/flow_runs/{run}", None, "GET")["state"]
+    return state if state["type"] in ("COMPLETED", "FAILED", "CRASHED") else None
 
 
 def switch_on(stack: Any, deployment: str) -> None:
@@ -88,9 +104,8 @@ def test_a_candidate_is_asked_for_once_and_decided_in_the_page_or_by_command(dep
         for _ in range(2 if number != "3" else 0):
             announce_candidate(candidates[-1], version.tags["pedigree.digest"])
     forgotten = candidates.pop()
-    short = call(deployed, "/deployments/name/promote/short", None, "GET")
-    asked = {"parameters": {"reference": forgotten}, "state": {"type": "SCHEDULED"}}
-    call(deployed, f"/deployments/{short['id']}/create_flow_run", asked)
+    start(deployed, "promote/short", {"reference": forgotten})
+    check = start(deployed, "verify/weekly", {"target": None, "sample": None})
     switch_on(deployed, "retrain/on-promotion")
     wait_for("both requests", lambda: set(candidates) <= set(open_requests()), 240)
     assert [len(requests(deployed, candidate)) for candidate in candidates] == [1, 1]
@@ -115,6 +130,14 @@ def test_a_candidate_is_asked_for_once_and_decided_in_the_page_or_by_command(dep
     assert (over["type"], over["message"]) == ("FAILED", "The flow was paused and never resumed.")
     assert forgotten not in open_requests()
     assert not [e for e in AuditLog.from_environment().read(name) if e.subject == forgotten]
+    # The weekly check, in a folder without the runs of the versions that these tests registered.
+    state = wait_for("the end of the verification", lambda: verified(deployed, check), 240)
+    assert state["type"] == "FAILED"
+    assert re.fullmatch(r"everything: \d+ faults, event \d+ of _platform: .* fetch the branch .*", state["message"])
+    (result,) = (entry for entry in AuditLog.from_environment().read(PLATFORM) if entry.action == "verify")
+    assert (result.subject, result.details["holds"]) == ("everything", False)
+    (page,) = call(deployed, "/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["verify"]}}})
+    assert result.details["faults"][0] in page["data"]
     gates = f"gates-{candidates[0]}".replace("/", "-")
     (table,) = call(deployed, "/artifacts/latest/filter", {"artifacts": {"key": {"any_": [gates]}}})
     assert "| random | passed | knn_top1 minus that of random weights: +0.650" in table["data"]

@@ -1,0 +1,89 @@
+"""Tokens of an evaluation set: those of the evaluation, kept, and shared by ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing as mp
+
+from components.data.evaluation_set import read_evaluation_set
+from components.evaluation import tokens as module
+from components.evaluation.features import EvaluationImages, backbone_extractor
+from components.evaluation.tokens import TokenRequest, Tokens, find_tokens
+from components.model.config import Preprocessing, ViTConfig
+from components.model.preprocessing import to_input
+from components.model.vit import VisionTransformer
+from tests.evaluation.test_evaluation_stage import tiles, write_set
+
+SIZE = Preprocessing(resize_size=36, crop_size=32)
+
+
+def backbone() -> VisionTransformer:
+    torch.manual_seed(1)
+    config = ViTConfig(patch_size=8, dim=48, depth=5, num_heads=3, image_size=32, layer_scale_init=1.0)
+    return VisionTransformer(config).eval()
+
+
+def request(root: Path, dense: bool = True) -> TokenRequest:
+    images = EvaluationImages(read_evaluation_set(root / "data/evaluation"), SIZE)
+    return TokenRequest(images, "v1", SIZE, dense, batch_size=7)
+
+
+def arrays(found: Tokens) -> list[np.ndarray]:
+    return [np.array(part) for part in (found.cls, found.mean_patch, found.patches) if part is not None]
+
+
+def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_set(tmp_path, tiles())
+    asked, model = request(tmp_path), backbone()
+    found = find_tokens(model, "w1", asked, tmp_path / "cache")
+    pixels = torch.stack([asked.images[index] for index in range(len(asked.images))])
+    np.testing.assert_allclose(found.features, backbone_extractor(model)(pixels), atol=1e-6)
+    with torch.inference_mode():
+        layers = model.last_layers(to_input(pixels.permute(0, 3, 1, 2)), 4)
+        for block in model.blocks[-2:]:
+            block.attn.proj.weight.zero_(), block.attn.proj.bias.zero_()
+            block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
+        third = model(to_input(pixels.permute(0, 3, 1, 2)))  # the last two blocks add nothing now
+    assert (found.cls.shape, found.patches.shape, found.rows) == ((36, 4, 48), (36, 16, 4 * 48), 4)
+    for number, layer in enumerate(layers):
+        np.testing.assert_allclose(found.cls[:, number], layer.cls_token, atol=1e-6)
+        np.testing.assert_allclose(found.patches[..., 48 * number : 48 * (number + 1)], layer.patch_tokens, atol=2e-3)
+    np.testing.assert_allclose(found.cls[:, 1], third.cls_token, atol=1e-5)
+    np.testing.assert_allclose(found.mean_patch, layers[-1].patch_tokens.mean(1), atol=1e-6)
+
+    monkeypatch.setattr(module, "_encode", None)  # would raise
+    for kept, again in zip(arrays(found), arrays(find_tokens(model, "w1", asked, tmp_path / "cache")), strict=True):
+        assert np.array_equal(kept, again)
+    with pytest.raises(TypeError):
+        find_tokens(model, "w2", asked, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/*.part"))
+
+
+def _rank(rank: int, root: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+    try:
+        find_tokens(backbone(), "w1", request(Path(root)), Path(root) / "two")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_images(tmp_path: Path):
+    write_set(tmp_path, tiles())
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    one = find_tokens(backbone(), "w1", request(tmp_path), tmp_path / "one")
+    two = find_tokens(backbone(), "w1", request(tmp_path), tmp_path / "two")
+    for ours, theirs in zip(arrays(one), arrays(two), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir() if path.is_dir()
+    )
+
+
+def test_more_layers_than_there_are(tmp_path: Path):
+    with pytest.raises(ValueError, match="count must be from 1 to the depth, 5, got 6"):
+        backbone().last_layers(torch.zeros(1, 3, 32, 32), 6)
