@@ -108,3 +108,13 @@ class SegmentationConfig(DenseHeadConfig):
     weight_decay: float = Field(default=1e-3, ge=0)
     steps: PositiveInt = 40_000
     warmup_steps: int = Field(default=1_500, ge=0)
+
+
+class DepthConfig(DenseHeadConfig):
+    """Linear depth (arXiv:2304.07193, sec. 7.4; dinov2/eval/depth); training values of dinov3's linear NYU recipe."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3), min_length=1)  # dinov3: 3e-4
+    weight_decay: float = Field(default=1e-4, ge=0)
+    steps: PositiveInt = 38_400
+    warmup_steps: int = Field(default=1_500, ge=0)  # as for segmentation: neither paper says
+    num_bins: int = Field(default=256, ge=2)  # uniform, between the ends of the set's range
