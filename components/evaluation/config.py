@@ -79,3 +79,42 @@ class EvaluateConfig(Config):
     def batch_bytes(self) -> int:
         """Bytes of one batch of images."""
         return 3 * self.batch_size * self.preprocessing.crop_size**2
+
+
+class DenseHeadConfig(Config):
+    """Training of a linear head on frozen patch tokens: AdamW, linear warm-up, then half a cosine to zero."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(min_length=1)  # the best on a part of train is taken
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of the train images, at random, to choose it on
+    weight_decay: float = Field(ge=0)
+    batch_size: PositiveInt = 16  # dinov3/eval/{segmentation,depth}/config.py: 8 GPUs with 2 images each
+    steps: PositiveInt
+    warmup_steps: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+
+class SegmentationConfig(DenseHeadConfig):
+    """Linear segmentation (arXiv:2304.07193, sec. 7.4).
+
+    DINOv2 released no training code for it; values are those of dinov3's config-ade20k-linear-training.yaml.
+    """
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)  # dinov3: 1e-3
+    weight_decay: float = Field(default=1e-3, ge=0)
+    steps: PositiveInt = 40_000
+    warmup_steps: int = Field(default=1_500, ge=0)
+
+
+class DepthConfig(DenseHeadConfig):
+    """Linear depth (arXiv:2304.07193, sec. 7.4; dinov2/eval/depth); training values of dinov3's linear NYU recipe."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3), min_length=1)  # dinov3: 3e-4
+    weight_decay: float = Field(default=1e-4, ge=0)
+    steps: PositiveInt = 38_400
+    warmup_steps: int = Field(default=1_500, ge=0)  # as for segmentation: neither paper says
+    num_bins: int = Field(default=256, ge=2)  # uniform, between the ends of the set's range

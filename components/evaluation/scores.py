@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.core.metrics import Interval
 
+# Metrics of which the lower value is the better one; of all others it is the higher.
+LOWER_IS_BETTER = frozenset({"depth_rmse", "depth_abs_rel", "depth_lin4_rmse", "depth_lin4_abs_rel"})
+
 
 @dataclass
 class Scores:
