@@ -135,7 +135,7 @@ def ingest(request: IngestRequest) -> IngestReport:
     held = {home, request.evaluation} if request.holdout else {home}
     with ExitStack() as stack:
         for collection in sorted(held):
-            stack.enter_context(_exclusive(collection))
+            stack.enter_context(hold_collection(collection))
         spool = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=home))
         listing = sources.list_source(request.source, Path(spool))
         findings = _examine(listing, request)
@@ -190,7 +190,7 @@ def _report(
 
 
 @contextmanager
-def _exclusive(collection: Path) -> Iterator[None]:
+def hold_collection(collection: Path) -> Iterator[None]:
     """Lock a collection, so that two ingests cannot store one image twice; delete leftovers of killed ingests."""
     collection.mkdir(parents=True, exist_ok=True)
     handle = os.open(collection, os.O_RDONLY | os.O_DIRECTORY)

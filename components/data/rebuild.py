@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Collection
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from components.core.storage import atomic_dir
-from components.data import expectations, summary
+from components.data import evalset, expectations, summary
 from components.data.ingest import snapshot_name
 from components.data.manifest import (
     MANIFEST,
@@ -28,6 +29,7 @@ from components.data.provenance import read_provenance
 from components.data.shards import EXTENSIONS, ShardReader, ShardWriter
 from components.data.tombstones import WITHDRAWN
 
+logger = logging.getLogger(__name__)
 pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 
@@ -56,6 +58,8 @@ def rebuild(snapshot: Path, withdrawn: Collection[str], why: str, docs_folder: P
     if not folder.is_dir():
         with atomic_dir(folder) as staging:
             write_manifest(_write_shards(snapshot, staging, left, set(gone["shard"].to_pylist())), staging / MANIFEST)
+            for line in evalset.without_images(snapshot, staging, left):
+                logger.warning("%s: %s", snapshot, line)
             rejected = _rejected(snapshot, gone, why)
             write_table(rejected, QUARANTINE_SCHEMA, staging / REJECTED)
             facts = expectations.SnapshotFacts(
@@ -63,6 +67,7 @@ def rebuild(snapshot: Path, withdrawn: Collection[str], why: str, docs_folder: P
             )
             validation = expectations.validate_snapshot(staging, facts, docs_folder / title)
             summary.write_summary(staging, title, facts, validation)
+    folder = evalset.named_by_version(folder)
     if provenance := read_provenance(snapshot):
         provenance.write(folder)
     return folder

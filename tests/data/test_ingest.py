@@ -610,7 +610,7 @@ def test_a_file_that_changes_while_it_is_read_stops_the_ingest(tmp_path: Path, m
 def test_two_ingests_of_one_collection_do_not_run_at_once_and_leftovers_go(tmp_path: Path) -> None:
     source = write(tmp_path / "in", CLASSES)
     pool = tmp_path / "pool"
-    with ingest_module._exclusive(pool), pytest.raises(IngestError, match="another ingest is writing here"):
+    with ingest_module.hold_collection(pool), pytest.raises(IngestError, match="another ingest is writing here"):
         take(tmp_path, source)
     killed = {"lock": b"", "new/00000.tar": b"x"}
     write(pool, {f"photos/.0123456789ab.abcd_123/{name}": data for name, data in killed.items()})

@@ -1,0 +1,262 @@
+"""Evaluation sets: adding a folder, reading it back, and every fault that the check names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.core.config import ConfigError
+from components.core.errors import DatasetError
+from components.core.storage import sha256_dir
+from components.data.evalset import GROUPS, TARGETS, read_evalset
+from components.data.evalset_add import Added, check_folder
+from components.data.evalset_check import check_set
+from components.data.evalset_config import EvalsetConfig, EvalsetError
+from components.data.ingest import ingest
+from components.data.ingest_config import IngestRequest
+from components.data.rebuild import rebuild
+from tests.data import evalset_folders as folders
+from tests.data.evalset_folders import SIZE, add, config, halves, mask, npy, photo, png, request, write
+
+quick = pytest.mark.usefixtures("quick_judge")
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory: pytest.TempPathFactory, quick_judge: None) -> dict[str, Added]:
+    root = tmp_path_factory.mktemp("sets")
+    makers = (folders.classification, folders.segmentation, folders.depth, folders.retrieval)
+    return {make.__name__: add(make(root / make.__name__), make.__name__) for make in makers}
+
+
+def uris(made: Added) -> list[str]:
+    return read_evalset(made.snapshot).images.images["source_uri"].to_pylist()
+
+
+def test_a_classification_set_has_labels_and_groups(added: dict[str, Added]) -> None:
+    made = added["classification"]
+    assert (made.images, made.classes) == ({"train": 4, "test": 4}, {"cat": 4, "dog": 4})
+    assert "columns of groups.csv that `groups` does not name, left out: image, other" not in made.notes
+    assert "columns of groups.csv that `groups` does not name, left out: other" in made.notes
+    found = read_evalset(made.snapshot)
+    assert found.images.labels is not None
+    assert found.images.labels.classes == ("cat", "dog")
+    assert [len(found.train), len(found.test)] == [4, 4]
+    names = uris(made)
+    assert [names[i].split("/")[0] for i in found.test] == ["test"] * 4
+    # The rows were written in this order, day and night in turn.
+    expected = ["day" if name.endswith("1.png") else "night" for name in names]
+    assert found.groups["light"].tolist() == expected
+    assert found.config.metric == "knn_top1"
+    with pytest.raises(DatasetError, match="a set of task classification, which has nothing for depth"):
+        found.depth(0)
+
+
+def test_a_segmentation_set_has_masks(added: dict[str, Added]) -> None:
+    found = read_evalset(added["segmentation"].snapshot)
+    assert found.images.labels is None
+    assert [len(found.train), len(found.test)] == [2, 2]
+    for index in range(4):
+        assert found.mask(index).dtype == np.uint8
+        assert np.array_equal(found.mask(index), halves(255))
+    assert (found.config.classes, found.config.ignore, found.config.resolution) == ({0: "grass", 1: "brick"}, 255, 48)
+    assert np.array_equal(pickle.loads(pickle.dumps(found)).mask(3), halves(255))
+
+
+def test_a_depth_set_is_in_meters_with_nan_where_nothing_is_measured(added: dict[str, Added]) -> None:
+    found, names = read_evalset(added["depth"].snapshot), uris(added["depth"])
+    near = found.depth(names.index("train/a.png"))
+    assert near.dtype == np.float32
+    assert np.array_equal(near, np.full(SIZE[::-1], 1.5, np.float32))
+    far = found.depth(names.index("test/b.png"))
+    assert np.isnan(far[0, :2]).all()  # 0: no depth; 9 m: outside of the range
+    assert (far[1:] == 0.5).all()
+
+
+def test_a_retrieval_set_has_queries_and_a_gallery(added: dict[str, Added]) -> None:
+    found, names = read_evalset(added["retrieval"].snapshot), uris(added["retrieval"])
+    related = {names[q.index]: [[names[i] for i in part] for part in (q.easy, q.hard, q.junk)] for q in found.queries}
+    assert related == {"q/one.png": [["a.png"], ["b.png"], ["c.png"]], "q/two.png": [[], ["c.png"], []]}
+    assert {names[i] for i in found.gallery} == {"a.png", "b.png", "c.png"}
+    assert set(found.images.images["split"].to_pylist()) == {"test"}
+    assert found.images.images["label"].null_count == 5
+
+
+def test_equal_folders_give_equal_bytes_and_other_content_another_version(
+    added: dict[str, Added], tmp_path: Path
+) -> None:
+    folder = folders.segmentation(tmp_path / "elsewhere")
+    again = add(folder, "segmentation")
+    assert again.version == again.snapshot.name == added["segmentation"].version == read_evalset(again.snapshot).version
+    assert sha256_dir(again.snapshot) == sha256_dir(added["segmentation"].snapshot)
+    assert not add(folder, "segmentation").new
+    write(folder, {"targets/test/0.png": mask(halves(1))})  # the images stay
+    changed = add(folder, "segmentation")
+    assert changed.new
+    assert changed.version != again.version
+
+
+def test_an_added_set_is_right_until_it_is_changed(added: dict[str, Added], tmp_path: Path) -> None:
+    for made in added.values():
+        assert check_set(made.snapshot, tmp_path).checks
+    made = add(folders.classification(tmp_path / "in"))
+    (made.snapshot / GROUPS).write_bytes((added["classification"].snapshot / "manifest.parquet").read_bytes())
+    with pytest.raises(EvalsetError, match="version_is_name"):
+        check_set(made.snapshot, tmp_path)
+
+
+@quick
+def test_a_snapshot_of_ingest_is_a_classification_set(tmp_path: Path) -> None:
+    images = folders.classification(tmp_path / "in") / "images"
+    values = {"evaluation": tmp_path / "evaluation", "docs_folder": tmp_path / "docs", "as_evaluation": True}
+    report = ingest(IngestRequest.parse(source=str(images), name="shots", license="CC0-1.0", **values))
+    found = read_evalset(report.evaluation_snapshot)
+    assert found.config == EvalsetConfig(task="classification", license="CC0-1.0")
+    assert [len(found.train), len(found.test), len(found.version)] == [4, 4, 12]
+    assert found.groups == {}
+
+
+def test_a_set_without_withdrawn_images_is_a_set(added: dict[str, Added], tmp_path: Path) -> None:
+    for task, left in (("segmentation", 3), ("classification", 7), ("retrieval", 4)):
+        snapshot, names = added[task].snapshot, uris(added[task])
+        gone = read_evalset(snapshot).images.images["image_id"][names.index("c.png") if task == "retrieval" else 0]
+        made = rebuild(snapshot, [gone.as_py()], "a request", tmp_path)
+        found = read_evalset(made)
+        assert found.images.images.num_rows == left
+        assert found.version == made.name != snapshot.name
+        if task == "segmentation":
+            assert all(np.array_equal(found.mask(index), halves(255)) for index in range(left))
+        if task == "retrieval":  # two.png has lost its only positive
+            assert len(found.queries) == 1
+        else:
+            check_set(made, tmp_path)
+
+
+# What breaks a folder, and what the check says of it.
+FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], str]] = {
+    "missing": (folders.segmentation, {"targets/test/1.png": None}, "targets_there: .*1 of 4 wrong, .* test/1.png"),
+    "size": (folders.segmentation, {"targets/test/1.png": mask(np.zeros((8, 11)))}, r"target_sizes: .*11 x 8 pixels"),
+    "value": (folders.segmentation, {"targets/test/1.png": mask(halves(7))}, r"mask_values: .*test/1.png: 7"),
+    "color": (folders.segmentation, {"targets/test/1.png": photo(9)}, "target_formats: masks are PNG"),
+    "no png": (folders.segmentation, {"targets/test/1.png": b"no"}, "target_formats"),
+    "cut": (folders.segmentation, {"targets/test/1.png": mask(halves())[:-30]}, "targets_readable"),
+    "ignored": (folders.segmentation, {"targets/test/1.png": mask(np.full((8, 12), 255))}, "masks_filled"),
+    "class": (folders.segmentation,
+              {"evalset.yaml": config("segmentation", classes={0: "a", 1: "b", 3: "c"}, ignore=255)},
+              r"classes_in_train: every class is in a train mask; 1 of 3 wrong, for example c \(3\)"),
+    "name": (folders.segmentation, {"images/test/1.bmp": photo(9)}, r"names_unique: .*2 of 5 wrong"),
+    "both": (folders.segmentation, {"targets/test/1.npy": npy(halves())}, "one_target"),
+    "split": (folders.segmentation, {"images/test/1.png": photo(0)}, "images_in_one_split: .*1 of"),
+    "empty": (folders.depth, {"images/test/b.png": None}, "split_folders: .*1 of 2 wrong, for example test"),
+    "nan": (folders.depth, {"targets/test/b.npy": npy(np.where(halves(), np.nan, 1).astype(np.float32))},
+            "depth_values: .*48 NaN of 96 pixels"),
+    "infinite": (folders.depth, {"targets/test/b.npy": npy(np.where(halves(), np.inf, -1).astype(np.float32))},
+                 "depth_values: .*48 infinite, 48 negative of 96 pixels"),
+    "none": (folders.depth, {"targets/test/b.npy": npy(np.zeros((8, 12), np.float32))}, "depth_filled"),
+    "pickle": (folders.depth, {"targets/test/b.npy": npy(np.array([[object]]), allow_pickle=True)}, "is object"),
+    "long": (folders.depth, {"targets/test/b.npy": npy(np.ones((8, 12), np.float32)) + b"x"}, "targets_readable"),
+    "huge": (folders.depth, {"targets/test/b.npy": npy(np.ones((1, 1), np.float32)).replace(b"(1, 1)", b"(8, 12)")},
+             "targets_readable"),
+    "doubles": (folders.depth, {"targets/test/b.npy": npy(np.ones((8, 12)))}, "is float64"),
+    "8 bits": (folders.depth, {"targets/train/a.png": mask(halves())}, "target_formats: depth is 16-bit PNG"),
+    "train": (folders.classification, {"images/test/bird/0.png": photo(99)}, "classes_in_train: .*for example bird"),
+    "group": (folders.classification, {"groups.csv": "image,light\ntrain/cat/0.png,day\n"},
+              "group_light: .*7 of 8 wrong"),
+    "column": (folders.classification, {"groups.csv": "image,dark\n"}, "groups_columns: .*for example light"),
+    "no table": (folders.classification, {"groups.csv": None}, "groups_columns"),
+    "stranger": (folders.classification, {"groups.csv": "image,light\nx.png,day\n"}, "group_images: .* x.png"),
+    "broken": (folders.classification, {"images/test/cat/0.png": photo(4)[:60]}, "images_readable: .*1 of 8 wrong"),
+    "beside": (folders.classification, {"images/more/cat/0.png": photo(9)}, "images_in_splits: .*1 of 9 wrong"),
+    "positive": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,junk\n"},
+                 "queries_positive"),
+    "unknown": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,z.png,easy\n"},
+                "query_images: .*q/one.png -> z.png"),
+    "relation": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,good\n"}, "relations_known"),
+    "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "queries_not_own"),
+    "no query": (folders.retrieval, {"queries.csv": "query,image,relation\n"}, "queries_there"),
+}  # fmt: skip
+
+
+@quick
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_is_named_with_count_and_example(what: str, tmp_path: Path) -> None:
+    make, changes, expected = FAULTS[what]
+    folder = make(tmp_path / "in")
+    for name, data in changes.items():
+        (folder / name).unlink() if data is None else write(folder, {name: data})
+    with pytest.raises(EvalsetError, match=expected) as caught:
+        check_folder(request(folder))
+    assert caught.value.exit_code == 2
+
+
+@quick
+def test_all_faults_are_named_at_once_and_nothing_is_stored(tmp_path: Path) -> None:
+    folder = folders.segmentation(tmp_path / "in")
+    write(folder, {"targets/train/0.png": mask(halves(9)), "targets/test/0.png": photo(3)})
+    (folder / "targets/test/1.png").unlink()
+    with pytest.raises(EvalsetError) as caught:
+        add(folder)
+    faults = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert faults == ["targets_there", "target_formats", "mask_values", "all checks"]
+    assert not any((tmp_path / "evaluation").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"task": "depth"}, "depth_range"),
+        ({"task": "depth", "depth_range": [2, 1]}, "nearest < farthest"),
+        ({"task": "segmentation", "classes": {0: "one"}}, "classes"),
+        ({"task": "segmentation", "classes": {0: "a", 1: "b"}, "ignore": 1}, "ignore"),
+        ({"task": "segmentation", "classes": {0: "a", 1: "a"}}, "same name"),
+        ({"task": "segmentation", "classes": {0: "a", 256: "b"}}, "256"),
+        ({"task": "classification", "groups": ["image"]}, "groups"),
+        ({"task": "detection"}, "task"),
+        ({"task": "classification", "mertic": "x"}, "did you mean 'metric'"),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path: Path, values: dict[str, object], expected: str) -> None:
+    folder = write(tmp_path / "in", {"evalset.yaml": config(**values)})
+    with pytest.raises(ConfigError, match=expected):
+        check_folder(request(folder))
+
+
+@quick
+def test_a_folder_without_config_license_or_images_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {"images/train/a.txt": b"no image"})
+    with pytest.raises(EvalsetError, match=r"no evalset\.yaml"):
+        check_folder(request(folder))
+    write(folder, {"evalset.yaml": "task: classification\n"})
+    with pytest.raises(EvalsetError, match="no license"):
+        check_folder(request(folder))
+    with pytest.raises(EvalsetError, match="images: "):
+        check_folder(request(folder, license="CC0-1.0"))
+
+
+@quick
+def test_a_palette_mask_gives_its_indices(tmp_path: Path) -> None:
+    image = Image.new("P", SIZE)
+    image.putdata(halves().astype(int).ravel().tolist())
+    image.putpalette([200, 10, 10, 10, 200, 10])
+    folder = write(folders.segmentation(tmp_path / "in"), {"targets/test/1.png": png(image)})
+    made = add(folder)
+    found = read_evalset(made.snapshot)
+    assert np.array_equal(found.mask(uris(made).index("test/1.png")), halves())
+
+
+def test_targets_are_read_from_their_row_group_only(tmp_path: Path) -> None:
+    from components.data.evalset import ROW_GROUP_BYTES, TargetReader, TargetWriter
+
+    with TargetWriter(tmp_path / TARGETS) as writer:
+        for number in range(10):
+            writer.add(f"{number:064x}", "png", bytes([number]) * (ROW_GROUP_BYTES // 2))
+    reader = TargetReader(tmp_path / TARGETS)
+    assert reader._metadata.num_row_groups == 5
+    for number in (7, 2, 3, 9):
+        assert reader.read(f"{number:064x}")[1][:1] == bytes([number])
+    with pytest.raises(DatasetError, match="no target for image"):
+        reader.read("f" * 64)
