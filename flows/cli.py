@@ -19,6 +19,7 @@ from flows.commands import (
     down,
     embed,
     env,
+    evaluate,
     export,
     gc,
     history,
@@ -92,6 +93,7 @@ app.command("takedown")(takedown.takedown)
 app.command("curate")(curate.curate)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)
+app.command("evaluate")(evaluate.evaluate)
 app.command("plan")(plan.plan)
 app.command("train-status")(train_status.train_status)
 app.command("gc")(gc.gc)

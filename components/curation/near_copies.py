@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -126,30 +126,76 @@ def near_copies(data: bytes, record: Record | None, root: Path) -> NearCopies:
         return NearCopies(revision, problem=str(error))
 
 
+def copied(images: Sequence[bytes], among: Collection[str], record: Record, root: Path) -> list[Near | None]:
+    """Return for each image the most similar one of the pool that a run's curation takes for a copy of it.
+
+    Args:
+        images: encoded, which can be decoded.
+        among: ids of the images of the pool that count, such as those that a training drew.
+        record: the run's.
+        root: the checkout.
+
+    Raises:
+        CurationError: the run's embeddings cannot be searched.
+    """
+    embedded = _Embedded(record, root)
+    found: list[Near | None] = []
+    pool, vectors = embedded.collection(POOL)
+    kept = np.flatnonzero(np.isin(pool["image_id"].to_numpy(zero_copy_only=False), sorted(among)))
+    pool, vectors = pool.take(pa.array(kept)), vectors[kept]
+    for data in images:
+        nearest = _nearest(vectors, embedded.embed(data), pool, POOL.name) if len(kept) else []
+        found.append(nearest[0] if nearest and nearest[0].similarity >= embedded.limit else None)
+    return found
+
+
 def _search(data: bytes, record: Record, root: Path) -> NearCopies:
-    objects, dvc_id = Objects(root), record.output(EMBEDDINGS)
-    if dvc_id is None:
-        raise CurationError(f"{record.revision}: its dvc.lock has no {EMBEDDINGS}")
-    files = objects.listing(dvc_id)
-    definition = json.loads(objects.read(files[EMBEDDER]))
-    config = TypeAdapter[Any](EmbedderConfig).validate_python(definition["config"]["embedder"])
-    embedder = resolve(config, root)
-    if embedder.digest != definition["digests"][COPIES]:
-        raise CurationError(f"the embedder of {record.revision} cannot be had: its code or weights have changed since")
-    vector = load(embedder)([decode_image(data)])[0].astype(np.float64)  # [D]
-    vector /= max(float(np.linalg.norm(vector)), 1e-12)
-    near = []
+    embedded = _Embedded(record, root)
+    vector, near = embedded.embed(data), []
     for folder in (POOL, EVALUATION):
-        images = _images(objects, record, folder)
-        if images_digest(images) != definition[folder.name]:
-            raise CurationError(f"{record.revision}: its embeddings are of other images than its {folder}")
+        images, vectors = embedded.collection(folder)
         if len(images):
-            vectors = _vectors(objects, files[f"{COPIES}/{folder.name}.npy"], root)
             near += _nearest(vectors, vector, images, folder.name)
     near.sort(key=lambda one: -one.similarity)
-    limit = _limit(record)
-    found = [one for one in near if one.similarity >= limit][:SHOWN]
-    return NearCopies(str(record.revision), config.kind, limit, found, near[0] if near else None)
+    found = [one for one in near if one.similarity >= embedded.limit][:SHOWN]
+    return NearCopies(str(record.revision), embedded.kind, embedded.limit, found, near[0] if near else None)
+
+
+class _Embedded:
+    """The embeddings that a run keeps for copy detection, and its embedder.
+
+    Raises:
+        CurationError: there are none, or the embedder has changed since.
+    """
+
+    def __init__(self, record: Record, root: Path) -> None:
+        self.record, self.root, self.objects = record, root, Objects(root)
+        dvc_id = record.output(EMBEDDINGS)
+        if dvc_id is None:
+            raise CurationError(f"{record.revision}: its dvc.lock has no {EMBEDDINGS}")
+        self.files = self.objects.listing(dvc_id)
+        self.definition = json.loads(self.objects.read(self.files[EMBEDDER]))
+        config = TypeAdapter[Any](EmbedderConfig).validate_python(self.definition["config"]["embedder"])
+        embedder = resolve(config, root)
+        if embedder.digest != self.definition["digests"][COPIES]:
+            raise CurationError(
+                f"the embedder of {record.revision} cannot be had: its code or weights have changed since"
+            )
+        self.kind, self.limit, self._embedder = config.kind, _limit(record), load(embedder)
+
+    def embed(self, data: bytes) -> NDArray[np.float64]:
+        """Return the vector of an image, of unit length, [D]."""
+        vector = self._embedder([decode_image(data)])[0].astype(np.float64)
+        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+    def collection(self, folder: Path) -> tuple[pa.Table, NDArray[np.float32]]:
+        """Return the images of a collection and their vectors, [N, D]."""
+        images = _images(self.objects, self.record, folder)
+        if images_digest(images) != self.definition[folder.name]:
+            raise CurationError(f"{self.record.revision}: its embeddings are of other images than its {folder}")
+        if not len(images):
+            return images, np.zeros((0, 0), np.float32)
+        return images, _vectors(self.objects, self.files[f"{COPIES}/{folder.name}.npy"], self.root)
 
 
 def _images(objects: Objects, record: Record, folder: Path) -> pa.Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
 from components.core.storage import write_bytes
+from components.evaluation.scores import LOWER_IS_BETTER
 
 MEANINGS = {
     "knn_top1": "accuracy of the weighted vote of the nearest train images (cosine of class tokens)",
@@ -56,33 +57,33 @@ def write_report(
         title=title,
         facts=facts,
         models=models,
-        key=_key_figures(scores),
-        scores=_score_rows(scores, intervals),
-        differences={other: _difference_rows(found) for other, found in differences.items()},
+        key=key_figures(scores, KEY),
+        scores=score_rows(scores, intervals),
+        differences={other: difference_rows(found) for other, found in differences.items()},
         pca=Picture((path.parent / "pca.jpg").read_bytes(), "Patch features", "jpeg"),
         neighbors=Picture((path.parent / "neighbors.jpg").read_bytes(), "Nearest neighbors", "jpeg"),
     )
     write_bytes(path, page)
 
 
-def _key_figures(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
-    """Return the candidate's main metrics, each with the value of the next model."""
+def key_figures(scores: Mapping[str, Mapping[str, float]], chosen: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return the first model's main metrics, at most four, each with the value of the next model."""
     (_, candidate), *others = scores.items()
     found = []
-    for metric in (metric for metric in KEY if metric in candidate):
+    for metric in [metric for metric in dict.fromkeys(chosen) if metric in candidate][:4]:
         beside = [f"{name} {values[metric]:.4g}" for name, values in others[:1] if metric in values]
         found.append((metric, f"{candidate[metric]:.4g}", "".join(beside)))
     return found
 
 
-def _score_rows(
+def score_rows(
     scores: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Interval]]
 ) -> list[list[Cell]]:
-    """Return a row for each metric, a column for each model."""
+    """Return a row for each metric, a column for each model; the best value is marked."""
     rows = []
     for metric in dict.fromkeys(metric for values in scores.values() for metric in values):
         row = {model: values.get(metric) for model, values in scores.items()}
-        best = max(value for value in row.values() if value is not None)
+        best = (min if metric in LOWER_IS_BETTER else max)(value for value in row.values() if value is not None)
         cells = [_cell(value, best, metric, intervals[model].get(metric)) for model, value in row.items()]
         rows.append([Cell(metric, MEANINGS.get(metric, "")), *cells])
     return rows
@@ -95,9 +96,11 @@ def _cell(value: float | None, best: float, metric: str, interval: Interval | No
     return Cell(f"{value:.4g}", bounds, "best" if value == best and metric != "linear_c" else "")
 
 
-def _difference_rows(intervals: Mapping[str, Interval]) -> list[tuple[str, Cell, str]]:
+def difference_rows(intervals: Mapping[str, Interval]) -> list[tuple[str, Cell, str]]:
+    """Return a row for each metric: the difference, marked where its interval excludes none, and the interval."""
     rows = []
     for metric, interval in intervals.items():
-        mark = "good" if interval.low > 0 else "bad" if interval.high < 0 else ""
+        signs = ("bad", "good") if metric in LOWER_IS_BETTER else ("good", "bad")
+        mark = signs[0] if interval.low > 0 else signs[1] if interval.high < 0 else ""
         rows.append((metric, Cell(f"{interval.mean:+.3f}", mark=mark), f"{interval.low:+.3f} to {interval.high:+.3f}"))
     return rows

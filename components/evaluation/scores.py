@@ -40,12 +40,16 @@ class Scores:
 def differences(
     scores: Mapping[str, Scores], model: str, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Compute `model` minus each other model by metric: the mean over the same images with its 95 % interval."""
+    """Compute `model` minus each other model by metric: the mean over the same images with its 95 % interval.
+
+    A metric that the other model lacks is left out.
+    """
     generator = np.random.default_rng(seed)
     return {
         other: {
             metric: difference_interval(values, scores[other].by_image[metric], generator, num_resamples)
             for metric, values in scores[model].by_image.items()
+            if metric in scores[other].by_image
         }
         for other in scores
         if other != model

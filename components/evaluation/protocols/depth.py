@@ -30,6 +30,8 @@ from components.evaluation.dense import (
     upsample,
 )
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject, crop_target
+from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +222,29 @@ class _Problem(DenseProblem[DepthHead]):
     def validation_score(self, head: DepthHead, images: NDArray[np.int64]) -> float:
         errors = [found["rmse"] for found in image_errors(head, self.features, self.task, images, self.config)]
         return -float(np.mean(errors))
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a depth set by the last layer (`lin. 1`)."""
+    return _run(subject, 1, "depth")
+
+
+def run_four_layers(subject: Subject) -> Scores:
+    """Measure a model on a depth set by the last four layers (`lin. 4`, whose layers are spread over the network)."""
+    return _run(subject, LAYERS, "depth_lin4")
+
+
+def _run(subject: Subject, layers: int, prefix: str) -> Scores:
+    evalset = subject.evalset
+    assert evalset.config.depth_range is not None
+
+    def read_depth(image: int) -> NDArray[np.float32]:
+        return crop_target(evalset.depth(image), subject.preprocessing)
+
+    patches = subject.dense(layers)
+    cls_tokens = subject.tokens.cls[:, -layers:].reshape(len(patches.tokens), -1)  # [N, L * D]
+    task = depth_task(read_depth, evalset.train, evalset.test, *evalset.config.depth_range)
+    return evaluate(DepthFeatures(patches, cls_tokens), task, subject.settings.depth, subject.seed, prefix)
 
 
 def evaluate(features: DepthFeatures, task: DepthTask, config: DepthConfig, seed: int, prefix: str) -> Scores:

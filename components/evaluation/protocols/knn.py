@@ -10,6 +10,12 @@ from components.core.metrics import top1_accuracy
 from components.data.evaluation_set import Labels
 from components.evaluation.config import KnnConfig
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a classification set; see `evaluate`."""
+    return evaluate(subject.tokens.features, subject.labels, subject.settings.knn)
 
 
 def evaluate(features: NDArray[np.float32], labels: Labels, config: KnnConfig) -> Scores:

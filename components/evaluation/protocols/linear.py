@@ -17,6 +17,7 @@ from components.core.progress import track
 from components.data.evaluation_set import Labels
 from components.evaluation.config import LinearConfig
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ class LinearResult:
 
     predictions: NDArray[np.int64]
     c: float
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a classification set; see `evaluate`."""
+    return evaluate(subject.tokens.features, subject.labels, subject.settings.linear, subject.name)
 
 
 def evaluate(features: NDArray[np.floating], labels: Labels, config: LinearConfig, name: str) -> Scores:

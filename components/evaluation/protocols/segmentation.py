@@ -31,6 +31,8 @@ from components.evaluation.dense import (
     upsample,
 )
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject, crop_target
+from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +156,30 @@ class _Problem(DenseProblem[SegmentationHead]):
     def validation_score(self, head: SegmentationHead, images: NDArray[np.int64]) -> float:
         matrices = confusion_matrices(head, self.scales, self.task, images, self.batch_size)
         return float(np.nanmean(class_iou(reduce(np.add, matrices))))
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a segmentation set by the last layer (`lin.`), at one size."""
+    return evaluate([subject.dense(1)], _task(subject), subject.settings.segmentation, subject.seed, "segmentation")
+
+
+def run_four_layers(subject: Subject) -> Scores:
+    """Measure a model on a segmentation set by the last four layers, at one size: `+ms` without its other sizes."""
+    features, prefix = [subject.dense(LAYERS)], "segmentation_lin4"
+    return evaluate(features, _task(subject), subject.settings.segmentation, subject.seed, prefix)
+
+
+def _task(subject: Subject) -> SegmentationTask:
+    """Return the masks of a set as class indices, in the place of the images' crops."""
+    config = subject.evalset.config
+    index = np.full(256, 255, np.uint8)
+    index[list(config.classes)] = np.arange(len(config.classes))
+
+    def read_mask(image: int) -> NDArray[np.uint8]:
+        return crop_target(index[subject.evalset.mask(image)], subject.preprocessing)
+
+    ignored, names = None if config.ignore is None else 255, [*config.classes.values()]
+    return segmentation_task(read_mask, subject.evalset.train, subject.evalset.test, names, ignored)
 
 
 def evaluate(
