@@ -23,6 +23,8 @@ class KnnConfig(Config):
     num_neighbors: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
     reported: PositiveInt = 20  # its accuracy is `knn_top1`; "20 usually works best", says the code's help text
     temperature: PositiveFloat = 0.07
+    few_shot: tuple[PositiveInt, ...] = ()  # train images per class, such as (1, 5); none: only all train images
+    tries: int = Field(default=10, ge=2)  # draws of the few shots, whose accuracies are averaged
 
     @model_validator(mode="after")
     def _reported_is_measured(self) -> Self:
