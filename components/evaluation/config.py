@@ -81,3 +81,15 @@ class EvaluateConfig(Config):
     def batch_bytes(self) -> int:
         """Bytes of one batch of images."""
         return 3 * self.batch_size * self.preprocessing.crop_size**2
+
+
+class ProbeConfig(Config):
+    """Linear probe: one grid of heads trained at once (dinov2/eval/linear.py and its default arguments)."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(  # for a batch of 256; scaled by batch_size / 256
+        default=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1), min_length=1
+    )
+    num_layers: tuple[PositiveInt, ...] = Field(default=(1, 4), min_length=1)  # last layers whose class tokens are read
+    num_steps: PositiveInt = 12_500  # 10 x 1,250
+    batch_size: PositiveInt = 1024  # 8 GPUs x 128
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of train, at random, to choose the head on
