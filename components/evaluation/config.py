@@ -93,3 +93,9 @@ class ProbeConfig(Config):
     num_steps: PositiveInt = 12_500  # 10 x 1,250
     batch_size: PositiveInt = 1024  # 8 GPUs x 128
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of train, at random, to choose the head on
+
+
+class SlicesConfig(Config):
+    """Accuracy by group of test images."""
+
+    min_images: PositiveInt = 20  # of a group that can be the worst or best; Wilson's interval is then up to 0.4 wide
