@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -145,7 +146,13 @@ def fit(
         _HeadGroup(num, patch, slice((num_layers - num) * dim, (num_layers + patch) * dim), config, generator, labels)
         for num, patch in product(config.num_layers, (False, True))
     ]
-    _train(groups, features, labels.targets, fitted, (config, generator, name))
+    if len(fitted) < config.batch_size:
+        log.warning(
+            "linear probe of %s: batches of %d, all train images, instead of probe.batch_size %d",
+            *(name, len(fitted), config.batch_size),
+        )
+    batches = track(_batches(fitted, config, generator), f"linear probe of {name}", config.num_steps, "steps")
+    _train(groups, features, labels.targets, batches, config)
     accuracies = [group.accuracies(features, labels.targets, validation) for group in groups]  # [L] each
     best = int(np.argmax(np.concatenate(accuracies)))
     group, number = groups[best // len(config.learning_rates)], best % len(config.learning_rates)
@@ -212,31 +219,32 @@ class _HeadGroup:
         )
 
 
+def _batches(
+    rows: NDArray[np.int64], config: ProbeConfig, generator: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of each step: batches of a new order in each pass, whose incomplete last one is left out."""
+    size = min(config.batch_size, len(rows))
+    per_pass = len(rows) // size
+    order = rows
+    for number in range(config.num_steps):
+        if number % per_pass == 0:
+            order = generator.permutation(rows)
+        yield order[number % per_pass * size :][:size]
+
+
 def _train(
     groups: list[_HeadGroup],
     features: ProbeFeatures,
     targets: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    schedule: tuple[ProbeConfig, np.random.Generator, str],
+    batches: Iterable[NDArray[np.int64]],
+    config: ProbeConfig,
 ) -> None:
-    config, generator, name = schedule
-    size = min(config.batch_size, len(rows))
-    if size < config.batch_size:
-        log.warning(
-            "linear probe of %s: batches of %d, all train images, instead of probe.batch_size %d",
-            *(name, size, config.batch_size),
-        )
-    device, num_classes = groups[0].weight.device, groups[0].num_classes
-    identity = torch.eye(num_classes, device=device)
-    per_pass = len(rows) // size
-    order = rows
-    for number in track(range(config.num_steps), f"linear probe of {name}", config.num_steps, "steps"):
-        if number % per_pass == 0:
-            order = generator.permutation(rows)
-        some = order[number % per_pass * size :][:size]
-        inputs = features.take(some).to(device)
-        one_hot = identity[torch.from_numpy(targets[some])][:, None]  # [B, 1, C]
-        scale = size / 256 * (1 + math.cos(math.pi * number / config.num_steps)) / 2
+    device = groups[0].weight.device
+    identity = torch.eye(groups[0].num_classes, device=device)
+    for number, rows in enumerate(batches):
+        inputs = features.take(rows).to(device)
+        one_hot = identity[torch.from_numpy(targets[rows]).to(device)][:, None]  # [B, 1, C]
+        scale = len(rows) / 256 * (1 + math.cos(math.pi * number / config.num_steps)) / 2
         for group in groups:
             group.step(inputs, one_hot, scale)
 

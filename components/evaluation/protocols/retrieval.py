@@ -66,7 +66,7 @@ def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: 
     for mode in MODES:
         chosen = answerable(queries, mode)
         if len(chosen) < len(queries):
-            without = next(number for number in range(len(queries)) if number not in set(chosen))
+            without = min(set(range(len(queries))) - set(chosen))
             log.warning(
                 "retrieval, %s: %d of %d queries without positives left out (such as the one of row %d)",
                 *(mode, len(queries) - len(chosen), len(queries), queries[without].row),
