@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from components.core.metrics import Interval, bootstrap_interval
 
 CONFIDENCE = 0.95
+_MAX_DRAWN = 4_000_000  # indices held at once while resampling
 
 
 def is_accuracy(by_image: NDArray[np.floating]) -> bool:
@@ -32,24 +33,81 @@ def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
     return Interval(float(correct.mean()), float(found.low), float(found.high))
 
 
+def clustered_interval(
+    values: NDArray[np.floating],
+    clusters: NDArray[np.integer | np.str_],
+    generator: np.random.Generator,
+    num_resamples: int,
+) -> Interval:
+    """Return the mean over images with its percentile bootstrap interval, where whole clusters are resampled.
+
+    For images that are not independent, such as parts of one photograph (Davison and Hinkley 1997, sec. 3.8). The
+    number of images varies from resample to resample; a mean is that of all its images. With few clusters it is too
+    narrow: a nominal 95 % held the truth in 93 % of 1,000 simulations with 100 clusters of 1 to 8 images, 92 % with 40,
+    90 % with 10 and 83 % with 5. One cluster says nothing about the others.
+
+    Args:
+        values: [T], one for each image: for two models, the differences of their scores.
+        clusters: [T] number or name of the cluster of each image.
+        generator: draws the resamples.
+        num_resamples: samples of as many clusters as there are, with replacement.
+
+    Raises:
+        ValueError: fewer than two clusters, or not one for each image.
+    """
+    if len(clusters) != len(values):
+        raise ValueError(f"{len(values)} values with {len(clusters)} cluster names: each image needs one")
+    _, members = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(members)
+    count = len(sizes)
+    if count < 2:
+        raise ValueError("an interval of one cluster is not defined: add images of another source, or give no clusters")
+    sums = np.bincount(members, weights=values)
+    means: list[NDArray[np.float64]] = []
+    rows = max(1, _MAX_DRAWN // count)
+    for start in range(0, num_resamples, rows):
+        drawn = generator.integers(0, count, size=(min(rows, num_resamples - start), count))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
 def difference_interval(
-    ours: NDArray[np.floating], theirs: NDArray[np.floating], generator: np.random.Generator, num_resamples: int
+    ours: NDArray[np.floating],
+    theirs: NDArray[np.floating],
+    generator: np.random.Generator,
+    num_resamples: int,
+    clusters: NDArray[np.integer | np.str_] | None = None,
 ) -> Interval:
     """Return the mean difference of two models on the same images, with an interval for paired samples.
 
     For accuracies, the adjusted Wald interval (Bonett and Price 2012), whose width stays positive if all images agree.
     For other measures, such as average precision, the percentile bootstrap, which is too narrow near 0 and 1 for few
-    images.
+    images. With clusters, the bootstrap resamples clusters; for accuracies the bounds are then the wider ones of both.
 
     Args:
         ours: [T].
         theirs: [T], of the same images.
         generator: draws the resamples of a bootstrap.
         num_resamples: of a bootstrap.
+        clusters: [T] source of each image, if images are parts of the same photographs.
     """
     difference = ours - theirs
-    if not (is_accuracy(ours) and is_accuracy(theirs)):
+    accuracies = is_accuracy(ours) and is_accuracy(theirs)
+    if clusters is None:
+        if accuracies:
+            return _accuracy_difference(difference)
         return bootstrap_interval(difference, generator, num_resamples, CONFIDENCE)
+    clustered = clustered_interval(difference, clusters, generator, num_resamples)
+    if not accuracies:
+        return clustered
+    plain = _accuracy_difference(difference)
+    return Interval(clustered.mean, min(clustered.low, plain.low), max(clustered.high, plain.high))
+
+
+def _accuracy_difference(difference: NDArray[np.floating]) -> Interval:
+    """Return the adjusted Wald interval of differences that are -1, 0 or 1."""
     count = len(difference) + 2
     better, worse = ((difference == sign).sum() + 1 for sign in (1, -1))
     middle = (better - worse) / count

@@ -23,6 +23,8 @@ class KnnConfig(Config):
     num_neighbors: tuple[PositiveInt, ...] = Field(default=(10, 20, 100, 200), min_length=1)
     reported: PositiveInt = 20  # its accuracy is `knn_top1`; "20 usually works best", says the code's help text
     temperature: PositiveFloat = 0.07
+    few_shot: tuple[PositiveInt, ...] = ()  # train images per class, such as (1, 5); none: only all train images
+    tries: int = Field(default=10, ge=2)  # draws of the few shots, whose accuracies are averaged
 
     @model_validator(mode="after")
     def _reported_is_measured(self) -> Self:
@@ -118,3 +120,21 @@ class DepthConfig(DenseHeadConfig):
     steps: PositiveInt = 38_400
     warmup_steps: int = Field(default=1_500, ge=0)  # as for segmentation: neither paper says
     num_bins: int = Field(default=256, ge=2)  # uniform, between the ends of the set's range
+
+
+class ProbeConfig(Config):
+    """Linear probe: one grid of heads trained at once (dinov2/eval/linear.py and its default arguments)."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(  # for a batch of 256; scaled by batch_size / 256
+        default=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1), min_length=1
+    )
+    num_layers: tuple[PositiveInt, ...] = Field(default=(1, 4), min_length=1)  # last layers whose class tokens are read
+    num_steps: PositiveInt = 12_500  # 10 x 1,250
+    batch_size: PositiveInt = 1024  # 8 GPUs x 128
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # of train, at random, to choose the head on
+
+
+class SlicesConfig(Config):
+    """Accuracy by group of test images."""
+
+    min_images: PositiveInt = 20  # of a group that can be the worst or best; Wilson's interval is then up to 0.4 wide

@@ -21,6 +21,7 @@ class Scores:
 
     metrics: dict[str, float] = field(default_factory=dict)
     by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)  # [T] each
+    notes: dict[str, str] = field(default_factory=dict)  # choices that are no number, such as the chosen head
 
     def add(self, metric: str, by_image: NDArray[np.floating]) -> None:
         """Add a metric that is the mean over images."""
@@ -31,6 +32,7 @@ class Scores:
         """Add the metrics of another protocol on the same test images."""
         self.metrics |= other.metrics
         self.by_image |= other.by_image
+        self.notes |= other.notes
 
     def intervals(self) -> dict[str, Interval]:
         """Return the 95 % intervals of the accuracies."""
@@ -38,16 +40,27 @@ class Scores:
 
 
 def differences(
-    scores: Mapping[str, Scores], model: str, num_resamples: int, seed: int
+    scores: Mapping[str, Scores],
+    model: str,
+    num_resamples: int,
+    seed: int,
+    clusters: NDArray[np.integer | np.str_] | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Compute `model` minus each other model by metric: the mean over the same images with its 95 % interval.
 
     A metric that the other model lacks is left out.
+
+    Args:
+        scores: by model.
+        model: the one that others are subtracted from.
+        num_resamples: of each bootstrap.
+        seed: of the resamples.
+        clusters: [T] source of each image, where several images are parts of one photograph; None: all independent.
     """
     generator = np.random.default_rng(seed)
     return {
         other: {
-            metric: difference_interval(values, scores[other].by_image[metric], generator, num_resamples)
+            metric: difference_interval(values, scores[other].by_image[metric], generator, num_resamples, clusters)
             for metric, values in scores[model].by_image.items()
             if metric in scores[other].by_image
         }

@@ -292,6 +292,26 @@ def knn() -> Row:
     return Row("knn", "near-duplicates by FAISS, against NumPy", *_rates(len(vectors), seconds), "vectors/s")
 
 
+def probe_grid() -> Row:
+    """Linear probes of 2,000 images of 384 numbers: 52 heads at once, against one head of each input by torch.
+
+    52 divided by the ratio is what the grid costs in units of one head.
+    """
+    import torch
+
+    from tests.benchmarks.probe_grid import HEADS, sides
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        grid, single = sides()
+        seconds = _take_turns(grid, single, turns=5)
+    finally:
+        torch.set_num_threads(threads)
+    what = "linear probe, 52 heads at once, 1 thread, against one by one"
+    return Row("probe_grid", what, HEADS[0] / seconds[0], HEADS[1] / seconds[1], "heads/s")
+
+
 def curate_throughput() -> Row:
     """Decode, score and embed 32 photographs of 1024 pixels with a ViT-Ti/16: the stage against a plain loop."""
     return _embedding("curate_throughput", "decode + score + ViT-Ti/16, against plain Pillow + torch", network=True)
@@ -408,7 +428,19 @@ def trace_images() -> Row:
     return Row("trace_images", "1,000,000 images to sources and one image, against a loop", *_rates(1, seconds), "1/s")
 
 
-_MADE = (crops, crops_large, shards, attention, students, step, step_memory, checkpoint, knn, curate_throughput)
+_MADE = (
+    crops,
+    crops_large,
+    shards,
+    attention,
+    students,
+    step,
+    step_memory,
+    checkpoint,
+    knn,
+    probe_grid,
+    curate_throughput,
+)
 _TRACED = (audit_append, where_used, trace_images)
 _USED = (served_single, served_batch, served_size, export_timm, export_transformers, export_onnx)
 BENCHMARKS: dict[str, Callable[[], Row]] = {one.__name__: one for one in (*_MADE, curate_descriptor, *_USED, *_TRACED)}

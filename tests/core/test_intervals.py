@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from components.core.intervals import accuracy_interval, difference_interval
+from components.core.intervals import accuracy_interval, clustered_interval, difference_interval
 from components.core.metrics import bootstrap_interval
 
 RUNS = 2_000
@@ -56,3 +56,56 @@ def test_other_measures_are_resampled():
     precisions = 1 / np.arange(1, 41)
     interval = difference_interval(precisions, np.full(40, 0.1), np.random.default_rng(0), 400)
     assert interval == bootstrap_interval(precisions - 0.1, np.random.default_rng(0), 400)
+
+
+def test_clusters_of_one_image_are_the_plain_bootstrap():
+    values = np.random.default_rng(0).exponential(size=60)
+    clustered = clustered_interval(values, np.arange(60), np.random.default_rng(1), 500)
+    plain = bootstrap_interval(values, np.random.default_rng(1), 500)
+    assert (clustered.mean, clustered.low, clustered.high) == pytest.approx((plain.mean, plain.low, plain.high))
+
+
+def test_clusters_by_hand():
+    """Of a photograph of three images and one of one, resamples have the means 0, 1/4 and 1."""
+    values, clusters = np.array([0.0, 0.0, 0.0, 1.0]), np.array(["a", "a", "a", "b"])
+    interval = clustered_interval(values, clusters, np.random.default_rng(0), 400)
+    assert (interval.mean, interval.low, interval.high) == (0.25, 0, 1)
+
+
+@pytest.mark.parametrize(("count", "lowest", "highest"), [(40, 0.90, 0.96), (5, 0.78, 0.89)])
+def test_coverage_with_clusters(count, lowest, highest):
+    """Near the nominal 95 % with 40 clusters, too narrow with 5; without clusters it is far from it."""
+    generator, clustered, plain = np.random.default_rng(0), [], []
+    for _ in range(400):
+        clusters = np.repeat(np.arange(count), generator.integers(1, 9, size=count))
+        values = generator.standard_normal(count)[clusters] + generator.standard_normal(len(clusters))
+        intervals = clustered_interval(values, clusters, generator, 200), bootstrap_interval(values, generator, 200)
+        for interval, held in zip(intervals, (clustered, plain), strict=True):
+            held.append(interval.low <= 0 <= interval.high)
+    assert lowest <= np.mean(clustered) <= highest
+    assert np.mean(plain) < 0.78
+
+
+def test_differences_with_clusters():
+    generator = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(12), 10)
+    ours, theirs = (generator.random(120) < share for share in (0.9, 0.5))
+    ours[clusters < 6], theirs[clusters < 6] = True, True
+    values = ours.astype(float), theirs.astype(float)
+    wide = difference_interval(*values, np.random.default_rng(1), 500, clusters)
+    narrow = difference_interval(*values, generator, 1)
+    assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+    same = difference_interval(np.ones(120), np.ones(120), generator, 50, clusters)  # the bootstrap alone says 0 to 0
+    assert (same.low, same.high) == pytest.approx((-1.96 * (2 / 122**2) ** 0.5, 1.96 * (2 / 122**2) ** 0.5), abs=1e-4)
+    precisions = 1 / np.arange(1, 121), np.full(120, 0.1)
+    found = difference_interval(*precisions, np.random.default_rng(2), 100, clusters)
+    assert found == clustered_interval(precisions[0] - 0.1, clusters, np.random.default_rng(2), 100)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [(np.zeros(3, int), "one cluster is not defined"), (np.arange(2), "3 values with 2 cluster")],
+)
+def test_clusters_that_say_nothing(clusters, message):
+    with pytest.raises(ValueError, match=message):
+        clustered_interval(np.ones(3), clusters, np.random.default_rng(0), 10)

@@ -7,8 +7,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
 from components.core.knn import knn_predictions, nearest
+from components.data.evaluation_set import Labels
 from components.evaluation.config import EvaluateConfig, KnnConfig, LinearConfig
 from components.evaluation.protocols.instance import retrieval_ranks
+from components.evaluation.protocols.knn import draw_shots
+from components.evaluation.protocols.knn import evaluate as evaluate_knn
 from components.evaluation.protocols.linear import linear_predictions
 from components.evaluation.scores import Scores, differences
 from components.model.config import Preprocessing
@@ -93,6 +96,50 @@ def test_differences_are_paired():
     assert interval.mean == 0.5
     # Half the differences are 1, half 0: standard error sqrt(0.25 / 200), and not the larger one of unpaired samples.
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.1)
+
+
+def test_differences_of_parts_of_photographs_are_clustered():
+    scores = {name: Scores() for name in ("candidate", "random")}
+    clusters = np.repeat(np.arange(10), 20)
+    scores["candidate"].add("knn_top1", (clusters < 5).astype(float))
+    scores["random"].add("knn_top1", np.zeros(200))
+    interval = differences(scores, "candidate", 500, 0, clusters)["random"]["knn_top1"]
+    # As wide as of ten images, each of which stands for its photograph.
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 10), rel=0.15)
+
+
+def test_few_shot_takes_some_of_each_class_and_all_of_a_small_one(caplog):
+    targets = np.array([0] * 10 + [1] * 3 + [2] * 9 + [0, 1, 2])
+    labels = Labels(("cat", "dog", "owl"), targets, np.arange(22), np.arange(22, 25))
+    rows = draw_shots(labels, 5, np.random.default_rng(0))
+    assert np.bincount(targets[rows]).tolist() == [5, 3, 5]
+    assert len({tuple(draw_shots(labels, 5, np.random.default_rng(seed))) for seed in range(10)}) > 5
+    features = np.eye(3, dtype=np.float32)[targets]
+    config = KnnConfig(num_neighbors=(3,), reported=3, few_shot=(1, 5), tries=2)
+    scores = evaluate_knn(features, labels, config)
+    assert scores.metrics["knn_top1_1shot"] == scores.metrics["knn_top1_5shot"] == 1
+    assert scores.metrics["knn_top1_5shot_std"] == 0
+    assert caplog.text.count("fewer than 5 train images") == 1
+    assert "1 of 3 classes have fewer than 5 train images and use all of them (dog: 3)" in caplog.text
+
+
+def test_few_shot_equals_scikit_learn_on_each_draw(blobs):
+    train, targets, test, test_targets = blobs
+    every = np.concatenate([targets, test_targets])
+    labels = Labels(tuple("abcde"), every, np.arange(200), np.arange(200, 290))
+    config = KnnConfig(few_shot=(1, 4), tries=3)
+    scores = evaluate_knn(np.concatenate([train, test]), labels, config)
+    for shots in config.few_shot:
+        accuracies = []
+        for seed in range(3):
+            rows = draw_shots(labels, shots, np.random.default_rng(seed))
+            model = KNeighborsClassifier(
+                shots, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07)
+            ).fit(train[rows], targets[rows])
+            accuracies.append(model.score(test, test_targets))
+        assert scores.metrics[f"knn_top1_{shots}shot"] == pytest.approx(np.mean(accuracies))
+        assert scores.metrics[f"knn_top1_{shots}shot_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert set(scores.by_image) == {"knn_top1", "knn_top1_1shot", "knn_top1_4shot"}
 
 
 def test_defaults_are_the_papers():
