@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from components.core.config import ConfigError
+from components.core.intervals import is_accuracy
 from components.core.metrics import effective_rank, feature_std
 from components.data.evalset import Evalset
 from components.evaluation.descriptor import describe
 from components.evaluation.features import EvaluationImages
-from components.evaluation.protocols import depth, knn, linear, segmentation
+from components.evaluation.protocols import depth, knn, linear, probe, retrieval, segmentation, slices
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
 from components.evaluation.subject import Subject
@@ -65,6 +66,8 @@ class Comparison:
 PROTOCOLS: Mapping[str, Protocol] = {
     "knn": Protocol("classification", dense=False, run=knn.run),
     "linear": Protocol("classification", dense=False, run=linear.run),
+    "probe": Protocol("classification", dense=False, run=probe.run),
+    "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
     "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers),
     "depth": Protocol("depth", dense=True, run=depth.run),
@@ -100,9 +103,18 @@ def compare(
                 log.info("%s has no patch features: not measured by %s", model.name, name)
                 continue
             found.update(protocol.run(subject))
+        _add_slices(found, subject)
         features = subject.tokens.features
         found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
     return Comparison(evalset, scores, tokens, tuple(chosen))
+
+
+def _add_slices(scores: Scores, subject: Subject) -> None:
+    """Add the worst group and the gap of each column, of the first accuracy that was measured."""
+    columns = {name: values[subject.evalset.test].tolist() for name, values in subject.evalset.groups.items()}
+    accuracies = [values for metric, values in scores.by_image.items() if is_accuracy(values)]
+    if columns and accuracies and len(accuracies[0]) == len(subject.evalset.test):
+        scores.update(slices.evaluate(accuracies[0], columns, subject.settings.slices))
 
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:

@@ -12,15 +12,17 @@ from components.evaluation.config import (
     DepthConfig,
     KnnConfig,
     LinearConfig,
+    ProbeConfig,
     SegmentationConfig,
+    SlicesConfig,
 )
 
 log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 300  # of a trained head, however few images there are
-# Passes over the train images in the papers: 40,000 steps of 16 over the 20,210 of ADE20k, 38,400 over the 24,231 of
-# NYU Depth (METHOD.md 6.1).
-SEGMENTATION_PASSES, DEPTH_PASSES = 31.7, 25.4
+# Passes over the train images in the papers: 12,500 steps of 1,024 over the 1,281,167 of ImageNet, 40,000 of 16 over
+# the 20,210 of ADE20k, 38,400 of 16 over the 24,231 of NYU Depth (METHOD.md 6.1).
+PROBE_PASSES, SEGMENTATION_PASSES, DEPTH_PASSES = 10.0, 31.7, 25.4
 
 HeadConfigT = TypeVar("HeadConfigT", bound=DenseHeadConfig)
 
@@ -31,6 +33,8 @@ class Settings:
 
     knn: KnnConfig
     linear: LinearConfig
+    probe: ProbeConfig
+    slices: SlicesConfig
     segmentation: SegmentationConfig
     depth: DepthConfig
 
@@ -46,9 +50,17 @@ def settings_for(evalset: Evalset, knn: KnnConfig, linear: LinearConfig) -> Sett
     return Settings(
         knn,
         linear,
+        _probe(ProbeConfig(), len(evalset.train)),
+        SlicesConfig(),
         _scaled(SegmentationConfig(), SEGMENTATION_PASSES, evalset),
         _scaled(DepthConfig(), DEPTH_PASSES, evalset),
     )
+
+
+def _probe(config: ProbeConfig, images: int) -> ProbeConfig:
+    batch_size = max(2, min(config.batch_size, images))
+    steps = min(config.num_steps, max(FEWEST_STEPS, round(PROBE_PASSES * images / batch_size)))
+    return config.model_copy(update={"batch_size": batch_size, "num_steps": steps})
 
 
 def _scaled(config: HeadConfigT, passes: float, evalset: Evalset) -> HeadConfigT:

@@ -19,6 +19,7 @@ from components.core.progress import track
 from components.data.evaluation_set import Labels
 from components.evaluation.config import ProbeConfig
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,17 @@ class Probe:
             for some in _chunks(rows)
         ]
         return _finite(torch.cat(parts)).cpu().numpy()
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a classification set; see `evaluate`. A descriptor's one vector is all its kinds of input."""
+    features = ProbeFeatures(subject.tokens.cls, subject.tokens.mean_patch)
+    layers = subject.tokens.cls.shape[1]
+    fitting = tuple(count for count in subject.settings.probe.num_layers if count <= layers) or (1,)
+    config = subject.settings.probe.model_copy(update={"num_layers": fitting})
+    if fitting != subject.settings.probe.num_layers:
+        log.info("%s has features of %d layers: heads on %s", subject.name, layers, ", ".join(map(str, fitting)))
+    return evaluate(features, subject.labels, config, np.random.default_rng(subject.seed), subject.name)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from components.core.errors import DatasetError
 from components.evaluation.scores import Scores
+from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,13 @@ class Query:
         """Return the rows that are removed from the ranking: other lists, and the query itself."""
         others = [name for name in ("easy", "hard", "junk") if name not in MODES[mode]]
         return np.array([self.row, *(row for name in others for row in getattr(self, name))], np.int64)
+
+
+def run(subject: Subject) -> Scores:
+    """Measure a model on a retrieval set; see `evaluate`."""
+    found = subject.evalset.queries
+    queries = [Query(q.index, *(tuple(rows.tolist()) for rows in (q.easy, q.hard, q.junk))) for q in found]
+    return evaluate(subject.tokens.features, queries, subject.evalset.gallery)
 
 
 def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: NDArray[np.int64]) -> Scores:
