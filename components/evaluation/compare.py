@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from components.core.config import ConfigError
 from components.core.intervals import is_accuracy
 from components.core.metrics import effective_rank, feature_std
+from components.core.storage import sha256_file
 from components.data.evalset import Evalset
+from components.evaluation.corrupted import CorruptedImages, corrupted_results
 from components.evaluation.descriptor import describe
 from components.evaluation.features import EvaluationImages
-from components.evaluation.protocols import depth, knn, linear, probe, retrieval, segmentation, slices
+from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
 from components.evaluation.subject import Subject
-from components.evaluation.tokens import TokenRequest, Tokens, find_tokens
-from components.model.config import Preprocessing
+from components.evaluation.tokens import Images, TokenRequest, Tokens, find_tokens
+from components.model.config import Preprocessing, ViTConfig
+from components.model.export import BACKBONE_FILE, load_backbone
 from components.model.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
+
+RANDOM, DESCRIPTOR, ROBUSTNESS = "random", "descriptor", "robustness"
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def compare(
     Args:
         evalset: the images with what the task needs.
         models: the first is the one that is asked about.
-        protocols: names; empty means all of the set's task.
+        protocols: names; empty means all of the set's task but `robustness`, which takes 75 passes.
         settings: of the protocols.
         cache: folder of tokens.
         seed: of the protocols' random choices.
@@ -106,7 +113,10 @@ def compare(
         _add_slices(found, subject)
         features = subject.tokens.features
         found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
-    return Comparison(evalset, scores, tokens, tuple(chosen))
+    compared = Comparison(evalset, scores, tokens, (*chosen, *([ROBUSTNESS] if ROBUSTNESS in protocols else [])))
+    if ROBUSTNESS in protocols:
+        _add_robustness(compared, models, settings, cache, seed)
+    return compared
 
 
 def _add_slices(scores: Scores, subject: Subject) -> None:
@@ -119,31 +129,81 @@ def _add_slices(scores: Scores, subject: Subject) -> None:
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
     fitting = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.task == evalset.config.task}
+    known = [*fitting, ROBUSTNESS] if evalset.config.task == "classification" else [*fitting]
     for name in names:
-        if name not in fitting:
+        if name not in known:
             raise ConfigError(
                 f"--protocol {name}: {evalset.folder.parent.name} is a set of task {evalset.config.task}, for which "
-                f"there are {', '.join(fitting)}"
+                f"there are {', '.join(known)}"
             )
-    return {name: fitting[name] for name in names} if names else fitting
+    return {name: fitting[name] for name in names if name in fitting} if names else fitting
+
+
+def _add_robustness(
+    found: Comparison, models: Sequence[Contestant], settings: Settings, cache: Path, seed: int
+) -> None:
+    """Add the accuracy of nearest neighbors under 75 corruptions, and mCE against the random weights."""
+    results = {}
+    for model in models:
+        subject = Subject(model.name, found.evalset, found.tokens[model.name], model.preprocessing, settings, seed)
+        images = partial(_corrupted_features, found.evalset, model, cache, seed)
+        results[model.name] = corrupted_results(subject, images)
+    for name, scores in found.scores.items():
+        scores.update(robustness.evaluate(results[name], results[RANDOM]))
+
+
+def _corrupted_features(
+    evalset: Evalset, model: Contestant, cache: Path, seed: int, name: str, severity: int
+) -> NDArray[np.float32]:
+    """Return the features of all test images under one corruption, [T, D]."""
+    images = CorruptedImages(
+        EvaluationImages(evalset.images, model.preprocessing), evalset.test, (name, severity), seed
+    )
+    version = f"{evalset.version} test {name} {severity} {seed}"
+    return _tokens_of(images, version, model, dense=False, cache=cache).features
 
 
 def _tokens(evalset: Evalset, model: Contestant, dense: bool, cache: Path) -> Tokens:
     images = EvaluationImages(evalset.images, model.preprocessing)
+    return _tokens_of(images, evalset.version, model, dense, cache)
+
+
+def _tokens_of(images: Images, version: str, model: Contestant, dense: bool, cache: Path) -> Tokens:
     if model.backbone is None:
         features = np.stack([describe(images[index].numpy()) for index in range(len(images))])
         return Tokens(features[:, None], features, None, 0)
-    request = TokenRequest(images, evalset.version, model.preprocessing, dense)
+    request = TokenRequest(images, version, model.preprocessing, dense)
     return find_tokens(model.backbone, model.digest, request, cache)
 
 
-def random_twin(backbone: VisionTransformer, seed: int) -> VisionTransformer:
-    """Return an untrained network of the same shape, on the same device.
+def load_contestant(name: str, folder: Path, scaling: Callable[[ViTConfig], Preprocessing]) -> Contestant:
+    """Read a model's weights for a comparison.
+
+    Args:
+        name: for a person.
+        folder: with model.safetensors and config.json.
+        scaling: of the images, given the backbone's shape.
+
+    Raises:
+        WeightsError: the weights cannot be read.
+    """
+    backbone = load_backbone(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Contestant(name, sha256_file(folder / BACKBONE_FILE), backbone, scaling(backbone.config))
+
+
+def baselines(first: Contestant, seed: int) -> list[Contestant]:
+    """Return an untrained network of a model's shape, and the descriptor.
 
     With the small initial LayerScale the class token hardly depends on the image, so that logistic regression is at
     chance. With a LayerScale of 1 the random blocks contribute, which makes a meaningful baseline.
     """
+    assert first.backbone is not None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = VisionTransformer(backbone.config.model_copy(update={"layer_scale_init": 1.0}))
-    return made.eval().to(next(backbone.parameters()).device)
+        twin = VisionTransformer(first.backbone.config.model_copy(update={"layer_scale_init": 1.0}))
+    twin.eval().to(next(first.backbone.parameters()).device)
+    digest = f"{RANDOM} {seed} {twin.config.model_dump_json()}"
+    return [
+        Contestant(RANDOM, digest, twin, first.preprocessing),
+        Contestant(DESCRIPTOR, DESCRIPTOR, None, first.preprocessing),
+    ]

@@ -11,19 +11,19 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from components.core.distributed import barrier, rank, world_size
 from components.core.locks import exclusive
 from components.core.progress import progress
 from components.core.storage import atomic_dir
 from components.data.shared_memory import check_shared_memory
-from components.evaluation.features import EvaluationImages
 from components.model.config import Preprocessing
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer, ViTOutput
@@ -32,6 +32,14 @@ VERSION = 1  # raise it whenever a change here changes the arrays
 LAYERS = 4  # last ones, which linear probes and dense protocols read (METHOD.md 6.1); of shallower networks all
 BATCH_PATCHES = 2**14  # computed at once
 CLS, MEAN, PATCHES = "cls.npy", "mean_patch.npy", "patches.npy"
+
+
+class Images(Protocol):
+    """Images of one size, [S, S, 3] uint8 each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class TokenRequest:
         num_workers: processes that decode images; 0 decodes in this one.
     """
 
-    images: EvaluationImages
+    images: Images
     version: str
     preprocessing: Preprocessing
     dense: bool = False
@@ -140,7 +148,10 @@ def _fill(backbone: VisionTransformer, request: TokenRequest, arrays: dict[str, 
     check_shared_memory("--workers", request.num_workers, batch_bytes)
     # With its own generator the loader does not use the global one.
     loader = DataLoader(
-        Subset(request.images, mine), batch_size, num_workers=request.num_workers, generator=torch.Generator()
+        Subset(cast("Dataset[Tensor]", request.images), mine),
+        batch_size,
+        num_workers=request.num_workers,
+        generator=torch.Generator(),
     )
     device, done = next(backbone.parameters()).device, 0
     with progress("features", len(mine)) as advance:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from components.registry.named_weights import NamedWeights
     from flows.contamination import Contamination
 
-RANDOM, DESCRIPTOR = "random", "descriptor"
 SCHEMA = "pedigree-evaluation/1"
 
 
@@ -57,7 +56,7 @@ def evaluate(
 
 def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | None, seed: int) -> Answer:
     from components.core.storage import write_bytes
-    from components.evaluation.compare import compare
+    from components.evaluation.compare import baselines, compare, load_contestant
     from components.evaluation.comparison_report import write_page
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
@@ -68,7 +67,8 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     weights = [named_weights(name) for name in names]
     config = load_recipe(root, None).evaluate
     settings = settings_for(found, config.knn, config.linear)
-    models = _contestants(weights, found, seed)
+    models = [load_contestant(one.name, one.folder, partial(scaled, one, found)) for one in weights]
+    models += baselines(models[0], seed)
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.name: contamination(one.name if _registered(one) else None, found, root) for one in weights}
     facts = [_about(found, models[0]), *(f"{name}: {one.line()}" for name, one in seen.items())]
@@ -103,29 +103,6 @@ def _registered(weights: NamedWeights) -> bool:
     from components.registry.named_weights import is_reference
 
     return is_reference(weights.name)
-
-
-def _contestants(weights: list[NamedWeights], evalset: Evalset, seed: int) -> list[Contestant]:
-    """Return the models, then random weights of the first one's shape, and the descriptor."""
-    import torch
-
-    from components.core.storage import sha256_file
-    from components.evaluation.compare import Contestant, random_twin
-    from components.lineage.provenance import WEIGHTS_FILE
-    from components.model.export import load_backbone
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = []
-    for one in weights:
-        backbone = load_backbone(one.folder).to(device)
-        scaling = scaled(one, evalset, backbone.config)
-        models.append(Contestant(one.name, sha256_file(one.folder / WEIGHTS_FILE), backbone, scaling))
-    first = models[0]
-    assert first.backbone is not None
-    twin = random_twin(first.backbone, seed)
-    digest = f"random {seed} {twin.config.model_dump_json()}"
-    models.append(Contestant(RANDOM, digest, twin, first.preprocessing))
-    return [*models, Contestant(DESCRIPTOR, DESCRIPTOR, None, first.preprocessing)]
 
 
 def scaled(weights: NamedWeights, evalset: Evalset, shape: Any) -> Any:
