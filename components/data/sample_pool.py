@@ -136,7 +136,7 @@ def _pool(name: str, photo: Image.Image, generator: np.random.Generator) -> Iter
     for side, factors in POOL_WINDOWS.items():
         aspect = float(generator.choice(ASPECTS))
         size = (round(side * aspect**0.5), round(side / aspect**0.5))
-        boxes += [(box, factors) for box in _grid(region, size, STRIDE) if _textured(photo, box)]
+        boxes += [(box, factors) for box in _grid(region, size, STRIDE) if textured(photo, box)]
     if len(boxes) > PHOTOGRAPHS[name]:
         chosen = np.sort(generator.choice(len(boxes), PHOTOGRAPHS[name], replace=False))
         boxes = [boxes[index] for index in chosen]
@@ -152,7 +152,7 @@ def _evaluation(name: str, photo: Image.Image, generator: np.random.Generator) -
     for number, top in enumerate(range(0, photo.height - band + 1, band)):
         region = (left, top, photo.width, top + band)
         for side, factors in EVALUATION_WINDOWS.items():
-            boxes = (box for box in _grid(region, (side, side), 1.0) if _textured(photo, box))
+            boxes = (box for box in _grid(region, (side, side), 1.0) if textured(photo, box))
             found += [("test" if number % 2 else "train", box, factors) for box in boxes]
     chosen = np.sort(generator.permutation(len(found))[:MAX_EVALUATION_TILES])
     for number, index in enumerate(chosen):
@@ -171,7 +171,8 @@ def _grid(region: Box, size: tuple[int, int], stride: float) -> list[Box]:
     ]
 
 
-def _textured(photo: Image.Image, box: Box) -> bool:
+def textured(photo: Image.Image, box: Box) -> bool:
+    """Return whether most of a crop holds something, in contrast to sky, darkness or plain skin."""
     gray = np.asarray(photo.crop(box).convert("L"), dtype=np.float32)
     if gray.std() < MIN_DEVIATION:
         return False
