@@ -98,7 +98,7 @@ def add_evalset(request: EvalsetRequest) -> Added:
         request: what to read and where to put it.
 
     Raises:
-        EvalsetError: with one line for each fault of the folder.
+        EvalsetError: with one line for each fault of the folder; or another version is there, not to be replaced.
         ConfigError: `evalset.yaml` has a wrong value.
     """
     with (
@@ -108,12 +108,23 @@ def add_evalset(request: EvalsetRequest) -> Added:
     ):
         made = _make(request, Path(scratch))
         final = request.evaluation / request.name / made.version
+        if not request.replace and (others := other_versions(final)):
+            raise EvalsetError(
+                f"{request.name}: version {', '.join(others)} is there, and this is {made.version}; --replace puts "
+                "this one in its place, another --name keeps both"
+            )
         if new := not final.exists():
             final.parent.mkdir(exist_ok=True)
             provenance_file(made.snapshot).rename(provenance_file(final))
             made.snapshot.rename(final)
     ingested = replace(made.ingested, evaluation_snapshot=final)
     return replace(made, snapshot=final, new=new, ingested=ingested)
+
+
+def other_versions(snapshot: Path) -> list[str]:
+    """Return the names of the other snapshots of a set, on disk or tracked by DVC."""
+    names = {path.name.partition(".")[0] for path in snapshot.parent.glob("[!.]*")}
+    return sorted(names - {snapshot.name})
 
 
 def check_folder(request: EvalsetRequest) -> Added:

@@ -86,6 +86,7 @@ class EvalsetRequest(Config):
     source: Path  # with evalset.yaml, images/ and what the task needs
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the set: small letters, digits and hyphens
     license: Name | None = None  # None: that of evalset.yaml
+    replace: bool = False  # take the place of other versions of the set
     evaluation: Path = RELATIVE.evaluation
     max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image, and so of its target
     docs_folder: Path = RELATIVE.data_docs

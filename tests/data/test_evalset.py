@@ -95,7 +95,9 @@ def test_equal_folders_give_equal_bytes_and_other_content_another_version(
     assert sha256_dir(again.snapshot) == sha256_dir(added["segmentation"].snapshot)
     assert not add(folder, "segmentation").new
     write(folder, {"targets/test/0.png": mask(halves(1))})  # the images stay
-    changed = add(folder, "segmentation")
+    with pytest.raises(EvalsetError, match=f"version {again.version} is there"):
+        add(folder, "segmentation")
+    changed = add(folder, "segmentation", replace=True)
     assert changed.new
     assert changed.version != again.version
 
