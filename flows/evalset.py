@@ -9,7 +9,8 @@ from typing import Any
 from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from components.core.errors import PedigreeError
+from components.core.config import ConfigError
+from components.core.errors import DatasetError
 from components.data import evalset_add
 from components.data.evalset_add import Added
 from components.data.evalset_config import EvalsetError, EvalsetRequest
@@ -48,14 +49,14 @@ def _add(request: EvalsetRequest) -> Added:
     with pool_held(request.name, get_run_logger(), doing="adding the evaluation set"):
         known = [one for one in snapshots(Path.cwd()) if one.source == request.name]
         if any(one.collection == POOL for one in known):
-            raise EvalsetError(
+            raise ConfigError(
                 f"{request.name}: a source of the pool has this name, so a run would take the set as its held-out "
                 "images; give another --name"
             )
         run_events.check_log()
         try:
             made = evalset_add.add_evalset(request)
-        except PedigreeError as error:
+        except (EvalsetError, DatasetError) as error:
             run_events.gate_failed(request, error)
             raise
         tracked = any(one.folder.name == made.version for one in known)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from components.core.config import load_yaml, validate
+from components.core.config import ConfigError, load_yaml, validate
 from components.core.layout import RELATIVE
 from components.core.text import one_line
 from components.data import summary
@@ -98,8 +98,8 @@ def add_evalset(request: EvalsetRequest) -> Added:
         request: what to read and where to put it.
 
     Raises:
-        EvalsetError: with one line for each fault of the folder; or another version is there, not to be replaced.
-        ConfigError: `evalset.yaml` has a wrong value.
+        EvalsetError: with one line for each fault of the folder.
+        ConfigError: `evalset.yaml` is missing or has a wrong value, or another version is there and not to be replaced.
     """
     with (
         hold_collection(request.evaluation),
@@ -109,7 +109,7 @@ def add_evalset(request: EvalsetRequest) -> Added:
         made = _make(request, Path(scratch))
         final = request.evaluation / request.name / made.version
         if not request.replace and (others := other_versions(final)):
-            raise EvalsetError(
+            raise ConfigError(
                 f"{request.name}: version {', '.join(others)} is there, and this is {made.version}; --replace puts "
                 "this one in its place, another --name keeps both"
             )
@@ -160,7 +160,7 @@ def _make(request: EvalsetRequest, scratch: Path) -> Added:
 
 def _config_of(request: EvalsetRequest) -> EvalsetConfig:
     if not (request.source / EVALSET).is_file():
-        raise EvalsetError(
+        raise ConfigError(
             f"{request.source}: no {EVALSET}; it says task and license, such as `task: segmentation`; "
             "see `pedigree evalset add --help`"
         )
@@ -168,7 +168,7 @@ def _config_of(request: EvalsetRequest) -> EvalsetConfig:
     if request.license is not None:
         values = {**values, "license": request.license}
     if "license" not in values:
-        raise EvalsetError(f"{request.source / EVALSET}: no license; write it there, or give --license")
+        raise ConfigError(f"{request.source / EVALSET}: no license; write it there, or give --license")
     return validate(EvalsetConfig, values, str(request.source / EVALSET))
 
 
@@ -311,7 +311,9 @@ class _Folder:
         """Yield the rows of a table of the folder, stripped; what it lacks is a fault."""
         path = self.source / name
         missing, rows = list(columns), list[dict[str, str]]()
-        if path.is_file() and path.stat().st_size <= MAX_CSV_BYTES:
+        if path.is_file():
+            if path.stat().st_size > MAX_CSV_BYTES:
+                raise EvalsetError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CSV_BYTES} are read")
             try:
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     reader = csv.DictReader(file, restval="")
