@@ -19,6 +19,7 @@ from flows.commands import (
     down,
     embed,
     env,
+    evalset,
     evaluate,
     export,
     gc,
@@ -102,6 +103,11 @@ sources_app = typer.Typer(no_args_is_help=True, help="List or remove what is in 
 sources_app.command("list")(sources.list_sources)
 sources_app.command("remove")(sources.remove)
 app.add_typer(sources_app, name="sources")
+evalset_app = typer.Typer(no_args_is_help=True, help="Add, list or check evaluation sets.")
+evalset_app.command("add")(evalset.add)
+evalset_app.command("list")(evalset.list_sets)
+evalset_app.command("check")(evalset.check)
+app.add_typer(evalset_app, name="evalset")
 audit_app = typer.Typer(no_args_is_help=True, help="Read, check and export the audit log.")
 audit_app.command("log")(audit.log)
 audit_app.command("verify")(audit.verify)

@@ -26,6 +26,7 @@ from components.lineage.audit_log import PLATFORM, Event, open_log
 from components.lineage.lock_file import Record
 
 if TYPE_CHECKING:
+    from components.data.evalset_config import EvalsetRequest
     from components.data.ingest import IngestReport
     from components.data.ingest_config import IngestRequest
     from components.recipe import Recipe
@@ -102,12 +103,12 @@ def anchor(experiment: str) -> None:
         anchor_experiment(checked_client(), experiment, PLATFORM, head)
 
 
-def gate_failed(request: IngestRequest, error: Exception) -> None:
+def gate_failed(request: IngestRequest | EvalsetRequest, error: Exception) -> None:
     """Record that a source's images did not pass their gate, so that nothing of them is stored."""
     _append(GATE, request.name, {"passed": False, "source": str(request.source), "reason": str(error)})
 
 
-def ingested(request: IngestRequest, report: IngestReport, pending: Iterable[Path]) -> None:
+def ingested(request: IngestRequest | EvalsetRequest, report: IngestReport, pending: Iterable[Path]) -> None:
     """Record what an ingest has stored, by snapshot and data version; its validation has passed. No-op for nothing.
 
     Args:

@@ -196,6 +196,11 @@ def version_of(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:VERSION_DIGITS]
 
 
+def known_version(folder: Path) -> str:
+    """Return a set's version without reading its targets: of one with `evalset.yaml`, by the name of its folder."""
+    return folder.name if (folder / EVALSET).is_file() else version_of(folder)
+
+
 def named_by_version(snapshot: Path) -> Path:
     """Rename a finished set to its version, and return its folder; one without `evalset.yaml` keeps its name."""
     if not (snapshot / EVALSET).is_file():

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from components.core.config import load_yaml, validate
+from components.core.config import ConfigError, load_yaml, validate
 from components.core.layout import RELATIVE
 from components.core.text import one_line
 from components.data import summary
@@ -99,7 +99,7 @@ def add_evalset(request: EvalsetRequest) -> Added:
 
     Raises:
         EvalsetError: with one line for each fault of the folder.
-        ConfigError: `evalset.yaml` has a wrong value.
+        ConfigError: `evalset.yaml` is missing or has a wrong value, or another version is there and not to be replaced.
     """
     with (
         hold_collection(request.evaluation),
@@ -108,12 +108,23 @@ def add_evalset(request: EvalsetRequest) -> Added:
     ):
         made = _make(request, Path(scratch))
         final = request.evaluation / request.name / made.version
+        if not request.replace and (others := other_versions(final)):
+            raise ConfigError(
+                f"{request.name}: version {', '.join(others)} is there, and this is {made.version}; --replace puts "
+                "this one in its place, another --name keeps both"
+            )
         if new := not final.exists():
             final.parent.mkdir(exist_ok=True)
             provenance_file(made.snapshot).rename(provenance_file(final))
             made.snapshot.rename(final)
     ingested = replace(made.ingested, evaluation_snapshot=final)
     return replace(made, snapshot=final, new=new, ingested=ingested)
+
+
+def other_versions(snapshot: Path) -> list[str]:
+    """Return the names of the other snapshots of a set, on disk or tracked by DVC."""
+    names = {path.name.partition(".")[0] for path in snapshot.parent.glob("[!.]*")}
+    return sorted(names - {snapshot.name})
 
 
 def check_folder(request: EvalsetRequest) -> Added:
@@ -149,7 +160,7 @@ def _make(request: EvalsetRequest, scratch: Path) -> Added:
 
 def _config_of(request: EvalsetRequest) -> EvalsetConfig:
     if not (request.source / EVALSET).is_file():
-        raise EvalsetError(
+        raise ConfigError(
             f"{request.source}: no {EVALSET}; it says task and license, such as `task: segmentation`; "
             "see `pedigree evalset add --help`"
         )
@@ -157,7 +168,7 @@ def _config_of(request: EvalsetRequest) -> EvalsetConfig:
     if request.license is not None:
         values = {**values, "license": request.license}
     if "license" not in values:
-        raise EvalsetError(f"{request.source / EVALSET}: no license; write it there, or give --license")
+        raise ConfigError(f"{request.source / EVALSET}: no license; write it there, or give --license")
     return validate(EvalsetConfig, values, str(request.source / EVALSET))
 
 
@@ -300,7 +311,9 @@ class _Folder:
         """Yield the rows of a table of the folder, stripped; what it lacks is a fault."""
         path = self.source / name
         missing, rows = list(columns), list[dict[str, str]]()
-        if path.is_file() and path.stat().st_size <= MAX_CSV_BYTES:
+        if path.is_file():
+            if path.stat().st_size > MAX_CSV_BYTES:
+                raise EvalsetError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CSV_BYTES} are read")
             try:
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     reader = csv.DictReader(file, restval="")

@@ -39,24 +39,21 @@ Name = Annotated[str, AfterValidator(_stripped)]
 PixelValue = Annotated[int, Field(ge=0, le=255)]
 
 
+def _metric_of(values: dict[str, Any]) -> str:
+    return METRICS[values["task"]]
+
+
 class EvalsetConfig(Config):
     """One evaluation set."""
 
     task: Task
-    metric: str = Field(default="", pattern=r"^[a-z0-9_.]*$")  # that decides; default: METRICS of the task
+    metric: str = Field(default_factory=_metric_of, pattern=r"^[a-z][a-z0-9_.]*$")  # that decides
     license: Name  # under which images and targets may be used, such as CC-BY-4.0
     resolution: PositiveInt | None = None  # pixels, side of the square a model is given; None: as the run says
     classes: dict[PixelValue, Name] = Field(default_factory=dict)  # segmentation: pixel value -> name
     ignore: PixelValue | None = None  # segmentation: pixel value without class
     depth_range: tuple[FiniteFloat, FiniteFloat] | None = None  # depth, in meters; other pixels are not measured
     groups: tuple[Name, ...] = ()  # columns of groups.parquet, for slices
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_metric(cls, values: Any) -> Any:
-        if isinstance(values, dict) and not values.get("metric") and values.get("task") in METRICS:
-            return {**values, "metric": METRICS[values["task"]]}
-        return values
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> Self:
@@ -86,6 +83,7 @@ class EvalsetRequest(Config):
     source: Path  # with evalset.yaml, images/ and what the task needs
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the set: small letters, digits and hyphens
     license: Name | None = None  # None: that of evalset.yaml
+    replace: bool = False  # take the place of other versions of the set
     evaluation: Path = RELATIVE.evaluation
     max_pixels: int = Field(MAX_PIXELS, gt=0, le=PIXEL_CEILING)  # of an image, and so of its target
     docs_folder: Path = RELATIVE.data_docs

@@ -95,7 +95,9 @@ def test_equal_folders_give_equal_bytes_and_other_content_another_version(
     assert sha256_dir(again.snapshot) == sha256_dir(added["segmentation"].snapshot)
     assert not add(folder, "segmentation").new
     write(folder, {"targets/test/0.png": mask(halves(1))})  # the images stay
-    changed = add(folder, "segmentation")
+    with pytest.raises(ConfigError, match=f"version {again.version} is there"):
+        add(folder, "segmentation")
+    changed = add(folder, "segmentation", replace=True)
     assert changed.new
     assert changed.version != again.version
 
@@ -171,6 +173,15 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
     "stranger": (folders.classification, {"groups.csv": "image,light\nx.png,day\n"}, "group_images: .* x.png"),
     "broken": (folders.classification, {"images/test/cat/0.png": photo(4)[:60]}, "images_readable: .*1 of 8 wrong"),
     "beside": (folders.classification, {"images/more/cat/0.png": photo(9)}, "images_in_splits: .*1 of 9 wrong"),
+    "classes": (folders.classification, {"images/train/dog/9.png": photo(0)}, "copies_of_one_class: .*1 of 9 wrong"),
+    "targets": (folders.segmentation,
+                    {"images/train/9.png": photo(0), "targets/train/9.png": mask(halves(1))}, "copies_of_one_target"),
+    "rows": (folders.classification, {"groups.csv": "image,light\na.png,day\na.png,night\n"}, "groups_once"),
+    "pairs": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,easy\nq/one.png,a.png,junk\n"},
+              "pairs_unique: .*1 of 1 wrong"),
+    "own query": (folders.retrieval,
+                  {"queries.csv": "query,image,relation\nq/one.png,q/two.png,easy\nq/two.png,a.png,easy\n"},
+                  "queries_positive: .*1 of 2 wrong, for example q/one.png"),
     "positive": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,junk\n"},
                  "queries_positive"),
     "unknown": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,z.png,easy\n"},
@@ -216,6 +227,7 @@ def test_all_faults_are_named_at_once_and_nothing_is_stored(tmp_path: Path) -> N
         ({"task": "segmentation", "classes": {0: "a", 256: "b"}}, "256"),
         ({"task": "classification", "groups": ["image"]}, "groups"),
         ({"task": "detection"}, "task"),
+        ({"task": "depth", "depth_range": [1, 2], "metric": ""}, "metric"),
         ({"task": "classification", "mertic": "x"}, "did you mean 'metric'"),
     ],
 )
@@ -228,10 +240,10 @@ def test_a_wrong_config_is_refused(tmp_path: Path, values: dict[str, object], ex
 @quick
 def test_a_folder_without_config_license_or_images_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {"images/train/a.txt": b"no image"})
-    with pytest.raises(EvalsetError, match=r"no evalset\.yaml"):
+    with pytest.raises(ConfigError, match=r"no evalset\.yaml"):
         check_folder(request(folder))
     write(folder, {"evalset.yaml": "task: classification\n"})
-    with pytest.raises(EvalsetError, match="no license"):
+    with pytest.raises(ConfigError, match="no license"):
         check_folder(request(folder))
     with pytest.raises(EvalsetError, match="images: "):
         check_folder(request(folder, license="CC0-1.0"))
