@@ -68,7 +68,7 @@ def _overlay(image: NDArray[np.uint8], mask: NDArray[np.uint8], colors: NDArray[
 def draw_depth(images: NDArray[np.uint8], truth: NDArray[np.floating], predicted: NDArray[np.floating]) -> Image.Image:
     """Draw a row for each image: the image, its depth and the predicted depth, and below them the scale of colors.
 
-    The scale is one for all rows, from the 2nd to the 98th percentile of the true depths.
+    The scale is one for all rows, from the 2nd to the 98th percentile of all true and predicted depths.
 
     Args:
         images: [B, H, W, 3].
@@ -78,17 +78,17 @@ def draw_depth(images: NDArray[np.uint8], truth: NDArray[np.floating], predicted
     Raises:
         ValueError: no true depth is finite.
     """
-    finite = truth[np.isfinite(truth)]
-    if len(finite) == 0:
+    known = np.isfinite(truth)
+    if not known.any():
         raise ValueError("no depth to draw: no value of truth is finite")
-    low, high = np.percentile(finite, [2, 98])
+    low, high = np.percentile(np.concatenate([truth[known], predicted.ravel()]), [2, 98])
     rows = []
     for image, *maps in zip(images, truth, predicted, strict=True):
         pictures = [Image.fromarray(image), *(_depth_colors(one, low, high) for one in maps)]
         rows.append([Tile(fit(picture, SIDE)) for picture in pictures])
     bar = _depth_colors(np.broadcast_to(np.linspace(low, high, SIDE), (SWATCH, SIDE)), low, high)
     legend = [Tile(bar, (f"depth {low:.3g} to {high:.3g}",))]
-    if len(finite) < truth.size:
+    if not known.all():
         legend.append(_swatch(SHADE, "not measured"))
     return draw_sheet([*rows, legend], CAPTION)
 

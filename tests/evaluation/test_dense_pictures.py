@@ -52,7 +52,11 @@ def test_depths_share_one_scale():
     sheet = draw_depth(images, truth, predicted)
     assert "#" + bytes(pixel(sheet, 1, 0.5, 0.2)).hex() == SHADE
     assert pixel(sheet, 1, 0.5, 0.8) == pixel(sheet, 2, 0.5, 0.8)
-    assert pixel(sheet, 2, 0.5, 0.2) == (253, 231, 37)  # the far end of viridis
+    far = (253, 231, 37)  # the end of viridis
+    assert pixel(sheet, 2, 0.5, 0.2) == far
+    wrong = draw_depth(images, truth, np.full_like(truth, 9))
+    assert pixel(wrong, 2, 0.5, 0.8) == far
+    assert pixel(wrong, 1, 0.5, 0.8)[0] < 100  # a prediction out of the range of truth is seen as such
     with pytest.raises(ValueError, match="no depth to draw"):
         draw_depth(images, np.full_like(truth, np.nan), predicted)
 

@@ -233,7 +233,8 @@ def measure(
     absent = [name for name, value in zip(task.classes, iou, strict=True) if np.isnan(value)]
     if absent:
         log.warning("%s: %d classes (such as %s) are in no test mask and no prediction", prefix, len(absent), absent[0])
-    scores = Scores({f"{prefix}_miou": float(np.nanmean(iou)), f"{prefix}_accuracy": total.trace() / total.sum()})
+    accuracy = float(total.trace() / total.sum())
+    scores = Scores({f"{prefix}_miou": float(np.nanmean(iou)), f"{prefix}_accuracy": accuracy})
     scores.add(f"{prefix}_image_miou", np.array(mious))
     scores.add(f"{prefix}_image_accuracy", np.array(accuracies))
     scores.metrics |= {
