@@ -50,6 +50,8 @@ RUN_ELSEWHERE = (
     ("pedigree train-status", "tests/flows/test_train_status.py", r"train.status"),
     ("pedigree doctor", "tests/flows/test_doctor.py", r'"doctor"'),
     ("pedigree curate", "tests/flows/test_curate_command.py", r'"--explain"'),
+    ("pedigree evaluate", "tests/flows/test_evaluate_command.py", r'\["evaluate"'),
+    ("pedigree evalset", "tests/flows/test_evalset_command.py", r'"evalset"'),
     ("pedigree embed", "tests/evaluation/test_folder_features.py", r'"embed", "weights"'),
     ("pedigree export", "tests/registry/test_exports.py", r'"export", "weights"'),
     ("mlflow models serve --model-uri", "tests/registry/test_serving.py", r"SERVE\.replace"),

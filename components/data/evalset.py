@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from components.core.config import load_yaml, validate
 from components.core.errors import DatasetError
 from components.core.storage import disk_errors, sha256_file, write_bytes
-from components.data.evalset_config import EvalsetConfig
+from components.data.evalset_config import EVALSET, EvalsetConfig
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, read_collection, read_manifest, read_table, write_table
 from components.data.targets import decode_depth, decode_mask
 
-EVALSET, TARGETS, QUERIES, GROUPS = "evalset.yaml", "targets.parquet", "queries.parquet", "groups.parquet"
+TARGETS, QUERIES, GROUPS = "targets.parquet", "queries.parquet", "groups.parquet"
 CONTENT = (MANIFEST, EVALSET, TARGETS, QUERIES, GROUPS)  # the manifest names all images by their hash
 WITH_TARGETS = ("segmentation", "depth")
 EASY, HARD, JUNK = RELATIONS = ("easy", "hard", "junk")

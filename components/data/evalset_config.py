@@ -22,6 +22,7 @@ METRICS = {
     "depth": "depth_rmse",
     "retrieval": "retrieval_map_medium",
 }
+EVALSET = "evalset.yaml"  # beside the manifest of a set
 RESERVED = ("image", "image_id")  # no names of group columns
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
+from components.core.config import load_yaml
 from components.core.errors import DatasetError
 from components.core.text import one_line
+from components.data.evalset_config import EVALSET
 from components.data.manifest import read_collection
 
 log = logging.getLogger(__name__)
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 
 TEST_SHARE = 5  # without given splits, one in five labeled images is a test image
 
@@ -48,7 +53,7 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
     Raises:
         DatasetError: no images, or labels with a train split and no test image.
     """
-    table = read_collection(root)
+    table = _of_classes(root, read_collection(root))
     if table.num_rows == 0:
         raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
     _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)
@@ -59,6 +64,18 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
         return EvaluationSet(root, table, None)
     _warn_of_mixture(root, table, names != "")
     return EvaluationSet(root, table, _read_labels(root, table, names))
+
+
+def _of_classes(root: Path, table: pa.Table) -> pa.Table:
+    """Leave out sets of other tasks, such as segmentation, which only `pedigree evaluate` measures."""
+    for path in sorted(root.glob(f"*/*/{EVALSET}")):
+        task, shards = load_yaml(path).get("task"), f"{path.parent.relative_to(root).as_posix()}/"
+        if task != "classification":
+            others = pc.starts_with(table["shard"], shards)
+            count, name = pc.sum(others).as_py() or 0, path.parent.parent.name
+            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, task)
+            table = table.filter(pc.invert(others))
+    return table
 
 
 def _warn_of_mixture(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) -> None:

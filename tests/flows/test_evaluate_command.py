@@ -1,0 +1,118 @@
+"""`pedigree evaluate` on small sets of each task, without services, as for a weights folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from components.data.evaluation_set import read_evaluation_set
+from components.evaluation import settings
+from components.evaluation.config import KnnConfig
+from components.evaluation.features import EvaluationImages, backbone_extractor
+from components.evaluation.protocols import knn
+from components.model.config import Preprocessing, ViTConfig
+from components.model.export import load_backbone, save_weights
+from components.model.vit import VisionTransformer
+from flows.cli import app
+from tests.data import evalset_folders as folders
+from tests.evaluation.test_evaluation_stage import tiles, write_set
+
+PROJECT = Path(__file__).parents[2]
+SHAPE = ViTConfig(patch_size=8, dim=48, depth=2, num_heads=3, image_size=32, layer_scale_init=1.0)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(PROJECT / name, root / name)
+    write_set(root, tiles(), source="photographs")
+    with pytest.MonkeyPatch.context() as patch:
+        folders.judge_by_facts_only(patch)
+        for make in (folders.classification, folders.segmentation, folders.depth, folders.retrieval):
+            folders.add(make(root / "data" / make.__name__), make.__name__)
+    for number, name in ((1, "one"), (2, "two")):
+        torch.manual_seed(number)
+        save_weights(root / "weights" / name, VisionTransformer(SHAPE), None, {})
+    return root
+
+
+def asked(checkout: Path, *words: str, code: int = 0) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        patch.setattr(settings, "FEWEST_STEPS", 6)
+        done = CliRunner().invoke(app, ["evaluate", *words], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output if code else done.stdout
+
+
+def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
+    """The figures are those of the protocol by itself, and the page is complete in itself."""
+    page = tmp_path / "page.html"
+    words = ("weights/one", "--set", "photographs", "--against", "weights/two", "--protocol", "knn")
+    told = json.loads(asked(checkout, *words, "--html", str(page), "--json"))
+    assert list(told["scores"]) == ["weights/one", "weights/two", "random", "descriptor"]
+    images = read_evaluation_set(checkout / "data/evaluation/photographs/0123456789ab")
+    crops = EvaluationImages(images, Preprocessing().at(32))
+    pixels = torch.stack([crops[index] for index in range(len(crops))])
+    for name in ("one", "two"):
+        features = backbone_extractor(load_backbone(checkout / "weights" / name))(pixels)
+        expected = knn.evaluate(features, images.labels, KnnConfig(num_neighbors=(5, 10, 20), reported=10))
+        assert told["scores"][f"weights/{name}"]["knn_top1"] == expected.metrics["knn_top1"]
+    difference = told["differences"]["descriptor"]["knn_top1"]
+    found = {name: told["scores"][name]["knn_top1"] for name in ("weights/one", "descriptor")}
+    assert difference["mean"] == pytest.approx(found["weights/one"] - found["descriptor"])
+    assert {one["other"] for one in told["verdicts"]} == {"weights/two", "random", "descriptor"}
+    assert told["contamination"]["weights/one"]["unknown"] == "no registry knows these weights"
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    for part in ("weights/one minus descriptor", "By class", "Patch features", "Nearest neighbors", "contamination"):
+        assert part in text
+    shown = asked(checkout, *words)
+    assert re.search(r"weights/one is (better than|worse than|no better and no worse than) descriptor: knn_top1", shown)
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "metric"),
+    [("segmentation", "segmentation", "segmentation_miou"), ("segmentation", "segmentation-lin4",
+     "segmentation_lin4_miou"), ("depth", "depth", "depth_rmse"), ("depth", "depth-lin4", "depth_lin4_rmse"),
+     ("retrieval", "retrieval", "retrieval_map_medium"), ("classification", "linear", "linear_top1"),
+     ("classification", "probe", "probe_top1")],
+)  # fmt: skip
+def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: str, metric: str):
+    told = json.loads(asked(checkout, "weights/one", "--set", task, "--protocol", protocol, "--json"))
+    assert told["protocols"] == [protocol]
+    for name in ("weights/one", "random"):
+        assert np.isfinite(told["scores"][name][metric])
+    assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
+
+
+def test_robustness_is_measured_when_asked_for(checkout: Path):
+    told = json.loads(asked(checkout, "weights/one", "--set", "classification", "--protocol", "robustness", "--json"))
+    found = told["scores"]
+    assert 0 <= found["weights/one"]["corruption_accuracy"] <= 1
+    assert sum(key.startswith("corruption_accuracy.") for key in found["weights/one"]) == 15
+    assert found["random"]["mce"] == pytest.approx(1.0)
+
+
+def test_the_stage_measures_classes_only(checkout: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        images = read_evaluation_set(checkout / "data/evaluation").images
+    assert set(images["source"].to_pylist()) == {"photographs", "classification"}
+    assert "segmentation: 4 images for segmentation are measured by `pedigree evaluate` only" in caplog.text
+
+
+def test_what_cannot_be_measured_is_one_line(checkout: Path):
+    told = asked(checkout, "weights/one", "--set", "birds", code=2)
+    assert "--set birds: no such set; there are classification, depth, photographs, retrieval, segmentation" in told
+    told = asked(checkout, "weights/one", "--set", "depth", "--protocol", "knn", code=2)
+    assert "--protocol knn: depth is a set of task depth, for which there are depth, depth-lin4" in told
+    told = asked(checkout, "nowhere", "--set", "depth", code=2)
+    assert "nowhere: no such folder; give NAME@ALIAS, NAME/NUMBER or a weights folder" in told
