@@ -225,8 +225,16 @@ def groups_schema(columns: Iterable[str]) -> pa.Schema:
 
 
 def read_groups(folder: Path) -> pa.Table:
-    """Read `groups.parquet`, with the columns that it has."""
-    return read_table(folder / GROUPS, groups_schema(pq.read_schema(folder / GROUPS).names[1:]))
+    """Read `groups.parquet`, with the columns that it has.
+
+    Raises:
+        DatasetError: it is missing or damaged.
+    """
+    try:
+        columns = pq.read_schema(folder / GROUPS).names[1:]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DatasetError(f"{folder / GROUPS}: not readable as groups: {str(error).splitlines()[0]}") from None
+    return read_table(folder / GROUPS, groups_schema(columns))
 
 
 class TargetWriter:
@@ -268,9 +276,11 @@ class TargetReader:
         self._path = path
         try:
             file = pq.ParquetFile(path)
-            self.ids: list[str] = file.read(["image_id"])["image_id"].to_pylist()
+            self.ids: list[str] = file.read(TARGETS_SCHEMA.names[:1])["image_id"].to_pylist()
         except (OSError, KeyError, pa.ArrowInvalid) as error:
             raise DatasetError(f"{path}: not readable as targets: {str(error).splitlines()[0]}") from None
+        if not file.schema_arrow.equals(TARGETS_SCHEMA):
+            raise DatasetError(f"{path}: columns {file.schema_arrow.names}; targets have {TARGETS_SCHEMA.names}")
         self._metadata = file.metadata
         sizes = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
         starts = np.cumsum([0, *sizes])
