@@ -14,7 +14,7 @@ from PIL import Image
 from components.core.config import ConfigError
 from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
-from components.data.evalset import GROUPS, QUERIES, TARGETS, read_evalset
+from components.data.evalset import GROUPS, IGNORED, QUERIES, TARGETS, read_evalset
 from components.data.evalset_add import Added, check_folder
 from components.data.evalset_check import check_set
 from components.data.evalset_config import EvalsetConfig, EvalsetError
@@ -183,13 +183,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
               "pairs_unique: .*1 of 1 wrong"),
     "own query": (folders.retrieval,
                   {"queries.csv": "query,image,relation\nq/one.png,q/two.png,easy\nq/two.png,a.png,easy\n"},
-                  "queries_positive: .*1 of 2 wrong, for example q/one.png"),
+                  "gallery_images: .*1 of 2 wrong, for example q/one.png -> q/two.png"),
     "positive": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,junk\n"},
                  "queries_positive"),
     "unknown": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,z.png,easy\n"},
                 "query_images: .*q/one.png -> z.png"),
     "relation": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,good\n"}, "relations_known"),
-    "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "queries_not_own"),
+    "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "gallery_images"),
     "no query": (folders.retrieval, {"queries.csv": "query,image,relation\n"}, "queries_there"),
 }  # fmt: skip
 
@@ -261,6 +261,17 @@ def test_a_folder_without_config_license_or_images_is_refused(tmp_path: Path) ->
         check_folder(request(folder))
     with pytest.raises(EvalsetError, match="images: "):
         check_folder(request(folder, license="CC0-1.0"))
+
+
+@quick
+def test_a_mask_has_class_indices_whatever_the_values(tmp_path: Path) -> None:
+    folder = folders.segmentation(tmp_path / "in")
+    for name in ("train/0", "train/1", "test/0", "test/1"):
+        write(folder, {f"targets/{name}.png": mask(np.where(halves(), 200, 7) * (halves(9) != 9))})
+    write(folder, {"evalset.yaml": config("segmentation", classes={200: "brick", 7: "grass"}, ignore=0)})
+    found = read_evalset(add(folder).snapshot)
+    assert found.class_names == ("grass", "brick")
+    assert np.array_equal(found.mask(0), halves(IGNORED))
 
 
 @quick
