@@ -36,6 +36,7 @@ WITH_TARGETS = ("segmentation", "depth")
 EASY, HARD, JUNK = RELATIONS = ("easy", "hard", "junk")
 ROW_GROUP_BYTES = 2**20  # of targets: what reading one target costs at least
 VERSION_DIGITS = 12
+IGNORED = 255  # in a mask as it is returned, whatever value stands for it in the file
 
 TARGETS_SCHEMA = pa.schema(
     [
@@ -86,15 +87,22 @@ class Evalset:
         """Indices of the test images; of classification, those whose class is in train."""
         return self.images.labels.test if self.images.labels else self._of_split(TEST)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        if self.images.labels:
+            return self.images.labels.classes
+        return tuple(name for _, name in sorted(self.config.classes.items()))
+
     def mask(self, index: int) -> NDArray[np.uint8]:
-        """Return the mask of an image: [H, W] pixel values, of `config.classes` or `config.ignore`.
+        """Return the mask of an image: [H, W] indices into `class_names`, IGNORED for pixels without class.
 
         Raises:
             DatasetError: not a segmentation set, or a damaged file.
         """
         self._require("segmentation")
         kind, data = self._targets.read(self._ids[index])
-        return decode_mask(data, kind, self._size(index))
+        return self._class_of_value[decode_mask(data, kind, self._size(index))]
 
     def depth(self, index: int) -> NDArray[np.float32]:
         """Return the depth of an image: [H, W] meters, NaN without depth or outside of `config.depth_range`.
@@ -133,6 +141,12 @@ class Evalset:
         table = read_groups(self.folder)
         rows = np.searchsorted(table["image_id"].to_numpy().astype(str), np.array(self._ids))
         return {name: table[name].to_numpy().astype(str)[rows] for name in self.config.groups}
+
+    @cached_property
+    def _class_of_value(self) -> NDArray[np.uint8]:
+        table = np.full(256, IGNORED, np.uint8)
+        table[sorted(self.config.classes)] = np.arange(len(self.config.classes))
+        return table
 
     @cached_property
     def _ids(self) -> list[str]:
@@ -225,8 +239,16 @@ def groups_schema(columns: Iterable[str]) -> pa.Schema:
 
 
 def read_groups(folder: Path) -> pa.Table:
-    """Read `groups.parquet`, with the columns that it has."""
-    return read_table(folder / GROUPS, groups_schema(pq.read_schema(folder / GROUPS).names[1:]))
+    """Read `groups.parquet`, with the columns that it has.
+
+    Raises:
+        DatasetError: it is missing or damaged.
+    """
+    try:
+        columns = pq.read_schema(folder / GROUPS).names[1:]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DatasetError(f"{folder / GROUPS}: not readable as groups: {str(error).splitlines()[0]}") from None
+    return read_table(folder / GROUPS, groups_schema(columns))
 
 
 class TargetWriter:
@@ -268,9 +290,11 @@ class TargetReader:
         self._path = path
         try:
             file = pq.ParquetFile(path)
-            self.ids: list[str] = file.read(["image_id"])["image_id"].to_pylist()
+            self.ids: list[str] = file.read(TARGETS_SCHEMA.names[:1])["image_id"].to_pylist()
         except (OSError, KeyError, pa.ArrowInvalid) as error:
             raise DatasetError(f"{path}: not readable as targets: {str(error).splitlines()[0]}") from None
+        if not file.schema_arrow.equals(TARGETS_SCHEMA):
+            raise DatasetError(f"{path}: columns {file.schema_arrow.names}; targets have {TARGETS_SCHEMA.names}")
         self._metadata = file.metadata
         sizes = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
         starts = np.cumsum([0, *sizes])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -201,7 +201,9 @@ class _Folder:
     def _check_images(self) -> None:
         unreadable = [f"{row['source_uri']}: {row['detail']}" for row in self.rejected if row["reason"] != COPY]
         seen = len(self.ids) + len(unreadable)
-        self.findings.require("images_readable", "every file below images/ is an image", unreadable, seen)
+        self.findings.require(
+            "images_readable", "every file below images/ is an image that can be taken", unreadable, seen
+        )
         splits = {uri: split_of(PurePosixPath(uri).parts[0]) for uri in self.ids if "/" in uri}
         if self.config.task != "retrieval" or any(splits.values()):
             outside = [uri for uri in self.ids if splits.get(uri) is None]
@@ -232,8 +234,8 @@ class _Folder:
             self.table = self.table.set_column(column, self.table.schema.field(name), values)
         write_manifest(self.table, self.snapshot / MANIFEST)
 
-    def _check_copies(self, content: dict[str, str | bytes], what: str) -> None:
-        """Require that files with the same bytes have the same class or target."""
+    def _check_copies(self, content: Mapping[str, str | bytes], what: str) -> None:
+        """Require that images of the same bytes have the same class, target or groups."""
         first: dict[str, str] = {}
         other = [
             f"{uri} and {first[image_id]}" for uri, image_id in self.ids.items()
@@ -254,7 +256,7 @@ class _Folder:
         copies = {row["image_id"] for row in self.rejected if row["reason"] == COPY}
         content = {uri: b"".join(path.read_bytes() for path in found[uri])
                    for uri, image_id in self.ids.items() if image_id in copies and uri not in large}  # fmt: skip
-        self._check_copies({**content}, "target")
+        self._check_copies(content, "target")
         self.rows[TARGETS_FOLDER] = 0
         with TargetWriter(self.snapshot / TARGETS) as writer:
             for row in self.table.select(["image_id", "source_uri"]).to_pylist():
@@ -297,11 +299,12 @@ class _Folder:
         counts = Counter(row["image"] for row in rows)
         twice = [image for image, count in counts.items() if count > 1]
         self.findings.require("groups_once", f"{GROUPS_CSV} names an image once", twice, len(counts))
-        by_image = {row["image"]: row for row in rows}
+        by_image = {row["image"]: {name: row[name] for name in self.config.groups} for row in rows}
+        self._check_copies({uri: str(row) for uri, row in by_image.items()}, "group")
         given = list(zip(self.table["image_id"].to_pylist(), self.table["source_uri"].to_pylist(), strict=True))
         schema = groups_schema(self.config.groups)
         values = [
-            {"image_id": image_id, **{name: by_image.get(uri, {}).get(name, "") for name in self.config.groups}}
+            {"image_id": image_id, **(by_image.get(uri) or dict.fromkeys(self.config.groups, ""))}
             for image_id, uri in given
         ]
         write_table(pa.Table.from_pylist(values, schema), schema, self.snapshot / GROUPS)
@@ -324,9 +327,11 @@ class _Folder:
                 raise EvalsetError(f"{path}: no table in UTF-8 with commas: {error}") from None
             missing = [column for column in columns if column not in header]
             if extra := sorted(set(header) - set(columns)):
-                self.notes.append(f"columns of {name} that `groups` does not name, left out: {', '.join(extra)}")
+                self.notes.append(f"columns of {name} that the set does not use, left out: {', '.join(extra)}")
+            twice = [column for column, count in Counter(header).items() if count > 1]
+            self.findings.require(f"{path.stem}_header", f"{name} has no two columns of one name", twice, len(header))
         meaning = f"{name} is there, with the columns {','.join(columns)}"
-        self.findings.require(f"{Path(name).stem}_columns", meaning, missing, len(columns))
+        self.findings.require(f"{path.stem}_columns", meaning, missing, len(columns))
         for row in rows:
             yield {column: (row.get(column) or "").strip() for column in columns}
 

@@ -212,21 +212,17 @@ def _check_queries(folder: Path, table: pa.Table, findings: Findings) -> None:
     findings.require("queries_known", "queries and their images are images of the set", known, len(rows))
     strange = [f"{name(row)}: {row['relation']}" for row in rows if row["relation"] not in RELATIONS]
     findings.require("relations_known", f"the relation is one of {', '.join(RELATIONS)}", strange, len(rows))
-    own = [name(row) for row in rows if row["query"] == row["image_id"]]
-    findings.require("queries_not_own", "no query is related to itself", own, len(rows))
     pairs = Counter((row["query"], row["image_id"]) for row in rows)
     twice = {name(row) for row in rows if pairs[row["query"], row["image_id"]] > 1}
     findings.require("pairs_unique", "a query and an image have one relation", twice, len(pairs))
     queries = {row["query"] for row in rows}
-    # A query is not in the gallery, so it is no positive of another one.
-    positive = {
-        row["query"] for row in rows
-        if row["relation"] != JUNK and row["image_id"] in names and row["image_id"] not in queries
-    }  # fmt: skip
-    lacking = [names.get(query, query) for query in queries - positive]
+    outside = [name(row) for row in rows if row["image_id"] in queries]
     findings.require(
-        "queries_positive", "every query has an easy or hard image that is no query", lacking, len(queries)
+        "gallery_images", "images related to a query are no queries, so in the gallery", outside, len(rows)
     )
+    positive = {row["query"] for row in rows if row["relation"] != JUNK and row["image_id"] in names}
+    lacking = [names.get(query, query) for query in queries - positive]
+    findings.require("queries_positive", "every query has an easy or a hard image", lacking, len(queries))
 
 
 def _check_groups(folder: Path, config: EvalsetConfig, table: pa.Table, findings: Findings) -> None:

@@ -23,6 +23,7 @@ METRICS = {
     "retrieval": "retrieval_map_medium",
 }
 EVALSET = "evalset.yaml"  # beside the manifest of a set
+MAX_CLASSES = 255  # one index is left for pixels without class
 RESERVED = ("image", "image_id")  # no names of group columns
 
 
@@ -63,6 +64,8 @@ class EvalsetConfig(Config):
             raise ValueError("classes: two or more pixel values with names for segmentation, none for other tasks")
         if self.ignore is not None and (not segmentation or self.ignore in self.classes):
             raise ValueError("ignore: a pixel value of segmentation masks that is not among classes")
+        if len(self.classes) > MAX_CLASSES:
+            raise ValueError(f"classes: {MAX_CLASSES} at most")
         if len(set(self.classes.values())) < len(self.classes):
             raise ValueError("classes: two pixel values have the same name")
         if depth != (self.depth_range is not None):

@@ -58,7 +58,8 @@ def settings_for(evalset: Evalset, knn: KnnConfig, linear: LinearConfig) -> Sett
 
 
 def _probe(config: ProbeConfig, images: int) -> ProbeConfig:
-    batch_size = max(2, min(config.batch_size, images))
+    learned = images - round(images * config.validation_fraction)
+    batch_size = max(2, min(config.batch_size, learned))
     steps = min(config.num_steps, max(FEWEST_STEPS, round(PROBE_PASSES * images / batch_size)))
     return config.model_copy(update={"batch_size": batch_size, "num_steps": steps})
 

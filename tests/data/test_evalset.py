@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from components.core.config import ConfigError
 from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
-from components.data.evalset import GROUPS, TARGETS, read_evalset
+from components.data.evalset import GROUPS, IGNORED, QUERIES, TARGETS, read_evalset
 from components.data.evalset_add import Added, check_folder
 from components.data.evalset_check import check_set
 from components.data.evalset_config import EvalsetConfig, EvalsetError
@@ -40,8 +41,8 @@ def uris(made: Added) -> list[str]:
 def test_a_classification_set_has_labels_and_groups(added: dict[str, Added]) -> None:
     made = added["classification"]
     assert (made.images, made.classes) == ({"train": 4, "test": 4}, {"cat": 4, "dog": 4})
-    assert "columns of groups.csv that `groups` does not name, left out: image, other" not in made.notes
-    assert "columns of groups.csv that `groups` does not name, left out: other" in made.notes
+    assert "columns of groups.csv that the set does not use, left out: image, other" not in made.notes
+    assert "columns of groups.csv that the set does not use, left out: other" in made.notes
     found = read_evalset(made.snapshot)
     assert found.images.labels is not None
     assert found.images.labels.classes == ("cat", "dog")
@@ -177,17 +178,18 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
     "targets": (folders.segmentation,
                     {"images/train/9.png": photo(0), "targets/train/9.png": mask(halves(1))}, "copies_of_one_target"),
     "rows": (folders.classification, {"groups.csv": "image,light\na.png,day\na.png,night\n"}, "groups_once"),
+    "header": (folders.classification, {"groups.csv": "image,light,light\n"}, "groups_header: .*for example light"),
     "pairs": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,easy\nq/one.png,a.png,junk\n"},
               "pairs_unique: .*1 of 1 wrong"),
     "own query": (folders.retrieval,
                   {"queries.csv": "query,image,relation\nq/one.png,q/two.png,easy\nq/two.png,a.png,easy\n"},
-                  "queries_positive: .*1 of 2 wrong, for example q/one.png"),
+                  "gallery_images: .*1 of 2 wrong, for example q/one.png -> q/two.png"),
     "positive": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,junk\n"},
                  "queries_positive"),
     "unknown": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,z.png,easy\n"},
                 "query_images: .*q/one.png -> z.png"),
     "relation": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,good\n"}, "relations_known"),
-    "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "queries_not_own"),
+    "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "gallery_images"),
     "no query": (folders.retrieval, {"queries.csv": "query,image,relation\n"}, "queries_there"),
 }  # fmt: skip
 
@@ -214,6 +216,18 @@ def test_all_faults_are_named_at_once_and_nothing_is_stored(tmp_path: Path) -> N
     faults = [line.partition(":")[0] for line in str(caught.value).splitlines()]
     assert faults == ["targets_there", "target_formats", "mask_values", "all checks"]
     assert not any((tmp_path / "evaluation").rglob("*"))
+
+
+def test_a_damaged_file_is_named(added: dict[str, Added], tmp_path: Path) -> None:
+    for task, name in (("segmentation", TARGETS), ("retrieval", QUERIES), ("classification", GROUPS)):
+        folder = shutil.copytree(added[task].snapshot, tmp_path / task)
+        for damage in (b"", b"PAR1", (folder / "manifest.parquet").read_bytes()):
+            (folder / name).write_bytes(damage)
+            with pytest.raises((DatasetError, EvalsetError), match=name.partition(".")[0]):
+                check_set(folder, tmp_path / "docs")
+        (folder / name).unlink()
+        with pytest.raises(DatasetError, match=name):
+            check_set(folder, tmp_path / "docs")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +261,17 @@ def test_a_folder_without_config_license_or_images_is_refused(tmp_path: Path) ->
         check_folder(request(folder))
     with pytest.raises(EvalsetError, match="images: "):
         check_folder(request(folder, license="CC0-1.0"))
+
+
+@quick
+def test_a_mask_has_class_indices_whatever_the_values(tmp_path: Path) -> None:
+    folder = folders.segmentation(tmp_path / "in")
+    for name in ("train/0", "train/1", "test/0", "test/1"):
+        write(folder, {f"targets/{name}.png": mask(np.where(halves(), 200, 7) * (halves(9) != 9))})
+    write(folder, {"evalset.yaml": config("segmentation", classes={200: "brick", 7: "grass"}, ignore=0)})
+    found = read_evalset(add(folder).snapshot)
+    assert found.class_names == ("grass", "brick")
+    assert np.array_equal(found.mask(0), halves(IGNORED))
 
 
 @quick

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from components.data import expectations
 from components.data.evalset_config import EvalsetError
 from tests.data import evalset_folders as folders
-from tests.data.evalset_folders import add, halves, mask, write
+from tests.data.evalset_folders import FactsOnly, add, halves, mask, write
 
 
-def test_great_expectations_judges_the_facts_of_a_set(tmp_path: Path) -> None:
+def test_great_expectations_judges_the_facts_of_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expectations, "DataDocs", FactsOnly)  # of the ingest of its images, which has its own tests
     folder = write(folders.segmentation(tmp_path / "in"), {"targets/test/1.png": mask(halves(7))})
     with pytest.raises(EvalsetError, match="mask_values") as caught:
         add(folder)

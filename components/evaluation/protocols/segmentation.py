@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.core.errors import DatasetError
+from components.data.evalset import IGNORED
 from components.evaluation.config import SegmentationConfig
 from components.evaluation.dense import (
     DenseFeatures,
@@ -171,15 +172,13 @@ def run_four_layers(subject: Subject) -> Scores:
 
 def _task(subject: Subject) -> SegmentationTask:
     """Return the masks of a set as class indices, in the place of the images' crops."""
-    config = subject.evalset.config
-    index = np.full(256, 255, np.uint8)
-    index[list(config.classes)] = np.arange(len(config.classes))
+    evalset = subject.evalset
 
     def read_mask(image: int) -> NDArray[np.uint8]:
-        return crop_target(index[subject.evalset.mask(image)], subject.preprocessing)
+        return crop_target(evalset.mask(image), subject.preprocessing)
 
-    ignored, names = None if config.ignore is None else 255, [*config.classes.values()]
-    return segmentation_task(read_mask, subject.evalset.train, subject.evalset.test, names, ignored)
+    ignored = None if evalset.config.ignore is None else IGNORED
+    return segmentation_task(read_mask, evalset.train, evalset.test, evalset.class_names, ignored)
 
 
 def evaluate(
