@@ -107,6 +107,7 @@ evalset_app = typer.Typer(no_args_is_help=True, help="Add, list or check evaluat
 evalset_app.command("add")(evalset.add)
 evalset_app.command("list")(evalset.list_sets)
 evalset_app.command("check")(evalset.check)
+evalset_app.command("sample")(evalset.sample)
 app.add_typer(evalset_app, name="evalset")
 audit_app = typer.Typer(no_args_is_help=True, help="Read, check and export the audit log.")
 audit_app.command("log")(audit.log)

@@ -23,11 +23,13 @@ from components.evaluation.dense_pictures import draw_matches, patch_matches
 from components.evaluation.features import EvaluationImages, patch_features
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import difference_rows, key_figures, score_rows
-from components.evaluation.scores import LOWER_IS_BETTER, Scores, differences
+from components.evaluation.scores import Scores, differences, lower_is_better
 from components.evaluation.settings import Settings
 
 SHOWN = 8  # images in each picture
 CONFUSIONS = 10
+# What has an interval beside a metric of all pixels together.
+PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4")}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Verdict:
 
 
 def deciding_metric(found: Comparison) -> str:
-    """Return the metric that decides on the set, or the first that was measured."""
+    """Return the metric that decides on the set, or the first that was measured; its mean over images if it is none."""
     first = next(iter(found.scores.values()))
     asked = found.evalset.config.metric or METRICS[found.evalset.config.task]
-    return asked if asked in first.metrics else next(iter(first.metrics))
+    asked = asked if asked in first.metrics else next(iter(first.metrics))
+    return PAIRED.get(asked, asked)
 
 
 def verdicts(found: Comparison, num_resamples: int, seed: int) -> list[Verdict]:
@@ -76,7 +79,7 @@ def verdicts(found: Comparison, num_resamples: int, seed: int) -> list[Verdict]:
             change = found.scores[model].metrics[metric] - scores.metrics[metric]
             difference = Interval(change, float("nan"), float("nan"))
         elif difference.low > 0 or difference.high < 0:
-            better = (difference.low > 0) != (metric in LOWER_IS_BETTER)
+            better = (difference.low > 0) != lower_is_better(metric)
         told.append(Verdict(metric, other, difference, better))
     return told
 
@@ -113,7 +116,7 @@ def write_page(
         key=key_figures(metrics, [deciding_metric(found), *metrics[models[0].name]]),
         models=list(metrics),
         scores=score_rows(metrics, certain),
-        differences={other: difference_rows(rows) for other, rows in compared.items()},
+        differences={other: difference_rows(rows) for other, rows in compared.items() if rows},
         classes=classes,
         confusions=confusions,
         figures=_figures(found, models, seed),

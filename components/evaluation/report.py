@@ -10,7 +10,7 @@ from pathlib import Path
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
 from components.core.storage import write_bytes
-from components.evaluation.scores import LOWER_IS_BETTER
+from components.evaluation.scores import lower_is_better
 
 MEANINGS = {
     "knn_top1": "accuracy of the weighted vote of the nearest train images (cosine of class tokens)",
@@ -21,6 +21,7 @@ MEANINGS = {
     "feature_std": "spread on the sphere: 1 even, 0 collapsed",
     "linear_c": "the chosen C",
 }
+NO_SCORES = ("linear_c", ".worst_images")  # ends of names of metrics of which no value is best
 KEY = ("knn_top1", "linear_top1", "instance_recall_at_1", "effective_rank")  # shown first
 
 
@@ -83,7 +84,7 @@ def score_rows(
     rows = []
     for metric in dict.fromkeys(metric for values in scores.values() for metric in values):
         row = {model: values.get(metric) for model, values in scores.items()}
-        best = (min if metric in LOWER_IS_BETTER else max)(value for value in row.values() if value is not None)
+        best = (min if lower_is_better(metric) else max)(value for value in row.values() if value is not None)
         cells = [_cell(value, best, metric, intervals[model].get(metric)) for model, value in row.items()]
         rows.append([Cell(metric, MEANINGS.get(metric, "")), *cells])
     return rows
@@ -93,14 +94,14 @@ def _cell(value: float | None, best: float, metric: str, interval: Interval | No
     if value is None:
         return Cell("")
     bounds = f"({interval.low:.3f} to {interval.high:.3f})" if interval else ""
-    return Cell(f"{value:.4g}", bounds, "best" if value == best and metric != "linear_c" else "")
+    return Cell(f"{value:.4g}", bounds, "best" if value == best and not metric.endswith(NO_SCORES) else "")
 
 
 def difference_rows(intervals: Mapping[str, Interval]) -> list[tuple[str, Cell, str]]:
     """Return a row for each metric: the difference, marked where its interval excludes none, and the interval."""
     rows = []
     for metric, interval in intervals.items():
-        signs = ("bad", "good") if metric in LOWER_IS_BETTER else ("good", "bad")
+        signs = ("bad", "good") if lower_is_better(metric) else ("good", "bad")
         mark = signs[0] if interval.low > 0 else signs[1] if interval.high < 0 else ""
         rows.append((metric, Cell(f"{interval.mean:+.3f}", mark=mark), f"{interval.low:+.3f} to {interval.high:+.3f}"))
     return rows

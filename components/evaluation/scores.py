@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.core.metrics import Interval
 
-# Metrics of which the lower value is the better one; of all others it is the higher.
-LOWER_IS_BETTER = frozenset({"depth_rmse", "depth_abs_rel", "depth_lin4_rmse", "depth_lin4_abs_rel"})
+LOWER_IS_BETTER = frozenset(
+    {"depth_rmse", "depth_abs_rel", "depth_lin4_rmse", "depth_lin4_abs_rel", "mce", "relative_mce"}
+)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether the lower value of a metric is the better one."""
+    return metric in LOWER_IS_BETTER or (metric.startswith("slices.") and metric.endswith(".gap"))
 
 
 @dataclass

@@ -42,6 +42,31 @@ class Row:
     snapshot: str
 
 
+@command(checkout=False)
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder, which must not exist.")],
+    seed: Annotated[int, typer.Option(help="Of the choice of tiles, materials and light.")] = 0,
+) -> Answer:
+    """Write the sample's four sets, one of each task, as folders that `add` takes.
+
+    They are made from regions of the sample's photographs that its pool never
+    has: test tiles under other light, mixed materials with exact masks, a
+    stereo pair's depth, and crops to be found again.
+
+    Examples:
+      pedigree evalset sample --out ~/sets
+      pedigree evalset add ~/sets/segmentation --name materials
+    """
+    from components.data.sample_sets import build_sample_sets
+
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; remove it, or name another folder by --out")
+    with shown(quiet=False):
+        build_sample_sets(out, seed)
+    folders = sorted(str(path) for path in out.iterdir() if path.is_dir())
+    return Answer({"folders": folders}, partial(answer_console().print, "\n".join(folders), markup=False))
+
+
 @command()
 def add(
     folder: Annotated[Path, typer.Argument(help="Folder with evalset.yaml, images/ and what the task needs.")],

@@ -25,7 +25,7 @@ from components.evaluation.protocols.depth import (
     predict,
     sig_loss,
 )
-from components.evaluation.scores import LOWER_IS_BETTER
+from components.evaluation.scores import LOWER_IS_BETTER, lower_is_better
 
 GRID, SIZE = 4, 32
 TRAIN, TEST = np.arange(24), np.arange(24, 32)
@@ -140,6 +140,8 @@ def test_the_learning_rate_is_chosen_and_names_say_what_is_better(trained):
     assert scores.metrics == only.metrics
     assert {"depth_lin4_rmse", "depth_lin4_abs_rel"} <= LOWER_IS_BETTER
     assert set(scores.metrics) - LOWER_IS_BETTER == {"depth_lin4_delta1"}
+    assert lower_is_better("slices.light.gap")
+    assert not lower_is_better("slices.light.worst")
 
 
 def wrong(change):

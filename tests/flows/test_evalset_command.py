@@ -96,3 +96,14 @@ def test_a_set_is_tracked_and_replaced_by_its_next_version(stack, tmp_path, monk
     assert names == {rows[0]["version"]}
     assert git_lines(root, "status", "--porcelain", "--untracked-files=all", "data/evaluation")
     assert "a source of the pool has this name" in evalset("add", folder, "--name", "photos").stderr
+
+
+def test_the_samples_sets_are_folders_that_add_takes(tmp_path: Path):
+    done = evalset("sample", "--out", tmp_path / "sets", "--json")
+    assert done.exit_code == 0, done.output
+    names = [Path(folder).name for folder in json.loads(done.stdout)["folders"]]
+    assert names == ["classification", "depth", "retrieval", "segmentation"]
+    assert all((tmp_path / "sets" / name / "evalset.yaml").is_file() for name in names)
+    again = evalset("sample", "--out", tmp_path / "sets")
+    assert again.exit_code == 2
+    assert "sets: is there already" in again.output.replace("\n", "")

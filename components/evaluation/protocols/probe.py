@@ -91,7 +91,7 @@ def run(subject: Subject) -> Scores:
     fitting = tuple(count for count in subject.settings.probe.num_layers if count <= layers) or (1,)
     config = subject.settings.probe.model_copy(update={"num_layers": fitting})
     if fitting != subject.settings.probe.num_layers:
-        log.info("%s has features of %d layers: heads on %s", subject.name, layers, ", ".join(map(str, fitting)))
+        log.info("%s: %d layers have features, so heads read the last %s", subject.name, layers, fitting[-1])
     return evaluate(features, subject.labels, config, np.random.default_rng(subject.seed), subject.name)
 
 
