@@ -21,16 +21,30 @@ def is_accuracy(by_image: NDArray[np.floating]) -> bool:
     return bool(np.isin(by_image, (0, 1)).all())
 
 
-def accuracy_interval(correct: NDArray[np.floating]) -> Interval:
+def accuracy_interval(correct: NDArray[np.floating], clusters: NDArray[np.integer | np.str_] | None = None) -> Interval:
     """Return the accuracy with its Wilson score interval, valid near 0 and 1 and for few images, unlike a bootstrap.
+
+    With clusters, Wilson's formula for as many independent images as say as much (Rao and Scott 1992), and a quantile
+    of Student's t in place of the normal one, because the spread is estimated from the clusters.
 
     Args:
         correct: [T] of 0 and 1.
+        clusters: [T] source of each image, if images are parts of the same photographs.
+
+    Raises:
+        ValueError: as for `clustered_interval`.
     """
     from scipy.stats import binomtest  # pyright: ignore[reportUnknownVariableType]  # a second of importing
 
-    found: Any = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(float(correct.mean()), float(found.low), float(found.high))
+    accuracy = float(correct.mean())
+    if clusters is None:
+        found: Any = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
+        return Interval(accuracy, float(found.low), float(found.high))
+    sums, sizes = _by_cluster(correct, clusters)
+    squared = _student_quantile(len(sizes) - 1) ** 2 / _effective_count(sums, sizes)
+    middle = (accuracy + squared / 2) / (1 + squared)
+    half = np.sqrt(squared * accuracy * (1 - accuracy) + squared**2 / 4) / (1 + squared)
+    return Interval(accuracy, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
 
 
 def clustered_interval(
@@ -55,14 +69,8 @@ def clustered_interval(
     Raises:
         ValueError: fewer than two clusters, or not one for each image.
     """
-    if len(clusters) != len(values):
-        raise ValueError(f"{len(values)} values with {len(clusters)} cluster names: each image needs one")
-    _, members = np.unique(clusters, return_inverse=True)
-    sizes = np.bincount(members)
+    sums, sizes = _by_cluster(values, clusters)
     count = len(sizes)
-    if count < 2:
-        raise ValueError("an interval of one cluster is not defined: add images of another source, or give no clusters")
-    sums = np.bincount(members, weights=values)
     means: list[NDArray[np.float64]] = []
     rows = max(1, _MAX_DRAWN // count)
     for start in range(0, num_resamples, rows):
@@ -114,3 +122,34 @@ def _accuracy_difference(difference: NDArray[np.floating]) -> Interval:
     half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * np.sqrt(((better + worse) / count - middle**2) / count)
     low, high = np.clip((middle - half, middle + half), -1, 1)
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def _by_cluster(
+    values: NDArray[np.floating], clusters: NDArray[np.integer | np.str_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the sum of the values and the number of images of each cluster."""
+    if len(clusters) != len(values):
+        raise ValueError(f"{len(values)} values with {len(clusters)} cluster names: each image needs one")
+    _, members = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(members)
+    if len(sizes) < 2:
+        raise ValueError("an interval of one cluster is not defined: add images of another source, or give no clusters")
+    return np.bincount(members, weights=values).astype(np.float64), sizes
+
+
+def _effective_count(sums: NDArray[np.float64], sizes: NDArray[np.int64]) -> float:
+    """Return how many independent images would spread an accuracy as much, at most as many as there are.
+
+    If all images agree, their spread says nothing: each cluster counts as one image.
+    """
+    accuracy, count = sums.sum() / sizes.sum(), len(sizes)
+    variance = count / (count - 1) * ((sums - accuracy * sizes) ** 2).sum() / sizes.sum() ** 2
+    if accuracy in (0, 1):
+        return float(count)
+    return float(min(sizes.sum(), accuracy * (1 - accuracy) / variance)) if variance > 0 else float(sizes.sum())
+
+
+def _student_quantile(freedom: int) -> float:
+    from scipy.special import stdtrit  # pyright: ignore[reportUnknownVariableType]
+
+    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))

@@ -40,9 +40,14 @@ class Scores:
         self.by_image |= other.by_image
         self.notes |= other.notes
 
-    def intervals(self) -> dict[str, Interval]:
-        """Return the 95 % intervals of the accuracies."""
-        return {metric: accuracy_interval(values) for metric, values in self.by_image.items() if is_accuracy(values)}
+    def intervals(self, clusters: NDArray[np.integer | np.str_] | None = None) -> dict[str, Interval]:
+        """Return the 95 % intervals of the accuracies.
+
+        Args:
+            clusters: [T] source of each image, where several images are parts of one photograph; None: all independent.
+        """
+        accuracies = {metric: values for metric, values in self.by_image.items() if is_accuracy(values)}
+        return {metric: accuracy_interval(values, clusters) for metric, values in accuracies.items()}
 
 
 def differences(

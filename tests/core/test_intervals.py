@@ -86,6 +86,34 @@ def test_coverage_with_clusters(count, lowest, highest):
     assert np.mean(plain) < 0.78
 
 
+@pytest.mark.parametrize(("count", "accuracy"), [(5, 0.5), (5, 0.98), (40, 0.9)])
+def test_coverage_of_an_accuracy_with_clusters(count, accuracy):
+    """Accuracies of photographs vary: independent images would be held 77 to 90 % of the time."""
+    generator, clustered, plain = np.random.default_rng(0), [], []
+    for _ in range(200):
+        clusters = np.repeat(np.arange(count), generator.integers(1, 9, size=count))
+        shares = generator.beta(2 * accuracy, 2 * (1 - accuracy), size=count)
+        correct = (generator.random(len(clusters)) < shares[clusters]).astype(float)
+        for interval, held in (
+            (accuracy_interval(correct, clusters), clustered),
+            (accuracy_interval(correct), plain),
+        ):
+            held.append(interval.low <= accuracy <= interval.high)
+    assert np.mean(clustered) >= 0.91
+    assert np.mean(plain) < 0.91
+
+
+def test_accuracy_with_clusters_by_hand():
+    """Five photographs with all parts right count as five images: 1 / (1 + t^2 / 5) with t = 2.776."""
+    right = accuracy_interval(np.ones(20), np.repeat(np.arange(5), 4))
+    assert (right.low, right.high) == (pytest.approx(1 / (1 + 2.7764**2 / 5), abs=1e-4), 1)
+    # Half of ten photographs wrong as a whole: 9 images' worth, t = 2.262.
+    half = accuracy_interval(np.repeat([0.0, 1.0], 30), np.repeat(np.arange(10), 6))
+    squared = 2.2622**2 / 9
+    expected = np.sqrt(squared / 4 + squared**2 / 4) / (1 + squared)
+    assert (half.low, half.high) == pytest.approx((0.5 - expected, 0.5 + expected), abs=1e-4)
+
+
 def test_differences_with_clusters():
     generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(12), 10)

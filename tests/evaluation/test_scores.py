@@ -106,6 +106,8 @@ def test_differences_of_parts_of_photographs_are_clustered():
     interval = differences(scores, "candidate", 500, 0, clusters)["random"]["knn_top1"]
     # As wide as of ten images, each of which stands for its photograph.
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 10), rel=0.15)
+    clustered, independent = (scores["candidate"].intervals(given)["knn_top1"] for given in (clusters, None))
+    assert clustered.high - clustered.low > 3 * (independent.high - independent.low)
 
 
 def test_few_shot_takes_some_of_each_class_and_all_of_a_small_one(caplog):

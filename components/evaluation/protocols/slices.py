@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Group:
-    """Accuracy of the images of one group, with its 95 % Wilson interval."""
+    """Accuracy of the images of one group, with its 95 % Wilson interval, as if they were independent."""
 
     name: str
     num_images: int
