@@ -17,11 +17,11 @@ from typing import Any
 from components.core.layout import RELATIVE, Layout
 from components.core.mlflow_client import checked_client, reported, server_uri
 from components.core.model_files import digest_of
-from components.core.references import ModelReference
+from components.core.references import CANDIDATES, ModelReference
 from components.core.storage import MissingInStorageError
 from components.core.text import some_of
 from components.lineage.audit_anchors import git_anchors, mlflow_anchors
-from components.lineage.audit_chain import PURGE
+from components.lineage.audit_chain import PURGE, REGISTER
 from components.lineage.audit_log import PLATFORM, AuditLog, Entry
 from components.lineage.audit_verify import verify_log
 from components.lineage.champions import unexplained
@@ -223,7 +223,8 @@ class _Check:
 
     def run(self, version: Any, run: str, tags: Mapping[str, str]) -> None:
         """Check the run that registered a version: git, data, MLflow's runs; of a run that was checked, what is new."""
-        self.faults(branch_faults(self.root, run, self.refs.get(run), tags))
+        for anchor in self.stated_anchors(version, tags):
+            self.faults(branch_faults(self.root, run, self.refs.get(run), {**tags, Tag.ANCHOR: anchor}))
         try:
             faults, record = commit_faults(self.root, tags)
         except (ValueError, TypeError, KeyError) as error:
@@ -236,6 +237,12 @@ class _Check:
             weights[parent] = tags[Tag.PARENT_SHA256]
         self.data(record, weights)
         self.tracked(version, run, record)
+
+    def stated_anchors(self, version: Any, tags: Mapping[str, str]) -> list[str]:
+        """Return the ids of the git tag that holds a registered commit, by the tags and by the registration's event."""
+        chain = self.chain(f"{ModelReference(str(version.name)).model}{CANDIDATES}") or []
+        told = [e.details for e in chain if e.action == REGISTER and e.details.get("commit") == tags.get(Tag.COMMIT)]
+        return [*dict.fromkeys([tags.get(Tag.ANCHOR, ""), *(d["anchor"] for d in told if d.get("anchor"))])]
 
     def data(self, record: Record, weights: Mapping[str, str]) -> None:
         """Plan the reading of a run's DVC objects, once, and the comparison of weights with their SHA-256."""

@@ -128,6 +128,7 @@ class _Register:
             "weights_sha256": origin.weights_sha256,
             "commit": origin.commit,
             "branch": origin.branch,
+            "anchor": version.tags.get(Tag.ANCHOR),
             "dvc_lock_sha256": origin.lock_sha256,
             "run": version.run_id,
             "verdict": reviewed.verdict,

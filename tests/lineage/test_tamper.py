@@ -297,6 +297,8 @@ def test_a_deleted_branch_and_a_deleted_anchor_are_named(project: Project):
         git(project.root, "checkout", "-q", f"runs/{RUN}")
     registered = project.candidate().tags[Tag.ANCHOR]
     (anchor,) = (anchor for anchor in anchors if anchor.id == registered)
+    told = [entry.details for entry in AuditLog.from_environment().read(f"{project.name}-candidates")]
+    assert [details["anchor"] for details in told] == [registered]
     git(project.root, "tag", "-d", anchor.name)
     try:
         (line,) = faults(project)
