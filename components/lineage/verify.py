@@ -32,7 +32,7 @@ from components.lineage.purge import PICTURES
 from components.lineage.stored import object_path
 from components.lineage.trace import find_version
 from components.lineage.verify_data import DataCheck
-from components.lineage.verify_model import model_faults, source_of
+from components.lineage.verify_model import NOT_IN_MLFLOW, model_faults, source_of
 from components.lineage.verify_objects import NOT_THERE, Job, Memory, Objects, choose, run_jobs
 from components.lineage.verify_record import (
     Registration,
@@ -50,7 +50,6 @@ SAMPLE = 0.1  # of the bytes of shards
 ALWAYS_BYTES = 1 << 30  # of shards that are read in any case
 EVERYTHING = "everything"
 GONE = f": {NOT_THERE}"  # end of the line on an object
-NO_RUN = ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")  # the latter to all but MLflow's admins
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ class _Check:
             try:
                 run = self.client.get_run(version.run_id)
             except MlflowException as error:
-                if error.error_code not in NO_RUN:
+                if error.error_code not in NOT_IN_MLFLOW:
                     raise
                 self.faults([f"{told} is not there"])
                 return None

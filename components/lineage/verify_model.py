@@ -18,18 +18,29 @@ from components.lineage.mlflow_files import place_on_s3
 from components.lineage.verify_objects import NOT_THERE, Objects, in_parallel
 
 CARD = "artifacts/card.md"
+NOT_IN_MLFLOW = ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")  # the latter to all but MLflow's admins
 
 
 def source_of(client: Any, version: Any) -> str:
-    """Return where the files of a version lie on S3.
+    """Return where the files of a version lie on S3; those of a copy, as MLflow's "Promote model" makes, lie elsewhere.
 
     Raises:
-        RecordError: not on S3.
+        RecordError: not on S3, or what the version is made of is not in MLflow.
     """
+    from mlflow.exceptions import MlflowException
+
     source = str(version.source)
-    if source.startswith(URI):
-        with reported():
-            source = str(client.get_logged_model(source.removeprefix(URI)).artifact_location)
+    with reported():
+        try:
+            if copied := ModelReference.of_uri(source):
+                return source_of(client, copied.find(client))
+            if source.startswith(URI):
+                source = str(client.get_logged_model(source.removeprefix(URI)).artifact_location)
+        except MlflowException as error:
+            if error.error_code not in NOT_IN_MLFLOW:
+                raise
+            told = f"the files of {ModelReference.of_version(version)} cannot be found"
+            raise RecordError(f"{source}: not in MLflow, so {told}") from None
     place = place_on_s3(source)
     if place is None:
         raise RecordError(f"{source}: the files of {ModelReference.of_version(version)} are not on S3")

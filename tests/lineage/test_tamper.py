@@ -222,9 +222,11 @@ def test_a_copy_that_no_event_lets_in_and_the_alias_on_it_are_named(project: Pro
     project.mlflow.set_registered_model_alias(project.name, "champion", made.version)
     try:
         found = faults(project, "/1")
+        copy = faults(project, f"/{made.version}")
     finally:
         project.mlflow.set_registered_model_alias(project.name, "champion", "1")
         project.mlflow.delete_model_version(project.name, made.version)
+    assert any(line.endswith("is not signed") or "model.sig" in line for line in copy), copy
     told = f"{project.name}: the alias champion is on {project.name}/{made.version}, by the audit log it is on "
     assert any(line.startswith(told) for line in found), found
     assert any(f"{project.name}/{made.version}" in line and "no event" in line for line in found), found
