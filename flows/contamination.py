@@ -73,11 +73,13 @@ def contamination(reference: str | None, evalset: Evalset, root: Path) -> Contam
 
 
 def _near(evalset: Evalset, ids: set[str], drawn: set[str], own: Training, root: Path) -> dict[str, str]:
+    from components.core.progress import track
     from components.curation.near_copies import copied
     from components.data.shards import ShardReader
 
     reader = ShardReader(evalset.images.root)
     rows = [row for row in evalset.images.images.to_pylist() if row["image_id"] in ids]
-    images = [reader.read(row["shard"], row["offset"], row["length"]) for row in rows]
+    searched = track(rows, "near copies", len(rows))
+    images = (reader.read(row["shard"], row["offset"], row["length"]) for row in searched)
     found = zip(rows, copied(images, drawn, own.record, root), strict=True)
     return {row["image_id"]: near.image_id for row, near in found if near is not None}

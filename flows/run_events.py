@@ -81,15 +81,13 @@ def ended(root: Path, how: str) -> list[str]:
 
 
 def _gates(record: Record, run: str, how: str) -> None:
-    """Record whether the curated set has passed its gates, unless the run ended before them or within."""
+    """Record whether the curated set has passed its gates; nothing of a run that ended before curation did."""
     report = record.read(f"{RELATIVE.report(CURATE)}/{VALIDATION}")
-    told: dict[str, Any] = {"stage": CURATE}
     if report is not None:
-        told |= {"passed": True, "checks": len(json.loads(report)), "data": record.output(str(RELATIVE.curated))}
+        passed = {"passed": True, "checks": len(json.loads(report)), "data": record.output(str(RELATIVE.curated))}
+        _append(GATE, run, {"stage": CURATE, **passed})
     elif FAILED in how:
-        told |= {"passed": False, "reason": how}
-    if "passed" in told:
-        _append(GATE, run, told)
+        _append(GATE, run, {"stage": CURATE, "passed": False, "reason": how})
 
 
 def anchor(experiment: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -117,20 +117,17 @@ def near_copies(data: bytes, record: Record | None, root: Path) -> NearCopies:
     """
     if record is None:
         return NearCopies("", problem="no run here keeps embeddings")
-    revision = record.revision or "this folder"
     try:
         return _search(data, record, root)
-    except (ValidationError, KeyError, TypeError):
-        return NearCopies(revision, problem=f"the embeddings of {revision} are of another version of Pedigree")
     except PedigreeError as error:
-        return NearCopies(revision, problem=str(error))
+        return NearCopies(record.revision or "this folder", problem=str(error))
 
 
-def copied(images: Sequence[bytes], among: Collection[str], record: Record, root: Path) -> list[Near | None]:
+def copied(images: Iterable[bytes], among: Collection[str], record: Record, root: Path) -> list[Near | None]:
     """Return for each image the most similar one of the pool that a run's curation takes for a copy of it.
 
     Args:
-        images: encoded, which can be decoded.
+        images: encoded, which can be decoded; read one at a time.
         among: ids of the images of the pool that count, such as those that a training drew.
         record: the run's.
         root: the checkout.
@@ -165,7 +162,7 @@ class _Embedded:
     """The embeddings that a run keeps for copy detection, and its embedder.
 
     Raises:
-        CurationError: there are none, or the embedder has changed since.
+        CurationError: there are none, they are of another version of Pedigree, or the embedder has changed since.
     """
 
     def __init__(self, record: Record, root: Path) -> None:
@@ -174,10 +171,16 @@ class _Embedded:
         if dvc_id is None:
             raise CurationError(f"{record.revision}: its dvc.lock has no {EMBEDDINGS}")
         self.files = self.objects.listing(dvc_id)
-        self.definition = json.loads(self.objects.read(self.files[EMBEDDER]))
-        config = TypeAdapter[Any](EmbedderConfig).validate_python(self.definition["config"]["embedder"])
+        try:
+            definition = json.loads(self.objects.read(self.files[EMBEDDER]))
+            config = TypeAdapter[Any](EmbedderConfig).validate_python(definition["config"]["embedder"])
+            digest: str = definition["digests"][COPIES]
+            self.embedded: dict[str, str] = {name: definition[name] for name in (POOL.name, EVALUATION.name)}
+        except (ValidationError, KeyError, TypeError):
+            whose = record.revision or "this folder"
+            raise CurationError(f"the embeddings of {whose} are of another version of Pedigree") from None
         embedder = resolve(config, root)
-        if embedder.digest != self.definition["digests"][COPIES]:
+        if embedder.digest != digest:
             raise CurationError(
                 f"the embedder of {record.revision} cannot be had: its code or weights have changed since"
             )
@@ -191,7 +194,7 @@ class _Embedded:
     def collection(self, folder: Path) -> tuple[pa.Table, NDArray[np.float32]]:
         """Return the images of a collection and their vectors, [N, D]."""
         images = _images(self.objects, self.record, folder)
-        if images_digest(images) != self.definition[folder.name]:
+        if images_digest(images) != self.embedded[folder.name]:
             raise CurationError(f"{self.record.revision}: its embeddings are of other images than its {folder}")
         if not len(images):
             return images, np.zeros((0, 0), np.float32)

@@ -148,6 +148,11 @@ class Evalset:
         table[sorted(self.config.classes)] = np.arange(len(self.config.classes))
         return table
 
+    @property
+    def clusters(self) -> NDArray[np.str_] | None:
+        """Photograph of each test image, [T], where the set says which images are parts of one; else None."""
+        return None if self.config.clusters is None else self.groups[self.config.clusters][self.test]
+
     @cached_property
     def _ids(self) -> list[str]:
         return self.images.images["image_id"].to_pylist()

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from components.core.errors import DatasetError
@@ -35,6 +37,7 @@ from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, POOL_SCHEMA, read_manifest, read_table
 from components.data.targets import TargetError, decode_depth, decode_mask
 
+pc: Any = pyarrow.compute  # created at import, invisible to pyright
 OF = "evaluation set"  # what is examined, in Data Docs
 FORMATS = {
     "segmentation": "masks are PNG, gray with 8 bits or with a palette",
@@ -155,11 +158,7 @@ def _check_targets(folder: Path, config: EvalsetConfig, table: pa.Table, finding
     rows = table.num_rows
     findings.require("targets_there", "every image has a target of the same name", found.missing, rows)
     findings.require("targets_readable", "targets are whole files", found.refused["damaged"], rows)
-    kinds = {
-        "segmentation": "masks are PNG, gray with 8 bits or with a palette",
-        "depth": "depth is 16-bit PNG in millimeters or float32 npy in meters",
-    }
-    findings.require("target_formats", kinds[config.task], found.refused["format"], rows)
+    findings.require("target_formats", FORMATS[config.task], found.refused["format"], rows)
     findings.require("target_sizes", "targets have the size of their image", found.refused["size"], rows)
     if config.task == "segmentation":
         allowed = "masks hold the pixel values of `classes` and `ignore` only"
@@ -237,3 +236,8 @@ def _check_groups(folder: Path, config: EvalsetConfig, table: pa.Table, findings
         empty = [uri for image_id, uri in rows if not (values.get(image_id) or "").strip()]
         meaning = f"every image has a value in column {column}"
         findings.require(f"group_{column}", meaning, empty, len(rows))
+        if column == config.clusters:
+            test = table.filter(pc.equal(table["split"], TEST))["image_id"].to_pylist()
+            found_in = {values.get(image_id) for image_id in test}
+            one = [f"all of {min(map(str, found_in))}"] if len(found_in) < 2 else []
+            findings.require("clusters_two", "test images are of two photographs or more", one, 1)

@@ -56,6 +56,7 @@ class EvalsetConfig(Config):
     ignore: PixelValue | None = None  # segmentation: pixel value without class
     depth_range: tuple[FiniteFloat, FiniteFloat] | None = None  # depth, in meters; other pixels are not measured
     groups: tuple[Name, ...] = ()  # columns of groups.parquet, for slices
+    clusters: Name | None = None  # one of groups: images of one value are parts of one photograph, for intervals
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> Self:
@@ -74,6 +75,8 @@ class EvalsetConfig(Config):
             raise ValueError("depth_range: [nearest, farthest] in meters, 0 < nearest < farthest")
         if len(set(self.groups)) < len(self.groups) or set(self.groups) & set(RESERVED):
             raise ValueError(f"groups: different names, none of {', '.join(RESERVED)}")
+        if self.clusters is not None and (self.clusters not in self.groups or self.task == "retrieval"):
+            raise ValueError("clusters: one of groups; none for retrieval, whose values are those of queries")
         return self
 
     def to_yaml(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,25 +18,26 @@ from components.core.intervals import is_accuracy
 from components.core.metrics import effective_rank, feature_std
 from components.core.storage import sha256_file
 from components.data.evalset import Evalset
+from components.evaluation.baselines import DESCRIPTOR, RANDOM, random_network
 from components.evaluation.corrupted import CorruptedImages, corrupted_results
 from components.evaluation.descriptor import describe
 from components.evaluation.features import EvaluationImages
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
-from components.evaluation.subject import Subject
-from components.evaluation.tokens import Images, TokenRequest, Tokens, find_tokens
+from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.model.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
-RANDOM, DESCRIPTOR, ROBUSTNESS = "random", "descriptor", "robustness"
+ROBUSTNESS = "robustness"
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ComparedModel:
     """One model of a comparison.
 
     Attributes:
@@ -57,7 +59,7 @@ class Protocol:
 
     task: str
     dense: bool
-    run: Callable[[Subject], Scores]
+    run: Callable[[ProtocolInput], Scores]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def compare(
-    evalset: Evalset, models: Sequence[Contestant], protocols: Sequence[str], settings: Settings, cache: Path, seed: int
+    evalset: Evalset,
+    models: Sequence[ComparedModel],
+    protocols: Sequence[str],
+    settings: Settings,
+    cache: Path,
+    seed: int,
 ) -> Comparison:
     """Measure each model by each protocol.
 
@@ -96,22 +103,25 @@ def compare(
         seed: of the protocols' random choices.
 
     Raises:
-        ConfigError: an unknown protocol, or one of another task.
+        ConfigError: two models of one name, an unknown protocol, or one of another task.
         DatasetError: a set that a protocol cannot measure.
     """
+    if twice := sorted(name for name, count in Counter(model.name for model in models).items() if count > 1):
+        raise ConfigError(f"{twice[0]}: two models of one name; give each once, and ./{twice[0]} for a folder")
     chosen = _chosen(evalset, protocols)
-    tokens = {model.name: _tokens(evalset, model, any(p.dense for p in chosen.values()), cache) for model in models}
+    dense = any(protocol.dense for protocol in chosen.values())
+    tokens = {model.name: _tokens(evalset, model, settings.loading, dense, cache) for model in models}
     scores: dict[str, Scores] = {}
     for model in models:
         found = scores[model.name] = Scores()
-        subject = Subject(model.name, evalset, tokens[model.name], model.preprocessing, settings, seed)
+        given = ProtocolInput(model.name, evalset, tokens[model.name], model.preprocessing, settings, seed)
         for name, protocol in chosen.items():
-            if protocol.dense and subject.tokens.patches is None:
+            if protocol.dense and given.tokens.patches is None:
                 log.info("%s has no patch features: not measured by %s", model.name, name)
                 continue
-            found.update(protocol.run(subject))
-        _add_slices(found, subject)
-        features = subject.tokens.features
+            found.update(protocol.run(given))
+        _add_slices(found, given)
+        features = given.tokens.features
         found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
     compared = Comparison(evalset, scores, tokens, (*chosen, *([ROBUSTNESS] if ROBUSTNESS in protocols else [])))
     if ROBUSTNESS in protocols:
@@ -119,12 +129,12 @@ def compare(
     return compared
 
 
-def _add_slices(scores: Scores, subject: Subject) -> None:
+def _add_slices(scores: Scores, given: ProtocolInput) -> None:
     """Add the worst group and the gap of each column, of the first accuracy that was measured."""
-    columns = {name: values[subject.evalset.test].tolist() for name, values in subject.evalset.groups.items()}
+    columns = {name: values[given.evalset.test].tolist() for name, values in given.evalset.groups.items()}
     accuracies = [values for metric, values in scores.by_image.items() if is_accuracy(values)]
-    if columns and accuracies and len(accuracies[0]) == len(subject.evalset.test):
-        scores.update(slices.evaluate(accuracies[0], columns, subject.settings.slices))
+    if columns and accuracies and len(accuracies[0]) == len(given.evalset.test):
+        scores.update(slices.evaluate(accuracies[0], columns, given.settings.slices))
 
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
@@ -140,43 +150,43 @@ def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
 
 
 def _add_robustness(
-    found: Comparison, models: Sequence[Contestant], settings: Settings, cache: Path, seed: int
+    found: Comparison, models: Sequence[ComparedModel], settings: Settings, cache: Path, seed: int
 ) -> None:
     """Add the accuracy of nearest neighbors under 75 corruptions, and mCE against the random weights."""
     results = {}
     for model in models:
-        subject = Subject(model.name, found.evalset, found.tokens[model.name], model.preprocessing, settings, seed)
-        images = partial(_corrupted_features, found.evalset, model, cache, seed)
-        results[model.name] = corrupted_results(subject, images)
+        given = ProtocolInput(model.name, found.evalset, found.tokens[model.name], model.preprocessing, settings, seed)
+        images = partial(_corrupted_features, given, model, cache)
+        results[model.name] = corrupted_results(given, images)
     for name, scores in found.scores.items():
         scores.update(robustness.evaluate(results[name], results[RANDOM]))
 
 
 def _corrupted_features(
-    evalset: Evalset, model: Contestant, cache: Path, seed: int, name: str, severity: int
+    given: ProtocolInput, model: ComparedModel, cache: Path, name: str, severity: int
 ) -> NDArray[np.float32]:
     """Return the features of all test images under one corruption, [T, D]."""
-    images = CorruptedImages(
-        EvaluationImages(evalset.images, model.preprocessing), evalset.test, (name, severity), seed
-    )
+    evalset, seed = given.evalset, given.seed
+    crops = EvaluationImages(evalset.images, model.preprocessing)
+    images = CorruptedImages(crops, evalset.test, (name, severity), seed)
     version = f"{evalset.version} test {name} {severity} {seed}"
-    return _tokens_of(images, version, model, dense=False, cache=cache).features
+    request = TokenRequest(images, version, model.preprocessing, given.settings.loading)
+    return _tokens_of(request, model, cache).features
 
 
-def _tokens(evalset: Evalset, model: Contestant, dense: bool, cache: Path) -> Tokens:
+def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:
     images = EvaluationImages(evalset.images, model.preprocessing)
-    return _tokens_of(images, evalset.version, model, dense, cache)
+    return _tokens_of(TokenRequest(images, evalset.version, model.preprocessing, loading, dense), model, cache)
 
 
-def _tokens_of(images: Images, version: str, model: Contestant, dense: bool, cache: Path) -> Tokens:
+def _tokens_of(request: TokenRequest, model: ComparedModel, cache: Path) -> Tokens:
     if model.backbone is None:
-        features = np.stack([describe(images[index].numpy()) for index in range(len(images))])
+        features = np.stack([describe(request.images[index].numpy()) for index in range(len(request.images))])
         return Tokens(features[:, None], features, None, 0)
-    request = TokenRequest(images, version, model.preprocessing, dense)
     return find_tokens(model.backbone, model.digest, request, cache)
 
 
-def load_contestant(name: str, folder: Path, scaling: Callable[[ViTConfig], Preprocessing]) -> Contestant:
+def load_model(name: str, folder: Path, scaling: Callable[[ViTConfig], Preprocessing]) -> ComparedModel:
     """Read a model's weights for a comparison.
 
     Args:
@@ -188,22 +198,15 @@ def load_contestant(name: str, folder: Path, scaling: Callable[[ViTConfig], Prep
         WeightsError: the weights cannot be read.
     """
     backbone = load_backbone(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Contestant(name, sha256_file(folder / BACKBONE_FILE), backbone, scaling(backbone.config))
+    return ComparedModel(name, sha256_file(folder / BACKBONE_FILE), backbone, scaling(backbone.config))
 
 
-def baselines(first: Contestant, seed: int) -> list[Contestant]:
-    """Return an untrained network of a model's shape, and the descriptor.
-
-    With the small initial LayerScale the class token hardly depends on the image, so that logistic regression is at
-    chance. With a LayerScale of 1 the random blocks contribute, which makes a meaningful baseline.
-    """
+def baselines(first: ComparedModel, seed: int) -> list[ComparedModel]:
+    """Return the baselines as compared models: random weights of a model's shape, and the descriptor."""
     assert first.backbone is not None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        twin = VisionTransformer(first.backbone.config.model_copy(update={"layer_scale_init": 1.0}))
-    twin.eval().to(next(first.backbone.parameters()).device)
-    digest = f"{RANDOM} {seed} {twin.config.model_dump_json()}"
+    network = random_network(first.backbone.config, seed).to(next(first.backbone.parameters()).device)
+    digest = f"{RANDOM} {seed} {network.config.model_dump_json()}"
     return [
-        Contestant(RANDOM, digest, twin, first.preprocessing),
-        Contestant(DESCRIPTOR, DESCRIPTOR, None, first.preprocessing),
+        ComparedModel(RANDOM, digest, network, first.preprocessing),
+        ComparedModel(DESCRIPTOR, DESCRIPTOR, None, first.preprocessing),
     ]

@@ -16,9 +16,8 @@ from components.core.knn import knn_predictions, nearest
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
 from components.core.pictures import draw_pca, jpeg, pca_colors
-from components.data.evalset_config import METRICS
 from components.data.evaluation_set import EvaluationSet
-from components.evaluation.compare import Comparison, Contestant
+from components.evaluation.compare import ComparedModel, Comparison
 from components.evaluation.dense_pictures import draw_matches, patch_matches
 from components.evaluation.features import EvaluationImages, patch_features
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
@@ -28,6 +27,7 @@ from components.evaluation.settings import Settings
 
 SHOWN = 8  # images in each picture
 CONFUSIONS = 10
+RESAMPLES = 1000  # of each bootstrap
 # What has an interval beside a metric of all pixels together.
 PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4")}
 
@@ -53,22 +53,22 @@ class Verdict:
         told = {True: "better than", False: "worse than", None: "no better and no worse than"}[self.better]
         found = self.difference
         bounds = "" if np.isnan(found.low) else f" ({found.low:+.3f} to {found.high:+.3f})"
-        told = told if bounds else "by one figure without an interval beside"
+        if not bounds:
+            return f"{model} minus {self.other}, without an interval: {self.metric} {found.mean:+.3f}"
         return f"{model} is {told} {self.other}: {self.metric} {found.mean:+.3f}{bounds}"
 
 
 def deciding_metric(found: Comparison) -> str:
-    """Return the metric that decides on the set, or the first that was measured; its mean over images if it is none."""
-    first = next(iter(found.scores.values()))
-    asked = found.evalset.config.metric or METRICS[found.evalset.config.task]
-    asked = asked if asked in first.metrics else next(iter(first.metrics))
-    return PAIRED.get(asked, asked)
+    """Return the set's metric, or the first that was measured if it was not; its mean over images if it is none."""
+    first, asked = next(iter(found.scores.values())), found.evalset.config.metric
+    measured = asked if asked in first.metrics else next(iter(first.metrics))
+    return PAIRED.get(measured, measured)
 
 
-def verdicts(found: Comparison, num_resamples: int, seed: int) -> list[Verdict]:
+def verdicts(found: Comparison, seed: int) -> list[Verdict]:
     """Return the first model's verdict against each other one."""
     model, metric = next(iter(found.scores)), deciding_metric(found)
-    compared = differences(found.scores, model, num_resamples, seed)
+    compared = interval_differences(found, seed)
     told = []
     for other, scores in found.scores.items():
         if other == model or metric not in scores.metrics:
@@ -84,13 +84,25 @@ def verdicts(found: Comparison, num_resamples: int, seed: int) -> list[Verdict]:
     return told
 
 
-def interval_differences(found: Comparison, num_resamples: int, seed: int) -> dict[str, dict[str, Interval]]:
+def interval_differences(found: Comparison, seed: int) -> dict[str, dict[str, Interval]]:
     """Return the first model minus each other one, by metric."""
-    return differences(found.scores, next(iter(found.scores)), num_resamples, seed)
+    return differences(found.scores, next(iter(found.scores)), RESAMPLES, seed, found.evalset.clusters)
+
+
+def notes(found: Comparison) -> list[str]:
+    """Return what the scores do not show: the metric that decides, clusters, and choices such as the worst group."""
+    config, clusters, metric = found.evalset.config, found.evalset.clusters, deciding_metric(found)
+    lines = []
+    if metric != PAIRED.get(config.metric, config.metric):
+        lines.append(f"the set's metric, {config.metric}, was not measured; {metric} decides here")
+    if clusters is not None:
+        count = len(np.unique(clusters))
+        lines.append(f"intervals take the {count} values of {config.clusters} as independent, not the images")
+    return lines + [f"{name}, {key}: {text}" for name, one in found.scores.items() for key, text in one.notes.items()]
 
 
 def write_page(
-    found: Comparison, models: Sequence[Contestant], facts: Sequence[str], settings: Settings, seed: int
+    found: Comparison, models: Sequence[ComparedModel], facts: Sequence[str], settings: Settings, seed: int
 ) -> bytes:
     """Return the page.
 
@@ -102,9 +114,9 @@ def write_page(
         seed: of resamples and of the choice of pictures.
     """
     metrics = {name: scores.metrics for name, scores in found.scores.items()}
-    certain = {name: scores.intervals() for name, scores in found.scores.items()}
-    compared = interval_differences(found, 1000, seed)
-    told = verdicts(found, 1000, seed)
+    certain = {name: scores.intervals(found.evalset.clusters) for name, scores in found.scores.items()}
+    compared = interval_differences(found, seed)
+    told = verdicts(found, seed)
     labels, (classes, confusions) = found.evalset.images.labels, ([], [])
     if labels is not None:
         classes, confusions = _by_class(found, settings)
@@ -144,7 +156,7 @@ def _by_class(found: Comparison, settings: Settings) -> tuple[list[tuple[object,
     return [row for _, row in sorted(rows, key=lambda one: one[0])], confusions
 
 
-def _figures(found: Comparison, models: Sequence[Contestant], seed: int) -> list[tuple[str, Picture, str]]:
+def _figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> list[tuple[str, Picture, str]]:
     """Return pictures of a few test images: patch features of all networks, neighbors, matching patches, failures."""
     first, images = models[0], found.evalset.images
     pixels = EvaluationImages(images, first.preprocessing)
@@ -177,7 +189,7 @@ def _failures(images: EvaluationSet, scores: Scores, seed: int) -> list[int]:
     return [int(row) for row in np.random.default_rng(seed).permutation(wrong)[:SHOWN]]
 
 
-def _matches(model: Contestant, pair: torch.Tensor) -> tuple[str, Picture, str]:
+def _matches(model: ComparedModel, pair: torch.Tensor) -> tuple[str, Picture, str]:
     assert model.backbone is not None
     side = model.preprocessing.crop_size // model.backbone.config.patch_size
     a, b = patch_features(model.backbone, pair).reshape(2, side, side, -1)

@@ -15,8 +15,8 @@ from components.core.knn import knn_predictions, nearest
 from components.core.progress import track
 from components.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from components.evaluation.features import EvaluationImages
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.protocols.robustness import CorruptedResults
-from components.evaluation.subject import Subject
 
 
 class CorruptedImages(Dataset[Tensor]):
@@ -43,15 +43,15 @@ class CorruptedImages(Dataset[Tensor]):
         return torch.from_numpy(corrupt(self._images[row].numpy(), self._name, self._severity, generator))
 
 
-def corrupted_results(subject: Subject, features: Callable[[str, int], NDArray[np.float32]]) -> CorruptedResults:
+def corrupted_results(given: ProtocolInput, features: Callable[[str, int], NDArray[np.float32]]) -> CorruptedResults:
     """Classify the test images, clean and corrupted, by the nearest clean train images.
 
     Args:
-        subject: the model on a classification set.
+        given: the model on a classification set.
         features: of the test images under a corruption (name, severity), [T, D].
     """
-    labels, knn = subject.labels, subject.settings.knn
-    train, targets = subject.tokens.features[labels.train], labels.targets[labels.train]
+    labels, knn = given.labels, given.settings.knn
+    train, targets = given.tokens.features[labels.train], labels.targets[labels.train]
     count = min(knn.reported, len(train))
 
     def correct(test: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -61,6 +61,6 @@ def corrupted_results(subject: Subject, features: Callable[[str, int], NDArray[n
 
     found = {
         name: np.stack([correct(features(name, severity)) for severity in SEVERITIES])
-        for name in track(CORRUPTIONS, f"corruptions of {subject.name}", len(CORRUPTIONS), "corruptions")
+        for name in track(CORRUPTIONS, f"corruptions of {given.name}", len(CORRUPTIONS), "corruptions")
     }
-    return CorruptedResults(subject.name, correct(subject.tokens.features[labels.test]), found)
+    return CorruptedResults(given.name, correct(given.tokens.features[labels.test]), found)

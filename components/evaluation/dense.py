@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -70,22 +71,22 @@ def evaluation_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class DenseProblem(Generic[HeadT]):
+class DenseProblem(ABC, Generic[HeadT]):
     """What a head learns: its shape, its loss on a batch of images, and its score on images it has not seen."""
 
     device: torch.device
 
+    @abstractmethod
     def head(self, generator: torch.Generator) -> HeadT:
         """Return an untrained head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, head: HeadT, images: NDArray[np.int64]) -> Tensor:
         """Return the mean loss [] over the pixels that count of a batch of images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_score(self, head: HeadT, images: NDArray[np.int64]) -> float:
         """Return a score of the images, higher is better."""
-        raise NotImplementedError
 
 
 def fit_head(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,14 +10,14 @@ from components.data.evalset import Evalset
 from components.evaluation.config import (
     DenseHeadConfig,
     DepthConfig,
+    EvaluateConfig,
     KnnConfig,
     LinearConfig,
     ProbeConfig,
     SegmentationConfig,
     SlicesConfig,
 )
-
-log = logging.getLogger(__name__)
+from components.evaluation.tokens import Loading
 
 FEWEST_STEPS = 300  # of a trained head, however few images there are
 # Passes over the train images in the papers: 12,500 steps of 1,024 over the 1,281,167 of ImageNet, 40,000 of 16 over
@@ -29,8 +29,9 @@ HeadConfigT = TypeVar("HeadConfigT", bound=DenseHeadConfig)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of all protocols."""
+    """Settings of all protocols, and of the reading of images."""
 
+    loading: Loading
     knn: KnnConfig
     linear: LinearConfig
     probe: ProbeConfig
@@ -38,18 +39,31 @@ class Settings:
     segmentation: SegmentationConfig
     depth: DepthConfig
 
+    def lines(self, protocols: Collection[str]) -> list[str]:
+        """Return how long the heads of these protocols are trained, as lines."""
+        trained = {
+            "probe": (self.probe.num_steps, ProbeConfig().num_steps, self.probe.batch_size),
+            "segmentation": (self.segmentation.steps, SegmentationConfig().steps, self.segmentation.batch_size),
+            "depth": (self.depth.steps, DepthConfig().steps, self.depth.batch_size),
+        }
+        return [
+            f"{name}: heads are trained for {steps:,} steps of {batch_size:,} images, in the paper {papers:,}"
+            for name, (steps, papers, batch_size) in trained.items()
+            if any(protocol.partition("-")[0] == name for protocol in protocols)
+        ]
 
-def settings_for(evalset: Evalset, knn: KnnConfig, linear: LinearConfig) -> Settings:
+
+def settings_for(evalset: Evalset, config: EvaluateConfig) -> Settings:
     """Return the papers' settings, with as many passes over a smaller set, but no fewer than `FEWEST_STEPS` steps.
 
     Args:
         evalset: gives the number of train images.
-        knn: as the stage `evaluate` has it.
-        linear: likewise.
+        config: of the stage `evaluate`, which gives kNN, logistic regression and the reading of images.
     """
     return Settings(
-        knn,
-        linear,
+        Loading(config.batch_size, config.num_workers),
+        config.knn,
+        config.linear,
         _probe(ProbeConfig(), len(evalset.train)),
         SlicesConfig(),
         _scaled(SegmentationConfig(), SEGMENTATION_PASSES, evalset),

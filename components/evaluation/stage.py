@@ -18,6 +18,7 @@ from components.core.pictures import draw_pca, jpeg, pca_colors
 from components.core.registered_weights import download_weights
 from components.core.storage import atomic_dir, write_bytes
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
+from components.evaluation.baselines import DESCRIPTOR, RANDOM, random_network
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
 from components.evaluation.measure import measure, values_by_image
@@ -29,7 +30,7 @@ from components.model.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
-RANDOM, DESCRIPTOR, CHAMPION = "random", "descriptor", "champion"
+CHAMPION = "champion"
 
 
 def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, Any]:
@@ -82,11 +83,7 @@ def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dic
     found = {model: candidate}
     if model in config.champions:
         found[CHAMPION] = load_backbone(download_weights(config.champions[model], root))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # With the small initial LayerScale the class token hardly depends on the image, so that logistic regression is
-        # at chance. With a LayerScale of 1 the random blocks contribute, which makes a meaningful baseline.
-        found[RANDOM] = VisionTransformer(candidate.config.model_copy(update={"layer_scale_init": 1.0}))
+    found[RANDOM] = random_network(candidate.config, seed)
     device, size = "cuda" if torch.cuda.is_available() else "cpu", config.preprocessing.crop_size
     for name, backbone in found.items():
         patch = backbone.config.patch_size

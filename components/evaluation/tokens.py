@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,19 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How images are read, as the stage `evaluate` reads them.
+
+    Attributes:
+        batch_size: at most; fewer where images are large.
+        num_workers: processes that decode images; 0 decodes in this one.
+    """
+
+    batch_size: int
+    num_workers: int
+
+
+@dataclass(frozen=True)
 class TokenRequest:
     """What is computed.
 
@@ -73,17 +87,15 @@ class TokenRequest:
         images: of the set, in its order.
         version: of the set.
         preprocessing: of the images.
+        loading: of the images.
         dense: also keep patch tokens.
-        batch_size: at most; fewer where images are large.
-        num_workers: processes that decode images; 0 decodes in this one.
     """
 
     images: Images
     version: str
     preprocessing: Preprocessing
+    loading: Loading
     dense: bool = False
-    batch_size: int = 256
-    num_workers: int = 0
 
 
 def find_tokens(backbone: VisionTransformer, digest: str, request: TokenRequest, cache: Path) -> Tokens:
@@ -127,30 +139,33 @@ def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, r
         shared.mkdir(parents=True, exist_ok=True)
         for name, (size, dtype) in shapes.items():
             np.lib.format.open_memmap(shared / name, "w+", dtype, size).flush()
-    barrier()
-    arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
-    _fill(backbone, request, arrays, layers)
-    for array in arrays.values():
-        array.flush()
-    barrier()
-    if rank() == 0:
-        with atomic_dir(folder) as staging:
-            for name in shapes:
-                (shared / name).rename(staging / name)
-        shared.rmdir()
+    try:
+        barrier()
+        arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
+        _fill(backbone, request, arrays, layers)
+        for array in arrays.values():
+            array.flush()
+        barrier()
+        if rank() == 0:
+            with atomic_dir(folder) as staging:
+                for name in shapes:
+                    (shared / name).rename(staging / name)
+    finally:
+        if rank() == 0:  # a killed call's part is written over by the next
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 def _fill(backbone: VisionTransformer, request: TokenRequest, arrays: dict[str, Any], layers: int) -> None:
     mine = range(rank(), len(request.images), world_size())
     patches = (request.preprocessing.crop_size // backbone.config.patch_size) ** 2
-    batch_size = max(1, min(request.batch_size, BATCH_PATCHES // patches))
+    workers, batch_size = request.loading.num_workers, max(1, min(request.loading.batch_size, BATCH_PATCHES // patches))
     batch_bytes = 3 * batch_size * request.preprocessing.crop_size**2
-    check_shared_memory("--workers", request.num_workers, batch_bytes)
+    check_shared_memory("evaluate.num_workers", workers, batch_bytes)
     # With its own generator the loader does not use the global one.
     loader = DataLoader(
         Subset(cast("Dataset[Tensor]", request.images), mine),
         batch_size,
-        num_workers=request.num_workers,
+        num_workers=workers,
         generator=torch.Generator(),
     )
     device, done = next(backbone.parameters()).device, 0

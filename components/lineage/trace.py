@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from components.lineage.trace_data import LockTrace
 from components.lineage.trace_tree import ABOVE, Node, Trace
 from components.lineage.verify_record import (
     Registration,
+    RunRefs,
     branch_faults,
     decision_faults,
     registrations,
@@ -79,10 +81,16 @@ class _Tracer:
             raise RecordError("MLFLOW_TRACKING_URI is not set: the registry is on a server; run `pedigree up`")
         self.client = checked_client()
         self.root = root
-        self._refs = run_refs(root)
-        self._registered = registrations(root, self._refs)
         self._shown: set[str] = set()  # versions and data whose details are in the tree
         self._logs: dict[str, list[Entry] | None] = {}
+
+    @cached_property
+    def _refs(self) -> dict[str, RunRefs]:
+        return run_refs(self.root)
+
+    @cached_property
+    def _registered(self) -> dict[str, Registration]:
+        return registrations(self.root, self._refs)
 
     def version(self, asked: ModelReference) -> Any:
         """The MLflow version, or a sentence that says why there is none."""

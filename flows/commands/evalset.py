@@ -89,7 +89,8 @@ def add(
     evalset.yaml says task (classification, segmentation, depth or retrieval) and
     license; for segmentation classes (pixel value: name) and ignore (a value), for
     depth depth_range (nearest and farthest meters); and where wanted metric (that
-    decides), resolution (pixels a side) and groups (columns of groups.csv).
+    decides), resolution (pixels a side), groups (columns of groups.csv) and clusters
+    (the one of these that says which images are parts of one photograph).
 
     Examples:
       pedigree evalset add ~/sets/leaves --name leaves --license CC-BY-4.0

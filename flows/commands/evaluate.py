@@ -19,7 +19,9 @@ from flows.console import shown
 
 if TYPE_CHECKING:
     from components.data.evalset import Evalset
-    from components.evaluation.compare import Comparison, Contestant
+    from components.evaluation.compare import ComparedModel, Comparison
+    from components.evaluation.comparison_report import Verdict
+    from components.model.config import Preprocessing, ViTConfig
     from components.registry.named_weights import NamedWeights
     from flows.contamination import Contamination
 
@@ -56,8 +58,8 @@ def evaluate(
 
 def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | None, seed: int) -> Answer:
     from components.core.storage import write_bytes
-    from components.evaluation.compare import baselines, compare, load_contestant
-    from components.evaluation.comparison_report import write_page
+    from components.evaluation.compare import baselines, compare, load_model
+    from components.evaluation.comparison_report import notes, verdicts, write_page
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
     from flows.contamination import contamination
@@ -65,18 +67,17 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     root = Path.cwd()
     found = find_set(root, asked)
     weights = [named_weights(name) for name in names]
-    config = load_recipe(root, None).evaluate
-    settings = settings_for(found, config.knn, config.linear)
-    models = [load_contestant(one.name, one.folder, partial(scaled, one, found)) for one in weights]
-    models += baselines(models[0], seed)
+    settings = settings_for(found, load_recipe(root, None).evaluate)
+    given = [load_model(one.name, one.folder, partial(scaled, one, found)) for one in weights]
+    models = [*given, *baselines(given[0], seed)]
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.name: contamination(one.name if _registered(one) else None, found, root) for one in weights}
-    facts = [_about(found, models[0]), *(f"{name}: {one.line()}" for name, one in seen.items())]
-    facts += [line for one in weights if (line := one.assumed)]
+    facts = [_about(found), *map(_how_scaled, given), *(f"{name}: {one.line()}" for name, one in seen.items())]
+    facts += [*filter(None, (one.assumed for one in weights)), *settings.lines(compared.protocols), *notes(compared)]
+    told = verdicts(compared, seed)
     if html is not None:
         write_bytes(html, write_page(compared, models, facts, settings, seed))
-    data = _data(compared, seen, facts, seed)
-    return Answer(data, partial(_show, compared, facts, data["verdicts"], html))
+    return Answer(_data(compared, told, seen, facts, seed), partial(_show, compared, told, facts, html))
 
 
 def find_set(root: Path, name: str) -> Evalset:
@@ -105,35 +106,38 @@ def _registered(weights: NamedWeights) -> bool:
     return is_reference(weights.name)
 
 
-def scaled(weights: NamedWeights, evalset: Evalset, shape: Any) -> Any:
+def scaled(weights: NamedWeights, evalset: Evalset, shape: ViTConfig) -> Preprocessing:
     """Return how a model's images are scaled: as evaluated, but the whole middle square where places are compared."""
-    from components.model.config import Preprocessing
-
     resolution = evalset.config.resolution
     if resolution is not None:
         resolution = max(shape.patch_size, resolution // shape.patch_size * shape.patch_size)
     found = weights.preprocessing_at(resolution, shape)
     whole = evalset.config.task != "classification"
-    return Preprocessing(resize_size=found.crop_size, crop_size=found.crop_size) if whole else found
+    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
 
 
-def _about(evalset: Evalset, model: Contestant) -> str:
-    scaling = model.preprocessing
+def _about(evalset: Evalset) -> str:
+    asked = evalset.config.resolution
+    at = f", made for {asked} pixels" if asked else ""
     return (
         f"{evalset.folder.parent.name} {evalset.version}, {evalset.config.task}, {evalset.config.license}: "
-        f"{len(evalset.train):,} train and {len(evalset.test):,} test images, shorter side {scaling.resize_size} "
-        f"pixels, crop {scaling.crop_size}"
+        f"{len(evalset.train):,} train and {len(evalset.test):,} test images{at}"
     )
 
 
-def _data(found: Comparison, seen: dict[str, Contamination], facts: list[str], seed: int) -> dict[str, Any]:
-    from components.evaluation.comparison_report import interval_differences, verdicts
+def _how_scaled(model: ComparedModel) -> str:
+    """Return the size of a model's images as a line; its patches may not tile what the set asks for."""
+    scaling = model.preprocessing
+    return f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
 
-    told = [
-        {**dataclasses.asdict(one), "difference": _plain(dataclasses.asdict(one.difference))}
-        for one in verdicts(found, 1000, seed)
-    ]
-    compared = interval_differences(found, 1000, seed)
+
+def _data(
+    found: Comparison, told: list[Verdict], seen: dict[str, Contamination], facts: list[str], seed: int
+) -> dict[str, Any]:
+    from components.evaluation.comparison_report import interval_differences
+
+    judged = [{**dataclasses.asdict(one), "difference": _plain(dataclasses.asdict(one.difference))} for one in told]
+    compared, clusters = interval_differences(found, seed), found.evalset.clusters
     return {
         "schema": SCHEMA,
         "set": {"name": found.evalset.folder.parent.name, "version": found.evalset.version},
@@ -141,14 +145,15 @@ def _data(found: Comparison, seen: dict[str, Contamination], facts: list[str], s
         "protocols": found.protocols,
         "scores": {name: scores.metrics for name, scores in found.scores.items()},
         "intervals": {
-            name: {metric: dataclasses.asdict(one) for metric, one in scores.intervals().items()}
+            name: {metric: dataclasses.asdict(one) for metric, one in scores.intervals(clusters).items()}
             for name, scores in found.scores.items()
         },
         "differences": {
             other: {metric: dataclasses.asdict(one) for metric, one in values.items()}
             for other, values in compared.items()
         },
-        "verdicts": told,
+        "verdicts": judged,
+        "notes": {name: scores.notes for name, scores in found.scores.items()},
         "contamination": {name: dataclasses.asdict(one) for name, one in seen.items()},
         "facts": facts,
     }
@@ -158,16 +163,14 @@ def _plain(values: dict[str, float]) -> dict[str, float | None]:
     return {key: None if math.isnan(value) else value for key, value in values.items()}
 
 
-def _show(found: Comparison, facts: list[str], told: list[dict[str, Any]], html: Path | None) -> None:
-    from components.evaluation.comparison_report import verdicts
-
+def _show(found: Comparison, told: list[Verdict], facts: list[str], html: Path | None) -> None:
     console, model = answer_console(), next(iter(found.scores))
-    for one in verdicts(found, 1000, 0):
+    for one in told:
         style = {True: "green", False: "bold red", None: "yellow"}[one.better]
         console.print(one.line(model), style=style, markup=False)
     for fact in facts:
         console.print(fact, markup=False)
-    certain = {name: scores.intervals() for name, scores in found.scores.items()}
+    certain = {name: scores.intervals(found.evalset.clusters) for name, scores in found.scores.items()}
     table = Table("metric", *found.scores, box=None, pad_edge=False)
     for metric in dict.fromkeys(metric for scores in found.scores.values() for metric in scores.metrics):
         cells = []

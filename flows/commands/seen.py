@@ -56,24 +56,21 @@ def seen(
     """
     from components.lineage.seen import read_history
 
-    image_id = None if image is None else _image_id(image)
-    if image_id is not None and as_list:
-        raise ConfigError("--image asks for one image and --list for all; give one of them")
-    root = Path.cwd()
+    image_id, root = None if image is None else _image_id(image, as_list), Path.cwd()
     reference = asked_model(reference, model, root)
     history = read_history(reference, root)
     own = history.trainings[0]
     _check_step(step, own)
     steps = [step, *[None] * (len(history.trainings) - 1)]
-    problems = [f"incomplete: {history.unknown}"] if history.unknown else []
-    exit_code = INCOMPLETE if problems else 0
+    problems, exit_code = ([f"incomplete: {history.unknown}"], INCOMPLETE) if history.unknown else ([], 0)
     if as_list:
         return Answer(rows := _rows(history.trainings, steps), partial(_print_list, rows), problems, exit_code)
     answers = [_answer(training, until, image_id) for training, until in zip(history.trainings, steps, strict=True)]
     whole: dict[str, Any] = {"reference": reference, "trainings": answers, "unknown": history.unknown}
     if image_id is not None:
-        whole |= {"image_id": image_id, "model": own.version, "seen": any(answer["steps"] for answer in answers)}
-        whole["near_copies"] = None if whole["seen"] else _near_copies(str(image), own, root)
+        drawn = any(answer["steps"] for answer in answers)
+        whole |= {"image_id": image_id, "model": own.version, "seen": drawn}
+        whole["near_copies"] = None if drawn else _near_copies(str(image), own, root)
     return Answer(whole, partial(_print_sentences, whole), problems, exit_code)
 
 
@@ -94,7 +91,9 @@ def _near_copies(image: str, own: Training, root: Path) -> list[str] | None:
     return near_copies(checked_image(path), own.record, root).lines() if path.is_file() else None
 
 
-def _image_id(image: str) -> str:
+def _image_id(image: str, as_list: bool) -> str:
+    if as_list:
+        raise ConfigError("--image asks for one image and --list for all; give one of them")
     if Path(image).is_file():
         return sha256_file(Path(image))
     if IMAGE_ID.fullmatch(image):

@@ -38,6 +38,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders.judge_by_facts_only(patch)
         for make in (folders.classification, folders.segmentation, folders.depth, folders.retrieval):
             folders.add(make(root / "data" / make.__name__), make.__name__)
+        clustered = folders.classification(root / "data/clustered")
+        folders.write(clustered, {"evalset.yaml": folders.config("classification", groups=["light"], clusters="light")})
+        folders.add(clustered, "clustered")
     for number, name in ((1, "one"), (2, "two")):
         torch.manual_seed(number)
         save_weights(root / "weights" / name, VisionTransformer(SHAPE), None, {})
@@ -94,6 +97,23 @@ def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: st
     assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
 
 
+def test_clusters_widen_the_intervals_and_choices_are_told(checkout: Path):
+    """The same images, once as independent and once as parts of two photographs."""
+    plain, clustered = (
+        json.loads(asked(checkout, "weights/one", "--set", name, "--protocol", "knn", "--json"))
+        for name in ("classification", "clustered")
+    )
+    assert plain["scores"]["weights/one"] == clustered["scores"]["weights/one"]
+    for found in plain["intervals"]:
+        narrow, wide = (told["intervals"][found]["knn_top1"] for told in (plain, clustered))
+        assert wide["high"] - wide["low"] > 1.2 * (narrow["high"] - narrow["low"])
+    for found in plain["differences"]:
+        narrow, wide = (told["differences"][found]["knn_top1"] for told in (plain, clustered))
+        assert wide["low"] <= narrow["low"] <= narrow["high"] <= wide["high"]
+    assert "intervals take the 2 values of light as independent, not the images" in clustered["facts"]
+    assert "weights/one: shorter side 37 pixels, crop 32" in plain["facts"]
+
+
 def test_robustness_is_measured_when_asked_for(checkout: Path):
     told = json.loads(asked(checkout, "weights/one", "--set", "classification", "--protocol", "robustness", "--json"))
     found = told["scores"]
@@ -111,8 +131,13 @@ def test_the_stage_measures_classes_only(checkout: Path, caplog: pytest.LogCaptu
 
 def test_what_cannot_be_measured_is_one_line(checkout: Path):
     told = asked(checkout, "weights/one", "--set", "birds", code=2)
-    assert "--set birds: no such set; there are classification, depth, photographs, retrieval, segmentation" in told
+    assert (
+        "--set birds: no such set; there are classification, clustered, depth, photographs, retrieval, segmentation"
+        in told
+    )
     told = asked(checkout, "weights/one", "--set", "depth", "--protocol", "knn", code=2)
     assert "--protocol knn: depth is a set of task depth, for which there are depth, depth-lin4" in told
+    told = asked(checkout, "weights/one", "--set", "depth", "--against", "weights/one", code=2)
+    assert "weights/one: two models of one name; give each once" in told
     told = asked(checkout, "nowhere", "--set", "depth", code=2)
     assert "nowhere: no such folder; give NAME@ALIAS, NAME/NUMBER or a weights folder" in told

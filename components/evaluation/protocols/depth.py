@@ -29,8 +29,8 @@ from components.evaluation.dense import (
     to_device,
     upsample,
 )
+from components.evaluation.protocol_input import ProtocolInput, crop_target
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject, crop_target
 from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
@@ -224,27 +224,27 @@ class _Problem(DenseProblem[DepthHead]):
         return -float(np.mean(errors))
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a depth set by the last layer (`lin. 1`)."""
-    return _run(subject, 1, "depth")
+    return _run(given, 1, "depth")
 
 
-def run_four_layers(subject: Subject) -> Scores:
+def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a depth set by the last four layers (`lin. 4`, whose layers are spread over the network)."""
-    return _run(subject, LAYERS, "depth_lin4")
+    return _run(given, LAYERS, "depth_lin4")
 
 
-def _run(subject: Subject, layers: int, prefix: str) -> Scores:
-    evalset = subject.evalset
+def _run(given: ProtocolInput, layers: int, prefix: str) -> Scores:
+    evalset = given.evalset
     assert evalset.config.depth_range is not None
 
     def read_depth(image: int) -> NDArray[np.float32]:
-        return crop_target(evalset.depth(image), subject.preprocessing)
+        return crop_target(evalset.depth(image), given.preprocessing)
 
-    patches = subject.dense(layers)
-    cls_tokens = subject.tokens.cls[:, -layers:].reshape(len(patches.tokens), -1)  # [N, L * D]
+    patches = given.dense(layers)
+    cls_tokens = given.tokens.cls[:, -layers:].reshape(len(patches.tokens), -1)  # [N, L * D]
     task = depth_task(read_depth, evalset.train, evalset.test, *evalset.config.depth_range)
-    return evaluate(DepthFeatures(patches, cls_tokens), task, subject.settings.depth, subject.seed, prefix)
+    return evaluate(DepthFeatures(patches, cls_tokens), task, given.settings.depth, given.seed, prefix)
 
 
 def evaluate(features: DepthFeatures, task: DepthTask, config: DepthConfig, seed: int, prefix: str) -> Scores:

@@ -12,13 +12,13 @@ from components.core.metrics import top1_accuracy
 from components.core.text import one_line
 from components.data.evaluation_set import Labels
 from components.evaluation.config import KnnConfig
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a classification set; see `evaluate`."""
-    return evaluate(subject.tokens.features, subject.labels, subject.settings.knn)
+    return evaluate(given.tokens.features, given.labels, given.settings.knn)
 
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from components.core.metrics import top1_accuracy
 from components.core.progress import track
 from components.data.evaluation_set import Labels
 from components.evaluation.config import LinearConfig
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class LinearResult:
     c: float
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a classification set; see `evaluate`."""
-    return evaluate(subject.tokens.features, subject.labels, subject.settings.linear, subject.name)
+    return evaluate(given.tokens.features, given.labels, given.settings.linear, given.name)
 
 
 def evaluate(features: NDArray[np.floating], labels: Labels, config: LinearConfig, name: str) -> Scores:

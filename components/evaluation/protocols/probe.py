@@ -18,8 +18,8 @@ from components.core.errors import DatasetError
 from components.core.progress import track
 from components.data.evaluation_set import Labels
 from components.evaluation.config import ProbeConfig
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +84,15 @@ class Probe:
         return _finite(torch.cat(parts)).cpu().numpy()
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a classification set; see `evaluate`. A descriptor's one vector is all its kinds of input."""
-    features = ProbeFeatures(subject.tokens.cls, subject.tokens.mean_patch)
-    layers = subject.tokens.cls.shape[1]
-    fitting = tuple(count for count in subject.settings.probe.num_layers if count <= layers) or (1,)
-    config = subject.settings.probe.model_copy(update={"num_layers": fitting})
-    if fitting != subject.settings.probe.num_layers:
-        log.info("%s: %d layers have features, so heads read the last %s", subject.name, layers, fitting[-1])
-    return evaluate(features, subject.labels, config, np.random.default_rng(subject.seed), subject.name)
+    features = ProbeFeatures(given.tokens.cls, given.tokens.mean_patch)
+    layers = given.tokens.cls.shape[1]
+    fitting = tuple(count for count in given.settings.probe.num_layers if count <= layers) or (1,)
+    config = given.settings.probe.model_copy(update={"num_layers": fitting})
+    if fitting != given.settings.probe.num_layers:
+        log.info("%s: %d layers have features, so heads read the last %s", given.name, layers, fitting[-1])
+    return evaluate(features, given.labels, config, np.random.default_rng(given.seed), given.name)
 
 
 def evaluate(

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.core.errors import DatasetError
+from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ class Query:
         return np.array([self.row, *(row for name in others for row in getattr(self, name))], np.int64)
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a retrieval set; see `evaluate`."""
-    found = subject.evalset.queries
+    found = given.evalset.queries
     queries = [Query(q.index, *(tuple(rows.tolist()) for rows in (q.easy, q.hard, q.junk))) for q in found]
-    return evaluate(subject.tokens.features, queries, subject.evalset.gallery)
+    return evaluate(given.tokens.features, queries, given.evalset.gallery)
 
 
 def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: NDArray[np.int64]) -> Scores:

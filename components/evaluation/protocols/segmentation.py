@@ -31,8 +31,8 @@ from components.evaluation.dense import (
     linear_layer,
     upsample,
 )
+from components.evaluation.protocol_input import ProtocolInput, crop_target
 from components.evaluation.scores import Scores
-from components.evaluation.subject import Subject, crop_target
 from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
@@ -159,23 +159,23 @@ class _Problem(DenseProblem[SegmentationHead]):
         return float(np.nanmean(class_iou(reduce(np.add, matrices))))
 
 
-def run(subject: Subject) -> Scores:
+def run(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last layer (`lin.`), at one size."""
-    return evaluate([subject.dense(1)], _task(subject), subject.settings.segmentation, subject.seed, "segmentation")
+    return evaluate([given.dense(1)], _task(given), given.settings.segmentation, given.seed, "segmentation")
 
 
-def run_four_layers(subject: Subject) -> Scores:
+def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last four layers, at one size: `+ms` without its other sizes."""
-    features, prefix = [subject.dense(LAYERS)], "segmentation_lin4"
-    return evaluate(features, _task(subject), subject.settings.segmentation, subject.seed, prefix)
+    features, prefix = [given.dense(LAYERS)], "segmentation_lin4"
+    return evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
 
 
-def _task(subject: Subject) -> SegmentationTask:
+def _task(given: ProtocolInput) -> SegmentationTask:
     """Return the masks of a set as class indices, in the place of the images' crops."""
-    evalset = subject.evalset
+    evalset = given.evalset
 
     def read_mask(image: int) -> NDArray[np.uint8]:
-        return crop_target(evalset.mask(image), subject.preprocessing)
+        return crop_target(evalset.mask(image), given.preprocessing)
 
     ignored = None if evalset.config.ignore is None else IGNORED
     return segmentation_task(read_mask, evalset.train, evalset.test, evalset.class_names, ignored)

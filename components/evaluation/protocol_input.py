@@ -41,7 +41,7 @@ def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArr
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProtocolInput:
     """One model on one set.
 
     Attributes:
