@@ -7,7 +7,7 @@ override IMAGES := $(value IMAGES)
 override RECIPE := $(value RECIPE)
 export IMAGES RECIPE
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench claims clean
 
 run: $(READY)  ## the whole main job: make run [IMAGES=/path/to/folder] [RECIPE=name]
 	$(BIN)/pedigree run $${IMAGES:+--images "$$IMAGES"} $${RECIPE:+--recipe "$$RECIPE"}
@@ -24,6 +24,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/pytest -m slow
 	$(BIN)/python -m tests.benchmarks
+
+claims: $(READY)  ## the scorecard: trains for about an hour, a second call does what is missing
+	$(BIN)/python -m tests.benchmarks.claims
 
 clean:  ## stops the services and removes what can be made again; .pedigree (S3, registry, audit log) stays
 	[ ! -x $(BIN)/pedigree ] || $(BIN)/pedigree down
