@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from components.core.intervals import is_accuracy
 from components.core.metrics import effective_rank, feature_std
 from components.core.storage import sha256_file
 from components.data.evalset import Evalset
-from components.evaluation.baselines import DESCRIPTOR, RANDOM, random_network
+from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.corrupted import CorruptedImages, corrupted_results
-from components.evaluation.descriptor import describe
+from components.evaluation.encoders import LAYERS, BackboneEncoder, DescriptorEncoder, Encoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
@@ -29,9 +28,6 @@ from components.evaluation.settings import Settings
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
-from components.model.vit import VisionTransformer
-
-log = logging.getLogger(__name__)
 
 ROBUSTNESS = "robustness"
 
@@ -43,23 +39,24 @@ class ComparedModel:
     Attributes:
         name: for a person.
         digest: of its weights.
-        backbone: in evaluation mode on its device; None: the descriptor of colors and edges.
-        preprocessing: of the set's images.
+        encoder: of the set's images.
+        preprocessing: of these.
     """
 
     name: str
     digest: str
-    backbone: VisionTransformer | None
+    encoder: Encoder
     preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: the task that it is for, whether it reads patch tokens, and what it computes."""
+    """A protocol: the task that it is for, whether it reads patch tokens, what it computes, and of how many layers."""
 
     task: str
     dense: bool
     run: Callable[[ProtocolInput], Scores]
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,9 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "probe": Protocol("classification", dense=False, run=probe.run),
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
-    "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers),
+    "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAYERS),
     "depth": Protocol("depth", dense=True, run=depth.run),
-    "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers),
+    "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers, layers=LAYERS),
 }
 
 
@@ -109,17 +106,27 @@ def compare(
     if twice := sorted(name for name, count in Counter(model.name for model in models).items() if count > 1):
         raise ConfigError(f"{twice[0]}: two models of one name; give each once, and ./{twice[0]} for a folder")
     chosen = _chosen(evalset, protocols)
+    if ROBUSTNESS in protocols and RANDOM not in {model.name for model in models}:
+        raise ConfigError(
+            f"--protocol {ROBUSTNESS}: mCE is held against random weights of the shape of {models[0].name}, of which "
+            "there are none; name a weights folder first and that one by --against"
+        )
     dense = any(protocol.dense for protocol in chosen.values())
     tokens = {model.name: _tokens(evalset, model, settings.loading, dense, cache) for model in models}
+    if dense and tokens[models[0].name].patches is None:
+        needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
+        raise ConfigError(f"{models[0].name}: gives no patch tokens, which {needed} reads; give a model that does")
     scores: dict[str, Scores] = {}
     for model in models:
         found = scores[model.name] = Scores()
         given = ProtocolInput(model.name, evalset, tokens[model.name], model.preprocessing, settings, seed)
         for name, protocol in chosen.items():
             if protocol.dense and given.tokens.patches is None:
-                log.info("%s has no patch features: not measured by %s", model.name, name)
+                found.notes[name] = "not measured: the model gives no patch tokens"
                 continue
             found.update(protocol.run(given))
+            if (there := given.tokens.cls.shape[1]) < protocol.layers:
+                found.notes[name] = f"reads {there} layers, not {protocol.layers}: the model gives no more"
         _add_slices(found, given)
         features = given.tokens.features
         found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
@@ -171,19 +178,13 @@ def _corrupted_features(
     images = CorruptedImages(crops, evalset.test, (name, severity), seed)
     version = f"{evalset.version} test {name} {severity} {seed}"
     request = TokenRequest(images, version, model.preprocessing, given.settings.loading)
-    return _tokens_of(request, model, cache).features
+    return find_tokens(model.encoder, model.digest, request, cache).features
 
 
 def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:
     images = EvaluationImages(evalset.images, model.preprocessing)
-    return _tokens_of(TokenRequest(images, evalset.version, model.preprocessing, loading, dense), model, cache)
-
-
-def _tokens_of(request: TokenRequest, model: ComparedModel, cache: Path) -> Tokens:
-    if model.backbone is None:
-        features = np.stack([describe(request.images[index].numpy()) for index in range(len(request.images))])
-        return Tokens(features[:, None], features, None, 0)
-    return find_tokens(model.backbone, model.digest, request, cache)
+    request = TokenRequest(images, evalset.version, model.preprocessing, loading, dense)
+    return find_tokens(model.encoder, model.digest, request, cache)
 
 
 def load_model(name: str, folder: Path, scaling: Callable[[ViTConfig], Preprocessing]) -> ComparedModel:
@@ -198,15 +199,18 @@ def load_model(name: str, folder: Path, scaling: Callable[[ViTConfig], Preproces
         WeightsError: the weights cannot be read.
     """
     backbone = load_backbone(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    return ComparedModel(name, sha256_file(folder / BACKBONE_FILE), backbone, scaling(backbone.config))
+    digest = sha256_file(folder / BACKBONE_FILE)
+    return ComparedModel(name, digest, BackboneEncoder(backbone), scaling(backbone.config))
 
 
 def baselines(first: ComparedModel, seed: int) -> list[ComparedModel]:
-    """Return the baselines as compared models: random weights of a model's shape, and the descriptor."""
-    assert first.backbone is not None
-    network = random_network(first.backbone.config, seed).to(next(first.backbone.parameters()).device)
-    digest = f"{RANDOM} {seed} {network.config.model_dump_json()}"
-    return [
-        ComparedModel(RANDOM, digest, network, first.preprocessing),
-        ComparedModel(DESCRIPTOR, DESCRIPTOR, None, first.preprocessing),
-    ]
+    """Return the baselines as compared models: random weights of a model's shape if it has one, and the descriptor.
+
+    The descriptor has the patch grid of the model, or that of usual patches where it has none.
+    """
+    encoder, size = first.encoder, first.preprocessing
+    descriptor = DescriptorEncoder(encoder.grid(size.crop_size))
+    found = [ComparedModel(DESCRIPTOR, descriptor.shape, descriptor, size)]
+    if (network := encoder.untrained(seed)) is not None:
+        found.insert(0, ComparedModel(RANDOM, f"{RANDOM} {seed} {network.shape}", network, size))
+    return found

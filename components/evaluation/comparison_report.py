@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from components.core.pictures import draw_pca, jpeg, pca_colors
 from components.data.evaluation_set import EvaluationSet
 from components.evaluation.compare import ComparedModel, Comparison
 from components.evaluation.dense_pictures import draw_matches, patch_matches
-from components.evaluation.features import EvaluationImages, patch_features
+from components.evaluation.features import EvaluationImages
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import difference_rows, key_figures, score_rows
 from components.evaluation.scores import Scores, differences, lower_is_better
@@ -163,10 +164,8 @@ def _figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> l
     queries = choose_queries(images, SHOWN, seed)
     shown = torch.stack([pixels[index] for index in queries])
     figures = []
-    networks = [model for model in models if model.backbone is not None]
-    fitting = [model for model in networks if model.preprocessing == first.preprocessing]
-    if fitting:
-        colors = {m.name: pca_colors(patch_features(m.backbone, shown)) for m in fitting if m.backbone is not None}
+    patches = {m.name: m.encoder.last_patches(shown) for m in models if m.preprocessing == first.preprocessing}
+    if colors := {name: pca_colors(tokens) for name, tokens in patches.items() if tokens is not None}:
         caption = "First three principal components of the patch tokens, as colors, in each row."
         figures.append(("Patch features", _picture(draw_pca(shown.numpy(), colors), "Patch features"), caption))
     features = found.tokens[first.name].features
@@ -176,8 +175,8 @@ def _figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> l
     if failures := _failures(images, found.scores[first.name], seed):
         sheet = draw_neighbors(neighbor_rows(images, pixels, features, failures))
         figures.append(("Failures", _picture(sheet, "Failures"), "Test images of a wrong class, with their neighbors."))
-    if first.backbone is not None and len(queries) > 1:
-        figures.append(_matches(first, shown[:2]))
+    if (tokens := patches[first.name]) is not None and len(queries) > 1:
+        figures.append(_matches(tokens[:2], shown[:2]))
     return figures
 
 
@@ -189,10 +188,9 @@ def _failures(images: EvaluationSet, scores: Scores, seed: int) -> list[int]:
     return [int(row) for row in np.random.default_rng(seed).permutation(wrong)[:SHOWN]]
 
 
-def _matches(model: ComparedModel, pair: torch.Tensor) -> tuple[str, Picture, str]:
-    assert model.backbone is not None
-    side = model.preprocessing.crop_size // model.backbone.config.patch_size
-    a, b = patch_features(model.backbone, pair).reshape(2, side, side, -1)
+def _matches(tokens: NDArray[np.float32], pair: torch.Tensor) -> tuple[str, Picture, str]:
+    side = isqrt(tokens.shape[1])
+    a, b = tokens.reshape(2, side, side, -1)
     first, second = (Image.fromarray(one.numpy()) for one in pair)
     drawn = draw_matches(first, second, patch_matches(a, b))
     return ("Matching patches", _picture(drawn, "Matching patches"), "Patches that are each other's nearest neighbor.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,6 +41,21 @@ def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArr
     return target[np.ix_(*places)]
 
 
+def scaled(at: Callable[[int | None], Preprocessing], patch: int | None, evalset: Evalset) -> Preprocessing:
+    """Return how a model's images are scaled: as it states, but the whole middle square where places are compared.
+
+    Args:
+        at: of a side in pixels, or None for the model's own.
+        patch: pixels, of which the side that the set asks for is rounded down to a multiple; None: the model takes its
+            own size only.
+        evalset: may ask for a resolution.
+    """
+    wanted = evalset.config.resolution
+    found = at(None if wanted is None or patch is None else max(patch, wanted // patch * patch))
+    whole = evalset.config.task != "classification"
+    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
+
+
 @dataclass(frozen=True)
 class ProtocolInput:
     """One model on one set.
@@ -62,9 +78,10 @@ class ProtocolInput:
 
     def dense(self, layers: int) -> DenseFeatures:
         """Return the patch tokens of the last layers, at most those that there are."""
-        patches, shape = self.tokens.patches, self.tokens.cls.shape
+        patches, there = self.tokens.patches, self.tokens.cls.shape[1]
         assert patches is not None, "a dense protocol was given tokens without patches"
-        return DenseFeatures(patches[..., -min(layers, shape[1]) * shape[2] :], self.tokens.rows, self.tokens.rows)
+        width = min(layers, there) * patches.shape[2] // there
+        return DenseFeatures(patches[..., -width:], self.tokens.rows, self.tokens.rows)
 
     @property
     def labels(self) -> Labels:

@@ -11,6 +11,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,13 +26,12 @@ from components.core.locks import exclusive
 from components.core.progress import progress
 from components.core.storage import atomic_dir
 from components.data.shared_memory import check_shared_memory
+from components.evaluation.encoders import Encoded, Encoder
 from components.model.config import Preprocessing
-from components.model.preprocessing import to_input
-from components.model.vit import VisionTransformer, ViTOutput
 
 VERSION = 1  # raise it whenever a change here changes the arrays
-LAYERS = 4  # last ones, which linear probes and dense protocols read (METHOD.md 6.1); of shallower networks all
 BATCH_PATCHES = 2**14  # computed at once
+USUAL_PATCH = 14  # pixels; says how many images without patch tokens are computed at once
 CLS, MEAN, PATCHES = "cls.npy", "mean_patch.npy", "patches.npy"
 
 
@@ -49,16 +49,20 @@ class Tokens:
 
     Attributes:
         cls: [N, L, D] float32, class tokens of the last L layers, deepest last.
-        mean_patch: [N, D] float32, mean patch tokens of the last layer.
+        mean_patch: [N, D] float32, mean patch tokens of the last layer; the feature itself without such of its width.
         patches: [N, P, L * D] float16, patch tokens of the last L layers side by side, row by row of the grid; None
-            unless asked for.
-        rows: of the patch grid.
+            unless asked for, and of models that give none.
     """
 
     cls: NDArray[np.float32]
     mean_patch: NDArray[np.float32]
     patches: NDArray[np.float16] | None
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the patch grid, which is square."""
+        assert self.patches is not None, "patch tokens were not kept"
+        return isqrt(self.patches.shape[1])
 
     @property
     def features(self) -> NDArray[np.float32]:
@@ -98,42 +102,35 @@ class TokenRequest:
     dense: bool = False
 
 
-def find_tokens(backbone: VisionTransformer, digest: str, request: TokenRequest, cache: Path) -> Tokens:
-    """Return the tokens of a set by one backbone, from the cache or computed; ranks share the images.
-
-    bfloat16 on a GPU that has it, else float32.
+def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Path) -> Tokens:
+    """Return the tokens of a set by one network, from the cache or computed; ranks share the images.
 
     Args:
-        backbone: in evaluation mode, on its device.
-        digest: of its weights.
+        encoder: of the images.
+        digest: of its weights, and of what else decides on its tokens.
         request: images and what is kept of them.
         cache: folder of the arrays.
     """
-    shape = backbone.config
     parts = {"version": VERSION, "weights": digest, "set": request.version, "dense": request.dense}
-    parts |= {"preprocessing": request.preprocessing.model_dump(), "precision": str(_precision(backbone))}
+    parts |= {"preprocessing": request.preprocessing.model_dump(), "precision": str(encoder.precision)}
     folder = cache / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    rows = request.preprocessing.crop_size // shape.patch_size
     held = exclusive(cache / f"{folder.name}.lock") if rank() == 0 else nullcontext()
     with held:
         barrier()  # now no other call computes the same
         if not folder.is_dir():
-            _compute(backbone, request, folder, rows)
+            _compute(encoder, request, folder)
         barrier()
-    names = (CLS, MEAN, PATCHES) if request.dense else (CLS, MEAN)
-    cls, mean, *patches = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names)
-    return Tokens(cls, mean, patches[0] if patches else None, rows)
+    cls, mean = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (CLS, MEAN))
+    kept = (folder / PATCHES).is_file()
+    return Tokens(cls, mean, np.load(folder / PATCHES, mmap_mode="r", allow_pickle=False) if kept else None)
 
 
-def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, rows: int) -> None:
+def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
     """Write the arrays whole or not at all: rank 0 makes the files, each rank fills its rows."""
-    shape, count, layers = backbone.config, len(request.images), min(LAYERS, backbone.config.depth)
-    shapes: dict[str, tuple[tuple[int, ...], type]] = {
-        CLS: ((count, layers, shape.dim), np.float32),
-        MEAN: ((count, shape.dim), np.float32),
-    }
-    if request.dense:
-        shapes[PATCHES] = ((count, rows * rows, layers * shape.dim), np.float16)
+    side = request.preprocessing.crop_size
+    one = encoder.encode(torch.zeros(1, side, side, 3, dtype=torch.uint8))  # for the shapes
+    shapes = _shapes(one, len(request.images), request.dense)
+    patches = one.patches[-1].shape[1] if one.patches else (side // USUAL_PATCH) ** 2
     shared = folder.with_name(f"{folder.name}.part")
     if rank() == 0:
         shared.mkdir(parents=True, exist_ok=True)
@@ -142,7 +139,7 @@ def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, r
     try:
         barrier()
         arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
-        _fill(backbone, request, arrays, layers)
+        _fill(encoder, request, arrays, max(1, BATCH_PATCHES // max(1, patches)))
         for array in arrays.values():
             array.flush()
         barrier()
@@ -155,12 +152,24 @@ def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, r
             shutil.rmtree(shared, ignore_errors=True)
 
 
-def _fill(backbone: VisionTransformer, request: TokenRequest, arrays: dict[str, Any], layers: int) -> None:
+def _shapes(one: Encoded, count: int, dense: bool) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return shape and type of each array for `count` images, given what one image gives."""
+    _, layers, dim = one.cls.shape
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {
+        CLS: ((count, layers, dim), np.float32),
+        MEAN: ((count, one.mean_patch.shape[1]), np.float32),
+    }
+    if dense and one.patches:
+        width = sum(layer.shape[2] for layer in one.patches)
+        shapes[PATCHES] = ((count, one.patches[-1].shape[1], width), np.float16)
+    return shapes
+
+
+def _fill(encoder: Encoder, request: TokenRequest, arrays: dict[str, Any], most: int) -> None:
+    """Compute this rank's rows, at most `most` images at once."""
     mine = range(rank(), len(request.images), world_size())
-    patches = (request.preprocessing.crop_size // backbone.config.patch_size) ** 2
-    workers, batch_size = request.loading.num_workers, max(1, min(request.loading.batch_size, BATCH_PATCHES // patches))
-    batch_bytes = 3 * batch_size * request.preprocessing.crop_size**2
-    check_shared_memory("evaluate.num_workers", workers, batch_bytes)
+    workers, batch_size = request.loading.num_workers, min(request.loading.batch_size, most)
+    check_shared_memory("evaluate.num_workers", workers, 3 * batch_size * request.preprocessing.crop_size**2)
     # With its own generator the loader does not use the global one.
     loader = DataLoader(
         Subset(cast("Dataset[Tensor]", request.images), mine),
@@ -168,28 +177,14 @@ def _fill(backbone: VisionTransformer, request: TokenRequest, arrays: dict[str, 
         num_workers=workers,
         generator=torch.Generator(),
     )
-    device, done = next(backbone.parameters()).device, 0
+    done = 0
     with progress("features", len(mine)) as advance:
         for batch in loader:  # [B, S, S, 3]
             places = np.asarray(mine[done : done + len(batch)])
-            outputs = _encode(backbone, batch.to(device), layers)
-            last = outputs[-1].patch_tokens.float()
-            arrays[CLS][places] = torch.stack([one.cls_token.float() for one in outputs], 1).cpu().numpy()
-            arrays[MEAN][places] = last.mean(dim=1).cpu().numpy()
+            found = encoder.encode(batch)
+            arrays[CLS][places] = found.cls.float().cpu().numpy()
+            arrays[MEAN][places] = found.mean_patch.cpu().numpy()
             if PATCHES in arrays:
-                arrays[PATCHES][places] = torch.cat([o.patch_tokens for o in outputs], 2).half().cpu().numpy()
+                arrays[PATCHES][places] = torch.cat(found.patches, 2).half().cpu().numpy()
             done += len(batch)
             advance(len(batch))
-
-
-@torch.inference_mode()
-def _encode(backbone: VisionTransformer, images: torch.Tensor, layers: int) -> list[ViTOutput]:
-    dtype = _precision(backbone)
-    context = nullcontext() if dtype == torch.float32 else torch.autocast("cuda", dtype)
-    with context:
-        return backbone.last_layers(to_input(images.permute(0, 3, 1, 2)), layers)
-
-
-def _precision(backbone: VisionTransformer) -> torch.dtype:
-    on_gpu = next(backbone.parameters()).device.type == "cuda"
-    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32

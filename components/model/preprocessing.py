@@ -35,11 +35,11 @@ def center_crops(images: Iterable[Image.Image], preprocessing: Preprocessing) ->
     return np.stack([np.asarray(center_crop(image, preprocessing)) for image in images])
 
 
-def to_input(crops: Tensor) -> Tensor:
-    """Normalize [N, 3, H, W] uint8 images by ImageNet's mean and standard deviation; float32."""
+def to_input(crops: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Normalize [N, 3, H, W] uint8 images by the mean and standard deviation of each channel; float32."""
     pixels = crops.float() / 255
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+    means, deviations = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (pixels - means) / deviations
 
 
 def resize_short_side(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ from rich.table import Table
 from components.core.config import ConfigError
 from components.core.layout import Layout
 from flows.commands.decorators import Answer, answer_console, command
-from flows.commands.weights import HELP, METAVAR, named_weights
+from flows.commands.weights import METAVAR, named_weights
 from flows.console import shown
 
 if TYPE_CHECKING:
@@ -22,19 +24,29 @@ if TYPE_CHECKING:
     from components.evaluation.compare import ComparedModel, Comparison
     from components.evaluation.comparison_report import Verdict
     from components.model.config import Preprocessing, ViTConfig
-    from components.registry.named_weights import NamedWeights
     from flows.contamination import Contamination
 
 SCHEMA = "pedigree-evaluation/1"
+ANY_MODEL = f"{METAVAR}|PATH"
+HELP = "A released model, a candidate, a weights folder, or a model of another program by its path."
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A model that was named: lines on it, and its reference where a registry knows it."""
+
+    model: ComparedModel
+    facts: Sequence[str]
+    reference: str | None
 
 
 @command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar=METAVAR, help=HELP)],
+    model: Annotated[str, typer.Argument(metavar=ANY_MODEL, help=HELP)],
     evalset: Annotated[str, typer.Option("--set", help="Name of an evaluation set; `pedigree evalset list`.")],
     protocol: Annotated[list[str] | None, typer.Option(help="Only this one; can be repeated.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(metavar=METAVAR, help="Another model beside it; can be repeated.")
+        list[str] | None, typer.Option(metavar=ANY_MODEL, help="Another model beside it; can be repeated.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page there too.")] = None,
     seed: Annotated[int, typer.Option(help="Of trained heads and resamples.")] = 0,
@@ -45,12 +57,21 @@ def evaluate(
     beside this one, takes them from .pedigree/cache. The first lines say how
     many test images the model has been trained on, as far as that is known.
 
+    A model of another program is given by its path, and nothing is downloaded:
+    a folder that transformers or timm has saved (config.json and .safetensors;
+    the library must be installed), an .onnx file, or a TorchScript file (.pt,
+    .ts). The last is a program that runs with your rights: give only one that
+    you trust. Sizes and colors of its images are those that it states, in
+    preprocessor_config.json, in timm's config.json or in our own export.
+
     Examples:
       pedigree evaluate pedigree@champion --set sample
 
       pedigree evaluate pedigree@latest --set birds --against pedigree@champion --html birds.html
 
       pedigree evaluate models/adapted --set streets --protocol segmentation --json
+
+      pedigree evaluate pedigree@latest --set birds --against ~/dinov2-small --against exported.onnx
     """
     with shown(quiet=False):
         return _evaluate([model, *(against or ())], evalset, protocol or [], html, seed)
@@ -58,7 +79,7 @@ def evaluate(
 
 def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | None, seed: int) -> Answer:
     from components.core.storage import write_bytes
-    from components.evaluation.compare import baselines, compare, load_model
+    from components.evaluation.compare import RANDOM, baselines, compare
     from components.evaluation.comparison_report import notes, verdicts, write_page
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
@@ -66,14 +87,18 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
 
     root = Path.cwd()
     found = find_set(root, asked)
-    weights = [named_weights(name) for name in names]
     settings = settings_for(found, load_recipe(root, None).evaluate)
-    given = [load_model(one.name, one.folder, partial(scaled, one, found)) for one in weights]
-    models = [*given, *baselines(given[0], seed)]
+    given = [_load(name, found) for name in names]
+    models = [one.model for one in given]
+    models += baselines(models[0], seed)
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
-    seen = {one.name: contamination(one.name if _registered(one) else None, found, root) for one in weights}
-    facts = [_about(found), *map(_how_scaled, given), *(f"{name}: {one.line()}" for name, one in seen.items())]
-    facts += [*filter(None, (one.assumed for one in weights)), *settings.lines(compared.protocols), *notes(compared)]
+    seen = {one.model.name: contamination(one.reference, found, root) for one in given}
+    facts = [_about(found), *(_how_scaled(one.model) for one in given)]
+    facts += [f"{name}: {one.line()}" for name, one in seen.items()]
+    facts += [fact for one in given for fact in one.facts]
+    if RANDOM not in compared.scores:
+        facts.append(f"no random weights beside it: {names[0]} has no shape apart from its weights")
+    facts += [*settings.lines(compared.protocols), *notes(compared)]
     told = verdicts(compared, seed)
     if html is not None:
         write_bytes(html, write_page(compared, models, facts, settings, seed))
@@ -100,20 +125,23 @@ def find_set(root: Path, name: str) -> Evalset:
     return read_evalset(snapshots[0].parent)
 
 
-def _registered(weights: NamedWeights) -> bool:
+def _load(name: str, evalset: Evalset) -> _Given:
+    from components.evaluation.compare import load_model
+    from components.evaluation.external import external_kind, load_external
+    from components.evaluation.protocol_input import scaled
     from components.registry.named_weights import is_reference
 
-    return is_reference(weights.name)
+    registered = is_reference(name)
+    if not registered and (kind := external_kind(name)) is not None:
+        external = load_external(name, kind, evalset)
+        return _Given(external.model, external.facts, None)
+    weights = named_weights(name)
 
+    def scaling(shape: ViTConfig) -> Preprocessing:
+        return scaled(lambda side: weights.preprocessing_at(side, shape), shape.patch_size, evalset)
 
-def scaled(weights: NamedWeights, evalset: Evalset, shape: ViTConfig) -> Preprocessing:
-    """Return how a model's images are scaled: as evaluated, but the whole middle square where places are compared."""
-    resolution = evalset.config.resolution
-    if resolution is not None:
-        resolution = max(shape.patch_size, resolution // shape.patch_size * shape.patch_size)
-    found = weights.preprocessing_at(resolution, shape)
-    whole = evalset.config.task != "classification"
-    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
+    model = load_model(weights.name, weights.folder, scaling)
+    return _Given(model, [weights.assumed] if weights.assumed else [], weights.name if registered else None)
 
 
 def _about(evalset: Evalset) -> str:

@@ -169,7 +169,7 @@ def _in_library(kind: str, path: Path, images: NDArray[np.float32], threads: int
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "images.npy", images)
-        command = [str(_libraries()), "-c", THEIRS, kind, str(path), name, str(threads)]
+        command = [str(libraries()), "-c", THEIRS, kind, str(path), name, str(threads)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with (folder / "errors").open("w") as errors, subprocess.Popen(command, **pipes, stderr=errors) as process:
             assert process.stdin is not None
@@ -187,7 +187,7 @@ def _in_library(kind: str, path: Path, images: NDArray[np.float32], threads: int
             yield run
 
 
-def _libraries() -> Path:
+def libraries() -> Path:
     """Python of an environment with timm and transformers, which sees our packages, torch among them."""
     python, ready = PLACE / "bin/python", PLACE / "ready"
     wanted = "\n".join(LIBRARIES)

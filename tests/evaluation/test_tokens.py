@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 from components.data.evaluation_set import read_evaluation_set
-from components.evaluation import tokens as module
+from components.evaluation.encoders import BackboneEncoder
 from components.evaluation.features import EvaluationImages, backbone_extractor
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
@@ -40,8 +40,9 @@ def arrays(found: Tokens) -> list[np.ndarray]:
 def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_set(tmp_path, tiles())
     asked, model = request(tmp_path), backbone()
-    found = find_tokens(model, "w1", asked, tmp_path / "cache")
-    others = find_tokens(model, "w1", request(tmp_path, workers=1), tmp_path / "by a worker")
+    encoder = BackboneEncoder(model)
+    found = find_tokens(encoder, "w1", asked, tmp_path / "cache")
+    others = find_tokens(encoder, "w1", request(tmp_path, workers=1), tmp_path / "by a worker")
     assert all(np.array_equal(a, b) for a, b in zip(arrays(found), arrays(others), strict=True))
     pixels = torch.stack([asked.images[index] for index in range(len(asked.images))])
     np.testing.assert_allclose(found.features, backbone_extractor(model)(pixels), atol=1e-6)
@@ -58,18 +59,18 @@ def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, mon
     np.testing.assert_allclose(found.cls[:, 1], third.cls_token, atol=1e-5)
     np.testing.assert_allclose(found.mean_patch, layers[-1].patch_tokens.mean(1), atol=1e-6)
 
-    monkeypatch.setattr(module, "_encode", None)  # would raise
-    for kept, again in zip(arrays(found), arrays(find_tokens(model, "w1", asked, tmp_path / "cache")), strict=True):
+    monkeypatch.setattr(encoder, "encode", None)  # would raise
+    for kept, again in zip(arrays(found), arrays(find_tokens(encoder, "w1", asked, tmp_path / "cache")), strict=True):
         assert np.array_equal(kept, again)
     with pytest.raises(TypeError):
-        find_tokens(model, "w2", asked, tmp_path / "cache")
+        find_tokens(encoder, "w2", asked, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def _rank(rank: int, root: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
     try:
-        find_tokens(backbone(), "w1", request(Path(root)), Path(root) / "two")
+        find_tokens(BackboneEncoder(backbone()), "w1", request(Path(root)), Path(root) / "two")
     finally:
         dist.destroy_process_group()
 
@@ -77,8 +78,8 @@ def _rank(rank: int, root: str) -> None:
 def test_two_ranks_share_the_images(tmp_path: Path):
     write_set(tmp_path, tiles())
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    one = find_tokens(backbone(), "w1", request(tmp_path), tmp_path / "one")
-    two = find_tokens(backbone(), "w1", request(tmp_path), tmp_path / "two")
+    one = find_tokens(BackboneEncoder(backbone()), "w1", request(tmp_path), tmp_path / "one")
+    two = find_tokens(BackboneEncoder(backbone()), "w1", request(tmp_path), tmp_path / "two")
     for ours, theirs in zip(arrays(one), arrays(two), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == sorted(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from components.data.evaluation_set import read_evaluation_set
@@ -92,9 +93,46 @@ def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
 def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: str, metric: str):
     told = json.loads(asked(checkout, "weights/one", "--set", task, "--protocol", protocol, "--json"))
     assert told["protocols"] == [protocol]
-    for name in ("weights/one", "random"):
+    for name in ("weights/one", "random", "descriptor"):
         assert np.isfinite(told["scores"][name][metric])
-    assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
+    if protocol.endswith("-lin4"):
+        assert f"descriptor, {protocol}: reads 1 layers, not 4: the model gives no more" in told["facts"]
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.backbone(images)
+        return output.cls_token, output.patch_tokens
+
+
+def test_the_traced_network_beside_its_weights_has_their_scores(checkout: Path):
+    folder = checkout / "traced"
+    folder.mkdir()
+    network = TwoOutputs(load_backbone(checkout / "weights/one"))
+    torch.jit.trace(network, torch.zeros(1, 3, 32, 32)).save(folder / "one.pt")
+    sizes = {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    path = "traced/one.pt"
+    words = (path, "--set", "photographs", "--protocol", "knn", "--against", "weights/one", "--json")
+    told = json.loads(asked(checkout, *words))
+    assert list(told["scores"]) == ["traced/one.pt", "weights/one", "descriptor"]
+    own, exported = told["scores"]["weights/one"], told["scores"]["traced/one.pt"]
+    assert exported["knn_top1"] == own["knn_top1"]
+    assert exported["effective_rank"] == pytest.approx(own["effective_rank"], rel=1e-4)
+    assert "no random weights beside it: traced/one.pt has no shape apart from its weights" in told["facts"]
+    assert "traced/one.pt: its last layer is all that is read" in told["facts"]
+    assert told["contamination"]["traced/one.pt"]["unknown"] == "no registry knows these weights"
+    words = ("weights/one", "--against", path, "--set", "depth", "--protocol", "depth", "--protocol", "depth-lin4")
+    told = json.loads(asked(checkout, *words, "--json"))
+    own, exported = (told["scores"][name]["depth_rmse"] for name in ("weights/one", "traced/one.pt"))
+    assert exported == pytest.approx(own, rel=1e-4)
+    assert "traced/one.pt, depth-lin4: reads 1 layers, not 4: the model gives no more" in told["facts"]
+    words = (path, "--set", "photographs", "--protocol", "robustness")
+    assert "mCE is held against random weights of the shape of traced/one.pt" in asked(checkout, *words, code=2)
 
 
 def test_clusters_widen_the_intervals_and_choices_are_told(checkout: Path):

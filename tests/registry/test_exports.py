@@ -19,6 +19,10 @@ from typer.testing import CliRunner
 
 from components.core.config import ConfigError
 from components.core.storage import sha256_file
+from components.data.evalset import read_evalset
+from components.evaluation.encoders import BackboneEncoder
+from components.evaluation.external import load_external
+from components.evaluation.features import EvaluationImages
 from components.lineage.provenance import Tag
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import load_backbone
@@ -29,6 +33,7 @@ from components.registry.exports import FORMS, ExportError, export
 from components.registry.named_weights import NamedWeights, find_weights
 from flows.cli import app
 from flows.commands.export import Form
+from tests.evaluation.test_evaluation_stage import tiles, write_set
 from tests.registry.conftest import telling_weights
 
 SHAPES = {
@@ -121,6 +126,16 @@ def test_onnx_gives_our_features_in_onnxruntime(named, tmp_path: Path):
     assert stated["pedigree.digest"] == "d1"
     assert session.get_modelmeta().custom_metadata_map["pedigree.preprocessing"] == stated["pedigree.preprocessing"]
     assert [node.op_type for node in onnx.load(done.path).graph.node if node.op_type == "Resize"] == []
+    write_set(tmp_path, list(tiles(3)))
+    evalset = read_evalset(tmp_path / "data/evaluation/sample/0123456789ab")
+    external = load_external(str(done.path), "onnx", evalset).model
+    assert external.preprocessing == named.preprocessing.at(RESOLUTION)
+    crops = EvaluationImages(evalset.images, external.preprocessing)
+    pixels = torch.stack([crops[index] for index in range(len(crops))])
+    theirs = external.encoder.encode(pixels)
+    ours = BackboneEncoder(load_backbone(named.folder)).encode(pixels)
+    torch.testing.assert_close(theirs.cls[:, 0], ours.cls[:, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(theirs.patches[0], ours.patches[-1], rtol=0, atol=1e-4)
 
 
 def test_torch_export_gives_our_features(one, tmp_path: Path):

@@ -29,9 +29,9 @@ from components.evaluation.dense import (
     to_device,
     upsample,
 )
+from components.evaluation.encoders import LAYERS
 from components.evaluation.protocol_input import ProtocolInput, crop_target
 from components.evaluation.scores import Scores
-from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -135,24 +135,29 @@ class DepthFeatures:
 
     Attributes:
         patches: of D dimensions; of several layers, their tokens one after another.
-        cls_tokens: [N, D] of the same layers in the same order.
+        cls_tokens: [N, E] of the same layers in the same order; E = D in transformers.
 
     Raises:
-        ValueError: class tokens and patch tokens do not belong together.
+        ValueError: class tokens and patch tokens are of different images.
     """
 
     patches: DenseFeatures
     cls_tokens: NDArray[Any]
 
     def __post_init__(self) -> None:
-        if self.cls_tokens.shape != (len(self.patches.tokens), self.patches.dim):
+        if self.cls_tokens.ndim != 2 or len(self.cls_tokens) != len(self.patches.tokens):
             raise ValueError(f"class tokens {self.cls_tokens.shape}, patch tokens {self.patches.tokens.shape}")
 
+    @property
+    def dim(self) -> int:
+        """Width D + E of what the head reads."""
+        return self.patches.dim + self.cls_tokens.shape[1]
+
     def batch(self, images: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Return [B, rows, columns, 2 * D]: each patch token, followed by its image's class token."""
+        """Return [B, rows, columns, D + E]: each patch token, followed by its image's class token."""
         patches = self.patches.batch(images, device)
         cls_tokens = to_device(self.cls_tokens, images, device)[:, None, None]
-        return torch.cat([patches, cls_tokens.expand_as(patches)], dim=-1)
+        return torch.cat([patches, cls_tokens.expand(*patches.shape[:-1], -1)], dim=-1)
 
 
 class DepthHead(nn.Module):
@@ -211,7 +216,7 @@ class _Problem(DenseProblem[DepthHead]):
 
     def head(self, generator: torch.Generator) -> DepthHead:
         bins = torch.linspace(self.task.min_depth, self.task.max_depth, self.config.num_bins)
-        return DepthHead(2 * self.features.patches.dim, bins, generator)
+        return DepthHead(self.features.dim, bins, generator)
 
     def loss(self, head: DepthHead, images: NDArray[np.int64]) -> Tensor:
         truth = self.task.depths(images, self.device)

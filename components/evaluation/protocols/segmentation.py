@@ -31,9 +31,9 @@ from components.evaluation.dense import (
     linear_layer,
     upsample,
 )
+from components.evaluation.encoders import LAYERS
 from components.evaluation.protocol_input import ProtocolInput, crop_target
 from components.evaluation.scores import Scores
-from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
 
