@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from components.data.evalset import Evalset
 from components.data.evaluation_set import Labels
 from components.evaluation.dense import DenseFeatures
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Tokens
+from components.evaluation.tokens import Images, Tokens
 from components.model.config import Preprocessing
 
 NumberT = TypeVar("NumberT", np.uint8, np.float32)
@@ -51,6 +52,8 @@ class ProtocolInput:
         preprocessing: of these images.
         settings: of the protocols.
         seed: of their random choices.
+        features_of: class tokens [M, D] of other images of the same size by this model, such as augmented ones, and
+            what tells these images from others of the set.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ProtocolInput:
     preprocessing: Preprocessing
     settings: Settings
     seed: int
+    features_of: Callable[[Images, str], NDArray[np.float32]]
 
     def dense(self, layers: int) -> DenseFeatures:
         """Return the patch tokens of the last layers, at most those that there are."""

@@ -19,7 +19,7 @@ from flows.console import shown
 
 if TYPE_CHECKING:
     from components.data.evalset import Evalset
-    from components.evaluation.compare import ComparedModel, Comparison
+    from components.evaluation.compare import Comparison
     from components.evaluation.comparison_report import Verdict
     from components.model.config import Preprocessing, ViTConfig
     from components.registry.named_weights import NamedWeights
@@ -60,7 +60,8 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     from components.core.storage import write_bytes
     from components.evaluation.compare import baselines, compare, load_model
     from components.evaluation.comparison_report import notes, verdicts, write_page
-    from components.evaluation.settings import settings_for
+    from components.evaluation.facts import about, how_scaled
+    from components.evaluation.settings import scaled, settings_for
     from components.recipe import load_recipe
     from flows.contamination import contamination
 
@@ -68,11 +69,15 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     found = find_set(root, asked)
     weights = [named_weights(name) for name in names]
     settings = settings_for(found, load_recipe(root, None).evaluate)
-    given = [load_model(one.name, one.folder, partial(scaled, one, found)) for one in weights]
+
+    def scaling(one: NamedWeights, shape: ViTConfig) -> Preprocessing:
+        return scaled(one.preprocessing_at(None, shape), found, shape.patch_size)
+
+    given = [load_model(one.name, one.folder, partial(scaling, one)) for one in weights]
     models = [*given, *baselines(given[0], seed)]
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.name: contamination(one.name if _registered(one) else None, found, root) for one in weights}
-    facts = [_about(found), *map(_how_scaled, given), *(f"{name}: {one.line()}" for name, one in seen.items())]
+    facts = [about(found), *map(how_scaled, given), *(f"{name}: {one.line()}" for name, one in seen.items())]
     facts += [*filter(None, (one.assumed for one in weights)), *settings.lines(compared.protocols), *notes(compared)]
     told = verdicts(compared, seed)
     if html is not None:
@@ -81,54 +86,25 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
 
 
 def find_set(root: Path, name: str) -> Evalset:
-    """Return the one snapshot of a named set.
+    """Read a named set.
 
     Raises:
         ConfigError: no such set.
+        DatasetError: it cannot be measured.
     """
-    from components.data.evalset import read_evalset
-    from components.data.manifest import MANIFEST
+    from components.data.evalsets import read_named_set, set_names
 
     folder = Layout(root).evaluation
-    there = sorted({path.parent.parent.name for path in folder.glob(f"*/*/{MANIFEST}")})
-    snapshots = sorted((folder / name).glob(f"*/{MANIFEST}")) if name in there else []
-    if not snapshots:
+    there = set_names(folder)
+    if name not in there:
         raise ConfigError(f"--set {name}: no such set; there are {', '.join(there) or 'none'}: `pedigree evalset list`")
-    if len(snapshots) > 1:
-        listed = ", ".join(path.parent.name for path in snapshots)
-        raise ConfigError(f"--set {name}: {len(snapshots)} snapshots ({listed}); a set that is measured has one")
-    return read_evalset(snapshots[0].parent)
+    return read_named_set(folder, name)
 
 
 def _registered(weights: NamedWeights) -> bool:
     from components.registry.named_weights import is_reference
 
     return is_reference(weights.name)
-
-
-def scaled(weights: NamedWeights, evalset: Evalset, shape: ViTConfig) -> Preprocessing:
-    """Return how a model's images are scaled: as evaluated, but the whole middle square where places are compared."""
-    resolution = evalset.config.resolution
-    if resolution is not None:
-        resolution = max(shape.patch_size, resolution // shape.patch_size * shape.patch_size)
-    found = weights.preprocessing_at(resolution, shape)
-    whole = evalset.config.task != "classification"
-    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
-
-
-def _about(evalset: Evalset) -> str:
-    asked = evalset.config.resolution
-    at = f", made for {asked} pixels" if asked else ""
-    return (
-        f"{evalset.folder.parent.name} {evalset.version}, {evalset.config.task}, {evalset.config.license}: "
-        f"{len(evalset.train):,} train and {len(evalset.test):,} test images{at}"
-    )
-
-
-def _how_scaled(model: ComparedModel) -> str:
-    """Return the size of a model's images as a line; its patches may not tile what the set asks for."""
-    scaling = model.preprocessing
-    return f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
 
 
 def _data(
@@ -140,7 +116,7 @@ def _data(
     compared, clusters = interval_differences(found, seed), found.evalset.clusters
     return {
         "schema": SCHEMA,
-        "set": {"name": found.evalset.folder.parent.name, "version": found.evalset.version},
+        "set": {"name": found.evalset.name, "version": found.evalset.version},
         "task": found.evalset.config.task,
         "protocols": found.protocols,
         "scores": {name: scores.metrics for name, scores in found.scores.items()},
