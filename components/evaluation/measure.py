@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from components.core.metric_names import in_set
+from components.core.metric_names import DECIDES, in_set
 from components.data.evalset import Evalset
 from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.compare import ComparedModel, Comparison, compare, protocols_for
-from components.evaluation.comparison_report import Verdict, interval_differences, notes, verdicts, write_page
+from components.evaluation.comparison_report import (
+    Verdict,
+    deciding_metric,
+    interval_differences,
+    notes,
+    verdicts,
+    write_page,
+)
 from components.evaluation.config import LONG_PROTOCOLS, EvaluateConfig
 from components.evaluation.facts import about, how_scaled
 from components.evaluation.settings import Settings, scaled, settings_for
@@ -70,6 +77,7 @@ class MeasuredSet:
         """Return the first model's metrics and the set's counts, others' metrics, and differences with intervals."""
         (_, ours), *others = self.found.scores.items()
         result: dict[str, Any] = self._named({**ours.metrics, **_counts(self.evalset)})
+        result[in_set(DECIDES, self.prefix)] = in_set(deciding_metric(self.found), self.prefix)
         result |= {name: self._named(scores.metrics) for name, scores in others}
         compared = interval_differences(self.found, self.seed)
         return result | {

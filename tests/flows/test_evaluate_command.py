@@ -145,6 +145,7 @@ def test_the_stage_measures_every_set_as_the_command_does(checkout: Path, monkey
         words = [word for protocol in protocols for word in ("--protocol", protocol)]
         told = json.loads(asked(checkout, "weights/one", "--set", name, *words, "--json"))
         main = name == "photographs"
+        assert result["decides" if main else f"{name}/decides"].endswith(told["verdicts"][0]["metric"])
         for model, ours in (("weights/one", result), ("random", result["random"])):
             scores = told["scores"][model]
             assert scores == {key: ours[key if main else f"{name}/{key}"] for key in scores}
