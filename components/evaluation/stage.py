@@ -1,4 +1,4 @@
-"""Evaluate the frozen features of one model beside untrained baselines and the champion, on each evaluation set."""
+"""Evaluate the frozen features of one model beside champion and baselines, on each evaluation set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages, patch_features
 from components.evaluation.measure import MeasuredSet, measure, merged
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
-from components.evaluation.tables import write_by_image, write_comparison
+from components.evaluation.tables import write_by_image, write_comparison, write_deciding
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         model: a name among `config.models`.
 
     Returns:
-        The model's metrics and counts, by set as `components.core.metric_names` says; those of `random`, `descriptor`
-        and `champion` under these names; differences with intervals under `minus_<name>`.
+        The model's metrics and counts, by set as `components.core.metric_names` says; those of `champion`,
+        `random` and `descriptor` under these names; differences with intervals under `minus_<name>`.
 
     Raises:
         DatasetError: no evaluation images, no test images, or a crop size that does not fit a model.
@@ -53,6 +53,7 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
         write_bytes(folder / "report.html", main.page([line for one in others for line in one.verdict()]))
         _write_pictures(folder, main)
         write_comparison(folder / "comparison.csv", [main, *others])
+        write_deciding(folder / "deciding.csv", [main, *others])
         write_by_image(folder / layout.by_image(model).name, [main, *others])
     for one in (main, *others):
         for line in one.verdict():

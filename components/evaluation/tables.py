@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,18 +12,38 @@ import pyarrow.parquet as pq
 
 from components.core.metric_names import in_set
 from components.core.storage import write_bytes
+from components.evaluation.comparison_report import deciding_metric
 from components.evaluation.measure import MeasuredSet
 
 
 def write_comparison(path: Path, sets: Sequence[MeasuredSet]) -> None:
-    """Write `set,model,metric,value` rows."""
+    """Write `set,model,metric,value` rows of all metrics."""
+    rows = [
+        (one.evalset.name, model, metric, value)
+        for one in sets
+        for model, scores in one.found.scores.items()
+        for metric, value in scores.metrics.items()
+    ]
+    _write_csv(path, ("set", "model", "metric", "value"), rows)
+
+
+def write_deciding(path: Path, sets: Sequence[MeasuredSet]) -> None:
+    """Write `score,value` rows of the metric that decides on each set, which DVC plots: a bar for each model."""
+    rows = []
+    for one in sets:
+        metric = deciding_metric(one.found)
+        rows += [
+            (f"{one.evalset.name} {metric}: {model}", scores.metrics[metric])
+            for model, scores in one.found.scores.items()
+            if metric in scores.metrics
+        ]
+    _write_csv(path, ("score", "value"), rows)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("set", "model", "metric", "value"))
-    for one in sets:
-        for model, scores in one.found.scores.items():
-            rows = ((one.evalset.name, model, metric, value) for metric, value in scores.metrics.items())
-            writer.writerows(rows)
+    writer.writerows([columns, *rows])
     write_bytes(path, text.getvalue().encode())
 
 

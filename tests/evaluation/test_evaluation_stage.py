@@ -93,6 +93,7 @@ def test_labeled_set(workspace):
     assert sorted(path.name for path in folder.iterdir()) == [
         "by_image.parquet",
         "comparison.csv",
+        "deciding.csv",
         "neighbors.jpg",
         "pca.jpg",
         "report.html",
@@ -101,6 +102,9 @@ def test_labeled_set(workspace):
     rows = list(csv.DictReader((folder / "comparison.csv").open()))
     assert {row["model"] for row in rows} == {"small", "random", "descriptor"}
     assert float(next(r["value"] for r in rows if r["metric"] == "linear_top1")) == result["linear_top1"]
+    bars = {row["score"]: float(row["value"]) for row in csv.DictReader((folder / "deciding.csv").open())}
+    expected = {"small": result, "random": result["random"], "descriptor": result["descriptor"]}
+    assert bars == {f"sample knn_top1: {name}": values["knn_top1"] for name, values in expected.items()}
     page = (folder / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") >= 2
     assert "sample" in page
