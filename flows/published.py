@@ -12,7 +12,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from components.core import stage_runs
 from components.core.layout import RELATIVE, Layout
-from components.registry.config import MEASURES
+from components.core.metric_names import first_asked
 from flows.workspace import Workspace
 
 PICTURES = (
@@ -64,9 +64,9 @@ def score(layout: Layout, mlflow_run: str | None, rows: list[dict[str, Any]]) ->
 
     own = {row["model"]: row for row in rows if row["model"] == row["evaluation"]}
     registered = _read(layout.result("register")) or {}
-    metrics = {f"{model}.{key}": float(row[key]) for model, row in own.items() for key in MEASURES if key in row}
+    metrics = {f"{model}.{key}": float(row[key]) for model, row in own.items() for key in first_asked(row)}
     metrics |= {f"{model}.failed_gates": float(len(made["failed_gates"])) for model, made in registered.items()}
-    scores = {model: f"{key} {row[key]}" for model, row in own.items() for key in reversed(MEASURES) if key in row}
+    scores = {model: f"{key} {row[key]}" for model, row in own.items() for key in first_asked(row)[:1]}
     verdicts = {model: f"{made['name']}/{made['version']} {made['verdict']}" for model, made in registered.items()}
     told = {Tag.SCORE: scores, Tag.VERDICT: verdicts}
     stage_runs.score_run(mlflow_run, metrics, {key: _listed(texts) for key, texts in told.items() if texts})
@@ -88,14 +88,14 @@ def metric_rows(reports: Path) -> list[dict[str, Any]]:
         for name, values in [(model, result), *compared.items()]:
             numbers = {key: f"{value:.4g}" for key, value in values.items() if isinstance(value, int | float)}
             if not name.startswith("minus_"):
-                first = {key: numbers[key] for key in MEASURES if key in numbers}
+                first = {key: numbers[key] for key in first_asked(numbers)}
                 rows.append({"evaluation": model, "model": name, **first, **numbers})
     return rows
 
 
 def main_columns(rows: list[dict[str, Any]]) -> list[str]:
     """Columns of a table that fits a page: which model, and the measures of which any row has a value."""
-    return ["evaluation", "model", *(key for key in MEASURES if any(key in row for row in rows))]
+    return ["evaluation", "model", *first_asked({key: None for row in rows for key in row})]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -71,11 +71,20 @@ class Evalset:
     folder: Path
     config: EvalsetConfig
     images: EvaluationSet  # with labels for classification
+    snapshots: tuple[Path, ...] = ()  # in `folder`, of a source with several; empty: `folder` is the only one
+
+    @property
+    def name(self) -> str:
+        """Name of the set, that of its folder in `data/evaluation`."""
+        return (self.folder if self.snapshots else self.folder.parent).name
 
     @cached_property
     def version(self) -> str:
         """Hash of the content: 12 hexadecimal digits, and the name of the folder of a set with `evalset.yaml`."""
-        return version_of(self.folder)
+        if not self.snapshots:
+            return version_of(self.folder)
+        versions = "".join(f"{path.name} {version_of(path)}\n" for path in self.snapshots)
+        return hashlib.sha256(versions.encode()).hexdigest()[:VERSION_DIGITS]
 
     @property
     def train(self) -> NDArray[np.int64]:

@@ -48,12 +48,24 @@ class EvaluationSet:
 
 
 def read_evaluation_set(root: Path) -> EvaluationSet:
-    """Read all of `root` (data/evaluation).
+    """Read all of `root` as one set: a snapshot, or the classes of all sets in data/evaluation.
 
     Raises:
         DatasetError: no images, or labels with a train split and no test image.
     """
-    table = _of_classes(root, read_collection(root))
+    return labeled_set(root, _of_classes(root, read_collection(root)))
+
+
+def labeled_set(root: Path, table: pa.Table) -> EvaluationSet:
+    """Make an evaluation set of classes of the rows of manifests.
+
+    Args:
+        root: base folder of the shard paths.
+        table: rows, of which those of an equal `image_id` are one image.
+
+    Raises:
+        DatasetError: as for `read_evaluation_set`.
+    """
     if table.num_rows == 0:
         raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
     _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)

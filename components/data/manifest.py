@@ -6,6 +6,7 @@ ingests them, when and from where. `provenance.py` writes that beside the snapsh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -110,8 +111,13 @@ def read_collection(root: Path) -> pa.Table:
     """
     if (root / MANIFEST).is_file():
         return read_manifest(root / MANIFEST)
+    return read_snapshots(root, snapshot_manifests(root))
+
+
+def read_snapshots(root: Path, manifests: Iterable[Path]) -> pa.Table:
+    """Read the manifests of some snapshots below `root`, with `shard` relative to `root`."""
     tables = []
-    for path in snapshot_manifests(root):
+    for path in manifests:
         table = read_manifest(path)
         prefix = path.parent.relative_to(root).as_posix()
         shards = pc.binary_join_element_wise(pa.scalar(prefix), table["shard"], "/")  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,14 +22,25 @@ from components.evaluation.corrupted import CorruptedImages, corrupted_results
 from components.evaluation.encoders import LAYERS, BackboneEncoder, DescriptorEncoder, Encoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.protocol_input import ProtocolInput
-from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
+from components.evaluation.protocols import (
+    depth,
+    instance,
+    knn,
+    linear,
+    probe,
+    retrieval,
+    robustness,
+    segmentation,
+    slices,
+)
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
+from components.evaluation.tokens import Images, Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 
 ROBUSTNESS = "robustness"
+UNLABELED = "images without classes"
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: the task that it is for, whether it reads patch tokens, what it computes, and of how many layers."""
+    """A protocol: the task that it is for (`UNLABELED`: none), whether it reads patch tokens, of how many layers."""
 
     task: str
     dense: bool
@@ -73,6 +84,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "knn": Protocol("classification", dense=False, run=knn.run),
     "linear": Protocol("classification", dense=False, run=linear.run),
     "probe": Protocol("classification", dense=False, run=probe.run),
+    "instance": Protocol(UNLABELED, dense=False, run=instance.run),
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
     "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAYERS),
@@ -117,9 +129,9 @@ def compare(
         needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
         raise ConfigError(f"{models[0].name}: gives no patch tokens, which {needed} reads; give a model that does")
     scores: dict[str, Scores] = {}
-    for model in models:
-        found = scores[model.name] = Scores()
-        given = ProtocolInput(model.name, evalset, tokens[model.name], model.preprocessing, settings, seed)
+    given_to = {model.name: _input(evalset, model, tokens[model.name], settings, cache, seed) for model in models}
+    for model_name, given in given_to.items():
+        found = scores[model_name] = Scores()
         for name, protocol in chosen.items():
             if protocol.dense and given.tokens.patches is None:
                 found.notes[name] = "not measured: the model gives no patch tokens"
@@ -132,7 +144,7 @@ def compare(
         found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
     compared = Comparison(evalset, scores, tokens, (*chosen, *([ROBUSTNESS] if ROBUSTNESS in protocols else [])))
     if ROBUSTNESS in protocols:
-        _add_robustness(compared, models, settings, cache, seed)
+        _add_robustness(compared, given_to)
     return compared
 
 
@@ -144,41 +156,51 @@ def _add_slices(scores: Scores, given: ProtocolInput) -> None:
         scores.update(slices.evaluate(accuracies[0], columns, given.settings.slices))
 
 
+def task_of(evalset: Evalset) -> str:
+    """Return the task that a set is measured by; a set of classes that it does not have is measured without them."""
+    classes = evalset.config.task == "classification"
+    return UNLABELED if classes and evalset.images.labels is None else evalset.config.task
+
+
+def protocols_for(evalset: Evalset) -> list[str]:
+    """Return the names of the protocols that measure a set; `robustness` only where it is asked for."""
+    extra = [ROBUSTNESS] if task_of(evalset) == "classification" else []
+    return [*(name for name, protocol in PROTOCOLS.items() if protocol.task == task_of(evalset)), *extra]
+
+
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
-    fitting = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.task == evalset.config.task}
-    known = [*fitting, ROBUSTNESS] if evalset.config.task == "classification" else [*fitting]
+    known = protocols_for(evalset)
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"--protocol {name}: {evalset.folder.parent.name} is a set of task {evalset.config.task}, for which "
+                f"--protocol {name}: {evalset.name} is a set of task {task_of(evalset)}, for which "
                 f"there are {', '.join(known)}"
             )
-    return {name: fitting[name] for name in names if name in fitting} if names else fitting
+    return {name: PROTOCOLS[name] for name in names or known if name in PROTOCOLS}
 
 
-def _add_robustness(
-    found: Comparison, models: Sequence[ComparedModel], settings: Settings, cache: Path, seed: int
-) -> None:
+def _input(
+    evalset: Evalset, model: ComparedModel, tokens: Tokens, settings: Settings, cache: Path, seed: int
+) -> ProtocolInput:
+    def features_of(images: Images, what: str) -> NDArray[np.float32]:
+        request = TokenRequest(images, f"{evalset.version} {what}", model.preprocessing, settings.loading)
+        return find_tokens(model.encoder, model.digest, request, cache).features
+
+    return ProtocolInput(model.name, evalset, tokens, model.preprocessing, settings, seed, features_of)
+
+
+def _add_robustness(found: Comparison, given_to: Mapping[str, ProtocolInput]) -> None:
     """Add the accuracy of nearest neighbors under 75 corruptions, and mCE against the random weights."""
-    results = {}
-    for model in models:
-        given = ProtocolInput(model.name, found.evalset, found.tokens[model.name], model.preprocessing, settings, seed)
-        images = partial(_corrupted_features, given, model, cache)
-        results[model.name] = corrupted_results(given, images)
+    results = {name: corrupted_results(given, partial(_corrupted_features, given)) for name, given in given_to.items()}
     for name, scores in found.scores.items():
         scores.update(robustness.evaluate(results[name], results[RANDOM]))
 
 
-def _corrupted_features(
-    given: ProtocolInput, model: ComparedModel, cache: Path, name: str, severity: int
-) -> NDArray[np.float32]:
+def _corrupted_features(given: ProtocolInput, name: str, severity: int) -> NDArray[np.float32]:
     """Return the features of all test images under one corruption, [T, D]."""
-    evalset, seed = given.evalset, given.seed
-    crops = EvaluationImages(evalset.images, model.preprocessing)
-    images = CorruptedImages(crops, evalset.test, (name, severity), seed)
-    version = f"{evalset.version} test {name} {severity} {seed}"
-    request = TokenRequest(images, version, model.preprocessing, given.settings.loading)
-    return find_tokens(model.encoder, model.digest, request, cache).features
+    crops = EvaluationImages(given.evalset.images, given.preprocessing)
+    images = CorruptedImages(crops, given.evalset.test, (name, severity), given.seed)
+    return given.features_of(images, f"test {name} {severity} {given.seed}")
 
 
 def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:

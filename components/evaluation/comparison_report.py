@@ -14,6 +14,7 @@ from PIL import Image
 
 from components.core.intervals import accuracy_interval
 from components.core.knn import knn_predictions, nearest
+from components.core.metric_names import lower_is_better
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
 from components.core.pictures import draw_pca, jpeg, pca_colors
@@ -23,7 +24,7 @@ from components.evaluation.dense_pictures import draw_matches, patch_matches
 from components.evaluation.features import EvaluationImages
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
 from components.evaluation.report import difference_rows, key_figures, score_rows
-from components.evaluation.scores import Scores, differences, lower_is_better
+from components.evaluation.scores import Scores, differences
 from components.evaluation.settings import Settings
 
 SHOWN = 8  # images in each picture
@@ -123,7 +124,7 @@ def write_page(
         classes, confusions = _by_class(found, settings)
     return render(
         "components/evaluation/comparison.html",
-        title=f"{models[0].name} on {found.evalset.folder.parent.name}",
+        title=f"{models[0].name} on {found.evalset.name}",
         verdict=". ".join(one.line(models[0].name) for one in told),
         facts=facts,
         key=key_figures(metrics, [deciding_metric(found), *metrics[models[0].name]]),

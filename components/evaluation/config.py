@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -13,6 +13,10 @@ from components.model.config import Preprocessing
 # 10^-6 to 10^5 in 45 steps: C_POWER_RANGE of dinov2/eval/log_regression.py.
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
 
+
+# Of these the first trains 52 heads, the second takes 75 passes over the test images.
+LongProtocol = Literal["probe", "robustness"]
+LONG_PROTOCOLS: tuple[LongProtocol, ...] = get_args(LongProtocol)
 
 Version = Annotated[str, Field(pattern=EXACT_URI)]  # no alias: an input must not change
 
@@ -68,8 +72,7 @@ class EvaluateConfig(Config):
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
     instance: InstanceConfig = InstanceConfig()
-    bootstrap_resamples: PositiveInt = 1000
-    num_pictures: int = Field(default=8, ge=1, le=32)  # images in each picture
+    long_protocols: tuple[LongProtocol, ...] = ()  # on sets of classes, besides the protocols that always run
 
     @model_validator(mode="after")
     def _champions_are_of_models(self) -> Self:

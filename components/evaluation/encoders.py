@@ -47,10 +47,11 @@ class Encoder(ABC):
     Args:
         device: of the network.
         shape: its architecture as text, equal for networks that differ in their weights only.
+        patch_size: pixels, of which the sides of images are multiples; None: images of any side.
     """
 
-    def __init__(self, device: torch.device, shape: str) -> None:
-        self.device, self.shape = device, shape
+    def __init__(self, device: torch.device, shape: str, patch_size: int | None = None) -> None:
+        self.device, self.shape, self.patch_size = device, shape, patch_size
 
     @property
     def precision(self) -> torch.dtype:
@@ -93,8 +94,9 @@ class BackboneEncoder(Encoder):
     """A vision transformer of Pedigree."""
 
     def __init__(self, backbone: VisionTransformer) -> None:
-        super().__init__(next(backbone.parameters()).device, backbone.config.model_dump_json())
-        self._backbone, self._layers = backbone, min(LAYERS, backbone.config.depth)
+        shape = backbone.config
+        super().__init__(next(backbone.parameters()).device, shape.model_dump_json(), shape.patch_size)
+        self._backbone, self._layers = backbone, min(LAYERS, shape.depth)
 
     def _encode(self, images: Tensor) -> Encoded:
         outputs = self._backbone.last_layers(to_input(images.permute(0, 3, 1, 2)), self._layers)

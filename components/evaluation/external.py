@@ -17,7 +17,7 @@ from components.evaluation.compare import ComparedModel
 from components.evaluation.encoders import Encoded, Encoder
 from components.evaluation.external_networks import CONFIG_FILE, LOADERS, MODELS, Kind, Network, first_line
 from components.evaluation.external_scaling import read_json
-from components.evaluation.protocol_input import scaled
+from components.evaluation.settings import scaled
 from components.model.config import Preprocessing
 from components.model.preprocessing import to_input
 
@@ -114,14 +114,9 @@ def load_external(given: str, kind: Kind, evalset: Evalset) -> External:
     """
     network = LOADERS[kind](Path(given))
     stated, side = network.scaling.preprocessing, network.side
-
-    def at(resolution: int | None) -> Preprocessing:
-        wanted = side or resolution
-        if stated is None:
-            return Preprocessing().at(wanted or USUAL_SIDE)
-        return stated if wanted in (None, stated.crop_size) else stated.at(wanted)
-
-    preprocessing = scaled(at, None if side else network.patch, evalset)
+    own = stated or Preprocessing().at(side or USUAL_SIDE)
+    own = own if side in (None, own.crop_size) else own.at(side)
+    preprocessing = scaled(own, evalset, None if side else network.patch)
     encoder = ExternalEncoder(given, network)
     facts = [*network.facts, *network.scaling.facts, *_looked_at(encoder, given, preprocessing.crop_size)]
     if side and evalset.config.resolution not in (None, side):

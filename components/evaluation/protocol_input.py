@@ -14,7 +14,7 @@ from components.data.evalset import Evalset
 from components.data.evaluation_set import Labels
 from components.evaluation.dense import DenseFeatures
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Tokens
+from components.evaluation.tokens import Images, Tokens
 from components.model.config import Preprocessing
 
 NumberT = TypeVar("NumberT", np.uint8, np.float32)
@@ -41,21 +41,6 @@ def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArr
     return target[np.ix_(*places)]
 
 
-def scaled(at: Callable[[int | None], Preprocessing], patch: int | None, evalset: Evalset) -> Preprocessing:
-    """Return how a model's images are scaled: as it states, but the whole middle square where places are compared.
-
-    Args:
-        at: of a side in pixels, or None for the model's own.
-        patch: pixels, of which the side that the set asks for is rounded down to a multiple; None: the model takes its
-            own size only.
-        evalset: may ask for a resolution.
-    """
-    wanted = evalset.config.resolution
-    found = at(None if wanted is None or patch is None else max(patch, wanted // patch * patch))
-    whole = evalset.config.task != "classification"
-    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
-
-
 @dataclass(frozen=True)
 class ProtocolInput:
     """One model on one set.
@@ -67,6 +52,8 @@ class ProtocolInput:
         preprocessing: of these images.
         settings: of the protocols.
         seed: of their random choices.
+        features_of: class tokens [M, D] of other images of the same size by this model, such as augmented ones, and
+            what tells these images from others of the set.
     """
 
     name: str
@@ -75,6 +62,7 @@ class ProtocolInput:
     preprocessing: Preprocessing
     settings: Settings
     seed: int
+    features_of: Callable[[Images, str], NDArray[np.float32]]
 
     def dense(self, layers: int) -> DenseFeatures:
         """Return the patch tokens of the last layers, at most those that there are."""

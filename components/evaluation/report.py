@@ -1,16 +1,12 @@
-"""Report for reviewers: one HTML file with metrics, their meanings and embedded pictures."""
+"""Rows of the tables on a page: metrics with their meanings, intervals, and marks of what is better."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from components.core.metric_names import lower_is_better
 from components.core.metrics import Interval
-from components.core.page import Cell, Picture, render
-from components.core.storage import write_bytes
-from components.evaluation.scores import lower_is_better
+from components.core.page import Cell
 
 MEANINGS = {
     "knn_top1": "accuracy of the weighted vote of the nearest train images (cosine of class tokens)",
@@ -22,49 +18,6 @@ MEANINGS = {
     "linear_c": "the chosen C",
 }
 NO_SCORES = ("linear_c", ".worst_images")  # ends of names of metrics of which no value is best
-KEY = ("knn_top1", "linear_top1", "instance_recall_at_1", "effective_rank")  # shown first
-
-
-def write_comparison(path: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Write `model,metric,value` rows, which DVC plots."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("model", "metric", "value"))
-    writer.writerows((model, metric, value) for model, values in scores.items() for metric, value in values.items())
-    write_bytes(path, text.getvalue().encode())
-
-
-def write_report(
-    path: Path,
-    title: str,
-    facts: Sequence[str],
-    scores: Mapping[str, Mapping[str, float]],
-    differences: Mapping[str, Mapping[str, Interval]],
-    intervals: Mapping[str, Mapping[str, Interval]],
-) -> None:
-    """Write the HTML report with the embedded pictures `pca.jpg` and `neighbors.jpg` beside `path`.
-
-    Args:
-        path: the HTML file.
-        title: what was evaluated.
-        facts: one-line statements on the data and the protocol.
-        scores: metrics by model; the first model is the candidate.
-        differences: intervals of candidate minus another model, by model and metric.
-        intervals: of the accuracies, by model and metric.
-    """
-    models = list(scores)
-    page = render(
-        "components/evaluation/report.html",
-        title=title,
-        facts=facts,
-        models=models,
-        key=key_figures(scores, KEY),
-        scores=score_rows(scores, intervals),
-        differences={other: difference_rows(found) for other, found in differences.items()},
-        pca=Picture((path.parent / "pca.jpg").read_bytes(), "Patch features", "jpeg"),
-        neighbors=Picture((path.parent / "neighbors.jpg").read_bytes(), "Nearest neighbors", "jpeg"),
-    )
-    write_bytes(path, page)
 
 
 def key_figures(scores: Mapping[str, Mapping[str, float]], chosen: Sequence[str]) -> list[tuple[str, str, str]]:

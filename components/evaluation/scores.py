@@ -11,15 +11,6 @@ from numpy.typing import NDArray
 from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
 from components.core.metrics import Interval
 
-LOWER_IS_BETTER = frozenset(
-    {"depth_rmse", "depth_abs_rel", "depth_lin4_rmse", "depth_lin4_abs_rel", "mce", "relative_mce"}
-)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether the lower value of a metric is the better one."""
-    return metric in LOWER_IS_BETTER or (metric.startswith("slices.") and metric.endswith(".gap"))
-
 
 @dataclass
 class Scores:
@@ -28,17 +19,27 @@ class Scores:
     metrics: dict[str, float] = field(default_factory=dict)
     by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)  # [T] each
     notes: dict[str, str] = field(default_factory=dict)  # choices that are no number, such as the chosen head
+    rows: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # [T] images of a metric that are not all of test
 
-    def add(self, metric: str, by_image: NDArray[np.floating]) -> None:
-        """Add a metric that is the mean over images."""
+    def add(self, metric: str, by_image: NDArray[np.floating], rows: NDArray[np.int64] | None = None) -> None:
+        """Add a metric that is the mean over images.
+
+        Args:
+            metric: its name.
+            by_image: [T].
+            rows: [T] the images, as indices into the set's; None: all test images.
+        """
         self.by_image[metric] = by_image
         self.metrics[metric] = float(by_image.mean())
+        if rows is not None:
+            self.rows[metric] = rows
 
     def update(self, other: Scores) -> None:
         """Add the metrics of another protocol on the same test images."""
         self.metrics |= other.metrics
         self.by_image |= other.by_image
         self.notes |= other.notes
+        self.rows |= other.rows
 
     def intervals(self, clusters: NDArray[np.integer | np.str_] | None = None) -> dict[str, Interval]:
         """Return the 95 % intervals of the accuracies.

@@ -11,6 +11,7 @@ from components.evaluation.config import (
     DenseHeadConfig,
     DepthConfig,
     EvaluateConfig,
+    InstanceConfig,
     KnnConfig,
     LinearConfig,
     ProbeConfig,
@@ -18,6 +19,7 @@ from components.evaluation.config import (
     SlicesConfig,
 )
 from components.evaluation.tokens import Loading
+from components.model.config import Preprocessing
 
 FEWEST_STEPS = 300  # of a trained head, however few images there are
 # Passes over the train images in the papers: 12,500 steps of 1,024 over the 1,281,167 of ImageNet, 40,000 of 16 over
@@ -34,6 +36,7 @@ class Settings:
     loading: Loading
     knn: KnnConfig
     linear: LinearConfig
+    instance: InstanceConfig
     probe: ProbeConfig
     slices: SlicesConfig
     segmentation: SegmentationConfig
@@ -58,17 +61,33 @@ def settings_for(evalset: Evalset, config: EvaluateConfig) -> Settings:
 
     Args:
         evalset: gives the number of train images.
-        config: of the stage `evaluate`, which gives kNN, logistic regression and the reading of images.
+        config: of the stage `evaluate`, which gives those of kNN, regression and views, and how images are read.
     """
     return Settings(
         Loading(config.batch_size, config.num_workers),
         config.knn,
         config.linear,
+        config.instance,
         _probe(ProbeConfig(), len(evalset.train)),
         SlicesConfig(),
         _scaled(SegmentationConfig(), SEGMENTATION_PASSES, evalset),
         _scaled(DepthConfig(), DEPTH_PASSES, evalset),
     )
+
+
+def scaled(preprocessing: Preprocessing, evalset: Evalset, patch_size: int | None) -> Preprocessing:
+    """Return how a model's images of a set are scaled: as it states, but the whole middle square for other tasks.
+
+    Args:
+        preprocessing: of the model.
+        evalset: may ask for a resolution, of which as many pixels are taken as patches tile.
+        patch_size: of the model; None: it takes images of its own size only.
+    """
+    asked, found = evalset.config.resolution, preprocessing
+    if asked is not None and patch_size is not None:
+        found = preprocessing.at(max(patch_size, asked // patch_size * patch_size))
+    whole = evalset.config.task != "classification"
+    return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
 
 
 def _probe(config: ProbeConfig, images: int) -> ProbeConfig:

@@ -1,15 +1,11 @@
-"""Evaluate the frozen features of one model beside untrained baselines and the champion, on the same images."""
+"""Evaluate the frozen features of one model beside champion and baselines, on each evaluation set."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from components.core.errors import DatasetError
@@ -17,16 +13,14 @@ from components.core.layout import Layout
 from components.core.pictures import draw_pca, jpeg, pca_colors
 from components.core.registered_weights import download_weights
 from components.core.storage import atomic_dir, write_bytes
-from components.data.evaluation_set import EvaluationSet, read_evaluation_set
-from components.evaluation.baselines import DESCRIPTOR, RANDOM, random_network
+from components.data.evalsets import read_sets
+from components.evaluation.compare import ComparedModel, load_model
+from components.evaluation.comparison_report import SHOWN
 from components.evaluation.config import EvaluateConfig
-from components.evaluation.features import EvaluationImages, backbone_extractor, descriptor_extractor, patch_features
-from components.evaluation.measure import measure, values_by_image
+from components.evaluation.features import EvaluationImages
+from components.evaluation.measure import MeasuredSet, measure, merged
 from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
-from components.evaluation.report import write_comparison, write_report
-from components.evaluation.scores import differences
-from components.model.export import load_backbone
-from components.model.vit import VisionTransformer
+from components.evaluation.tables import write_by_image, write_comparison, write_deciding
 
 log = logging.getLogger(__name__)
 
@@ -34,79 +28,63 @@ CHAMPION = "champion"
 
 
 def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, Any]:
-    """Measure a model on data/evaluation and write reports/evaluate/<model>.
+    """Measure a model on every set of data/evaluation and write reports/evaluate/<model>.
 
     Args:
         config: the section `evaluate`.
         root: the workspace.
-        seed: of the random-weights model, the augmented views, the resampling and the choice of pictures.
+        seed: of the random-weights model, the augmented views, trained heads, resamples and the choice of pictures.
         model: a name among `config.models`.
 
     Returns:
-        The model's metrics; those of `random`, `descriptor` and `champion` under these names; differences with
-        intervals under `minus_<name>`; and counts.
+        The model's metrics and counts, by set as `components.core.metric_names` says; those of `champion`,
+        `random` and `descriptor` under these names; differences with intervals under `minus_<name>`.
 
     Raises:
         DatasetError: no evaluation images, no test images, or a crop size that does not fit a model.
     """
     layout = Layout(root)
-    images = read_evaluation_set(layout.evaluation)
-    backbones = _backbones(config, root, seed, model)
-    extractors = {name: backbone_extractor(backbone) for name, backbone in backbones.items()}
-    measured = measure(config, images, {**extractors, DESCRIPTOR: descriptor_extractor}, seed)
-    metrics = {name: scores.metrics for name, scores in measured.scores.items()}
-    compared = differences(measured.scores, model, config.bootstrap_resamples, seed)
-    counts = _counts(images)
-
+    networks = _networks(config, root, model)
+    main, *others = measure(config, read_sets(layout.evaluation), networks, layout.cache("tokens"), seed)
     with atomic_dir(layout.report("evaluate", model)) as folder:
-        pixels = EvaluationImages(images, config.preprocessing)
-        queries = choose_queries(images, config.num_pictures, seed)
-        shown = torch.stack([pixels[index] for index in queries])
-        colors = {name: pca_colors(patch_features(backbone, shown)) for name, backbone in backbones.items()}
-        write_bytes(folder / "pca.jpg", jpeg(draw_pca(shown.numpy(), colors)))
-        rows = neighbor_rows(images, pixels, measured.features[model], queries)
-        write_bytes(folder / "neighbors.jpg", jpeg(draw_neighbors(rows)))
-        write_comparison(folder / "comparison.csv", metrics)
-        pq.write_table(values_by_image(measured, images), folder / layout.by_image(model).name, compression="zstd")
-        title, certain = f"Evaluation of {model}", {name: s.intervals() for name, s in measured.scores.items()}
-        write_report(folder / "report.html", title, _facts(config, counts), metrics, compared, certain)
-
-    others = {name: values for name, values in metrics.items() if name != model}
-    intervals = {f"minus_{name}": {k: asdict(v) for k, v in values.items()} for name, values in compared.items()}
-    log.info("%s: %s", model, ", ".join(f"{name} {value:.4g}" for name, value in metrics[model].items()))
-    return {**metrics[model], **others, **intervals, **counts}
+        (folder / "sets").mkdir()  # an output of `dvc.yaml`, also if there is one set only
+        for one in others:
+            write_bytes(folder / "sets" / f"{one.evalset.name}.html", one.page())
+        write_bytes(folder / "report.html", main.page([line for one in others for line in one.verdict()]))
+        _write_pictures(folder, main)
+        write_comparison(folder / "comparison.csv", [main, *others])
+        write_deciding(folder / "deciding.csv", [main, *others])
+        write_by_image(folder / layout.by_image(model).name, [main, *others])
+    for one in (main, *others):
+        for line in one.verdict():
+            log.info(line)
+    return merged([main, *others])
 
 
-def _backbones(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, VisionTransformer]:
-    """Load the candidate (first), the champion if configured, and an untrained network of the candidate's shape."""
-    candidate = load_backbone(root / config.models[model])
-    found = {model: candidate}
+def _networks(config: EvaluateConfig, root: Path, model: str) -> list[ComparedModel]:
+    """Load the candidate (first), and the champion if configured."""
+    folders = {model: root / config.models[model]}
     if model in config.champions:
-        found[CHAMPION] = load_backbone(download_weights(config.champions[model], root))
-    found[RANDOM] = random_network(candidate.config, seed)
-    device, size = "cuda" if torch.cuda.is_available() else "cpu", config.preprocessing.crop_size
-    for name, backbone in found.items():
-        patch = backbone.config.patch_size
-        if size % patch:
+        folders[CHAMPION] = download_weights(config.champions[model], root)
+    found = [load_model(name, folder, lambda _: config.preprocessing) for name, folder in folders.items()]
+    for one in found:
+        size, patch = config.preprocessing.crop_size, one.encoder.patch_size
+        if patch is not None and size % patch:
             raise DatasetError(
-                f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {name}"
+                f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {one.name}"
             )
-        backbone.eval().to(device)
     return found
 
 
-def _counts(images: EvaluationSet) -> dict[str, int]:
-    if images.labels is None:
-        return {"num_images": images.images.num_rows}
-    labels = images.labels
-    num_classes = len(np.unique(labels.targets[labels.train]))
-    return {"num_train": len(labels.train), "num_test": len(labels.test), "num_classes": num_classes}
-
-
-def _facts(config: EvaluateConfig, counts: Mapping[str, int]) -> list[str]:
-    facts = [
-        ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in counts.items()),
-        f"Frozen class tokens after the last norm, {config.preprocessing.crop_size} pixel center crops.",
-        f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and color histograms, no network.",
-    ]
-    return facts + [f"{CHAMPION} of {name}: {version}." for name, version in config.champions.items()]
+def _write_pictures(folder: Path, main: MeasuredSet) -> None:
+    """Write pca.jpg and neighbors.jpg of a few images, which DVC and Prefect show; the page has them too."""
+    first, images = main.models[0], main.evalset.images
+    pixels = EvaluationImages(images, first.preprocessing)
+    queries = choose_queries(images, SHOWN, main.seed)
+    shown = torch.stack([pixels[index] for index in queries])
+    alike = [model for model in main.models if model.preprocessing == first.preprocessing]
+    patches = {model.name: model.encoder.last_patches(shown) for model in alike}
+    colors = {name: pca_colors(tokens) for name, tokens in patches.items() if tokens is not None}
+    write_bytes(folder / "pca.jpg", jpeg(draw_pca(shown.numpy(), colors)))
+    rows = neighbor_rows(images, pixels, main.found.tokens[first.name].features, queries)
+    write_bytes(folder / "neighbors.jpg", jpeg(draw_neighbors(rows)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from components.core.metric_names import first_asked
 from components.core.metrics import Interval
 from components.core.model_files import SIGNATURE
 from components.core.references import CANDIDATES
-from components.registry.config import MEASURES
 from components.registry.making import Making
 from components.registry.review import Review
 
@@ -91,7 +91,7 @@ def interval(found: Interval, sign: str = "") -> str:
 def _measures(found: Review) -> Iterator[str]:
     """The first measures that were taken, each beside the other version and random weights."""
     scores, baseline = found.facts.metrics(), found.facts.metrics(BASELINE)
-    for metric in [metric for metric in MEASURES if metric in scores][:SHOWN]:
+    for metric in first_asked(scores)[:SHOWN]:
         own = found.intervals.get(metric)
         told = [f"`{metric}` {interval(own) if own else f'{scores[metric]:.3f}'}"]
         if found.beside and metric in found.beside.scores:

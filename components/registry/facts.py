@@ -12,16 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from components.core.config import Config, validate
-from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
+from components.core.intervals import accuracy_interval, clustered_interval, difference_interval, is_accuracy
+from components.core.metric_names import compared, deciding
 from components.core.metrics import Interval, bootstrap_interval
 from components.registry.config import GatesConfig
 
 FOLDER = "evaluation"  # among the model's artifacts
 FACTS, BY_IMAGE = "facts.json", "by_image.parquet"
-MAIN_METRICS = ("knn_top1", "instance_map")  # the first that was measured
 RESAMPLES = 1000  # of measures other than accuracies
 MAX_ROWS = 10_000_000  # of `by_image.parquet`; ImageNet's 50,000 test images, four models and five metrics are a tenth
 
@@ -79,11 +80,15 @@ class Facts(Config):
 
     def main_metric(self) -> str:
         """The measure that decides."""
-        return next((metric for metric in MAIN_METRICS if metric in self.evaluation), MAIN_METRICS[0])
+        return deciding(self.evaluation)
 
     def score(self) -> str:
         """The measure that decides with its value, as a tag."""
         return f"{self.main_metric()} {self.metrics()[self.main_metric()]:.4f}"
+
+    def compared(self) -> list[str]:
+        """Names of the models that it was evaluated beside, such as `random` or its teacher."""
+        return compared(self.evaluation)
 
     def difference(self, other: str, metric: str) -> Interval | None:
         """What it is above a model that it was evaluated beside; None: not compared."""
@@ -102,7 +107,7 @@ def read_facts(folder: Path) -> Facts | None:
 
 
 def read_by_image(path: Path) -> pa.Table:
-    """What models scored on each test image: columns image_id, model, metric, value.
+    """What models scored on each test image: columns image_id, model, metric, value, and cluster in newer ones.
 
     Raises:
         ValueError: it is no such table, or unpacks to more rows than an evaluation has.
@@ -110,7 +115,7 @@ def read_by_image(path: Path) -> pa.Table:
     file = pq.ParquetFile(path)
     if file.metadata.num_rows > MAX_ROWS:
         raise ValueError(f"{path.name} has {file.metadata.num_rows} rows, more than {MAX_ROWS}")
-    return file.read(columns=["image_id", "model", "metric", "value"])
+    return file.read(columns=["image_id", "model", "metric", "value", "cluster"])  # absent ones are left out
 
 
 def metrics_in(by_image: pa.Table) -> list[str]:
@@ -122,23 +127,25 @@ def own_intervals(by_image: pa.Table) -> dict[str, Interval]:
     """What a model scored with its 95 % interval, by metric: Wilson's of accuracies, else the bootstrap's.
 
     Args:
-        by_image: columns image_id, metric, value; of one model.
+        by_image: columns image_id, metric, value, and cluster if known; of one model.
     """
-    found: dict[str, Interval] = {}
-    for metric in metrics_in(by_image):
-        values = _of_metric(by_image, metric)["value"].to_numpy()
-        accuracy = is_accuracy(values)
-        found[metric] = (
-            accuracy_interval(values) if accuracy else bootstrap_interval(values, np.random.default_rng(0), RESAMPLES)
-        )
-    return found
+    return {metric: _own_interval(_of_metric(by_image, metric)) for metric in metrics_in(by_image)}
+
+
+def _own_interval(rows: pa.Table) -> Interval:
+    values, clusters, generator = rows["value"].to_numpy(), _clusters(rows), np.random.default_rng(0)
+    if is_accuracy(values):
+        return accuracy_interval(values, clusters)
+    if clusters is not None:
+        return clustered_interval(values, clusters, generator, RESAMPLES)
+    return bootstrap_interval(values, generator, RESAMPLES)
 
 
 def paired_differences(ours: pa.Table, theirs: pa.Table) -> dict[str, Interval] | None:
     """Ours minus theirs on the same test images, by metric that both have; None: the images are not the same.
 
     Args:
-        ours: columns image_id, metric, value.
+        ours: columns image_id, metric, value, and cluster if known.
         theirs: likewise.
     """
     found: dict[str, Interval] = {}
@@ -149,8 +156,15 @@ def paired_differences(ours: pa.Table, theirs: pa.Table) -> dict[str, Interval] 
         if not one["image_id"].equals(other["image_id"]):
             return None
         mine, others = one["value"].to_numpy(), other["value"].to_numpy()
-        found[metric] = difference_interval(mine, others, np.random.default_rng(0), RESAMPLES)
+        found[metric] = difference_interval(mine, others, np.random.default_rng(0), RESAMPLES, _clusters(one))
     return found
+
+
+def _clusters(rows: pa.Table) -> NDArray[np.str_] | None:
+    """Photograph of each image, where the evaluation set says which images are parts of one."""
+    if "cluster" not in rows.column_names or rows["cluster"].null_count:
+        return None
+    return rows["cluster"].to_numpy().astype(str)
 
 
 def _of_metric(table: pa.Table, metric: str) -> pa.Table:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from components.core.metric_names import lower_is_better
 from components.core.metrics import Interval
 from components.core.tracking import flatten_numbers
 from components.registry.config import GatesConfig
@@ -85,42 +86,47 @@ def verdict(gates: Sequence[Gate]) -> str:
 
 
 def champion(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
-    """No metric lies below the champion's by more than its tolerance with an interval that excludes no difference."""
+    """No metric is worse than the champion's by more than its tolerance with an interval that excludes no difference.
+
+    Worse is below, or above where lower is better. An earlier candidate is told of, and is no reason to fail.
+    """
     if evidence.champion is None:
         return PASSED, f"there is no other champion to compare with{_beside_earlier(evidence)}"
     if not evidence.differences:
         return FAILED, f"not compared with {evidence.champion}: {evidence.incomparable}"
-    worse = {
+    worse = {  # also where it is not a number
         metric: found
         for metric, found in evidence.differences.items()
-        if not (found.mean >= -config.tolerance.get(metric, 0.0) or found.high >= 0)  # NaN is worse
+        if not (gain(metric, found).mean >= -config.tolerance.get(metric, 0.0) or gain(metric, found).high >= 0)
     }
     unused = sorted(set(config.tolerance) - set(evidence.differences))
     notes = [("not measured of both", evidence.unmatched), ("a tolerance for nothing that was compared", unused)]
     noted = "".join(f"; {what}: {', '.join(metrics)}" for what, metrics in notes if metrics)
     if worse:
-        return FAILED, f"below {evidence.champion}: {_listed(worse)}{noted}"
-    return PASSED, f"not below {evidence.champion}: {_listed(evidence.differences)}{noted}"
+        return FAILED, f"worse than {evidence.champion}: {_listed(worse)}{noted}"
+    return PASSED, f"not worse than {evidence.champion}: {_listed(evidence.differences)}{noted}"
 
 
 def floors(evidence: Evidence, config: GatesConfig) -> tuple[str, str]:
-    """No metric lies below its absolute floor, and each that has one is measured; `slices.worst` is a nested one."""
-    if not config.floors:
-        return PASSED, "none is set"
+    """No metric lies beyond its absolute limit, and each that has one is measured; others' are `random.knn_top1`."""
     values = flatten_numbers(evidence.facts.evaluation)
-    told = [f"{metric} {_shown(values.get(metric))}, at least {floor:g}" for metric, floor in config.floors.items()]
-    low = [metric for metric, floor in config.floors.items() if not values.get(metric, float("-inf")) >= floor]
-    return (FAILED if low else PASSED), ", ".join(told)
+    told, wrong = [], False
+    for limits, word, sign in ((config.floors, "at least", 1), (config.ceilings, "at most", -1)):
+        for metric, limit in limits.items():
+            value = values.get(metric)
+            told.append(f"{metric} {_shown(value)}, {word} {limit:g}")
+            wrong |= value is None or not sign * value >= sign * limit
+    return (FAILED if wrong else PASSED), ", ".join(told) or "none is set"
 
 
 def random_weights(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
-    """The main measure lies above that of random weights of the same shape, the whole interval of the difference."""
+    """The main measure is better than that of random weights of the same shape, by the whole interval."""
     metric = evidence.facts.main_metric()
     found = evidence.facts.difference("random", metric)
     if found is None:
         return FAILED, f"{metric} was not compared with random weights"
     told = f"{metric} minus that of random weights: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-    return (PASSED if found.low > 0 else FAILED), told
+    return (PASSED if gain(metric, found).low > 0 else FAILED), told
 
 
 def data_checks(evidence: Evidence, _: GatesConfig) -> tuple[str, str]:
@@ -201,6 +207,13 @@ GATES: Mapping[str, Callable[[Evidence, GatesConfig], tuple[str, str]]] = {
     "takedown": takedown,
     SECOND_PERSON: second_person,
 }
+
+
+def gain(metric: str, difference: Interval) -> Interval:
+    """Return a difference so that what is better lies above 0."""
+    if lower_is_better(metric):
+        return Interval(-difference.mean, -difference.high, -difference.low)
+    return difference
 
 
 def _beside_earlier(evidence: Evidence) -> str:

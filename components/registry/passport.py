@@ -9,22 +9,23 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from components.core.metric_names import first_asked, is_count, is_setting
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
 from components.lineage.audit_log import Entry
+from components.lineage.champions import CHAMPION
 from components.lineage.provenance import DataVersion
 from components.registry.card import interval, standing, use
-from components.registry.config import MEASURES
 from components.registry.differences import Differences, Side, differences
 from components.registry.documents.write import DOCUMENTS, KINDS
-from components.registry.gates import FAILED, PASSED
+from components.registry.gates import FAILED, PASSED, gain
 from components.registry.making import COSTS, Making, Training
 from components.registry.publish import RegistryError
 from components.registry.review import Review
 from components.registry.standing import resolve
 
-NOT_SCORES = ("linear_c",)  # a setting that was chosen
 BLUE = "#2f6fab"
+BASELINES = {"random": "random weights", "descriptor": "hand-made descriptor"}
 LOAD = """import mlflow, pandas
 
 model = mlflow.pyfunc.load_model("models:/{version}")
@@ -101,17 +102,19 @@ def _columns(found: Review) -> dict[str, tuple[dict[str, float], dict[str, Inter
     columns: dict[str, tuple[dict[str, float], dict[str, Interval]]] = {"this version": (found.facts.metrics(), {})}
     if found.beside and found.beside.scores:
         columns[found.beside.version] = (dict(found.beside.scores), dict(found.beside.differences or {}))
-    for name, told in (("random", "random weights"), ("descriptor", "hand-made descriptor")):
-        if scores := found.facts.metrics(name):
+    for name in found.facts.compared():
+        if name != CHAMPION:  # that of today is `beside`
+            scores = found.facts.metrics(name)
             above = {metric: found.facts.difference(name, metric) for metric in scores}
+            told = BASELINES.get(name, f"parent {name}")
             columns[told] = (scores, {metric: difference for metric, difference in above.items() if difference})
     return columns
 
 
 def _metrics(found: Review) -> list[str]:
     scores = found.facts.metrics()
-    first = [metric for metric in MEASURES if metric in scores]
-    others = [metric for metric in scores if not metric.startswith("num_") and metric not in (*first, *NOT_SCORES)]
+    first = first_asked(scores)
+    others = [metric for metric in scores if not (is_count(metric) or is_setting(metric) or metric in first)]
     return first + others
 
 
@@ -123,20 +126,21 @@ def _scores(found: Review, columns: dict[str, tuple[dict[str, float], dict[str, 
             own = found.intervals.get(metric) if name == "this version" else None
             value = f"{scores[metric]:.4g}" if metric in scores else ""
             note = f"({own.low:.3f} to {own.high:.3f})" if own else ""
-            row.append(_difference(value, above[metric]) if metric in above else Cell(value, note))
+            row.append(_difference(value, metric, above[metric]) if metric in above else Cell(value, note))
         rows.append(row)
     return rows
 
 
-def _difference(value: str, above: Interval) -> Cell:
+def _difference(value: str, metric: str, above: Interval) -> Cell:
     """A value that the version is above or below."""
-    mark = "good" if above.low > 0 else "bad" if above.high < 0 else ""
+    gained = gain(metric, above)
+    mark = "good" if gained.low > 0 else "bad" if gained.high < 0 else ""
     return Cell(value, f"difference {interval(above, '+')}", mark)
 
 
 def _key_figures(found: Review) -> list[tuple[str, str, str]]:
     scores, shown = found.facts.metrics(), []
-    for metric in [metric for metric in MEASURES if metric in scores][:3]:
+    for metric in first_asked(scores)[:3]:
         above = (found.beside.differences or {}).get(metric) if found.beside else None
         other = f"difference {interval(above, '+')}" if above else ""
         shown.append((metric, f"{scores[metric]:.4g}", other))
@@ -145,8 +149,8 @@ def _key_figures(found: Review) -> list[tuple[str, str, str]]:
 
 
 def _limits(found: Review, making: Making) -> Iterator[str]:
-    counts = {key: value for key, value in found.facts.metrics().items() if key.startswith("num_")}
-    told = ", ".join(f"{value:,.0f} {key.removeprefix('num_')}" for key, value in counts.items())
+    counts = {key: value for key, value in found.facts.metrics().items() if is_count(key)}
+    told = ", ".join(f"{value:,.0f} {key.replace('num_', '')}" for key, value in counts.items())
     size = making.preprocessing.crop_size
     licenses = ", ".join(sorted({license_ for _, license_, _ in making.sources}))
     yield "It gives features to search, to group and to classify with. It names no classes and draws no boxes itself."

@@ -31,7 +31,7 @@ from components.core.mlflow_client import TrackingError, checked_client, server_
 from components.core.model_files import digest_of, file_digests
 from components.core.references import CANDIDATES
 from components.core.storage import write_bytes, write_json
-from components.core.tracking import flatten_numbers
+from components.core.tracking import flatten_numbers, valid_key
 from components.lineage.provenance import Origin, Tag
 from components.model.config import Preprocessing
 from components.registry.documents.write import DOCUMENTS
@@ -255,7 +255,9 @@ def _signature(dim: int, resolution: int) -> ModelSignature:
 
 def _log_metrics(client: MlflowClient, run_id: str, model_id: str, evaluation: Mapping[str, Any]) -> None:
     timestamp = client.get_run(run_id).info.start_time
-    metrics = [Metric(key, value, timestamp, 0, model_id) for key, value in flatten_numbers(evaluation).items()]
+    metrics = [
+        Metric(valid_key(key), value, timestamp, 0, model_id) for key, value in flatten_numbers(evaluation).items()
+    ]
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
 

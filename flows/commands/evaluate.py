@@ -81,6 +81,7 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     from components.core.storage import write_bytes
     from components.evaluation.compare import RANDOM, baselines, compare
     from components.evaluation.comparison_report import notes, verdicts, write_page
+    from components.evaluation.facts import about, how_scaled
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
     from flows.contamination import contamination
@@ -93,7 +94,7 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     models += baselines(models[0], seed)
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.model.name: contamination(one.reference, found, root) for one in given}
-    facts = [_about(found), *(_how_scaled(one.model) for one in given)]
+    facts = [about(found), *(how_scaled(one.model) for one in given)]
     facts += [f"{name}: {one.line()}" for name, one in seen.items()]
     facts += [fact for one in given for fact in one.facts]
     if RANDOM not in compared.scores:
@@ -106,29 +107,25 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
 
 
 def find_set(root: Path, name: str) -> Evalset:
-    """Return the one snapshot of a named set.
+    """Read a named set.
 
     Raises:
         ConfigError: no such set.
+        DatasetError: it cannot be measured.
     """
-    from components.data.evalset import read_evalset
-    from components.data.manifest import MANIFEST
+    from components.data.evalsets import read_named_set, set_names
 
     folder = Layout(root).evaluation
-    there = sorted({path.parent.parent.name for path in folder.glob(f"*/*/{MANIFEST}")})
-    snapshots = sorted((folder / name).glob(f"*/{MANIFEST}")) if name in there else []
-    if not snapshots:
+    there = set_names(folder)
+    if name not in there:
         raise ConfigError(f"--set {name}: no such set; there are {', '.join(there) or 'none'}: `pedigree evalset list`")
-    if len(snapshots) > 1:
-        listed = ", ".join(path.parent.name for path in snapshots)
-        raise ConfigError(f"--set {name}: {len(snapshots)} snapshots ({listed}); a set that is measured has one")
-    return read_evalset(snapshots[0].parent)
+    return read_named_set(folder, name)
 
 
 def _load(name: str, evalset: Evalset) -> _Given:
     from components.evaluation.compare import load_model
     from components.evaluation.external import external_kind, load_external
-    from components.evaluation.protocol_input import scaled
+    from components.evaluation.settings import scaled
     from components.registry.named_weights import is_reference
 
     registered = is_reference(name)
@@ -138,25 +135,10 @@ def _load(name: str, evalset: Evalset) -> _Given:
     weights = named_weights(name)
 
     def scaling(shape: ViTConfig) -> Preprocessing:
-        return scaled(lambda side: weights.preprocessing_at(side, shape), shape.patch_size, evalset)
+        return scaled(weights.preprocessing_at(None, shape), evalset, shape.patch_size)
 
     model = load_model(weights.name, weights.folder, scaling)
     return _Given(model, [weights.assumed] if weights.assumed else [], weights.name if registered else None)
-
-
-def _about(evalset: Evalset) -> str:
-    asked = evalset.config.resolution
-    at = f", made for {asked} pixels" if asked else ""
-    return (
-        f"{evalset.folder.parent.name} {evalset.version}, {evalset.config.task}, {evalset.config.license}: "
-        f"{len(evalset.train):,} train and {len(evalset.test):,} test images{at}"
-    )
-
-
-def _how_scaled(model: ComparedModel) -> str:
-    """Return the size of a model's images as a line; its patches may not tile what the set asks for."""
-    scaling = model.preprocessing
-    return f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
 
 
 def _data(
@@ -168,7 +150,7 @@ def _data(
     compared, clusters = interval_differences(found, seed), found.evalset.clusters
     return {
         "schema": SCHEMA,
-        "set": {"name": found.evalset.folder.parent.name, "version": found.evalset.version},
+        "set": {"name": found.evalset.name, "version": found.evalset.version},
         "task": found.evalset.config.task,
         "protocols": found.protocols,
         "scores": {name: scores.metrics for name, scores in found.scores.items()},

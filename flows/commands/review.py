@@ -13,6 +13,7 @@ from rich.text import Text
 
 from components.core.errors import ServiceError
 from components.core.layout import Layout
+from components.core.metric_names import is_count, is_setting
 from components.core.user import REVIEWER
 from flows.commands.decorators import Answer, answer_console, command
 
@@ -127,11 +128,11 @@ def _scores(found: Review) -> Table:
     """Metrics of the version and of what it is shown beside, and the difference of the two."""
     other = "champion" if found.champion else "earlier candidate"
     columns = {"this version": found.facts.metrics(), other: dict(found.beside.scores) if found.beside else {}}
-    columns |= {name: found.facts.metrics(name) for name in ("random", "descriptor")}
+    columns |= {name: found.facts.metrics(name) for name in found.facts.compared() if name != "champion"}
     columns = {name: values for name, values in columns.items() if values}
     table = Table("metric", *columns, f"minus {other}", box=None, pad_edge=False)
     for metric in columns["this version"]:
-        if metric.startswith("num_") or metric == "linear_c":
+        if is_count(metric) or is_setting(metric):
             continue
         values = (columns[name].get(metric) for name in columns)
         difference = ((found.beside and found.beside.differences) or {}).get(metric)

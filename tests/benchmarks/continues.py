@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from components.core.storage import sha256_file
 from components.curation import stage as curation
@@ -23,11 +24,12 @@ from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
 from components.data.sample_pool import PHOTOGRAPHS, SAMPLE_LICENSE, build_sample_pool
-from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
+from components.evaluation.features import EvaluationImages
 from components.evaluation.protocols import knn
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.pretraining import stage as pretraining
 from components.recipe import Recipe, load_recipe
+from tests.evaluation.class_tokens import class_tokens
 
 NEW = list(PHOTOGRAPHS)[1::2]
 PARTS = {"known": list(PHOTOGRAPHS)[::2], "new": NEW}
@@ -91,9 +93,8 @@ def make_roots(folder: Path) -> None:
 def accuracy(weights: Path, images: EvaluationSet, recipe: Recipe) -> tuple[float, float]:
     """KNN accuracy on test images: of all classes, and of the new ones."""
     crops = EvaluationImages(images, recipe.evaluate.preprocessing)
-    extractor = {"model": backbone_extractor(load_backbone(weights).eval())}
     assert images.labels is not None
-    features = extract_features(extractor, crops, recipe.evaluate, "features")["model"]
+    features = class_tokens(load_backbone(weights), torch.stack([crops[index] for index in range(len(crops))]))
     hits = knn.evaluate(features, images.labels, recipe.evaluate.knn).by_image["knn_top1"]
     new = [images.labels.classes[target] in NEW for target in images.labels.targets[images.labels.test]]
     return float(hits.mean()), float(hits[new].mean())

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
-from PIL import Image
 
 from components.core.metrics import Interval
 from components.core.page import Cell, render
-from components.core.pictures import jpeg
-from components.evaluation.report import write_report
+from components.evaluation.report import difference_rows, key_figures, score_rows
 
 PROJECT = Path(__file__).parents[2]
 TEMPLATES = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "components").rglob("*.html"))
@@ -66,19 +64,17 @@ def test_a_fact_that_is_missing_is_an_error():
         render("components/data/summary.html", title="a", **{k: v for k, v in FACTS.items() if k != "labels"})
 
 
-def test_the_evaluation_marks_the_best_and_what_is_surely_better(tmp_path):
-    for name in ("pca", "neighbors"):
-        (tmp_path / f"{name}.jpg").write_bytes(jpeg(Image.new("RGB", (8, 8))))
+def test_the_evaluation_marks_the_best_and_what_is_surely_better():
     scores = {"small": {"knn_top1": 0.75, "linear_c": 1.0}, "champion": {"knn_top1": 0.5, "linear_c": 10.0}}
-    differences = {"champion": {"knn_top1": Interval(0.25, 0.1, 0.4), "linear_top1": Interval(-0.2, -0.3, -0.1)}}
+    differences = {"knn_top1": Interval(0.25, 0.1, 0.4), "linear_top1": Interval(-0.2, -0.3, -0.1)}
     intervals = {"small": {"knn_top1": Interval(0.75, 0.7, 0.8)}, "champion": {}}
-    write_report(tmp_path / "report.html", "Evaluation", ["a fact"], scores, differences, intervals)
-    page = (tmp_path / "report.html").read_text()
-    assert "<dt>knn_top1</dt><dd>0.75<small>champion 0.5</small></dd>" in page
-    assert '<td class="n best">0.75<small>(0.700 to 0.800)</small></td><td class="n">0.5</td>' in page
-    assert '<td class="n">1</td><td class="n">10</td>' in page  # no C is the best
-    assert '<td class="n good">+0.250</td><td class="n">+0.100 to +0.400</td>' in page
-    assert '<td class="n bad">-0.200</td>' in page
+    assert key_figures(scores, ["knn_top1"]) == [("knn_top1", "0.75", "champion 0.5")]
+    (_, *accuracies), (_, *chosen) = score_rows(scores, intervals)
+    assert accuracies == [Cell("0.75", "(0.700 to 0.800)", "best"), Cell("0.5")]
+    assert chosen == [Cell("1"), Cell("10")]  # no C is the best
+    (_, better, bounds), (_, worse, _) = difference_rows(differences)
+    assert (better, bounds) == (Cell("+0.250", mark="good"), "+0.100 to +0.400")
+    assert worse == Cell("-0.200", mark="bad")
 
 
 def test_an_installed_package_finds_its_templates(tmp_path):

@@ -11,6 +11,7 @@ from sklearn.metrics import mean_absolute_percentage_error, root_mean_squared_er
 from torch.nn import functional as F
 
 from components.core.errors import DatasetError
+from components.core.metric_names import LOWER_IS_BETTER, lower_is_better
 from components.evaluation.config import DepthConfig
 from components.evaluation.dense import DenseFeatures
 from components.evaluation.protocols.depth import (
@@ -25,7 +26,6 @@ from components.evaluation.protocols.depth import (
     predict,
     sig_loss,
 )
-from components.evaluation.scores import LOWER_IS_BETTER, lower_is_better
 
 GRID, SIZE = 4, 32
 TRAIN, TEST = np.arange(24), np.arange(24, 32)

@@ -15,6 +15,9 @@ from skimage import data as photographs
 
 from components.core.errors import DatasetError
 from components.core.storage import sha256_dir
+from components.data.evalset import read_evalset, write_config
+from components.data.evalset_config import EvalsetConfig
+from components.data.evalsets import read_named_set, read_sets
 from components.data.evaluation_set import read_evaluation_set
 from components.data.manifest import POOL_SCHEMA, write_manifest
 from components.data.shards import ShardWriter
@@ -34,8 +37,6 @@ CONFIG = EvaluateConfig(
     knn=KnnConfig(num_neighbors=(3, 200), reported=3),
     linear=LinearConfig(c_grid=(0.1, 10.0), max_iterations=100, tolerance=1e-4),
     instance=InstanceConfig(num_queries=20),
-    bootstrap_resamples=100,
-    num_pictures=4,
 )
 
 
@@ -49,8 +50,8 @@ def tiles(per_class=12):
             yield name, "test" if number % 3 == 0 else "train", tile
 
 
-def write_set(root, items, source="sample"):
-    folder = root / "data" / "evaluation" / source / "0123456789ab"
+def write_set(root, items, source="sample", snapshot="0123456789ab"):
+    folder = root / "data" / "evaluation" / source / snapshot
     encoded = []
     for label, split, image in items:
         file = io.BytesIO()
@@ -92,15 +93,22 @@ def test_labeled_set(workspace):
     assert sorted(path.name for path in folder.iterdir()) == [
         "by_image.parquet",
         "comparison.csv",
+        "deciding.csv",
         "neighbors.jpg",
         "pca.jpg",
         "report.html",
+        "sets",
     ]
     rows = list(csv.DictReader((folder / "comparison.csv").open()))
     assert {row["model"] for row in rows} == {"small", "random", "descriptor"}
     assert float(next(r["value"] for r in rows if r["metric"] == "linear_top1")) == result["linear_top1"]
+    bars = {row["score"]: float(row["value"]) for row in csv.DictReader((folder / "deciding.csv").open())}
+    expected = {"small": result, "random": result["random"], "descriptor": result["descriptor"]}
+    assert bars == {f"sample knn_top1: {name}": values["knn_top1"] for name, values in expected.items()}
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count("data:image/jpeg;base64,") >= 2
+    assert "sample" in page
+    assert "small is better than random" in page or "no better and no worse than random" in page
     assert not re.search(r"https?://", page)
     assert re.search(r"<small>\(\d\.\d{3} to \d\.\d{3}\)</small>", page)  # of accuracies
 
@@ -191,7 +199,7 @@ def test_one_class_measures_no_classes(workspace, caplog):
     assert "do not measure classes" in caplog.text
 
 
-def test_what_several_sets_measure_is_told(workspace, caplog):
+def test_training_monitors_several_sets_as_one(workspace, caplog):
     every = list(tiles())
     root = workspace / "data" / "evaluation"
     write_set(workspace, every[:24])
@@ -205,6 +213,34 @@ def test_what_several_sets_measure_is_told(workspace, caplog):
     measured = np.concatenate([images.labels.train, images.labels.test])
     sources = images.images.take(pa.array(measured))["source"].to_pylist()
     assert (sources.count("sample"), sources.count("bricks"), len(sources)) == (24, 8, 32)
+
+
+def test_later_snapshots_of_a_source_are_one_set(workspace):
+    every = list(tiles())
+    root = workspace / "data" / "evaluation"
+    write_set(workspace, every[:24])
+    first = read_named_set(root, "sample")
+    write_set(workspace, every[24:], snapshot="ba9876543210")
+    both = read_named_set(root, "sample")
+    assert (first.name, both.name) == ("sample", "sample")
+    assert first.version != both.version != read_evalset(root / "sample" / "ba9876543210").version
+    assert (len(first.train), len(both.train), len(both.test)) == (16, 24, 12)
+    whole = workspace / "whole"
+    write_set(whole, every)
+    expected = read_named_set(whole / "data" / "evaluation", "sample")
+    images = (EvaluationImages(one.images, CONFIG.preprocessing) for one in (both, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*images, strict=True))
+    assert [one.name for one in read_sets(root)] == ["sample"]
+
+
+def test_the_main_set_stays_when_others_are_added(workspace):
+    every = list(tiles())
+    root = workspace / "data" / "evaluation"
+    write_set(workspace, every, "sample")
+    write_set(workspace, ((None, None, image) for _, _, image in every), "a-plain-one")
+    write_set(workspace, every, "added")
+    write_config(root / "added" / "0123456789ab", EvalsetConfig(task="classification", license="CC0-1.0"))
+    assert [one.name for one in read_sets(root)] == ["sample", "a-plain-one", "added"]
 
 
 def test_split_by_hash_where_none_is_given(workspace):

@@ -12,11 +12,12 @@ from torch import multiprocessing as mp
 
 from components.data.evaluation_set import read_evaluation_set
 from components.evaluation.encoders import BackboneEncoder
-from components.evaluation.features import EvaluationImages, backbone_extractor
+from components.evaluation.features import EvaluationImages
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer
+from tests.evaluation.class_tokens import class_tokens
 from tests.evaluation.test_evaluation_stage import tiles, write_set
 
 SIZE = Preprocessing(resize_size=36, crop_size=32)
@@ -45,7 +46,7 @@ def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, mon
     others = find_tokens(encoder, "w1", request(tmp_path, workers=1), tmp_path / "by a worker")
     assert all(np.array_equal(a, b) for a, b in zip(arrays(found), arrays(others), strict=True))
     pixels = torch.stack([asked.images[index] for index in range(len(asked.images))])
-    np.testing.assert_allclose(found.features, backbone_extractor(model)(pixels), atol=1e-6)
+    np.testing.assert_allclose(found.features, class_tokens(model, pixels), atol=1e-6)
     with torch.inference_mode():
         layers = model.last_layers(to_input(pixels.permute(0, 3, 1, 2)), 4)
         for block in model.blocks[-2:]:

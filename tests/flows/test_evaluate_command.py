@@ -8,21 +8,25 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
 from components.data.evaluation_set import read_evaluation_set
-from components.evaluation import settings
+from components.evaluation import settings, stage
 from components.evaluation.config import KnnConfig
-from components.evaluation.features import EvaluationImages, backbone_extractor
+from components.evaluation.features import EvaluationImages
 from components.evaluation.protocols import knn
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import load_backbone, save_weights
 from components.model.vit import VisionTransformer
+from components.recipe import load_recipe
 from flows.cli import app
 from tests.data import evalset_folders as folders
+from tests.evaluation.class_tokens import class_tokens
 from tests.evaluation.test_evaluation_stage import tiles, write_set
 
 PROJECT = Path(__file__).parents[2]
@@ -67,7 +71,7 @@ def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
     crops = EvaluationImages(images, Preprocessing().at(32))
     pixels = torch.stack([crops[index] for index in range(len(crops))])
     for name in ("one", "two"):
-        features = backbone_extractor(load_backbone(checkout / "weights" / name))(pixels)
+        features = class_tokens(load_backbone(checkout / "weights" / name), pixels)
         expected = knn.evaluate(features, images.labels, KnnConfig(num_neighbors=(5, 10, 20), reported=10))
         assert told["scores"][f"weights/{name}"]["knn_top1"] == expected.metrics["knn_top1"]
     difference = told["differences"]["descriptor"]["knn_top1"]
@@ -160,11 +164,40 @@ def test_robustness_is_measured_when_asked_for(checkout: Path):
     assert found["random"]["mce"] == pytest.approx(1.0)
 
 
-def test_the_stage_measures_classes_only(checkout: Path, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level("INFO"):
-        images = read_evaluation_set(checkout / "data/evaluation").images
-    assert set(images["source"].to_pylist()) == {"photographs", "classification"}
-    assert "segmentation: 4 images for segmentation are measured by `pedigree evaluate` only" in caplog.text
+def test_the_stage_measures_every_set_as_the_command_does(checkout: Path, monkeypatch: pytest.MonkeyPatch):
+    """Metrics of the main set keep their names; others carry their set's. Rows by image are of the same images."""
+    monkeypatch.setattr(settings, "FEWEST_STEPS", 6)
+    recipe = load_recipe(checkout, None).evaluate
+    config = recipe.model_copy(update={"models": {"one": "weights/one"}, "preprocessing": Preprocessing().at(32)})
+    result = stage.run(config, checkout, 0, "one")
+    folder = checkout / "reports/evaluate/one"
+    by_image = pq.read_table(folder / "by_image.parquet")
+    measured = {
+        "photographs": ["knn", "linear"],
+        "segmentation": [],
+        "depth": [],
+        "retrieval": [],
+        "clustered": ["knn"],
+    }
+    for name, protocols in measured.items():
+        words = [word for protocol in protocols for word in ("--protocol", protocol)]
+        told = json.loads(asked(checkout, "weights/one", "--set", name, *words, "--json"))
+        main = name == "photographs"
+        assert result["decides" if main else f"{name}/decides"].endswith(told["verdicts"][0]["metric"])
+        for model, ours in (("weights/one", result), ("random", result["random"])):
+            scores = told["scores"][model]
+            assert scores == {key: ours[key if main else f"{name}/{key}"] for key in scores}
+        for metric, expected in told["differences"]["random"].items():
+            assert result["minus_random"][metric if main else f"{name}/{metric}"] == expected
+            chosen = by_image.filter(pc.equal(by_image["set"], name)).filter(pc.field("model") == "one")
+            values = chosen.filter(pc.field("metric") == (metric if main else f"{name}/{metric}"))
+            assert pc.mean(values["value"]).as_py() == pytest.approx(told["scores"]["weights/one"][metric])
+    assert {path.stem for path in (folder / "sets").iterdir()} == {*measured, "classification"} - {"photographs"}
+    verdict = re.search(r"depth: one is [a-z ]+ random: depth_rmse", (folder / "report.html").read_text())
+    assert verdict
+    assert verdict[0].removeprefix("depth: ") in (folder / "sets/depth.html").read_text()
+    clustered = by_image.filter(pc.equal(by_image["set"], "clustered"))
+    assert set(pc.unique(clustered["cluster"]).to_pylist()) == {"day", "night"}
 
 
 def test_what_cannot_be_measured_is_one_line(checkout: Path):

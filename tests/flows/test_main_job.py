@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
@@ -31,7 +32,7 @@ from components.core.storage import s3_client, split_s3_uri
 from components.data.evaluation_set import read_evaluation_set
 from components.data.provenance import SUFFIX
 from components.data.shards import ShardReader
-from components.evaluation.features import EvaluationImages, backbone_extractor, extract_features
+from components.evaluation.features import EvaluationImages
 from components.evaluation.protocols import knn
 from components.lineage.code import list_of, read_list
 from components.lineage.dvc_remote import Remote
@@ -39,6 +40,7 @@ from components.lineage.lock_file import Record
 from components.model.export import load_backbone
 from components.recipe import load_recipe
 from flows.cli import app
+from tests.evaluation.class_tokens import class_tokens
 from tests.lineage.test_code import unlisted
 
 ROOT = Path(__file__).parents[2]
@@ -305,8 +307,9 @@ def test_a_registered_model_gives_the_features_that_were_evaluated(checkout, fir
     encoded = [reader.read(**place) for place in places]
     model = mlflow.pyfunc.load_model("models:/pedigree-small-candidates@latest")
     given = model.predict(pd.DataFrame({"image": encoded}))
-    extractor = {"small": backbone_extractor(load_backbone(root / "models" / "students" / "small"))}
-    measured = extract_features(extractor, EvaluationImages(images, config.preprocessing), config, "features")["small"]
+    crops = EvaluationImages(images, config.preprocessing)
+    pixels = torch.stack([crops[index] for index in range(len(crops))])
+    measured = class_tokens(load_backbone(root / "models" / "students" / "small"), pixels)
     np.testing.assert_allclose(given, measured, rtol=1e-4, atol=1e-4)
     result = json.loads((root / "reports" / "evaluate" / "small" / "result.json").read_text())
     assert images.labels is not None

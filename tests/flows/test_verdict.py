@@ -35,6 +35,18 @@ def test_a_useless_training_is_called_so_and_not_proposed(tmp_path):
     )
 
 
+def test_each_set_has_a_verdict_and_less_depth_error_is_better(tmp_path):
+    result = compared(0.7, random=(0.5, 0.1, 0.3))
+    for name, values in compared(0.2, random=(0.3, -0.15, -0.05)).items():
+        if isinstance(values, dict):
+            result[name] |= {"street/depth_rmse": values["knn_top1"]}
+    write(tmp_path, "small", result | {"street/depth_rmse": 0.2, "street/decides": "street/depth_rmse"})
+    assert [one.text for one in verdicts(tmp_path)] == [
+        "kNN of small 0.700, better than random weights (0.500; difference +0.100 to +0.300)",
+        "depth RMSE of small on street 0.200, better than random weights (0.300; difference -0.150 to -0.050)",
+    ]
+
+
 @pytest.mark.parametrize(("failed", "proposed"), [([], True), (["champion"], False)])
 def test_what_fails_a_gate_is_not_proposed(failed, proposed):
     steps = next_steps([{"failed_gates": failed}, {"failed_gates": ["random"]}], "flowers")

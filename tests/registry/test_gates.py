@@ -11,7 +11,7 @@ import pytest
 from components.core.intervals import accuracy_interval, difference_interval
 from components.core.metrics import Interval
 from components.registry.config import GatesConfig
-from components.registry.facts import Facts, own_intervals, paired_differences
+from components.registry.facts import RESAMPLES, Facts, own_intervals, paired_differences
 from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, Gate, failed, judge, verdict
 from components.registry.promote import _check_gates
 from components.registry.publish import RegistryError
@@ -66,6 +66,22 @@ def test_champion_is_not_undercut_beyond_the_tolerance_and_the_interval(differen
     assert state("champion", evidence) == expected
 
 
+@pytest.mark.parametrize(("metric", "expected"), [("roads/depth_rmse", FAILED), ("roads/depth_delta1", PASSED)])
+def test_more_error_than_the_champion_fails(metric, expected):
+    assert state("champion", Evidence(facts(), champion="tiny/3", differences={metric: ABOVE})) == expected
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.3, PASSED), (0.2, FAILED)])
+def test_a_ceiling_limits_what_is_better_lower(limit, expected):
+    gates = GatesConfig(ceilings={"roads/depth_rmse": limit}, floors={"roads/depth_delta1": 0.5})
+    scored = {**SCORED, "roads/depth_rmse": 0.25, "roads/depth_delta1": 0.5}
+    assert state("floors", Evidence(facts(gates=gates, evaluation=scored))) == expected
+    with pytest.raises(ValueError, match=r"floors: of roads/depth_rmse lower is better; .* under ceilings"):
+        GatesConfig(floors={"roads/depth_rmse": limit})
+    with pytest.raises(ValueError, match=r"ceilings: of knn_top1 higher is better; .* under floors"):
+        GatesConfig(ceilings={"knn_top1": limit})
+
+
 @pytest.mark.parametrize(
     ("tolerance", "unmatched", "said"),
     [
@@ -77,7 +93,7 @@ def test_champion_is_not_undercut_beyond_the_tolerance_and_the_interval(differen
 def test_what_was_not_compared_is_told(tolerance, unmatched, said):
     evidence = Evidence(facts(gates=GatesConfig(tolerance=tolerance)), "tiny/3", differences={"knn_top1": UNCLEAR})
     (gate, *_) = judge(dataclasses.replace(evidence, unmatched=unmatched))
-    assert (gate.state, gate.text) == (PASSED, f"not below tiny/3: knn_top1 -0.020 (-0.060 to +0.020){said}")
+    assert (gate.state, gate.text) == (PASSED, f"not worse than tiny/3: knn_top1 -0.020 (-0.060 to +0.020){said}")
 
 
 @pytest.mark.parametrize("found", [{}, {"knn_top1": Interval(float("nan"), float("nan"), float("nan"))}])
@@ -200,6 +216,20 @@ def test_pairs_are_made_by_image_and_only_of_the_same_images():
     expected = difference_interval(ours, theirs, generator, 1)
     assert paired_differences(table(ids, ours), shuffled) == {"knn_top1": expected}
     assert paired_differences(table(ids, ours), shuffled.slice(1)) is None
+
+
+def test_images_of_one_photograph_widen_the_intervals_of_the_registry():
+    generator = np.random.default_rng(0)
+    photographs = np.repeat([f"photo-{n}" for n in range(12)], 5)
+    ours, theirs = (np.repeat(generator.integers(0, 2, 12), 5).astype(float) for _ in range(2))
+    plain = pa.table({"image_id": [f"{i:03}" for i in range(60)], "metric": ["knn_top1"] * 60, "value": ours})
+    other = plain.set_column(2, "value", pa.array(theirs))
+    ours_of, theirs_of = (table.append_column("cluster", pa.array(photographs)) for table in (plain, other))
+    assert own_intervals(ours_of) == {"knn_top1": accuracy_interval(ours, photographs)}
+    found = paired_differences(ours_of, theirs_of)
+    assert found == {"knn_top1": difference_interval(ours, theirs, np.random.default_rng(0), RESAMPLES, photographs)}
+    (narrow,) = paired_differences(plain, other).values()
+    assert found["knn_top1"].high - found["knn_top1"].low > narrow.high - narrow.low
 
 
 def test_the_same_weights_and_scores_are_the_same_candidate_beside_another_champion():

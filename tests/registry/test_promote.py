@@ -111,9 +111,11 @@ def test_a_worse_candidate_is_stopped_by_the_gate_that_says_so(finished, name: s
     decide(finished, f"{name}-candidates/2")
     found = review_reference(MlflowClient(), f"{name}@latest", finished["latest"])
     assert [gate.name for gate in found.failed] == ["champion", "lineage"]
-    assert found.failed[0].text == f"below {name}/1: knn_top1 -0.250 (-0.309 to -0.186)"
+    assert found.failed[0].text == f"worse than {name}/1: knn_top1 -0.250 (-0.309 to -0.186)"
     before = state(name)
-    with pytest.raises(RegistryError, match=r"does not pass 1 of 12 gates: champion: below .*--waive champion=REASON"):
+    with pytest.raises(
+        RegistryError, match=r"does not pass 1 of 12 gates: champion: worse than .*--waive champion=REASON"
+    ):
         decide(finished, f"{name}@latest")
     with pytest.raises(ConfigError, match="the gate random does not fail"):
         decide(finished, f"{name}@latest", random="why not")
@@ -411,7 +413,7 @@ def test_commands(finished, name: str, monkeypatch, tmp_path: Path):
     assert f"{name}-candidates/1 is the champion of {name} already ({name}/1)" in again.stdout
     refused = invoke(app, ["promote", f"{name}@latest", "--reason", "good", "--waive", "lineage=x"])
     assert refused.exit_code == 1
-    assert f"error: {name}-candidates/3 does not pass 1 of 12 gates: champion: below {name}/1" in refused.stderr
+    assert f"error: {name}-candidates/3 does not pass 1 of 12 gates: champion: worse than {name}/1" in refused.stderr
     assert invoke(app, ["promote", f"{name}/1"]).exit_code == 2
     assert "expected GATE=REASON" in invoke(app, [*chosen[:-1], "lineage"]).stderr
 

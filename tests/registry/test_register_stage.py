@@ -105,6 +105,7 @@ def test_run_has_inputs_and_metrics_of_each_model(finished):
     for item, value in (("candidates", 0.75), ("small-candidates", 0.5)):
         assert metrics[item]["knn_top1"] == value
         assert metrics[item]["random.knn_top1"] == 0.1
+        assert metrics[item]["roads/slices.light_dark"] == 0.5
     assert finished["first"]["teacher"]["uri"] == f"models:/{name}-candidates/1"
 
 

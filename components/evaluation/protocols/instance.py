@@ -6,7 +6,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from components.evaluation.features import Augmentation, EvaluationImages
+from components.evaluation.protocol_input import ProtocolInput
+from components.evaluation.scores import Scores
+
 _CHUNK = 1024  # queries compared at once
+
+
+def run(given: ProtocolInput) -> Scores:
+    """Measure a model on images without classes: how well it finds an image by an augmented view of it."""
+    images, config = given.evalset.images, given.settings.instance
+    order = np.random.default_rng(given.seed).permutation(images.images.num_rows)
+    rows = np.sort(order[: config.num_queries])
+    views = EvaluationImages(images.take(rows), given.preprocessing, Augmentation(config, given.seed))
+    queries = given.features_of(views, f"views {given.seed} {config.model_dump_json()}")
+    ranks = retrieval_ranks(queries, given.tokens.features, rows)
+    scores = Scores()
+    scores.add("instance_map", 1 / ranks, rows)
+    scores.add("instance_recall_at_1", (ranks == 1).astype(np.float64), rows)
+    return scores
 
 
 def retrieval_ranks(

@@ -82,7 +82,8 @@ def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: 
         if not chosen:
             continue
         precisions = [_query_precision(orders[number], gallery, queries[number], mode) for number in chosen]
-        scores.add(f"retrieval_map_{mode}", np.array(precisions))
+        rows = np.array([queries[number].row for number in chosen])
+        scores.add(f"retrieval_map_{mode}", np.array(precisions), rows)
     return scores
 
 
