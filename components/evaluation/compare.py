@@ -130,11 +130,19 @@ def compare(
 
 
 def _add_slices(scores: Scores, given: ProtocolInput) -> None:
-    """Add the worst group and the gap of each column, of the first accuracy that was measured."""
-    columns = {name: values[given.evalset.test].tolist() for name, values in given.evalset.groups.items()}
-    accuracies = [values for metric, values in scores.by_image.items() if is_accuracy(values)]
-    if columns and accuracies and len(accuracies[0]) == len(given.evalset.test):
-        scores.update(slices.evaluate(accuracies[0], columns, given.settings.slices))
+    """Add classes, groups, the worst group and the gap of each column, of the first accuracy that was measured."""
+    test, labels = given.evalset.test, given.evalset.images.labels
+    columns = {name: values[test].tolist() for name, values in given.evalset.groups.items()}
+    accuracies = [metric for metric, values in scores.by_image.items() if is_accuracy(values)]
+    if not accuracies or len(scores.by_image[accuracies[0]]) != len(test):
+        return
+    metric, correct = accuracies[0], scores.by_image[accuracies[0]]
+    if labels is not None:
+        classes = [labels.classes[target] for target in labels.targets[test]]
+        scores.parts[f"{metric} of each class"] = slices.group_accuracies(correct, classes, "class")
+    found = slices.evaluate(correct, columns, given.settings.slices)
+    found.parts = {f"{metric} by {column}": parts for column, parts in found.parts.items()}
+    scores.update(found)
 
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:

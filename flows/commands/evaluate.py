@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from components.data.evalset import Evalset
     from components.evaluation.compare import ComparedModel, Comparison
     from components.evaluation.comparison_report import Verdict
+    from components.evaluation.scores import Part
     from components.model.config import Preprocessing, ViTConfig
     from components.registry.named_weights import NamedWeights
     from flows.contamination import Contamination
@@ -134,7 +135,7 @@ def _how_scaled(model: ComparedModel) -> str:
 def _data(
     found: Comparison, told: list[Verdict], seen: dict[str, Contamination], facts: list[str], seed: int
 ) -> dict[str, Any]:
-    from components.evaluation.comparison_report import interval_differences
+    from components.evaluation.comparison_report import interval_differences, parts_by_model
 
     judged = [{**dataclasses.asdict(one), "difference": _plain(dataclasses.asdict(one.difference))} for one in told]
     compared, clusters = interval_differences(found, seed), found.evalset.clusters
@@ -152,11 +153,25 @@ def _data(
             other: {metric: dataclasses.asdict(one) for metric, one in values.items()}
             for other, values in compared.items()
         },
+        "parts": {
+            name: {what: [_part(one) for one in each] for what, each in parts.items()}
+            for name, parts in parts_by_model(found, seed).items()
+        },
+        "corruptions": {
+            name: {corruption: values.tolist() for corruption, values in scores.curves.items()}
+            for name, scores in found.scores.items()
+            if scores.curves
+        },
         "verdicts": judged,
         "notes": {name: scores.notes for name, scores in found.scores.items()},
         "contamination": {name: dataclasses.asdict(one) for name, one in seen.items()},
         "facts": facts,
     }
+
+
+def _part(part: Part) -> dict[str, Any]:
+    score = _plain(dataclasses.asdict(part.score))
+    return {"name": part.name, "num_images": part.num_images, "score": score}
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

@@ -31,6 +31,7 @@ def test_mce_by_hand():
     assert scores.metrics["corruption_accuracy"] == pytest.approx((0.7 + 0.55) / 2)
     assert scores.by_image["corruption_accuracy"].shape == (100,)
     assert scores.notes["mce_reference"] == "random"
+    np.testing.assert_allclose(scores.curves["snow"], [0.9, 0.7, 0.4])
 
 
 def test_the_reference_itself_is_one():

@@ -88,6 +88,9 @@ def test_metrics_are_those_of_the_predictions(trained):
     assert scores.metrics["segmentation_miou"] == pytest.approx(iou.mean())
     assert scores.metrics["segmentation_iou.grass"] == pytest.approx(iou[1])
     assert scores.metrics["segmentation_accuracy"] == pytest.approx((truth == found).mean())
+    ratios = scores.ratios["segmentation_iou of each class"]
+    np.testing.assert_allclose(ratios.parts.sum(axis=0) / ratios.wholes.sum(axis=0), iou)
+    assert ratios.num_images.tolist() == [(masks[TEST] == number).any(axis=(1, 2)).sum() for number in range(3)]
     for row, image in enumerate(TEST):
         mask, seen = masks[image][known[row]], predicted[row][known[row]]
         expected = jaccard_score(mask, seen, average=None, labels=np.unique(mask)).mean()

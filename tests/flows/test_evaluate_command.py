@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import jaccard_score, root_mean_squared_error
 from typer.testing import CliRunner
 
 from components.data.evaluation_set import read_evaluation_set
-from components.evaluation import settings
+from components.evaluation import comparison_pictures, settings
 from components.evaluation.config import KnnConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor
 from components.evaluation.protocols import knn
@@ -76,7 +77,13 @@ def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
     assert told["contamination"]["weights/one"]["unknown"] == "no registry knows these weights"
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
-    for part in ("weights/one minus descriptor", "By class", "Patch features", "Nearest neighbors", "contamination"):
+    for part in (
+        "weights/one minus descriptor",
+        "knn_top1 of each class",
+        "Patch features",
+        "Nearest neighbors",
+        "contamination",
+    ):
         assert part in text
     shown = asked(checkout, *words)
     assert re.search(r"weights/one is (better than|worse than|no better and no worse than) descriptor: knn_top1", shown)
@@ -95,6 +102,30 @@ def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: st
     for name in ("weights/one", "random"):
         assert np.isfinite(told["scores"][name][metric])
     assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
+
+
+@pytest.mark.parametrize(("task", "draw"), [("segmentation", "draw_segmentation"), ("depth", "draw_depth")])
+def test_the_page_shows_what_the_scored_heads_predict(checkout: Path, tmp_path: Path, task: str, draw: str):
+    """Scores are computed again from the maps that are drawn; the worst are in order."""
+    real, drawn = getattr(comparison_pictures, draw), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_pictures, draw, lambda *given: (drawn.append(given), real(*given))[1])
+        asked(checkout, "weights/one", "--set", task, "--protocol", task, "--html", str(tmp_path / "page.html"))
+    assert len(drawn) == 1  # of two test images or one, none is left beside the worst
+    shown, predicted, *_ = drawn[0]
+    assert list(predicted) == ["weights/one", "random"]
+    for one in predicted.values():
+        for truth, found, note in zip(shown.truth, one.maps, one.notes, strict=True):
+            known = np.isfinite(truth) if task == "depth" else truth != 255
+            if task == "depth":
+                expected = root_mean_squared_error(truth[known], found[known])
+            else:
+                labels = np.unique(truth[known])
+                expected = jaccard_score(truth[known], found[known], labels=labels, average="macro")
+            assert float(note) == pytest.approx(expected, abs=6e-4)
+    notes = [float(note) for note in predicted["weights/one"].notes]
+    assert notes == sorted(notes, reverse=task == "depth")
+    assert "Worst predictions of weights/one" in (tmp_path / "page.html").read_text()
 
 
 def test_clusters_widen_the_intervals_and_choices_are_told(checkout: Path):
@@ -120,6 +151,9 @@ def test_robustness_is_measured_when_asked_for(checkout: Path):
     assert 0 <= found["weights/one"]["corruption_accuracy"] <= 1
     assert sum(key.startswith("corruption_accuracy.") for key in found["weights/one"]) == 15
     assert found["random"]["mce"] == pytest.approx(1.0)
+    curves = told["corruptions"]["weights/one"]
+    assert {len(one) for one in curves.values()} == {6}
+    assert np.mean([one[1:] for one in curves.values()]) == pytest.approx(found["weights/one"]["corruption_accuracy"])
 
 
 def test_the_stage_measures_classes_only(checkout: Path, caplog: pytest.LogCaptureFixture):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from components.evaluation.dense import (
     upsample,
 )
 from components.evaluation.protocol_input import ProtocolInput, crop_target
-from components.evaluation.scores import Scores
+from components.evaluation.scores import Ratios, Scores
 from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
@@ -195,13 +195,15 @@ def evaluate(
         prefix: of the metrics' names: "segmentation" for `lin.`, "segmentation_ms" for `+ms`.
 
     Returns:
-        What `measure` returns.
+        What `measure` returns, and the head's masks in `predict`.
 
     Raises:
         DatasetError: tokens that lead to weights that are not finite.
     """
     head = fit(scales, task, config, seed, prefix)
-    return measure(head, scales, task, config.batch_size, prefix)
+    scores = measure(head, scales, task, config.batch_size, prefix)
+    scores.predict[prefix] = partial(predict, head, scales, size=task.size)
+    return scores
 
 
 def fit(
@@ -220,14 +222,15 @@ def measure(
         With `prefix` before each name: `_miou`, the mean over classes of the intersection over union of all test pixels
         (classes in no test mask and no prediction are left out); `_iou.<class>`; `_accuracy`, the share of correct
         pixels of all; and with values per image, so that models can be compared: `_image_miou`, over the classes in the
-        image's mask, and `_image_accuracy`.
+        image's mask, and `_image_accuracy`. `ratios` has the pixels of each image that `_iou` is made of.
     """
     total = np.zeros((len(task.classes), len(task.classes)), np.int64)
-    mious, accuracies = [], []
+    mious, accuracies, counts = [], [], []
     for matrix in confusion_matrices(head, scales, task, task.test, batch_size):
         total += matrix
         mious.append(class_iou(matrix)[matrix.any(axis=1)].mean())
         accuracies.append(matrix.trace() / matrix.sum())
+        counts.append((matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)))
     iou = class_iou(total)
     absent = [name for name, value in zip(task.classes, iou, strict=True) if np.isnan(value)]
     if absent:
@@ -241,7 +244,22 @@ def measure(
         for name, value in zip(task.classes, iou, strict=True)
         if not np.isnan(value)
     }
+    scores.ratios[f"{prefix}_iou of each class"] = _iou_ratios(np.array(counts), task.classes)
     return scores
+
+
+def _iou_ratios(counts: NDArray[np.int64], classes: Sequence[str]) -> Ratios:
+    """Return intersections and unions of each image, of the classes that are in a mask or a prediction.
+
+    Args:
+        counts: [T, 3, C] correct pixels, pixels of the mask, and pixels of the prediction.
+        classes: [C] names.
+    """
+    hits, true, predicted = counts.swapaxes(0, 1)  # [T, C] each
+    unions = true + predicted - hits
+    there = np.flatnonzero(unions.any(axis=0)).tolist()
+    names = [classes[number] for number in there]
+    return Ratios(names, (true[:, there] > 0).sum(axis=0), hits[:, there], unions[:, there])
 
 
 def predict(
