@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from components.core.config import ConfigError
 from components.core.intervals import is_accuracy
@@ -55,11 +57,12 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: the task that it is for, whether it reads patch tokens, and what it computes."""
+    """A protocol: the task that it is for, whether it reads patch tokens, what it computes, and whether by default."""
 
     task: str
     dense: bool
     run: Callable[[ProtocolInput], Scores]
+    default: bool = True  # False: several passes over the images
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "linear": Protocol("classification", dense=False, run=linear.run),
     "probe": Protocol("classification", dense=False, run=probe.run),
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
+    "retrieval-ms": Protocol("retrieval", dense=False, run=retrieval.run_multi_scale, default=False),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
     "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers),
+    "segmentation-ms": Protocol("segmentation", dense=True, run=segmentation.run_multi_scale, default=False),
     "depth": Protocol("depth", dense=True, run=depth.run),
     "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers),
 }
@@ -97,7 +102,7 @@ def compare(
     Args:
         evalset: the images with what the task needs.
         models: the first is the one that is asked about.
-        protocols: names; empty means all of the set's task but `robustness`, which takes 75 passes.
+        protocols: names; empty means all of the set's task but `robustness` and others of several passes.
         settings: of the protocols.
         cache: folder of tokens.
         seed: of the protocols' random choices.
@@ -114,7 +119,7 @@ def compare(
     scores: dict[str, Scores] = {}
     for model in models:
         found = scores[model.name] = Scores()
-        given = ProtocolInput(model.name, evalset, tokens[model.name], model.preprocessing, settings, seed)
+        given = _given(evalset, model, tokens[model.name], settings, cache, seed)
         for name, protocol in chosen.items():
             if protocol.dense and given.tokens.patches is None:
                 log.info("%s has no patch features: not measured by %s", model.name, name)
@@ -154,7 +159,9 @@ def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
                 f"--protocol {name}: {evalset.folder.parent.name} is a set of task {evalset.config.task}, for which "
                 f"there are {', '.join(known)}"
             )
-    return {name: fitting[name] for name in names if name in fitting} if names else fitting
+    if not names:
+        return {name: protocol for name, protocol in fitting.items() if protocol.default}
+    return {name: fitting[name] for name in names if name in fitting}
 
 
 def _add_robustness(
@@ -163,7 +170,7 @@ def _add_robustness(
     """Add the accuracy of nearest neighbors under 75 corruptions, and mCE against the random weights."""
     results = {}
     for model in models:
-        given = ProtocolInput(model.name, found.evalset, found.tokens[model.name], model.preprocessing, settings, seed)
+        given = _given(found.evalset, model, found.tokens[model.name], settings, cache, seed)
         images = partial(_corrupted_features, given, model, cache)
         results[model.name] = corrupted_results(given, images)
     for name, scores in found.scores.items():
@@ -180,6 +187,18 @@ def _corrupted_features(
     version = f"{evalset.version} test {name} {severity} {seed}"
     request = TokenRequest(images, version, model.preprocessing, given.settings.loading)
     return _tokens_of(request, model, cache).features
+
+
+def _given(
+    evalset: Evalset, model: ComparedModel, tokens: Tokens, settings: Settings, cache: Path, seed: int
+) -> ProtocolInput:
+    def find(preprocessing: Preprocessing, rows: NDArray[np.int64]) -> Tokens:
+        images = Subset(EvaluationImages(evalset.images, preprocessing), rows.tolist())
+        version = f"{evalset.version} {hashlib.sha256(rows.tobytes()).hexdigest()}"
+        dense = tokens.patches is not None
+        return _tokens_of(TokenRequest(images, version, preprocessing, settings.loading, dense), model, cache)
+
+    return ProtocolInput(model.name, evalset, tokens, model.preprocessing, settings, seed, find)
 
 
 def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:

@@ -22,7 +22,7 @@ CONFUSIONS = 10
 BARS = 40  # in a chart; more classes are told by their number
 RESAMPLES = 1000  # of each bootstrap
 # What has an interval beside a metric of all pixels together.
-PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4")}
+PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4", "segmentation_ms")}
 
 
 @dataclass(frozen=True)

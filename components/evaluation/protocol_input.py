@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,6 +52,7 @@ class ProtocolInput:
         preprocessing: of these images.
         settings: of the protocols.
         seed: of their random choices.
+        find: returns the tokens of some images of the set under another preprocessing.
     """
 
     name: str
@@ -59,12 +61,26 @@ class ProtocolInput:
     preprocessing: Preprocessing
     settings: Settings
     seed: int
+    find: Callable[[Preprocessing, NDArray[np.int64]], Tokens]
 
-    def dense(self, layers: int) -> DenseFeatures:
-        """Return the patch tokens of the last layers, at most those that there are."""
-        patches, shape = self.tokens.patches, self.tokens.cls.shape
+    def dense(self, layers: int, scale: float = 1.0) -> DenseFeatures:
+        """Return the patch tokens of the last layers, at most those that there are.
+
+        Args:
+            layers: number of them.
+            scale: multiple of the images' size; tokens of other sizes than 1 are those of the test images.
+        """
+        images = None if scale == 1 else self.evalset.test
+        tokens = self.tokens if images is None else self.find(self.scaled(scale), images)
+        patches, shape = tokens.patches, tokens.cls.shape
         assert patches is not None, "a dense protocol was given tokens without patches"
-        return DenseFeatures(patches[..., -min(layers, shape[1]) * shape[2] :], self.tokens.rows, self.tokens.rows)
+        return DenseFeatures(patches[..., -min(layers, shape[1]) * shape[2] :], tokens.rows, tokens.rows, images)
+
+    def scaled(self, scale: float) -> Preprocessing:
+        """Return the preprocessing of the same part of an image at a multiple of its size, in whole patches."""
+        size = self.preprocessing.crop_size
+        patch = size // self.tokens.rows if self.tokens.rows else 1  # a descriptor has no patches
+        return self.preprocessing.at(max(patch, round(size * scale / patch) * patch))
 
     @property
     def labels(self) -> Labels:

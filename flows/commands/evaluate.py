@@ -33,7 +33,9 @@ SCHEMA = "pedigree-evaluation/1"
 def evaluate(
     model: Annotated[str, typer.Argument(metavar=METAVAR, help=HELP)],
     evalset: Annotated[str, typer.Option("--set", help="Name of an evaluation set; `pedigree evalset list`.")],
-    protocol: Annotated[list[str] | None, typer.Option(help="Only this one; can be repeated.")] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="Only this one; can be repeated. Default: those of one pass.")
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(metavar=METAVAR, help="Another model beside it; can be repeated.")
     ] = None,

@@ -153,6 +153,8 @@ def test_scales_are_averaged_as_probabilities(trained):
     found = predict(head, [features, fine], TEST, (32, 32))
     np.testing.assert_array_equal(found, probs.argmax(dim=1)[TEST].numpy())
     assert (found != predict(head, [features], TEST, (32, 32))).mean() > 0.05
+    tested = DenseFeatures(fine.tokens[TEST], 8, 8, TEST)  # without train images
+    np.testing.assert_array_equal(predict(head, [features, tested], TEST[::2], (32, 32)), found[::2])
 
 
 def test_the_learning_rate_is_chosen_on_train(trained, caplog):

@@ -13,11 +13,12 @@ import torch
 from sklearn.metrics import jaccard_score, root_mean_squared_error
 from typer.testing import CliRunner
 
+from components.data.evalset import read_evalset
 from components.data.evaluation_set import read_evaluation_set
 from components.evaluation import comparison_pictures, settings
 from components.evaluation.config import KnnConfig
 from components.evaluation.features import EvaluationImages, backbone_extractor
-from components.evaluation.protocols import knn
+from components.evaluation.protocols import knn, retrieval
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import load_backbone, save_weights
 from components.model.vit import VisionTransformer
@@ -91,10 +92,11 @@ def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("task", "protocol", "metric"),
-    [("segmentation", "segmentation", "segmentation_miou"), ("segmentation", "segmentation-lin4",
-     "segmentation_lin4_miou"), ("depth", "depth", "depth_rmse"), ("depth", "depth-lin4", "depth_lin4_rmse"),
-     ("retrieval", "retrieval", "retrieval_map_medium"), ("classification", "linear", "linear_top1"),
-     ("classification", "probe", "probe_top1")],
+    [("segmentation", "segmentation", "segmentation_miou"),
+     ("segmentation", "segmentation-lin4", "segmentation_lin4_miou"),
+     ("segmentation", "segmentation-ms", "segmentation_ms_miou"), ("depth", "depth", "depth_rmse"),
+     ("depth", "depth-lin4", "depth_lin4_rmse"), ("retrieval", "retrieval", "retrieval_map_medium"),
+     ("classification", "linear", "linear_top1"), ("classification", "probe", "probe_top1")],
 )  # fmt: skip
 def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: str, metric: str):
     told = json.loads(asked(checkout, "weights/one", "--set", task, "--protocol", protocol, "--json"))
@@ -102,6 +104,22 @@ def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: st
     for name in ("weights/one", "random"):
         assert np.isfinite(told["scores"][name][metric])
     assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
+
+
+def test_retrieval_by_several_sizes_is_that_of_the_mean_of_its_features(checkout: Path):
+    told = json.loads(asked(checkout, "weights/one", "--set", "retrieval", "--protocol", "retrieval-ms", "--json"))
+    assert told["notes"]["weights/one"] == {"retrieval_ms_sizes": "32, 24, 16 pixels"}  # 22.6 in whole patches of 8
+    (folder,) = (checkout / "data/evaluation/retrieval").glob("*/manifest.parquet")
+    evalset, extract = read_evalset(folder.parent), backbone_extractor(load_backbone(checkout / "weights/one"))
+    parts = []
+    for size in (32, 24, 16):
+        crops = EvaluationImages(evalset.images, Preprocessing(resize_size=size, crop_size=size))
+        parts.append(extract(torch.stack([crops[index] for index in range(len(crops))])))
+    queries = [retrieval.Query(q.index, *map(tuple, (q.easy, q.hard, q.junk))) for q in evalset.queries]
+    expected = retrieval.evaluate(np.mean(parts, axis=0), queries, evalset.gallery)
+    for mode in ("easy", "medium", "hard"):
+        found = told["scores"]["weights/one"][f"retrieval_ms_map_{mode}"]
+        assert found == expected.metrics[f"retrieval_map_{mode}"]
 
 
 @pytest.mark.parametrize(("task", "draw"), [("segmentation", "draw_segmentation"), ("depth", "draw_depth")])

@@ -3,6 +3,8 @@
 BatchNorm and a linear layer on the patch tokens; its low-resolution logits are upsampled to the mask. For `lin.` the
 tokens are the last layer's; for `+ms` those of the last four layers together, and class probabilities are averaged over
 images of several sizes. The recipe of the training is dinov3's, without its augmentation: features are computed once.
+Sizes of `+ms` are the smaller three of DINOv2's five, each of whole images: it slides a window over those of 2.28 and 3
+times the size, and adds mirrored images.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from components.evaluation.scores import Ratios, Scores
 from components.evaluation.tokens import LAYERS
 
 log = logging.getLogger(__name__)
+
+SCALES = (1.0, 1.32, 1.73)  # `img_ratios` of DINOv2's released configurations of +ms, also 2.28 and 3
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class _Problem(DenseProblem[SegmentationHead]):
         return F.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=-1)
 
     def validation_score(self, head: SegmentationHead, images: NDArray[np.int64]) -> float:
-        matrices = confusion_matrices(head, self.scales, self.task, images, self.batch_size)
+        matrices = confusion_matrices(head, self.scales[:1], self.task, images, self.batch_size)
         return float(np.nanmean(class_iou(reduce(np.add, matrices))))
 
 
@@ -168,6 +172,15 @@ def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last four layers, at one size: `+ms` without its other sizes."""
     features, prefix = [given.dense(LAYERS)], "segmentation_lin4"
     return evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
+
+
+def run_multi_scale(given: ProtocolInput) -> Scores:
+    """Measure a model on a segmentation set by the last four layers, at several sizes of the test images (`+ms`)."""
+    features, prefix = [given.dense(LAYERS, scale) for scale in SCALES], "segmentation_ms"
+    scores = evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
+    sizes = ", ".join(str(given.scaled(scale).crop_size) for scale in SCALES)
+    scores.notes["segmentation_ms_sizes"] = f"{sizes} pixels"
+    return scores
 
 
 def _task(given: ProtocolInput) -> SegmentationTask:
@@ -188,7 +201,7 @@ def evaluate(
 
     Args:
         scales: features of all images, of one layer and size for `lin.`; for `+ms` of four layers, at each test scale.
-            The head is trained on the first scale.
+            The head is trained on the first scale, and its learning rate chosen on it.
         task: masks, splits and classes.
         config: of the training.
         seed: of the training.
