@@ -28,6 +28,7 @@ from components.data.evalset_config import EVALSET, EvalsetConfig
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, read_collection, read_manifest, read_table, write_table
+from components.data.mapped_set import read_mapped, train_set_folder
 from components.data.targets import decode_depth, decode_mask
 
 TARGETS, QUERIES, GROUPS = "targets.parquet", "queries.parquet", "groups.parquet"
@@ -71,6 +72,7 @@ class Evalset:
     folder: Path
     config: EvalsetConfig
     images: EvaluationSet  # with labels for classification
+    learned: Evalset | None = None  # set of `train_set`, whose train images come first in `images`
 
     @cached_property
     def version(self) -> str:
@@ -139,8 +141,12 @@ class Evalset:
         if not self.config.groups:
             return {}
         table = read_groups(self.folder)
-        rows = np.searchsorted(table["image_id"].to_numpy().astype(str), np.array(self._ids))
-        return {name: table[name].to_numpy().astype(str)[rows] for name in self.config.groups}
+        others = 0 if self.learned is None else len(self.train)  # images of another set have no group here
+        rows = np.searchsorted(table["image_id"].to_numpy().astype(str), np.array(self._ids[others:]))
+        return {
+            name: np.concatenate([np.full(others, ""), table[name].to_numpy().astype(str)[rows]])
+            for name in self.config.groups
+        }
 
     @cached_property
     def _class_of_value(self) -> NDArray[np.uint8]:
@@ -188,6 +194,9 @@ def read_evalset(folder: Path) -> Evalset:
         ConfigError: `evalset.yaml` has a wrong value.
     """
     config = read_config(folder)
+    if config.train_set is not None:
+        learned = read_evalset(train_set_folder(config.train_set, folder.parents[1]))
+        return Evalset(folder, config, read_mapped(folder, config), learned)
     if config.task == "classification":
         return Evalset(folder, config, read_evaluation_set(folder))
     table = read_collection(folder).sort_by("image_id")

@@ -153,7 +153,7 @@ def _make(request: EvalsetRequest, scratch: Path) -> Added:
     assert report.evaluation_snapshot is not None
     folder = _Folder(request.source, config, report.evaluation_snapshot)
     folder.write()
-    check_content(folder.snapshot, folder.findings)
+    check_content(folder.snapshot, folder.findings, request.evaluation)
     validation = judge(folder.snapshot, folder.findings, request.docs_folder / f"evalset-{request.name}")
     return _describe(folder, report, validation)
 
@@ -205,7 +205,10 @@ class _Folder:
             "images_readable", "every file below images/ is an image that can be taken", unreadable, seen
         )
         splits = {uri: split_of(PurePosixPath(uri).parts[0]) for uri in self.ids if "/" in uri}
-        if self.config.task != "retrieval" or any(splits.values()):
+        if self.config.train_set is not None:
+            trained = [uri for uri, split in splits.items() if split == TRAIN]
+            self.findings.require("only_test_images", "a set with `train_set` has no train images", trained, seen)
+        elif self.config.task != "retrieval" or any(splits.values()):
             outside = [uri for uri in self.ids if splits.get(uri) is None]
             self.findings.require("images_in_splits", "images are below images/train or images/test", outside, seen)
             present = set(splits.values())
@@ -222,13 +225,17 @@ class _Folder:
 
     def _set_columns(self) -> None:
         """Drop labels and splits that ingest read from folders, and this task does not have."""
+        columns: dict[str, Any] = {}
         if self.config.task == "classification":
             labels = place({uri.rpartition("/")[0] for uri in self.ids}).labels
             self._check_copies({uri: str(labels[uri.rpartition("/")[0]]) for uri in self.ids}, "class")
-            return
-        columns = {"label": pa.nulls(len(self.table), pa.string())}
-        if self.config.task == "retrieval" and not any(split_of(uri.partition("/")[0]) for uri in self.ids):
+        else:
+            columns["label"] = pa.nulls(len(self.table), pa.string())
+        unsplit = self.config.task == "retrieval" and not any(split_of(uri.partition("/")[0]) for uri in self.ids)
+        if unsplit or self.config.train_set is not None:
             columns["split"] = pa.array([TEST] * len(self.table))
+        if not columns:
+            return
         for name, values in columns.items():
             column = self.table.schema.get_field_index(name)
             self.table = self.table.set_column(column, self.table.schema.field(name), values)

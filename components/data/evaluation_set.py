@@ -32,6 +32,14 @@ class Labels:
     targets: NDArray[np.int64]  # [N] class of each image; -1 for none
     train: NDArray[np.int64]  # indices of train images
     test: NDArray[np.int64]  # indices of test images whose class is in train
+    predictable: NDArray[np.int64] | None = None  # classes that test images can be taken for; None: all
+
+    @property
+    def gallery(self) -> NDArray[np.int64]:
+        """Indices of the train images that can be neighbors: those of predictable classes."""
+        if self.predictable is None:
+            return self.train
+        return self.train[np.isin(self.targets[self.train], self.predictable)]
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,15 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
 
 
 def _of_classes(root: Path, table: pa.Table) -> pa.Table:
-    """Leave out sets of other tasks, such as segmentation, which only `pedigree evaluate` measures."""
+    """Leave out sets of other tasks or without train images, which only `pedigree evaluate` measures."""
     for path in sorted(root.glob(f"*/*/{EVALSET}")):
-        task, shards = load_yaml(path).get("task"), f"{path.parent.relative_to(root).as_posix()}/"
-        if task != "classification":
+        config, shards = load_yaml(path), f"{path.parent.relative_to(root).as_posix()}/"
+        task, train_set = config.get("task"), config.get("train_set")
+        if task != "classification" or train_set:
             others = pc.starts_with(table["shard"], shards)
             count, name = pc.sum(others).as_py() or 0, path.parent.parent.name
-            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, task)
+            what = f"heads of {train_set}" if train_set else task
+            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, what)
             table = table.filter(pc.invert(others))
     return table
 

@@ -28,7 +28,7 @@ from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
+from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens, joined
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.model.vit import VisionTransformer
@@ -202,7 +202,13 @@ def _given(
 
 
 def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:
+    """Return the tokens of all images; those of another set's train images are that set's, for all that need them."""
     images = EvaluationImages(evalset.images, model.preprocessing)
+    if evalset.learned is not None:
+        learned = _tokens(evalset.learned, model, loading, dense, cache)
+        own = Subset(images, evalset.test.tolist())
+        request = TokenRequest(own, evalset.version, model.preprocessing, loading, dense)
+        return joined(learned, evalset.learned.train, _tokens_of(request, model, cache))
     return _tokens_of(TokenRequest(images, evalset.version, model.preprocessing, loading, dense), model, cache)
 
 

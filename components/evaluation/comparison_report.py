@@ -155,9 +155,9 @@ def _bars(parts: Mapping[str, list[Part]]) -> list[Bars]:
 def _confusions(found: Comparison, labels: Labels, settings: Settings) -> list[tuple[str, str, int]]:
     """Return the most frequent confusions of the first model by its nearest neighbors."""
     tokens = next(iter(found.tokens.values()))
-    count = min(settings.knn.reported, len(labels.train))
-    near = nearest(tokens.features[labels.test], tokens.features[labels.train], count)
-    votes = labels.targets[labels.train][near.indices]
+    count = min(settings.knn.reported, len(labels.gallery))
+    near = nearest(tokens.features[labels.test], tokens.features[labels.gallery], count)
+    votes = labels.targets[labels.gallery][near.indices]
     predicted = knn_predictions(near.similarities, votes, {count}, settings.knn.temperature)[count]
     targets = labels.targets[labels.test]
     pairs = Counter(zip(targets[predicted != targets].tolist(), predicted[predicted != targets].tolist(), strict=True))

@@ -66,6 +66,15 @@ class Tokens:
         return self.cls[:, -1]
 
 
+def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
+    """Return the tokens of some rows, then those of another set, in memory and without patch tokens."""
+    cls, mean = (
+        np.concatenate([one[rows], two])
+        for one, two in ((first.cls, second.cls), (first.mean_patch, second.mean_patch))
+    )
+    return Tokens(cls, mean, None, second.rows)
+
+
 @dataclass(frozen=True)
 class Loading:
     """How images are read, as the stage `evaluate` reads them.

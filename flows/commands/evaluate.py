@@ -122,6 +122,10 @@ def scaled(weights: NamedWeights, evalset: Evalset, shape: ViTConfig) -> Preproc
 def _about(evalset: Evalset) -> str:
     asked = evalset.config.resolution
     at = f", made for {asked} pixels" if asked else ""
+    learned, labels = evalset.learned, evalset.images.labels
+    if learned is not None and labels is not None and labels.predictable is not None:
+        at += f"; trained on {learned.folder.parent.name} {learned.version}, and only the {len(labels.predictable)} of "
+        at += f"its {len(labels.classes)} classes that the set has can be predicted"
     return (
         f"{evalset.folder.parent.name} {evalset.version}, {evalset.config.task}, {evalset.config.license}: "
         f"{len(evalset.train):,} train and {len(evalset.test):,} test images{at}"

@@ -96,6 +96,14 @@ def retrieval(folder: Path) -> Path:
     return write(folder, {**files, "queries.csv": rows, "evalset.yaml": config("retrieval")})
 
 
+def mapped(folder: Path) -> Path:
+    """Test images of two classes of the set `classification`, one of them under another name."""
+    files: dict[str, bytes | str] = {f"images/{name}/{n}.png": photo(50 + n + len(name))
+                                     for name in ("kitty", "dog") for n in range(2)}  # fmt: skip
+    options = {"train_set": "classification", "mapping": {"kitty": "cat"}}
+    return write(folder, {**files, "evalset.yaml": config("classification", **options)})
+
+
 def request(folder: Path, name: str = "set", **values: object) -> EvalsetRequest:
     root = folder.parent
     places = {"evaluation": root / "evaluation", "docs_folder": root / "docs"}

@@ -21,6 +21,8 @@ from components.data.evalset_config import EvalsetConfig, EvalsetError
 from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
 from components.data.rebuild import rebuild
+from components.evaluation.features import EvaluationImages
+from components.model.config import Preprocessing
 from tests.data import evalset_folders as folders
 from tests.data.evalset_folders import SIZE, add, config, halves, mask, npy, photo, png, request, write
 
@@ -85,6 +87,41 @@ def test_a_retrieval_set_has_queries_and_a_gallery(added: dict[str, Added]) -> N
     assert {names[i] for i in found.gallery} == {"a.png", "b.png", "c.png"}
     assert set(found.images.images["split"].to_pylist()) == {"test"}
     assert found.images.images["label"].null_count == 5
+
+
+@quick
+def test_a_set_without_train_images_has_those_of_another(tmp_path: Path) -> None:
+    learned = read_evalset(add(folders.classification(tmp_path / "classification"), "classification").snapshot)
+    made = add(folders.mapped(tmp_path / "mapped"), "mapped")
+    assert made.images == {"test": 4}
+    found = read_evalset(made.snapshot)
+    assert found.images.labels is not None
+    assert found.images.labels.classes == ("cat", "dog")
+    names = found.images.images["source_uri"].to_pylist()
+    assert names[:4] == [learned.images.images["source_uri"][int(row)].as_py() for row in learned.train]
+    targets = dict(zip(names[4:], found.images.labels.targets[found.test].tolist(), strict=True))
+    assert targets == {"kitty/0.png": 0, "kitty/1.png": 0, "dog/0.png": 1, "dog/1.png": 1}
+    assert EvaluationImages(found.images, Preprocessing().at(8))[7].shape == (8, 8, 3)  # from this set's shard
+    for changes, expected in (
+        ({"mapping": {}}, "classes_mapped: every class is one of classification.*; 1 of 2 wrong, .* kitty as kitty"),
+        ({"mapping": {"kitty": "lion"}}, "classes_mapped: .*for example kitty as lion"),
+        ({"mapping": {"kitty": "dog"}}, "two_classes: .*for example only dog"),
+        ({"mapping": {"kitty": "cat", "cub": "cat"}}, "mapping_used: .*1 of 2 wrong, for example cub"),
+        ({"train_set": "birds"}, "train_set_known: .*0 sets of this name in .*there are classification, mapped"),
+        ({"train_set": "mapped", "mapping": {}}, "train_set_known: .*not a classification set with train images"),
+    ):
+        options = {"train_set": "classification", "mapping": {"kitty": "cat"}, **changes}
+        folder = write(folders.mapped(tmp_path / "again"), {"evalset.yaml": config("classification", **options)})
+        with pytest.raises(EvalsetError, match=expected):
+            check_folder(request(folder))
+    folder = write(folders.mapped(tmp_path / "again"), {"images/dog/2.png": photo(0)})
+    with pytest.raises(EvalsetError, match=r"images_not_learned: .*1 of 5 wrong, for example dog/2\.png"):
+        check_folder(request(folder))
+    shutil.rmtree(folder / "images")
+    for split in ("train", "test"):
+        write(folder, {f"images/{split}/{name}/0.png": photo(len(split + name)) for name in ("kitty", "dog")})
+    with pytest.raises(EvalsetError, match=r"only_test_images: .*2 of 4 wrong, for example train/dog/0\.png"):
+        check_folder(request(folder))
 
 
 def test_equal_folders_give_equal_bytes_and_other_content_another_version(
@@ -241,6 +278,8 @@ def test_a_damaged_file_is_named(added: dict[str, Added], tmp_path: Path) -> Non
         ({"task": "segmentation", "classes": {0: "a", 256: "b"}}, "256"),
         ({"task": "classification", "groups": ["image"]}, "groups"),
         ({"task": "detection"}, "task"),
+        ({"task": "depth", "depth_range": [1, 2], "train_set": "a"}, "train_set"),
+        ({"task": "classification", "mapping": {"a": "b"}}, "mapping"),
         ({"task": "depth", "depth_range": [1, 2], "metric": ""}, "metric"),
         ({"task": "classification", "mertic": "x"}, "did you mean 'metric'"),
     ],

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import jaccard_score, root_mean_squared_error
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
 from typer.testing import CliRunner
 
 from components.data.evalset import read_evalset
@@ -40,6 +42,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders.judge_by_facts_only(patch)
         for make in (folders.classification, folders.segmentation, folders.depth, folders.retrieval):
             folders.add(make(root / "data" / make.__name__), make.__name__)
+        sketches = {f"images/{name}/{n}.png": folders.photo(90 + n + 10 * len(name)) for name in ("cup", "brick")
+                    for n in range(4)}  # fmt: skip
+        options = {"train_set": "photographs", "mapping": {"cup": "coffee"}}
+        sketches["evalset.yaml"] = folders.config("classification", **options)
+        folders.add(folders.write(root / "data/sketches", sketches), "sketches")
         clustered = folders.classification(root / "data/clustered")
         folders.write(clustered, {"evalset.yaml": folders.config("classification", groups=["light"], clusters="light")})
         folders.add(clustered, "clustered")
@@ -104,6 +111,25 @@ def test_each_protocol_measures_its_task(checkout: Path, task: str, protocol: st
     for name in ("weights/one", "random"):
         assert np.isfinite(told["scores"][name][metric])
     assert (metric in told["scores"]["descriptor"]) == (task in ("retrieval", "classification"))
+
+
+def test_a_set_is_measured_by_what_was_learned_on_another(checkout: Path):
+    told = json.loads(asked(checkout, "weights/one", "--set", "sketches", "--json"))
+    assert "only the 2 of its 3 classes that the set has can be predicted" in told["facts"][0]
+    (folder,) = (checkout / "data/evaluation/sketches").glob("*/manifest.parquet")
+    learned = read_evaluation_set(checkout / "data/evaluation/photographs/0123456789ab")
+    own, extract = read_evalset(folder.parent).images, backbone_extractor(load_backbone(checkout / "weights/one"))
+    parts = {}
+    for name, images, rows in (("train", learned, learned.labels.train), ("test", own, own.labels.test)):
+        crops = EvaluationImages(images, Preprocessing().at(32))
+        parts[name] = normalize(extract(torch.stack([crops[int(row)] for row in rows])))
+    targets = learned.labels.targets[learned.labels.train]
+    shared = targets != learned.labels.classes.index("astronaut")
+    model = KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    predicted = model.fit(parts["train"][shared], targets[shared]).predict(parts["test"])
+    correct = predicted == own.labels.targets[own.labels.test]
+    assert told["scores"]["weights/one"]["knn_top1"] == correct.mean()
+    assert {"linear_top1", "probe_top1"} <= set(told["scores"]["descriptor"])
 
 
 def test_retrieval_by_several_sizes_is_that_of_the_mean_of_its_features(checkout: Path):
@@ -184,8 +210,8 @@ def test_the_stage_measures_classes_only(checkout: Path, caplog: pytest.LogCaptu
 def test_what_cannot_be_measured_is_one_line(checkout: Path):
     told = asked(checkout, "weights/one", "--set", "birds", code=2)
     assert (
-        "--set birds: no such set; there are classification, clustered, depth, photographs, retrieval, segmentation"
-        in told
+        "--set birds: no such set; there are classification, clustered, depth, photographs, retrieval, segmentation, "
+        "sketches" in told
     )
     told = asked(checkout, "weights/one", "--set", "depth", "--protocol", "knn", code=2)
     assert "--protocol knn: depth is a set of task depth, for which there are depth, depth-lin4" in told
