@@ -54,6 +54,11 @@ class ComparedModel:
     backbone: VisionTransformer | None
     preprocessing: Preprocessing
 
+    @property
+    def device(self) -> torch.device:
+        """Device that features are computed on."""
+        return torch.device("cpu") if self.backbone is None else next(self.backbone.parameters()).device
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,10 @@ from components.model.config import Preprocessing
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer, ViTOutput
 
-VERSION = 1  # raise it whenever a change here changes the arrays
+VERSION = 2  # raise it whenever a change here changes the arrays
 LAYERS = 4  # last ones, which linear probes and dense protocols read (METHOD.md 6.1); of shallower networks all
 BATCH_PATCHES = 2**14  # computed at once
-CLS, MEAN, PATCHES = "cls.npy", "mean_patch.npy", "patches.npy"
+CLS, MEAN, PATCHES, PASS = "cls.npy", "mean_patch.npy", "patches.npy", "pass.json"
 
 
 class Images(Protocol):
@@ -53,12 +54,14 @@ class Tokens:
         patches: [N, P, L * D] float16, patch tokens of the last L layers side by side, row by row of the grid; None
             unless asked for.
         rows: of the patch grid.
+        device_seconds: wall-clock time of the pass that computed them, whenever it was, summed over its devices.
     """
 
     cls: NDArray[np.float32]
     mean_patch: NDArray[np.float32]
     patches: NDArray[np.float16] | None
     rows: int
+    device_seconds: float = 0.0
 
     @property
     def features(self) -> NDArray[np.float32]:
@@ -72,7 +75,7 @@ def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
         np.concatenate([one[rows], two])
         for one, two in ((first.cls, second.cls), (first.mean_patch, second.mean_patch))
     )
-    return Tokens(cls, mean, None, second.rows)
+    return Tokens(cls, mean, None, second.rows, first.device_seconds + second.device_seconds)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def find_tokens(backbone: VisionTransformer, digest: str, request: TokenRequest,
         barrier()
     names = (CLS, MEAN, PATCHES) if request.dense else (CLS, MEAN)
     cls, mean, *patches = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names)
-    return Tokens(cls, mean, patches[0] if patches else None, rows)
+    seconds = json.loads((folder / PASS).read_text())["device_seconds"]
+    return Tokens(cls, mean, patches[0] if patches else None, rows, seconds)
 
 
 def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, rows: int) -> None:
@@ -151,14 +155,17 @@ def _compute(backbone: VisionTransformer, request: TokenRequest, folder: Path, r
     try:
         barrier()
         arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
+        began = time.monotonic()
         _fill(backbone, request, arrays, layers)
         for array in arrays.values():
             array.flush()
         barrier()
+        device_seconds = (time.monotonic() - began) * world_size()
         if rank() == 0:
             with atomic_dir(folder) as staging:
                 for name in shapes:
                     (shared / name).rename(staging / name)
+                (staging / PASS).write_text(json.dumps({"device_seconds": device_seconds}))
     finally:
         if rank() == 0:  # a killed call's part is written over by the next
             shutil.rmtree(shared, ignore_errors=True)

@@ -63,6 +63,7 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     from components.core.storage import write_bytes
     from components.evaluation.compare import baselines, compare, load_model
     from components.evaluation.comparison_report import notes, verdicts, write_page
+    from components.evaluation.cost import pass_cost
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
     from flows.contamination import contamination
@@ -70,17 +71,25 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     root = Path.cwd()
     found = find_set(root, asked)
     weights = [named_weights(name) for name in names]
-    settings = settings_for(found, load_recipe(root, None).evaluate)
+    recipe = load_recipe(root, None)
+    settings = settings_for(found, recipe.evaluate)
     given = [load_model(one.name, one.folder, partial(scaled, one, found)) for one in weights]
     models = [*given, *baselines(given[0], seed)]
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.name: contamination(one.name if _registered(one) else None, found, root) for one in weights}
+    costs = {
+        one.name: pass_cost(compared.tokens[one.name].device_seconds, one.device, recipe.pretrain.monitor.energy)
+        for one in given
+    }
     facts = [_about(found), *map(_how_scaled, given), *(f"{name}: {one.line()}" for name, one in seen.items())]
+    facts += [f"{name}: {one.line()}" for name, one in costs.items()]
     facts += [*filter(None, (one.assumed for one in weights)), *settings.lines(compared.protocols), *notes(compared)]
     told = verdicts(compared, seed)
     if html is not None:
         write_bytes(html, write_page(compared, models, facts, settings, seed))
-    return Answer(_data(compared, told, seen, facts, seed), partial(_show, compared, told, facts, html))
+    data = _data(compared, told, seen, facts, seed)
+    data["costs"] = {name: dataclasses.asdict(one) for name, one in costs.items()}
+    return Answer(data, partial(_show, compared, told, facts, html))
 
 
 def find_set(root: Path, name: str) -> Evalset:

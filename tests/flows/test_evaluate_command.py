@@ -83,6 +83,8 @@ def test_a_model_beside_others_on_classes(checkout: Path, tmp_path: Path):
     assert difference["mean"] == pytest.approx(found["weights/one"] - found["descriptor"])
     assert {one["other"] for one in told["verdicts"]} == {"weights/two", "random", "descriptor"}
     assert told["contamination"]["weights/one"]["unknown"] == "no registry knows these weights"
+    assert set(told["costs"]) == {"weights/one", "weights/two"}
+    assert told["costs"]["weights/one"]["device_seconds"] > 0
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     for part in (
