@@ -37,6 +37,7 @@ from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, POOL_SCHEMA, read_manifest, read_table
 from components.data.mapped_set import train_labels
 from components.data.targets import TargetError, decode_depth, decode_mask
+from components.data.video_set import CLIPS, CLIPS_SCHEMA
 
 pc: Any = pyarrow.compute  # created at import, invisible to pyright
 OF = "evaluation set"  # what is examined, in Data Docs
@@ -111,6 +112,8 @@ def check_content(folder: Path, findings: Findings, evaluation: Path) -> None:
     config, table = read_config(folder), read_manifest(folder / MANIFEST)
     if config.train_set is not None:
         _check_mapped(config, table, evaluation, findings)
+    elif config.task == "video":
+        _check_clips(folder, table, findings)
     elif config.task != "retrieval":
         missing = [split for split in (TRAIN, TEST) if split not in set(table["split"].to_pylist())]
         findings.require("splits_filled", "train and test have images", missing, 2)
@@ -161,6 +164,28 @@ def _check_classes(table: pa.Table, findings: Findings) -> None:
     findings.require("classes_in_train", "every class of test has a train image", test - train, len(test))
     few = [f"only {label}" for label in train] if len(train) < 2 else []
     findings.require("two_classes", "there are two classes or more", few, 1)
+
+
+def _check_clips(folder: Path, table: pa.Table, findings: Findings) -> None:
+    sizes = {row["image_id"]: _size(row) for row in table.to_pylist()}
+    frames: dict[str, list[str]] = {}
+    facts: dict[str, tuple[str, str]] = {}
+    for row in read_table(folder / CLIPS, CLIPS_SCHEMA).to_pylist():
+        frames.setdefault(row["clip"], []).append(row["image_id"])
+        facts[row["clip"]] = row["label"], row["split"]
+    missing = [split for split in (TRAIN, TEST) if split not in {split for _, split in facts.values()}]
+    findings.require("splits_filled", "train and test have clips", missing, 2)
+    lost = [clip for clip, ids in frames.items() if not sizes.keys() >= set(ids)]
+    findings.require("frames_known", "frames are images of the set", lost, len(frames))
+    mixed = [clip for clip, ids in frames.items() if len({sizes.get(one) for one in ids}) > 1]
+    findings.require("frame_sizes", "frames of a clip have one size", mixed, len(frames))
+    train, test = ({label for label, split in facts.values() if split == name} for name in (TRAIN, TEST))
+    findings.require("classes_in_train", "every class of test has a train clip", test - train, len(test))
+    few = [f"only {', '.join(train) or 'none'}"] if len(train) < 2 else []
+    findings.require("two_classes", "there are two classes or more", few, 1)
+    learned = {tuple(ids) for clip, ids in frames.items() if facts[clip][1] == TRAIN}
+    both = [clip for clip, ids in frames.items() if facts[clip][1] == TEST and tuple(ids) in learned]
+    findings.require("clips_in_one_split", "no clip, by its frames, is in train and in test", both, len(frames))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from components.core.errors import InputError
 from components.core.layout import RELATIVE
 from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
-Task = Literal["classification", "segmentation", "depth", "retrieval"]
+Task = Literal["classification", "segmentation", "depth", "retrieval", "video"]
 Relation = Literal["easy", "hard", "junk"]
 # The metric that decides, where a set names none.
 METRICS = {
@@ -21,6 +21,7 @@ METRICS = {
     "segmentation": "segmentation_miou",
     "depth": "depth_rmse",
     "retrieval": "retrieval_map_medium",
+    "video": "linear_top1",
 }
 EVALSET = "evalset.yaml"  # beside the manifest of a set
 MAX_CLASSES = 255  # one index is left for pixels without class
@@ -58,6 +59,7 @@ class EvalsetConfig(Config):
     depth_range: tuple[FiniteFloat, FiniteFloat] | None = None  # depth, in meters; other pixels are not measured
     groups: tuple[Name, ...] = ()  # columns of groups.parquet, for slices
     clusters: Name | None = None  # one of groups: images of one value are parts of one photograph, for intervals
+    clip_features: Literal["mean", "concatenated"] = "mean"  # video: of the frames; the paper: concatenated for SSv2
     train_set: SetName | None = None  # classification: the set whose train images heads are trained on; here are none
     mapping: dict[Name, Name] = Field(default_factory=dict)  # label -> class of train_set, where the names differ
 
@@ -83,7 +85,11 @@ class EvalsetConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _other_set_fits_the_task(self) -> Self:
+    def _video_and_other_set_fit_the_task(self) -> Self:
+        if self.task == "video" and self.groups:
+            raise ValueError("groups: none for video, whose values are those of clips")
+        if self.task != "video" and self.clip_features != "mean":
+            raise ValueError("clip_features: for video only")
         if self.train_set is not None and self.task != "classification":
             raise ValueError("train_set: a set of classification, for sets of classification only")
         if self.mapping and self.train_set is None:

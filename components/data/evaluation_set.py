@@ -66,12 +66,12 @@ def read_evaluation_set(root: Path) -> EvaluationSet:
         raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
     _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)
     table = table.take(pa.array(first))
-    names = np.array([name or "" for name in table["label"].to_pylist()])
+    names = _labels(table)
     if not (names != "").any():
         log.warning("%s has no labels: measuring retrieval of augmented views and effective rank instead", root)
         return EvaluationSet(root, table, None)
     _warn_of_mixture(root, table, names != "")
-    return EvaluationSet(root, table, _read_labels(root, table, names))
+    return EvaluationSet(root, table, labels_of(root, table))
 
 
 def _of_classes(root: Path, table: pa.Table) -> pa.Table:
@@ -99,7 +99,21 @@ def _warn_of_mixture(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) ->
         log.warning("%s: %d images without label (%s) are not in the measures of classes", root, count, ", ".join(bare))
 
 
-def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels | None:
+def _labels(table: pa.Table) -> NDArray[np.str_]:
+    return np.array([name or "" for name in table["label"].to_pylist()])
+
+
+def labels_of(root: Path, table: pa.Table) -> Labels | None:
+    """Return the classes and splits of labeled images; None, with a warning, if they cannot measure classes.
+
+    Args:
+        root: of the set, for messages.
+        table: of the images, with their label and split.
+
+    Raises:
+        DatasetError: a train split and no test image.
+    """
+    names = _labels(table)
     classes, inverse = np.unique(names[names != ""], return_inverse=True)
     targets = np.full(len(names), -1)
     targets[names != ""] = inverse

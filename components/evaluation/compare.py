@@ -28,7 +28,7 @@ from components.evaluation.protocol_input import ProtocolInput
 from components.evaluation.protocols import depth, knn, linear, probe, retrieval, robustness, segmentation, slices
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens, joined
+from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens, joined, of_clips
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 from components.model.vit import VisionTransformer
@@ -156,7 +156,8 @@ def _add_slices(scores: Scores, given: ProtocolInput) -> None:
 
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
-    fitting = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.task == evalset.config.task}
+    task = "classification" if evalset.config.task == "video" else evalset.config.task
+    fitting = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.task == task}
     known = [*fitting, ROBUSTNESS] if evalset.config.task == "classification" else [*fitting]
     for name in names:
         if name not in known:
@@ -208,6 +209,11 @@ def _given(
 
 def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:
     """Return the tokens of all images; those of another set's train images are that set's, for all that need them."""
+    if evalset.clips is not None:
+        frames = EvaluationImages(evalset.clips.frames, model.preprocessing)
+        request = TokenRequest(frames, evalset.version, model.preprocessing, loading, dense)
+        joint = evalset.config.clip_features == "concatenated"
+        return of_clips(_tokens_of(request, model, cache), evalset.clips.rows, joint=joint)
     images = EvaluationImages(evalset.images, model.preprocessing)
     if evalset.learned is not None:
         learned = _tokens(evalset.learned, model, loading, dense, cache)

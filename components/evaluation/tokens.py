@@ -78,6 +78,22 @@ def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
     return Tokens(cls, mean, None, second.rows, first.device_seconds + second.device_seconds)
 
 
+def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
+    """Return the tokens of clips, in memory and without patch tokens.
+
+    Args:
+        frames: of all frames.
+        rows: [C, F] frames of each clip.
+        joint: concatenate the frames' tokens, [C, L, F * D]; else their mean, [C, L, D].
+    """
+
+    def combined(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        columns = (tokens[row] for row in rows.T)  # frame by frame: all at once would be F times the result
+        return np.concatenate(list(columns), axis=-1) if joint else sum(columns, np.float32(0)) / rows.shape[1]
+
+    return Tokens(combined(frames.cls), combined(frames.mean_patch), None, frames.rows, frames.device_seconds)
+
+
 @dataclass(frozen=True)
 class Loading:
     """How images are read, as the stage `evaluate` reads them.

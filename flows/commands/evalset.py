@@ -86,7 +86,9 @@ def add(
     the columns query,image,relation (easy, hard, junk), and needs no splits.
     groups.csv (image and one column each) names slices for any task.
 
-    evalset.yaml says task (classification, segmentation, depth or retrieval) and
+    Video has a folder for each clip below its class, with its frames as images.
+
+    evalset.yaml says task (classification, segmentation, depth, retrieval, video) and
     license; for segmentation classes (pixel value: name) and ignore (a value), for
     depth depth_range (nearest and farthest meters); for test images of the classes of
     another set, such as ImageNet-A, train_set (its name), and mapping (label: class

@@ -124,7 +124,7 @@ def scaled(weights: NamedWeights, evalset: Evalset, shape: ViTConfig) -> Preproc
     if resolution is not None:
         resolution = max(shape.patch_size, resolution // shape.patch_size * shape.patch_size)
     found = weights.preprocessing_at(resolution, shape)
-    whole = evalset.config.task != "classification"
+    whole = evalset.config.task not in ("classification", "video")
     return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
 
 
@@ -132,12 +132,13 @@ def _about(evalset: Evalset) -> str:
     asked = evalset.config.resolution
     at = f", made for {asked} pixels" if asked else ""
     learned, labels = evalset.learned, evalset.images.labels
+    what = "images" if evalset.clips is None else "clips"
     if learned is not None and labels is not None and labels.predictable is not None:
         at += f"; trained on {learned.folder.parent.name} {learned.version}, and only the {len(labels.predictable)} of "
         at += f"its {len(labels.classes)} classes that the set has can be predicted"
     return (
         f"{evalset.folder.parent.name} {evalset.version}, {evalset.config.task}, {evalset.config.license}: "
-        f"{len(evalset.train):,} train and {len(evalset.test):,} test images{at}"
+        f"{len(evalset.train):,} train and {len(evalset.test):,} test {what}{at}"
     )
 
 

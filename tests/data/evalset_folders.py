@@ -104,6 +104,14 @@ def mapped(folder: Path) -> Path:
     return write(folder, {**files, "evalset.yaml": config("classification", **options)})
 
 
+def video(folder: Path) -> Path:
+    """Clips of 10, 3, 2 and 1 frames; those of ten are named so that only their numbers have the right order."""
+    clips = {"train/jump/a": 10, "train/walk/b": 3, "test/jump/c": 1, "test/walk/d": 2}
+    names = [f"{clip}/{number + 1}.png" for clip, count in clips.items() for number in range(count)]
+    files = {f"images/{name}": photo(100 + n) for n, name in enumerate(names)}
+    return write(folder, {**files, "evalset.yaml": config("video")})
+
+
 def request(folder: Path, name: str = "set", **values: object) -> EvalsetRequest:
     root = folder.parent
     places = {"evaluation": root / "evaluation", "docs_folder": root / "docs"}

@@ -90,6 +90,31 @@ def test_a_retrieval_set_has_queries_and_a_gallery(added: dict[str, Added]) -> N
 
 
 @quick
+def test_a_video_set_has_eight_frames_of_each_clip(tmp_path: Path) -> None:
+    folder = folders.video(tmp_path / "in")
+    write(folder, {"images/train/walk/b/2.png": photo(100)})  # a frame that another clip has too
+    made = add(folder)
+    assert (made.rows, made.classes) == ({"clips": 4}, {"jump": 2, "walk": 2})
+    found = read_evalset(made.snapshot)
+    assert found.images.labels is not None
+    assert found.clips is not None
+    names = found.clips.frames.images["source_uri"].to_pylist()
+    clips = [[names[row] for row in clip] for clip in found.clips.rows]
+    tested, walked = (np.isin(np.arange(4), found.test), found.images.labels.targets == 1)
+    # The middle of each eighth: of ten frames 0.6, 1.9, 3.1, 4.4, 5.6, 6.9, 8.1 and 9.4.
+    (ten,) = (clips[row] for row in np.flatnonzero(~tested & ~walked))
+    assert ten == [f"train/jump/a/{number}.png" for number in (1, 2, 4, 5, 6, 7, 9, 10)]
+    (three,) = (clips[row] for row in np.flatnonzero(~tested & walked))
+    assert three == [f"train/{name}.png" for name in (*["walk/b/1"] * 3, *["jump/a/1"] * 2, *["walk/b/3"] * 3)]
+    assert sorted({name for row in found.test for name in clips[row]}) == sorted(found.tested["source_uri"].to_pylist())
+    assert EvaluationImages(found.images, Preprocessing().at(8))[0].shape == (8, 8, 3)
+    assert check_set(made.snapshot, tmp_path).checks
+    gone = found.clips.frames.images["image_id"][names.index("test/jump/c/1.png")].as_py()
+    left = read_evalset(rebuild(made.snapshot, [gone], "a request", tmp_path))  # the only frame of its clip
+    assert (len(left.train), len(left.test)) == (2, 1)
+
+
+@quick
 def test_a_set_without_train_images_has_those_of_another(tmp_path: Path) -> None:
     learned = read_evalset(add(folders.classification(tmp_path / "classification"), "classification").snapshot)
     made = add(folders.mapped(tmp_path / "mapped"), "mapped")
@@ -227,6 +252,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
                 "query_images: .*q/one.png -> z.png"),
     "relation": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,good\n"}, "relations_known"),
     "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "gallery_images"),
+    "empty clip": (folders.video, {"images/test/jump/c/1.png": None}, "clips_filled: .*1 of 4 .*example test/jump/c"),
+    "frame": (folders.video, {"images/test/walk/d/2.png": png(Image.new("RGB", (6, 6)))},
+              "frame_sizes: frames of a clip have one size; 1 of 4 wrong, for example test/walk/d"),
+    "new class": (folders.video, {"images/test/run/e/1.png": photo(7)}, "classes_in_train: .*1 of 3 .*example run"),
+    "no clip": (folders.video, {"images/test/walk/5.png": photo(7)}, "frames_in_clips: .*1 of 17 .* test/walk/5.png"),
+    "clip twice": (folders.video, {"images/test/walk/d/1.png": photo(110), "images/test/walk/d/2.png": photo(111),
+                                   "images/test/walk/d/3.png": photo(112)}, "clips_in_one_split: .*test/walk/d"),
     "no query": (folders.retrieval, {"queries.csv": "query,image,relation\n"}, "queries_there"),
 }  # fmt: skip
 
@@ -280,6 +312,8 @@ def test_a_damaged_file_is_named(added: dict[str, Added], tmp_path: Path) -> Non
         ({"task": "detection"}, "task"),
         ({"task": "depth", "depth_range": [1, 2], "train_set": "a"}, "train_set"),
         ({"task": "classification", "mapping": {"a": "b"}}, "mapping"),
+        ({"task": "video", "groups": ["a"]}, "groups"),
+        ({"task": "classification", "clip_features": "concatenated"}, "clip_features"),
         ({"task": "depth", "depth_range": [1, 2], "metric": ""}, "metric"),
         ({"task": "classification", "mertic": "x"}, "did you mean 'metric'"),
     ],

@@ -69,6 +69,16 @@ def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, mon
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
+def test_tokens_of_clips_are_means_or_side_by_side():
+    frames = Tokens(np.arange(12, dtype=np.float32).reshape(3, 2, 2), np.array([[1.0], [3], [8]], np.float32), None, 4)
+    rows = np.array([[0, 2], [1, 1]])
+    mean, joint = (module.of_clips(frames, rows, joint=joint) for joint in (False, True))
+    assert mean.cls.tolist() == [[[4, 5], [6, 7]], [[4, 5], [6, 7]]]  # of 0 1 2 3 and 8 9 10 11
+    assert mean.mean_patch.tolist() == [[4.5], [3]]
+    assert joint.cls.tolist() == [[[0, 1, 8, 9], [2, 3, 10, 11]], [[4, 5, 4, 5], [6, 7, 6, 7]]]
+    assert joint.features.shape == (2, 4)
+
+
 def test_the_energy_of_a_pass_is_power_by_time():
     cost = pass_cost(1800.0, torch.device("cpu"), EnergyConfig(device_watts=400, pue=1.5, kg_co2e_per_kwh=0.5))
     assert (cost.energy_kwh, cost.co2e_kg) == (pytest.approx(0.3), pytest.approx(0.15))  # 400 W x 0.5 h x 1.5

@@ -40,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_set(root, tiles(), source="photographs")
     with pytest.MonkeyPatch.context() as patch:
         folders.judge_by_facts_only(patch)
-        for make in (folders.classification, folders.segmentation, folders.depth, folders.retrieval):
+        for make in (folders.classification, folders.segmentation, folders.depth, folders.retrieval, folders.video):
             folders.add(make(root / "data" / make.__name__), make.__name__)
         sketches = {f"images/{name}/{n}.png": folders.photo(90 + n + 10 * len(name)) for name in ("cup", "brick")
                     for n in range(4)}  # fmt: skip
@@ -134,6 +134,24 @@ def test_a_set_is_measured_by_what_was_learned_on_another(checkout: Path):
     assert {"linear_top1", "probe_top1"} <= set(told["scores"]["descriptor"])
 
 
+def test_clips_are_measured_by_the_mean_of_their_frames(checkout: Path, tmp_path: Path):
+    page = tmp_path / "page.html"
+    words = ("weights/one", "--set", "video", "--protocol", "knn", "--protocol", "linear", "--html", str(page))
+    told = json.loads(asked(checkout, *words, "--json"))
+    assert "2 train and 2 test clips" in told["facts"][0]
+    (folder,) = (checkout / "data/evaluation/video").glob("*/manifest.parquet")
+    evalset, extract = read_evalset(folder.parent), backbone_extractor(load_backbone(checkout / "weights/one"))
+    crops = EvaluationImages(evalset.clips.frames, Preprocessing().at(32))
+    frames = extract(torch.stack([crops[index] for index in range(len(crops))]))
+    features, labels = frames[evalset.clips.rows].mean(axis=1), evalset.images.labels
+    cosines = normalize(features[labels.test]) @ normalize(features[labels.train]).T
+    # Of two neighbors, the nearer one has the larger vote.
+    expected = labels.targets[labels.train][cosines.argmax(axis=1)] == labels.targets[labels.test]
+    assert told["scores"]["weights/one"]["knn_top1"] == expected.mean()
+    assert "linear_top1" in told["scores"]["random"]
+    assert "Nearest neighbors" in page.read_text()
+
+
 def test_retrieval_by_several_sizes_is_that_of_the_mean_of_its_features(checkout: Path):
     told = json.loads(asked(checkout, "weights/one", "--set", "retrieval", "--protocol", "retrieval-ms", "--json"))
     assert told["notes"]["weights/one"] == {"retrieval_ms_sizes": "32, 24, 16 pixels"}  # 22.6 in whole patches of 8
@@ -213,7 +231,7 @@ def test_what_cannot_be_measured_is_one_line(checkout: Path):
     told = asked(checkout, "weights/one", "--set", "birds", code=2)
     assert (
         "--set birds: no such set; there are classification, clustered, depth, photographs, retrieval, segmentation, "
-        "sketches" in told
+        "sketches, video" in told
     )
     told = asked(checkout, "weights/one", "--set", "depth", "--protocol", "knn", code=2)
     assert "--protocol knn: depth is a set of task depth, for which there are depth, depth-lin4" in told
