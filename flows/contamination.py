@@ -53,8 +53,7 @@ def contamination(reference: str | None, evalset: Evalset, root: Path) -> Contam
     """
     from components.lineage.seen import draws_by, read_history
 
-    rows = evalset.images.images.take(evalset.test)
-    ids = rows["image_id"].to_pylist()
+    ids = evalset.tested["image_id"].to_pylist()
     if reference is None:
         return Contamination(len(ids), unknown="no registry knows these weights")
     try:
@@ -78,7 +77,7 @@ def _near(evalset: Evalset, ids: set[str], drawn: set[str], own: Training, root:
     from components.data.shards import ShardReader
 
     reader = ShardReader(evalset.images.root)
-    rows = [row for row in evalset.images.images.to_pylist() if row["image_id"] in ids]
+    rows = [row for row in evalset.tested.to_pylist() if row["image_id"] in ids]
     searched = track(rows, "near copies", len(rows))
     images = (reader.read(row["shard"], row["offset"], row["length"]) for row in searched)
     found = zip(rows, copied(images, drawn, own.record, root), strict=True)

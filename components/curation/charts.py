@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
+from components.core.charts import BLUE, GRAY, RED, new_figure, png
 from components.core.pictures import INK
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 BARS = 2000
-BLUE, GRAY, RED = "#2f6fab", "#c3ccd5", "#c8452e"
 
 
 def similarity_histogram(values: NDArray[np.float32], threshold: float, what: str) -> bytes:
@@ -30,7 +24,7 @@ def similarity_histogram(values: NDArray[np.float32], threshold: float, what: st
     axes.set_xlabel(f"cosine {what}")
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], threshold: float, what: str) -> bytes:
@@ -53,7 +47,7 @@ def score_histogram(values: NDArray[np.float32], refused: NDArray[np.bool_], thr
     axes.set_xlabel(what)
     axes.set_ylabel("images")
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
@@ -80,7 +74,7 @@ def cluster_sizes(before: NDArray[np.int64], after: NDArray[np.int64]) -> bytes:
     axes.margins(x=0)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: NDArray[np.float64]) -> bytes:
@@ -101,17 +95,9 @@ def coverage(points: NDArray[np.float64], kept: NDArray[np.bool_], explained: ND
     axes.set_yticks([])
     axes.legend(frameon=False, markerscale=2)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # imported here, because the stage `embed` draws nothing
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, figure.subplots()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()

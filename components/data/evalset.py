@@ -1,8 +1,8 @@
 """Evaluation sets as versioned data: the files of a set beside its manifest, and the reading of it for the protocols.
 
 A set is a snapshot below `data/evaluation/<name>/`, as ingest makes it, with `evalset.yaml` and what its task needs:
-`targets.parquet` (masks or depth), `queries.parquet` (retrieval), `groups.parquet` (slices). A snapshot without
-`evalset.yaml` is a classification set. The files hold content only, so that equal sets have equal bytes.
+`targets.parquet` (masks or depth), `queries.parquet` (retrieval), `clips.parquet` (video), `groups.parquet` (slices). A
+snapshot without `evalset.yaml` is a classification set. Files hold content only, so that equal sets have equal bytes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from components.data.evalset_config import EVALSET, EvalsetConfig
 from components.data.evaluation_set import EvaluationSet, read_evaluation_set
 from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, read_collection, read_manifest, read_table, write_table
+from components.data.mapped_set import read_mapped, train_set_folder
 from components.data.targets import decode_depth, decode_mask
+from components.data.video_set import CLIPS, Clips, clips_without, read_clips
 
 TARGETS, QUERIES, GROUPS = "targets.parquet", "queries.parquet", "groups.parquet"
-CONTENT = (MANIFEST, EVALSET, TARGETS, QUERIES, GROUPS)  # the manifest names all images by their hash
+CONTENT = (MANIFEST, EVALSET, TARGETS, QUERIES, CLIPS, GROUPS)  # the manifest names all images by their hash
 WITH_TARGETS = ("segmentation", "depth")
 EASY, HARD, JUNK = RELATIONS = ("easy", "hard", "junk")
 ROW_GROUP_BYTES = 2**20  # of targets: what reading one target costs at least
@@ -70,8 +72,10 @@ class Evalset:
 
     folder: Path
     config: EvalsetConfig
-    images: EvaluationSet  # with labels for classification
+    images: EvaluationSet  # with labels for classification and video; of video a frame of each clip
     snapshots: tuple[Path, ...] = ()  # in `folder`, of a source with several; empty: `folder` is the only one
+    learned: Evalset | None = None  # set of `train_set`, whose train images come first in `images`
+    clips: Clips | None = None  # of video, a clip for each of `images`
 
     @property
     def name(self) -> str:
@@ -95,6 +99,13 @@ class Evalset:
     def test(self) -> NDArray[np.int64]:
         """Indices of the test images; of classification, those whose class is in train."""
         return self.images.labels.test if self.images.labels else self._of_split(TEST)
+
+    @property
+    def tested(self) -> pa.Table:
+        """Rows of the images that a test reads: test images, of video the frames of test clips."""
+        if self.clips is None:
+            return self.images.images.take(pa.array(self.test))
+        return self.clips.frames.images.take(pa.array(np.unique(self.clips.rows[self.test])))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -148,8 +159,12 @@ class Evalset:
         if not self.config.groups:
             return {}
         table = read_groups(self.folder)
-        rows = np.searchsorted(table["image_id"].to_numpy().astype(str), np.array(self._ids))
-        return {name: table[name].to_numpy().astype(str)[rows] for name in self.config.groups}
+        others = 0 if self.learned is None else len(self.train)  # images of another set have no group here
+        rows = np.searchsorted(table["image_id"].to_numpy().astype(str), np.array(self._ids[others:]))
+        return {
+            name: np.concatenate([np.full(others, ""), table[name].to_numpy().astype(str)[rows]])
+            for name in self.config.groups
+        }
 
     @cached_property
     def _class_of_value(self) -> NDArray[np.uint8]:
@@ -197,6 +212,12 @@ def read_evalset(folder: Path) -> Evalset:
         ConfigError: `evalset.yaml` has a wrong value.
     """
     config = read_config(folder)
+    if config.train_set is not None:
+        learned = read_evalset(train_set_folder(config.train_set, folder.parents[1]))
+        return Evalset(folder, config, read_mapped(folder, config), learned=learned)
+    if config.task == "video":
+        images, clips = read_clips(folder)
+        return Evalset(folder, config, images, clips=clips)
     if config.task == "classification":
         return Evalset(folder, config, read_evaluation_set(folder))
     table = read_collection(folder).sort_by("image_id")
@@ -359,6 +380,8 @@ def without_images(snapshot: Path, staging: Path, table: pa.Table) -> Iterator[s
         groups = read_groups(snapshot)
         groups = groups.filter(pa.array([image_id in left for image_id in groups["image_id"].to_pylist()]))
         write_table(groups, groups.schema, staging / GROUPS)
+    if config.task == "video":
+        yield from clips_without(snapshot, staging, left)
     if config.task == "retrieval":
         rows = read_table(snapshot / QUERIES, QUERIES_SCHEMA).to_pylist()
         rest = [row for row in rows if row["query"] in left and row["image_id"] in left]

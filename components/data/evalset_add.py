@@ -1,8 +1,9 @@
 """Make an evaluation set from a user's folder: ingest its images, store what its task needs, check all of it.
 
 The folder holds `evalset.yaml`; `images/`, with `train/` and `test/` (for classification with a folder for each class
-below); `targets/`, with the names of the images and .png or .npy; `queries.csv` (query,image,relation) and `groups.csv`
-(image and one column each), which name images by their path below `images/`.
+below, for video with one for each clip below that); `targets/`, with the names of the images and .png or .npy;
+`queries.csv` (query,image,relation) and `groups.csv` (image and one column each), which name images by their path below
+`images/`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from components.data.manifest import (
 from components.data.provenance import provenance_file
 from components.data.sources import MAX_IMAGE_BYTES
 from components.data.targets import NPY, PNG
+from components.data.video_set import clip_rows, write_clips
 
 IMAGES_FOLDER, TARGETS_FOLDER = "images", "targets"
 QUERIES_CSV, GROUPS_CSV = "queries.csv", "groups.csv"
@@ -67,7 +69,7 @@ class Added:
         version: its content's hash.
         config: of the set.
         images: split -> images.
-        classes: label -> images, of classification.
+        classes: label -> images of classification, clips of video.
         rows: file -> rows, of targets, queries and groups.
         notes: lines on what was left out or guessed.
         new: whether it was not there before.
@@ -153,7 +155,7 @@ def _make(request: EvalsetRequest, scratch: Path) -> Added:
     assert report.evaluation_snapshot is not None
     folder = _Folder(request.source, config, report.evaluation_snapshot)
     folder.write()
-    check_content(folder.snapshot, folder.findings)
+    check_content(folder.snapshot, folder.findings, request.evaluation)
     validation = judge(folder.snapshot, folder.findings, request.docs_folder / f"evalset-{request.name}")
     return _describe(folder, report, validation)
 
@@ -180,6 +182,7 @@ class _Folder:
         self.findings = Findings()
         self.notes: list[str] = []
         self.rows: dict[str, int] = {}
+        self.clip_classes = Counter[str]()  # of video: label -> clips
         self.table = read_manifest(snapshot / MANIFEST)
         self.rejected = read_table(snapshot / REJECTED, QUARANTINE_SCHEMA).to_pylist()
         kept = zip(self.table["source_uri"].to_pylist(), self.table["image_id"].to_pylist(), strict=True)
@@ -195,6 +198,8 @@ class _Folder:
             self._write_targets()
         if self.config.task == "retrieval":
             self._write_queries()
+        if self.config.task == "video":
+            self._write_clips()
         if self.config.groups:
             self._write_groups()
 
@@ -205,7 +210,10 @@ class _Folder:
             "images_readable", "every file below images/ is an image that can be taken", unreadable, seen
         )
         splits = {uri: split_of(PurePosixPath(uri).parts[0]) for uri in self.ids if "/" in uri}
-        if self.config.task != "retrieval" or any(splits.values()):
+        if self.config.train_set is not None:
+            trained = [uri for uri, split in splits.items() if split == TRAIN]
+            self.findings.require("only_test_images", "a set with `train_set` has no train images", trained, seen)
+        elif self.config.task != "retrieval" or any(splits.values()):
             outside = [uri for uri in self.ids if splits.get(uri) is None]
             self.findings.require("images_in_splits", "images are below images/train or images/test", outside, seen)
             present = set(splits.values())
@@ -216,19 +224,24 @@ class _Folder:
             f"{uri} and {first[image_id]}" for uri, image_id in self.ids.items()
             if splits.get(uri) != splits.get(first[image_id])
         ]  # fmt: skip
+        both = [] if self.config.task == "video" else both  # black frames may be anywhere; clips are checked
         self.findings.require("images_in_one_split", "no image, by its bytes, is in train and in test", both, seen)
         if copies := [row["source_uri"] for row in self.rejected if row["reason"] == COPY]:
             self.notes.append(f"copies stored once: {len(copies)}, such as {one_line(min(copies))}")
 
     def _set_columns(self) -> None:
         """Drop labels and splits that ingest read from folders, and this task does not have."""
+        columns: dict[str, Any] = {}
         if self.config.task == "classification":
             labels = place({uri.rpartition("/")[0] for uri in self.ids}).labels
             self._check_copies({uri: str(labels[uri.rpartition("/")[0]]) for uri in self.ids}, "class")
-            return
-        columns = {"label": pa.nulls(len(self.table), pa.string())}
-        if self.config.task == "retrieval" and not any(split_of(uri.partition("/")[0]) for uri in self.ids):
+        elif self.config.task != "video":
+            columns["label"] = pa.nulls(len(self.table), pa.string())
+        unsplit = self.config.task == "retrieval" and not any(split_of(uri.partition("/")[0]) for uri in self.ids)
+        if unsplit or self.config.train_set is not None:
             columns["split"] = pa.array([TEST] * len(self.table))
+        if not columns:
+            return
         for name, values in columns.items():
             column = self.table.schema.get_field_index(name)
             self.table = self.table.set_column(column, self.table.schema.field(name), values)
@@ -292,6 +305,18 @@ class _Folder:
         write_table(pa.Table.from_pylist(rows, QUERIES_SCHEMA), QUERIES_SCHEMA, self.snapshot / QUERIES)
         self.rows["queries"] = len({row["query"] for row in rows})
 
+    def _write_clips(self) -> None:
+        rows, misplaced = clip_rows(self.ids)
+        meaning = "frames are below images/<split>/<class>/<clip>/"
+        self.findings.require("frames_in_clips", meaning, misplaced, len(self.ids))
+        images = self.source / IMAGES_FOLDER
+        folders = {path.relative_to(images).as_posix() for path in images.glob("*/*/*") if path.is_dir()}
+        clips = {row["clip"] for row in rows}
+        self.findings.require("clips_filled", "every clip has a frame", folders - clips, len(folders | clips))
+        write_clips(rows, self.snapshot)
+        self.rows["clips"] = len(clips)
+        self.clip_classes = Counter(row["label"] for row in {row["clip"]: row for row in rows}.values())
+
     def _write_groups(self) -> None:
         rows = list(self._csv(GROUPS_CSV, ("image", *self.config.groups)))
         unknown = [row["image"] for row in rows if row["image"] not in self.ids]
@@ -342,7 +367,7 @@ def _describe(folder: _Folder, report: IngestReport, validation: ValidationRepor
     facts = SnapshotFacts(name, report.seen, report.stored, report.already_present)
     summary.write_summary(folder.snapshot, f"evaluation-{name}-{version}", facts, validation)
     labeled = folder.config.task == "classification"
-    if report.labels and not labeled:
+    if report.labels and not labeled and not folder.clip_classes:
         folder.notes.append(f"folder names are no labels in a set of task {folder.config.task}")
     splits = Counter(folder.table["split"].to_pylist())
     return Added(
@@ -350,7 +375,7 @@ def _describe(folder: _Folder, report: IngestReport, validation: ValidationRepor
         version=version,
         config=folder.config,
         images={split: splits[split] for split in (TRAIN, TEST) if splits[split]},
-        classes=report.labels if labeled else {},
+        classes=report.labels if labeled else dict(folder.clip_classes),
         rows=folder.rows,
         notes=tuple(folder.notes),
         new=True,

@@ -35,7 +35,9 @@ from components.data.evalset_config import EvalsetConfig, EvalsetError
 from components.data.expectations import Check, DataDocs, ValidationReport, examine_manifest
 from components.data.labels import TEST, TRAIN
 from components.data.manifest import MANIFEST, POOL_SCHEMA, read_manifest, read_table
+from components.data.mapped_set import train_labels
 from components.data.targets import TargetError, decode_depth, decode_mask
+from components.data.video_set import CLIPS, CLIPS_SCHEMA
 
 pc: Any = pyarrow.compute  # created at import, invisible to pyright
 OF = "evaluation set"  # what is examined, in Data Docs
@@ -82,7 +84,7 @@ def check_set(folder: Path, docs_folder: Path) -> ValidationReport:
     found = version_of(folder)
     wrong = [f"{found}, in folder {folder.name}"] if (folder / EVALSET).is_file() and found != folder.name else []
     findings.require("version_is_name", "the content has not changed since the set was added", wrong, 1)
-    check_content(folder, findings)
+    check_content(folder, findings, folder.parents[1])
     return judge(folder, findings, docs_folder / f"evalset-{folder.parent.name}-{folder.name}")
 
 
@@ -105,13 +107,17 @@ def judge(folder: Path, findings: Findings, docs_folder: Path) -> ValidationRepo
             raise EvalsetError("\n".join([*lines, f"all checks: {docs_folder / 'index.html'}"])) from error
 
 
-def check_content(folder: Path, findings: Findings) -> None:
-    """Check what a set of its task needs, over all rows of the snapshot."""
+def check_content(folder: Path, findings: Findings, evaluation: Path) -> None:
+    """Check what a set of its task needs, over all rows of the snapshot; `evaluation` has the other sets."""
     config, table = read_config(folder), read_manifest(folder / MANIFEST)
-    if config.task != "retrieval":
+    if config.train_set is not None:
+        _check_mapped(config, table, evaluation, findings)
+    elif config.task == "video":
+        _check_clips(folder, table, findings)
+    elif config.task != "retrieval":
         missing = [split for split in (TRAIN, TEST) if split not in set(table["split"].to_pylist())]
         findings.require("splits_filled", "train and test have images", missing, 2)
-    if config.task == "classification":
+    if config.task == "classification" and config.train_set is None:
         _check_classes(table, findings)
     if config.task in WITH_TARGETS:
         _check_targets(folder, config, table, findings)
@@ -121,15 +127,65 @@ def check_content(folder: Path, findings: Findings) -> None:
         _check_groups(folder, config, table, findings)
 
 
-def _check_classes(table: pa.Table, findings: Findings) -> None:
-    rows = [(row["label"], row["split"]) for row in table.select(["label", "split"]).to_pylist()]
-    bare = [uri for uri, (label, _) in zip(table["source_uri"].to_pylist(), rows, strict=True) if not label]
+def _check_labels(table: pa.Table, findings: Findings) -> None:
+    rows = table.select(["label", "source_uri"]).to_pylist()
+    bare = [row["source_uri"] for row in rows if not row["label"]]
     findings.require("images_labeled", "every image is below a folder of its class", bare, len(rows))
+
+
+def _check_mapped(config: EvalsetConfig, table: pa.Table, evaluation: Path, findings: Findings) -> None:
+    assert config.train_set is not None
+    _check_labels(table, findings)
+    try:
+        images, known = train_labels(config.train_set, evaluation)
+    except DatasetError as error:
+        findings.require("train_set_known", "`train_set` is a set with train images and classes", [str(error)], 1)
+        return
+    name, classes = config.train_set, {known.classes[number] for number in np.unique(known.targets[known.train])}
+    labels: dict[str, str] = {label: config.mapped(label) for label in table["label"].to_pylist() if label}
+    strange = [f"{label} as {given}" for label, given in labels.items() if given not in classes]
+    meaning = f"every class is one of {name}, by its name or by `mapping`"
+    findings.require("classes_mapped", meaning, strange, len(labels))
+    unused = set(config.mapping) - set(labels)
+    findings.require("mapping_used", "`mapping` names classes of this set", unused, len(config.mapping))
+    shared = sorted(classes & set(labels.values()))
+    few = [f"only {', '.join(shared) or 'none'}"] if len(shared) < 2 else []
+    findings.require("two_classes", f"two classes of {name} or more are in the set", few, 1)
+    learned = set(images.images["image_id"].take(pa.array(known.train)).to_pylist())
+    both = [row["source_uri"] for row in table.to_pylist() if row["image_id"] in learned]
+    findings.require("images_not_learned", f"no image, by its bytes, is a train image of {name}", both, table.num_rows)
+
+
+def _check_classes(table: pa.Table, findings: Findings) -> None:
+    _check_labels(table, findings)
+    rows = [(row["label"], row["split"]) for row in table.select(["label", "split"]).to_pylist()]
     train = {label for label, split in rows if label and split == TRAIN}
     test = {label for label, split in rows if label and split == TEST}
     findings.require("classes_in_train", "every class of test has a train image", test - train, len(test))
     few = [f"only {label}" for label in train] if len(train) < 2 else []
     findings.require("two_classes", "there are two classes or more", few, 1)
+
+
+def _check_clips(folder: Path, table: pa.Table, findings: Findings) -> None:
+    sizes = {row["image_id"]: _size(row) for row in table.to_pylist()}
+    frames: dict[str, list[str]] = {}
+    facts: dict[str, tuple[str, str]] = {}
+    for row in read_table(folder / CLIPS, CLIPS_SCHEMA).to_pylist():
+        frames.setdefault(row["clip"], []).append(row["image_id"])
+        facts[row["clip"]] = row["label"], row["split"]
+    missing = [split for split in (TRAIN, TEST) if split not in {split for _, split in facts.values()}]
+    findings.require("splits_filled", "train and test have clips", missing, 2)
+    lost = [clip for clip, ids in frames.items() if not sizes.keys() >= set(ids)]
+    findings.require("frames_known", "frames are images of the set", lost, len(frames))
+    mixed = [clip for clip, ids in frames.items() if len({sizes.get(one) for one in ids}) > 1]
+    findings.require("frame_sizes", "frames of a clip have one size", mixed, len(frames))
+    train, test = ({label for label, split in facts.values() if split == name} for name in (TRAIN, TEST))
+    findings.require("classes_in_train", "every class of test has a train clip", test - train, len(test))
+    few = [f"only {', '.join(train) or 'none'}"] if len(train) < 2 else []
+    findings.require("two_classes", "there are two classes or more", few, 1)
+    learned = {tuple(ids) for clip, ids in frames.items() if facts[clip][1] == TRAIN}
+    both = [clip for clip, ids in frames.items() if facts[clip][1] == TEST and tuple(ids) in learned]
+    findings.require("clips_in_one_split", "no clip, by its frames, is in train and in test", both, len(frames))
 
 
 @dataclass

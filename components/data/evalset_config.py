@@ -13,7 +13,7 @@ from components.core.errors import InputError
 from components.core.layout import RELATIVE
 from components.data.shards import MAX_PIXELS, PIXEL_CEILING
 
-Task = Literal["classification", "segmentation", "depth", "retrieval"]
+Task = Literal["classification", "segmentation", "depth", "retrieval", "video"]
 Relation = Literal["easy", "hard", "junk"]
 # The metric that decides, where a set names none.
 METRICS = {
@@ -21,6 +21,7 @@ METRICS = {
     "segmentation": "segmentation_miou",
     "depth": "depth_rmse",
     "retrieval": "retrieval_map_medium",
+    "video": "linear_top1",
 }
 EVALSET = "evalset.yaml"  # beside the manifest of a set
 MAX_CLASSES = 255  # one index is left for pixels without class
@@ -38,6 +39,7 @@ def _stripped(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_stripped)]
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]  # small letters, digits and hyphens
 PixelValue = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -57,6 +59,9 @@ class EvalsetConfig(Config):
     depth_range: tuple[FiniteFloat, FiniteFloat] | None = None  # depth, in meters; other pixels are not measured
     groups: tuple[Name, ...] = ()  # columns of groups.parquet, for slices
     clusters: Name | None = None  # one of groups: images of one value are parts of one photograph, for intervals
+    clip_features: Literal["mean", "concatenated"] = "mean"  # video: of the frames; the paper: concatenated for SSv2
+    train_set: SetName | None = None  # classification: the set whose train images heads are trained on; here are none
+    mapping: dict[Name, Name] = Field(default_factory=dict)  # label -> class of train_set, where the names differ
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> Self:
@@ -79,6 +84,22 @@ class EvalsetConfig(Config):
             raise ValueError("clusters: one of groups; none for retrieval, whose values are those of queries")
         return self
 
+    @model_validator(mode="after")
+    def _video_and_other_set_fit_the_task(self) -> Self:
+        if self.task == "video" and self.groups:
+            raise ValueError("groups: none for video, whose values are those of clips")
+        if self.task != "video" and self.clip_features != "mean":
+            raise ValueError("clip_features: for video only")
+        if self.train_set is not None and self.task != "classification":
+            raise ValueError("train_set: a set of classification, for sets of classification only")
+        if self.mapping and self.train_set is None:
+            raise ValueError("mapping: names of classes of train_set, so only with it")
+        return self
+
+    def mapped(self, label: str) -> str:
+        """Return the class of `train_set` that a label of this set stands for."""
+        return self.mapping.get(label, label)
+
     def to_yaml(self) -> str:
         """Return the text of `evalset.yaml`; equal sets give equal text."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -88,7 +109,7 @@ class EvalsetRequest(Config):
     """A folder of a user, and where its set goes."""
 
     source: Path  # with evalset.yaml, images/ and what the task needs
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the set: small letters, digits and hyphens
+    name: SetName
     license: Name | None = None  # None: that of evalset.yaml
     replace: bool = False  # take the place of other versions of the set
     evaluation: Path = RELATIVE.evaluation

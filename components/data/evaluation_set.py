@@ -32,6 +32,14 @@ class Labels:
     targets: NDArray[np.int64]  # [N] class of each image; -1 for none
     train: NDArray[np.int64]  # indices of train images
     test: NDArray[np.int64]  # indices of test images whose class is in train
+    predictable: NDArray[np.int64] | None = None  # classes that test images can be taken for; None: all
+
+    @property
+    def gallery(self) -> NDArray[np.int64]:
+        """Indices of the train images that can be neighbors: those of predictable classes."""
+        if self.predictable is None:
+            return self.train
+        return self.train[np.isin(self.targets[self.train], self.predictable)]
 
 
 @dataclass(frozen=True)
@@ -70,22 +78,24 @@ def labeled_set(root: Path, table: pa.Table) -> EvaluationSet:
         raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
     _, first = np.unique(table["image_id"].to_numpy(zero_copy_only=False), return_index=True)
     table = table.take(pa.array(first))
-    names = np.array([name or "" for name in table["label"].to_pylist()])
+    names = _labels(table)
     if not (names != "").any():
         log.warning("%s has no labels: measuring retrieval of augmented views and effective rank instead", root)
         return EvaluationSet(root, table, None)
     _warn_of_mixture(root, table, names != "")
-    return EvaluationSet(root, table, _read_labels(root, table, names))
+    return EvaluationSet(root, table, labels_of(root, table))
 
 
 def _of_classes(root: Path, table: pa.Table) -> pa.Table:
-    """Leave out sets of other tasks, such as segmentation, which only `pedigree evaluate` measures."""
+    """Leave out sets of other tasks or without train images, which only `pedigree evaluate` measures."""
     for path in sorted(root.glob(f"*/*/{EVALSET}")):
-        task, shards = load_yaml(path).get("task"), f"{path.parent.relative_to(root).as_posix()}/"
-        if task != "classification":
+        config, shards = load_yaml(path), f"{path.parent.relative_to(root).as_posix()}/"
+        task, train_set = config.get("task"), config.get("train_set")
+        if task != "classification" or train_set:
             others = pc.starts_with(table["shard"], shards)
             count, name = pc.sum(others).as_py() or 0, path.parent.parent.name
-            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, task)
+            what = f"heads of {train_set}" if train_set else task
+            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, what)
             table = table.filter(pc.invert(others))
     return table
 
@@ -101,7 +111,21 @@ def _warn_of_mixture(root: Path, table: pa.Table, labeled: NDArray[np.bool_]) ->
         log.warning("%s: %d images without label (%s) are not in the measures of classes", root, count, ", ".join(bare))
 
 
-def _read_labels(root: Path, table: pa.Table, names: NDArray[np.str_]) -> Labels | None:
+def _labels(table: pa.Table) -> NDArray[np.str_]:
+    return np.array([name or "" for name in table["label"].to_pylist()])
+
+
+def labels_of(root: Path, table: pa.Table) -> Labels | None:
+    """Return the classes and splits of labeled images; None, with a warning, if they cannot measure classes.
+
+    Args:
+        root: of the set, for messages.
+        table: of the images, with their label and split.
+
+    Raises:
+        DatasetError: a train split and no test image.
+    """
+    names = _labels(table)
     classes, inverse = np.unique(names[names != ""], return_inverse=True)
     targets = np.full(len(names), -1)
     targets[names != ""] = inverse

@@ -116,13 +116,15 @@ def read_collection(root: Path) -> pa.Table:
 
 def read_snapshots(root: Path, manifests: Iterable[Path]) -> pa.Table:
     """Read the manifests of some snapshots below `root`, with `shard` relative to `root`."""
-    tables = []
-    for path in manifests:
-        table = read_manifest(path)
-        prefix = path.parent.relative_to(root).as_posix()
-        shards = pc.binary_join_element_wise(pa.scalar(prefix), table["shard"], "/")  # pyright: ignore[reportAttributeAccessIssue]
-        tables.append(table.set_column(table.schema.get_field_index("shard"), POOL_SCHEMA.field("shard"), shards))
+    tables = [below(root, path.parent, read_manifest(path)) for path in manifests]
     return pa.concat_tables(tables) if tables else POOL_SCHEMA.empty_table()
+
+
+def below(root: Path, snapshot: Path, table: pa.Table) -> pa.Table:
+    """Return a snapshot's rows with `shard` relative to a folder above it."""
+    prefix = snapshot.relative_to(root).as_posix()
+    shards = pc.binary_join_element_wise(pa.scalar(prefix), table["shard"], "/")  # pyright: ignore[reportAttributeAccessIssue]
+    return table.set_column(table.schema.get_field_index("shard"), POOL_SCHEMA.field("shard"), shards)
 
 
 def snapshot_manifests(root: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from components.core.config import ConfigError
 from components.core.intervals import is_accuracy
@@ -21,7 +22,7 @@ from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.corrupted import CorruptedImages, corrupted_results
 from components.evaluation.encoders import LAYERS, BackboneEncoder, DescriptorEncoder, Encoder
 from components.evaluation.features import EvaluationImages
-from components.evaluation.protocol_input import ProtocolInput
+from components.evaluation.protocol_input import Find, ProtocolInput
 from components.evaluation.protocols import (
     depth,
     instance,
@@ -35,7 +36,7 @@ from components.evaluation.protocols import (
 )
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Images, Loading, TokenRequest, Tokens, find_tokens
+from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens, joined, of_clips
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 
@@ -62,12 +63,21 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: the task that it is for (`UNLABELED`: none), whether it reads patch tokens, of how many layers."""
+    """A protocol.
+
+    Attributes:
+        task: of its sets; `UNLABELED` for sets without.
+        dense: reads patch tokens.
+        run: what it computes.
+        layers: of which it reads tokens.
+        default: measured unless others are asked for; False: it takes several passes over the images.
+    """
 
     task: str
     dense: bool
     run: Callable[[ProtocolInput], Scores]
     layers: int = 1
+    default: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "probe": Protocol("classification", dense=False, run=probe.run),
     "instance": Protocol(UNLABELED, dense=False, run=instance.run),
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
+    "retrieval-ms": Protocol("retrieval", dense=False, run=retrieval.run_multi_scale, default=False),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
     "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAYERS),
+    "segmentation-ms": Protocol(
+        "segmentation", dense=True, run=segmentation.run_multi_scale, layers=LAYERS, default=False
+    ),
     "depth": Protocol("depth", dense=True, run=depth.run),
     "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers, layers=LAYERS),
 }
@@ -106,7 +120,7 @@ def compare(
     Args:
         evalset: the images with what the task needs.
         models: the first is the one that is asked about.
-        protocols: names; empty means all of the set's task but `robustness`, which takes 75 passes.
+        protocols: names; empty means all of the set's task but `robustness` and others of several passes.
         settings: of the protocols.
         cache: folder of tokens.
         seed: of the protocols' random choices.
@@ -124,12 +138,12 @@ def compare(
             "there are none; name a weights folder first and that one by --against"
         )
     dense = any(protocol.dense for protocol in chosen.values())
-    tokens = {model.name: _tokens(evalset, model, settings.loading, dense, cache) for model in models}
+    given_to = {model.name: _given(evalset, model, settings, dense, cache, seed) for model in models}
+    tokens = {name: given.tokens for name, given in given_to.items()}
     if dense and tokens[models[0].name].patches is None:
         needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
         raise ConfigError(f"{models[0].name}: gives no patch tokens, which {needed} reads; give a model that does")
     scores: dict[str, Scores] = {}
-    given_to = {model.name: _input(evalset, model, tokens[model.name], settings, cache, seed) for model in models}
     for model_name, given in given_to.items():
         found = scores[model_name] = Scores()
         for name, protocol in chosen.items():
@@ -149,11 +163,19 @@ def compare(
 
 
 def _add_slices(scores: Scores, given: ProtocolInput) -> None:
-    """Add the worst group and the gap of each column, of the first accuracy that was measured."""
-    columns = {name: values[given.evalset.test].tolist() for name, values in given.evalset.groups.items()}
-    accuracies = [values for metric, values in scores.by_image.items() if is_accuracy(values)]
-    if columns and accuracies and len(accuracies[0]) == len(given.evalset.test):
-        scores.update(slices.evaluate(accuracies[0], columns, given.settings.slices))
+    """Add classes, groups, the worst group and the gap of each column, of the first accuracy that was measured."""
+    test, labels = given.evalset.test, given.evalset.images.labels
+    columns = {name: values[test].tolist() for name, values in given.evalset.groups.items()}
+    accuracies = [metric for metric, values in scores.by_image.items() if is_accuracy(values)]
+    if not accuracies or len(scores.by_image[accuracies[0]]) != len(test):
+        return
+    metric, correct = accuracies[0], scores.by_image[accuracies[0]]
+    if labels is not None:
+        classes = [labels.classes[target] for target in labels.targets[test]]
+        scores.parts[f"{metric} of each class"] = slices.group_accuracies(correct, classes, "class")
+    found = slices.evaluate(correct, columns, given.settings.slices)
+    found.parts = {f"{metric} by {column}": parts for column, parts in found.parts.items()}
+    scores.update(found)
 
 
 def task_of(evalset: Evalset) -> str:
@@ -163,9 +185,10 @@ def task_of(evalset: Evalset) -> str:
 
 
 def protocols_for(evalset: Evalset) -> list[str]:
-    """Return the names of the protocols that measure a set; `robustness` only where it is asked for."""
-    extra = [ROBUSTNESS] if task_of(evalset) == "classification" else []
-    return [*(name for name, protocol in PROTOCOLS.items() if protocol.task == task_of(evalset)), *extra]
+    """Return the names of the protocols that can measure a set; clips are measured as images are."""
+    task = task_of(evalset)
+    fitting = [name for name, one in PROTOCOLS.items() if one.task == ("classification" if task == "video" else task)]
+    return [*fitting, ROBUSTNESS] if task == "classification" else fitting
 
 
 def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
@@ -176,17 +199,20 @@ def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
                 f"--protocol {name}: {evalset.name} is a set of task {task_of(evalset)}, for which "
                 f"there are {', '.join(known)}"
             )
-    return {name: PROTOCOLS[name] for name in names or known if name in PROTOCOLS}
+    if not names:
+        return {name: one for name in known if (one := PROTOCOLS.get(name)) is not None and one.default}
+    return {name: PROTOCOLS[name] for name in names if name in PROTOCOLS}
 
 
-def _input(
-    evalset: Evalset, model: ComparedModel, tokens: Tokens, settings: Settings, cache: Path, seed: int
+def _given(
+    evalset: Evalset, model: ComparedModel, settings: Settings, dense: bool, cache: Path, seed: int
 ) -> ProtocolInput:
-    def features_of(images: Images, what: str) -> NDArray[np.float32]:
-        request = TokenRequest(images, f"{evalset.version} {what}", model.preprocessing, settings.loading)
-        return find_tokens(model.encoder, model.digest, request, cache).features
+    def find(request: TokenRequest) -> Tokens:
+        return find_tokens(model.encoder, model.digest, request, cache)
 
-    return ProtocolInput(model.name, evalset, tokens, model.preprocessing, settings, seed, features_of)
+    tokens = _tokens(evalset, find, model.preprocessing, settings.loading, dense)
+    patch = model.encoder.patch_size
+    return ProtocolInput(model.name, evalset, tokens, model.preprocessing, patch, settings, seed, find)
 
 
 def _add_robustness(found: Comparison, given_to: Mapping[str, ProtocolInput]) -> None:
@@ -203,10 +229,20 @@ def _corrupted_features(given: ProtocolInput, name: str, severity: int) -> NDArr
     return given.features_of(images, f"test {name} {severity} {given.seed}")
 
 
-def _tokens(evalset: Evalset, model: ComparedModel, loading: Loading, dense: bool, cache: Path) -> Tokens:
-    images = EvaluationImages(evalset.images, model.preprocessing)
-    request = TokenRequest(images, evalset.version, model.preprocessing, loading, dense)
-    return find_tokens(model.encoder, model.digest, request, cache)
+def _tokens(evalset: Evalset, find: Find, preprocessing: Preprocessing, loading: Loading, dense: bool) -> Tokens:
+    """Return the tokens of all images; those of another set's train images are that set's, for all that need them."""
+    if evalset.clips is not None:
+        frames = EvaluationImages(evalset.clips.frames, preprocessing)
+        joint = evalset.config.clip_features == "concatenated"
+        found = find(TokenRequest(frames, evalset.version, preprocessing, loading, dense))
+        return of_clips(found, evalset.clips.rows, joint=joint)
+    images = EvaluationImages(evalset.images, preprocessing)
+    if evalset.learned is not None:
+        learned = _tokens(evalset.learned, find, preprocessing, loading, dense)
+        own = Subset(images, evalset.test.tolist())
+        found = find(TokenRequest(own, evalset.version, preprocessing, loading, dense))
+        return joined(learned, evalset.learned.train, found)
+    return find(TokenRequest(images, evalset.version, preprocessing, loading, dense))
 
 
 def load_model(name: str, folder: Path, scaling: Callable[[ViTConfig], Preprocessing]) -> ComparedModel:

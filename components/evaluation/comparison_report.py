@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from components.core.intervals import accuracy_interval
 from components.core.knn import knn_predictions, nearest
 from components.core.metric_names import lower_is_better
 from components.core.metrics import Interval
-from components.core.page import Cell, Picture, render
-from components.core.pictures import draw_pca, jpeg, pca_colors
-from components.data.evaluation_set import EvaluationSet
+from components.core.page import render
+from components.data.evaluation_set import Labels
 from components.evaluation.compare import ComparedModel, Comparison
-from components.evaluation.dense_pictures import draw_matches, patch_matches
-from components.evaluation.features import EvaluationImages
-from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
+from components.evaluation.comparison_pictures import figures
 from components.evaluation.report import difference_rows, key_figures, score_rows
-from components.evaluation.scores import Scores, differences
+from components.evaluation.scores import Part, differences
 from components.evaluation.settings import Settings
 
-SHOWN = 8  # images in each picture
 CONFUSIONS = 10
+BARS = 40  # in a chart; more classes are told by their number
 RESAMPLES = 1000  # of each bootstrap
 # What has an interval beside a metric of all pixels together.
-PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4")}
+PAIRED = {f"{name}_miou": f"{name}_image_miou" for name in ("segmentation", "segmentation_lin4", "segmentation_ms")}
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Scores of the parts of the test images, for a chart; `left_out` higher ones are not in it."""
+
+    what: str
+    parts: list[Part]
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ def write_page(
     certain = {name: scores.intervals(found.evalset.clusters) for name, scores in found.scores.items()}
     compared = interval_differences(found, seed)
     told = verdicts(found, seed)
-    labels, (classes, confusions) = found.evalset.images.labels, ([], [])
-    if labels is not None:
-        classes, confusions = _by_class(found, settings)
+    labels = found.evalset.images.labels
     return render(
         "components/evaluation/comparison.html",
         title=f"{models[0].name} on {found.evalset.name}",
@@ -131,71 +130,36 @@ def write_page(
         models=list(metrics),
         scores=score_rows(metrics, certain),
         differences={other: difference_rows(rows) for other, rows in compared.items() if rows},
-        classes=classes,
-        confusions=confusions,
-        figures=_figures(found, models, seed),
+        parts=_bars(parts_by_model(found, seed)[models[0].name]),
+        confusions=_confusions(found, labels, settings) if labels else [],
+        figures=figures(found, models, seed),
     )
 
 
-def _by_class(found: Comparison, settings: Settings) -> tuple[list[tuple[object, ...]], list[tuple[str, str, int]]]:
-    """Return the kNN accuracy of each class with its interval, the worst first, and the most frequent confusions."""
-    labels, tokens = found.evalset.images.labels, next(iter(found.tokens.values()))
-    assert labels is not None
-    count = min(settings.knn.reported, len(labels.train))
-    near = nearest(tokens.features[labels.test], tokens.features[labels.train], count)
-    votes = labels.targets[labels.train][near.indices]
+def parts_by_model(found: Comparison, seed: int) -> dict[str, dict[str, list[Part]]]:
+    """Return the scores of classes and groups of each model, such as those of "knn_top1 by light"."""
+    clusters = found.evalset.clusters
+    return {
+        name: scores.all_parts(np.random.default_rng(seed), RESAMPLES, clusters)
+        for name, scores in found.scores.items()
+    }
+
+
+def _bars(parts: Mapping[str, list[Part]]) -> list[Bars]:
+    """Return the lowest scores first."""
+    return [
+        Bars(what, sorted(each, key=lambda part: part.score.mean)[:BARS], max(len(each) - BARS, 0))
+        for what, each in parts.items()
+    ]
+
+
+def _confusions(found: Comparison, labels: Labels, settings: Settings) -> list[tuple[str, str, int]]:
+    """Return the most frequent confusions of the first model by its nearest neighbors."""
+    tokens = next(iter(found.tokens.values()))
+    count = min(settings.knn.reported, len(labels.gallery))
+    near = nearest(tokens.features[labels.test], tokens.features[labels.gallery], count)
+    votes = labels.targets[labels.gallery][near.indices]
     predicted = knn_predictions(near.similarities, votes, {count}, settings.knn.temperature)[count]
     targets = labels.targets[labels.test]
-    rows: list[tuple[float, tuple[object, ...]]] = []
-    for number, name in enumerate(labels.classes):
-        correct = (predicted == number)[targets == number].astype(np.float64)
-        if len(correct):
-            interval = accuracy_interval(correct)
-            cell = Cell(f"{interval.mean:.3f}", f"({interval.low:.3f} to {interval.high:.3f})")
-            rows.append((interval.mean, (name, len(correct), cell)))
     pairs = Counter(zip(targets[predicted != targets].tolist(), predicted[predicted != targets].tolist(), strict=True))
-    confusions = [(labels.classes[a], labels.classes[b], n) for (a, b), n in pairs.most_common(CONFUSIONS)]
-    return [row for _, row in sorted(rows, key=lambda one: one[0])], confusions
-
-
-def _figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> list[tuple[str, Picture, str]]:
-    """Return pictures of a few test images: patch features of all networks, neighbors, matching patches, failures."""
-    first, images = models[0], found.evalset.images
-    pixels = EvaluationImages(images, first.preprocessing)
-    queries = choose_queries(images, SHOWN, seed)
-    shown = torch.stack([pixels[index] for index in queries])
-    figures = []
-    patches = {m.name: m.encoder.last_patches(shown) for m in models if m.preprocessing == first.preprocessing}
-    if colors := {name: pca_colors(tokens) for name, tokens in patches.items() if tokens is not None}:
-        caption = "First three principal components of the patch tokens, as colors, in each row."
-        figures.append(("Patch features", _picture(draw_pca(shown.numpy(), colors), "Patch features"), caption))
-    features = found.tokens[first.name].features
-    rows = neighbor_rows(images, pixels, features, queries)
-    caption = "By cosine of the class tokens. Frame: green same class, red other."
-    figures.append(("Nearest neighbors", _picture(draw_neighbors(rows), "Nearest neighbors"), caption))
-    if failures := _failures(images, found.scores[first.name], seed):
-        sheet = draw_neighbors(neighbor_rows(images, pixels, features, failures))
-        figures.append(("Failures", _picture(sheet, "Failures"), "Test images of a wrong class, with their neighbors."))
-    if (tokens := patches[first.name]) is not None and len(queries) > 1:
-        figures.append(_matches(tokens[:2], shown[:2]))
-    return figures
-
-
-def _failures(images: EvaluationSet, scores: Scores, seed: int) -> list[int]:
-    """Return some test images that the nearest neighbors take for another class."""
-    if images.labels is None or "knn_top1" not in scores.by_image:
-        return []
-    wrong: NDArray[np.int64] = images.labels.test[scores.by_image["knn_top1"] == 0]
-    return [int(row) for row in np.random.default_rng(seed).permutation(wrong)[:SHOWN]]
-
-
-def _matches(tokens: NDArray[np.float32], pair: torch.Tensor) -> tuple[str, Picture, str]:
-    side = isqrt(tokens.shape[1])
-    a, b = tokens.reshape(2, side, side, -1)
-    first, second = (Image.fromarray(one.numpy()) for one in pair)
-    drawn = draw_matches(first, second, patch_matches(a, b))
-    return ("Matching patches", _picture(drawn, "Matching patches"), "Patches that are each other's nearest neighbor.")
-
-
-def _picture(image: Image.Image, alt: str) -> Picture:
-    return Picture(jpeg(image), alt, "jpeg")
+    return [(labels.classes[a], labels.classes[b], n) for (a, b), n in pairs.most_common(CONFUSIONS)]

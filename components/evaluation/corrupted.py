@@ -51,7 +51,7 @@ def corrupted_results(given: ProtocolInput, features: Callable[[str, int], NDArr
         features: of the test images under a corruption (name, severity), [T, D].
     """
     labels, knn = given.labels, given.settings.knn
-    train, targets = given.tokens.features[labels.train], labels.targets[labels.train]
+    train, targets = given.tokens.features[labels.gallery], labels.targets[labels.gallery]
     count = min(knn.reported, len(train))
 
     def correct(test: NDArray[np.float32]) -> NDArray[np.float64]:

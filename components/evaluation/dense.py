@@ -35,6 +35,7 @@ class DenseFeatures:
             row. Of several layers, their tokens one after another on the last axis.
         rows: of the grid of patches.
         columns: of the grid of patches.
+        images: [N] which images of a set they are of, ascending; None: all, in order.
 
     Raises:
         ValueError: the tokens do not fill the grid.
@@ -43,6 +44,7 @@ class DenseFeatures:
     tokens: NDArray[Any]
     rows: int
     columns: int
+    images: NDArray[np.integer] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.tokens.shape[1] != self.rows * self.columns:
@@ -55,7 +57,8 @@ class DenseFeatures:
 
     def batch(self, images: NDArray[np.integer], device: torch.device) -> Tensor:
         """Return the tokens of some images as [B, rows, columns, D] float32."""
-        return to_device(self.tokens, images, device).unflatten(1, (self.rows, self.columns))
+        places = images if self.images is None else np.searchsorted(self.images, images)
+        return to_device(self.tokens, places, device).unflatten(1, (self.rows, self.columns))
 
 
 def to_device(values: NDArray[Any], rows: NDArray[np.integer], device: torch.device) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,36 +14,76 @@ from PIL import Image, ImageDraw
 from components.core.knn import nearest
 from components.core.pictures import SHADE, Tile, draw_sheet, fit, in_columns
 
-SIDE = 168  # pixels of a tile
+SIDE = 128  # pixels of a tile
 SWATCH = 14  # pixels of a legend's height
+UNMEASURED = "#a3abb4"  # in no scale of colors
 OPACITY = 0.65  # of a mask's colors over the image
+DEPTH_MAP, ERROR_MAP = "viridis", "magma"  # of matplotlib; both also differ in lightness
 MATCH_SIDE = 336  # pixels of a photograph with matches
 MAX_MATCHES = 40  # drawn; more lines hide the photographs
-COLUMNS = 3
-CAPTION = "Left to right: image, truth, prediction"
 
 
-def draw_segmentation(
-    images: NDArray[np.uint8], truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: Sequence[str]
-) -> Image.Image:
-    """Draw a row for each image: the image, its mask and the predicted mask, and a legend of the classes in them.
+@dataclass(frozen=True)
+class Shown:
+    """Images of a picture, a row each.
+
+    Attributes:
+        images: B of [H, W, 3] uint8.
+        names: [B] below them.
+        truth: B of [h, w].
+    """
+
+    images: Sequence[NDArray[np.uint8]]
+    names: Sequence[str]
+    truth: Sequence[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What one model predicted.
+
+    Attributes:
+        maps: B of [h, w].
+        notes: [B] below them, such as a score.
+        errors: B of [h, w], of depth; empty for masks.
+    """
+
+    maps: Sequence[NDArray[Any]]
+    notes: Sequence[str]
+    errors: Sequence[NDArray[np.floating]] = ()
+
+
+def draw_segmentation(shown: Shown, predicted: Mapping[str, Predicted], classes: Sequence[str]) -> Image.Image:
+    """Draw a row for each image: image, mask, and the mask predicted by each model; and a legend of classes in them.
 
     Args:
-        images: [B, H, W, 3].
-        truth: [B, h, w] class indices; other values, such as that of ignored pixels, get no color.
-        predicted: [B, h, w] class indices.
+        shown: truth is class indices, uint8; other values, such as that of ignored pixels, get no color.
+        predicted: by model.
         classes: names.
     """
     colors = class_colors(len(classes))
-    rows = []
-    for image, *masks in zip(images, truth, predicted, strict=True):
-        pictures = [Image.fromarray(image), *(_overlay(image, mask, colors) for mask in masks)]
-        rows.append([Tile(fit(picture, SIDE)) for picture in pictures])
-    shown = [int(index) for index in np.union1d(truth, predicted) if index < len(classes)]
-    swatches = [_swatch("#" + bytes(colors[index]).hex(), classes[index]) for index in shown]
-    if (truth >= len(classes)).any():
+
+    def cell(row: int, mask: NDArray[np.uint8], *captions: str) -> Tile:
+        return Tile(fit(_overlay(shown.images[row], mask, colors), SIDE), captions)
+
+    rows = [
+        [_photo(shown, row), cell(row, truth, "truth"),
+         *(cell(row, one.maps[row], name, one.notes[row]) for name, one in predicted.items())]
+        for row, truth in enumerate(shown.truth)
+    ]  # fmt: skip
+    values: list[int] = np.unique(np.concatenate([one.ravel() for one in _all_maps(shown, predicted)])).tolist()
+    swatches = [_swatch("#" + bytes(colors[value]).hex(), classes[value]) for value in values if value < len(classes)]
+    if values[-1] >= len(classes):
         swatches.append(_swatch(SHADE, "no color: ignored"))
-    return draw_sheet([*rows, *in_columns(swatches, COLUMNS)], CAPTION)
+    return draw_sheet([*rows, *in_columns(swatches, len(rows[0]))])
+
+
+def _photo(shown: Shown, row: int) -> Tile:
+    return Tile(fit(Image.fromarray(shown.images[row]), SIDE), ("image", shown.names[row]))
+
+
+def _all_maps(shown: Shown, predicted: Mapping[str, Predicted]) -> list[NDArray[Any]]:
+    return [*shown.truth, *(one for each in predicted.values() for one in each.maps)]
 
 
 def _swatch(color: str, name: str) -> Tile:
@@ -65,39 +106,59 @@ def _overlay(image: NDArray[np.uint8], mask: NDArray[np.uint8], colors: NDArray[
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def draw_depth(images: NDArray[np.uint8], truth: NDArray[np.floating], predicted: NDArray[np.floating]) -> Image.Image:
-    """Draw a row for each image: the image, its depth and the predicted depth, and below them the scale of colors.
+def draw_depth(shown: Shown, predicted: Mapping[str, Predicted]) -> Image.Image:
+    """Draw a row for each image: image, depth, and each model's depth and error; below them the scales of colors.
 
-    The scale is one for all rows, from the 2nd to the 98th percentile of all true and predicted depths.
+    Depths have one scale, from the 2nd to the 98th percentile of all true and predicted ones; errors have another, from
+    0 to the 98th percentile of all.
 
     Args:
-        images: [B, H, W, 3].
-        truth: [B, h, w]; gray where it is not finite.
-        predicted: [B, h, w].
+        shown: truth is in meters; gray where it is not finite.
+        predicted: by model; errors are in meters, gray where they are not finite.
 
     Raises:
         ValueError: no true depth is finite.
     """
-    known = np.isfinite(truth)
-    if not known.any():
+    if not any(np.isfinite(one).any() for one in shown.truth):
         raise ValueError("no depth to draw: no value of truth is finite")
-    low, high = np.percentile(np.concatenate([truth[known], predicted.ravel()]), [2, 98])
+    near, far = _percentiles(_all_maps(shown, predicted))
+    worst = _percentiles([error for one in predicted.values() for error in one.errors])[1] if predicted else 0.0
+
+    def depth(values: NDArray[np.floating], *captions: str) -> Tile:
+        return Tile(fit(_colors(values, near, far, DEPTH_MAP), SIDE), captions)
+
+    def error(values: NDArray[np.floating]) -> Tile:
+        return Tile(fit(_colors(values, 0, worst, ERROR_MAP), SIDE), ("error",))
+
     rows = []
-    for image, *maps in zip(images, truth, predicted, strict=True):
-        pictures = [Image.fromarray(image), *(_depth_colors(one, low, high) for one in maps)]
-        rows.append([Tile(fit(picture, SIDE)) for picture in pictures])
-    bar = _depth_colors(np.broadcast_to(np.linspace(low, high, SIDE), (SWATCH, SIDE)), low, high)
-    legend = [Tile(bar, (f"depth {low:.3g} to {high:.3g}",))]
-    if not known.all():
-        legend.append(_swatch(SHADE, "not measured"))
-    return draw_sheet([*rows, legend], CAPTION)
+    for row, truth in enumerate(shown.truth):
+        cells = [_photo(shown, row), depth(truth, "truth")]
+        for name, one in predicted.items():
+            cells += [depth(one.maps[row], name, one.notes[row]), error(one.errors[row])]
+        rows.append(cells)
+    legend = [_scale("depth", near, far, DEPTH_MAP), _scale("error", 0, worst, ERROR_MAP)]
+    if not all(np.isfinite(one).all() for one in shown.truth):
+        legend.append(_swatch(UNMEASURED, "not measured"))
+    return draw_sheet([*rows, *in_columns(legend, len(rows[0]))])
 
 
-def _depth_colors(depth: NDArray[np.floating], low: float, high: float) -> Image.Image:
+def _percentiles(maps: Sequence[NDArray[np.floating]]) -> tuple[float, float]:
+    """Return the 2nd and 98th percentile of all finite values."""
+    values = np.concatenate([one[np.isfinite(one)] for one in maps])
+    low, high = np.percentile(values, [2, 98])
+    return float(low), float(high)
+
+
+def _scale(name: str, low: float, high: float, colors: str) -> Tile:
+    bar = _colors(np.broadcast_to(np.linspace(low, high, SIDE), (SWATCH, SIDE)), low, high, colors)
+    return Tile(bar, (f"{name} {low:.3g} to {high:.3g} m",))
+
+
+def _colors(values: NDArray[np.floating], low: float, high: float, name: str) -> Image.Image:
     from matplotlib import colormaps  # imported here, because not every evaluation draws depth
 
-    shares = (depth - low) / max(high - low, 1e-12)
-    colors = colormaps["viridis"].with_extremes(bad=SHADE)(np.ma.masked_invalid(shares))  # [h, w, 4]
+    shares = (values - low) / max(high - low, 1e-12)
+    colors = colormaps[name].with_extremes(bad=UNMEASURED)(np.ma.masked_invalid(shares))  # [h, w, 4]
     return Image.fromarray((255 * colors[..., :3]).round().astype(np.uint8))
 
 

@@ -38,7 +38,8 @@ class ExternalEncoder(Encoder):
     """A network of another program, of which the last layer is read."""
 
     def __init__(self, name: str, network: Network) -> None:
-        super().__init__(torch.device(network.device), f"{network.shape} {network.scaling.mean} {network.scaling.std}")
+        shape = f"{network.shape} {network.scaling.mean} {network.scaling.std}"
+        super().__init__(torch.device(network.device), shape, network.patch)
         self._name, self._network = name, network
 
     def outputs(self, images: Tensor) -> Sequence[Tensor]:

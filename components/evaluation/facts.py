@@ -10,7 +10,14 @@ def about(evalset: Evalset) -> str:
     """Return name, version, task, license and numbers of images of a set."""
     asked, images = evalset.config.resolution, evalset.images.images.num_rows
     at = f", made for {asked} pixels" if asked else ""
-    splits = f"{len(evalset.train):,} train and {len(evalset.test):,} test images"
+    learned, labels = evalset.learned, evalset.images.labels
+    if learned is not None and labels is not None and labels.predictable is not None:
+        at += (
+            f"; trained on {learned.name} {learned.version}, and only the {len(labels.predictable)} of its "
+            f"{len(labels.classes)} classes that the set has can be predicted"
+        )
+    what = "images" if evalset.clips is None else "clips"
+    splits = f"{len(evalset.train):,} train and {len(evalset.test):,} test {what}"
     counts = splits if len(evalset.train) else f"{images:,} images"
     return f"{evalset.name} {evalset.version}, {task_of(evalset)}, {evalset.config.license}: {counts}{at}"
 

@@ -46,7 +46,7 @@ def neighbor_rows(
 ) -> list[Neighbors]:
     """Find the nearest train images of each query, or the nearest other images without labels."""
     labels = images.labels
-    gallery = np.arange(len(features)) if labels is None else labels.train
+    gallery = np.arange(len(features)) if labels is None else labels.gallery
     count = min(NUM_NEIGHBORS + 1, len(gallery))
     found = gallery[nearest(features[list(queries)], features[gallery], count).indices]  # [Q, count]
 

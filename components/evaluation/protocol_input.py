@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from components.core.errors import DatasetError
 from components.data.evalset import Evalset
 from components.data.evaluation_set import Labels
 from components.evaluation.dense import DenseFeatures
+from components.evaluation.features import EvaluationImages
 from components.evaluation.settings import Settings
-from components.evaluation.tokens import Images, Tokens
+from components.evaluation.tokens import Images, TokenRequest, Tokens
 from components.model.config import Preprocessing
 
 NumberT = TypeVar("NumberT", np.uint8, np.float32)
+Find = Callable[[TokenRequest], Tokens]
 
 
 def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArray[NumberT]:
@@ -50,26 +54,56 @@ class ProtocolInput:
         evalset: the images, and what their task needs.
         tokens: of all images of the set, in its order.
         preprocessing: of these images.
+        patch_size: of the model; sides of images are multiples of it.
         settings: of the protocols.
         seed: of their random choices.
-        features_of: class tokens [M, D] of other images of the same size by this model, such as augmented ones, and
-            what tells these images from others of the set.
+        find: returns the tokens of images by this model, from the cache or computed.
     """
 
     name: str
     evalset: Evalset
     tokens: Tokens
     preprocessing: Preprocessing
+    patch_size: int
     settings: Settings
     seed: int
-    features_of: Callable[[Images, str], NDArray[np.float32]]
+    find: Find
 
-    def dense(self, layers: int) -> DenseFeatures:
-        """Return the patch tokens of the last layers, at most those that there are."""
-        patches, there = self.tokens.patches, self.tokens.cls.shape[1]
+    def features_of(self, images: Images, what: str) -> NDArray[np.float32]:
+        """Return the class tokens [M, D] of other images of the same size, such as augmented ones.
+
+        Args:
+            images: that are encoded.
+            what: tells them from others of the set.
+        """
+        version = f"{self.evalset.version} {what}"
+        return self.find(TokenRequest(images, version, self.preprocessing, self.settings.loading)).features
+
+    def scaled(self, scale: float) -> Preprocessing:
+        """Return the preprocessing of the same part of an image at a multiple of its size, in whole patches."""
+        patch = self.patch_size
+        return self.preprocessing.at(max(patch, round(self.preprocessing.crop_size * scale / patch) * patch))
+
+    def tokens_at(self, scale: float, rows: NDArray[np.int64]) -> Tokens:
+        """Return the tokens of some images at a multiple of their size; with patch tokens if `tokens` has them."""
+        scaled, dense = self.scaled(scale), self.tokens.patches is not None
+        images = Subset(EvaluationImages(self.evalset.images, scaled), rows.tolist())
+        version = f"{self.evalset.version} {hashlib.sha256(rows.tobytes()).hexdigest()}"
+        return self.find(TokenRequest(images, version, scaled, self.settings.loading, dense))
+
+    def dense(self, layers: int, scale: float = 1.0) -> DenseFeatures:
+        """Return the patch tokens of the last layers, at most those that there are.
+
+        Args:
+            layers: number of them.
+            scale: multiple of the images' size; tokens of other sizes than 1 are those of the test images.
+        """
+        images = None if scale == 1 else self.evalset.test
+        tokens = self.tokens if images is None else self.tokens_at(scale, images)
+        patches, there = tokens.patches, tokens.cls.shape[1]
         assert patches is not None, "a dense protocol was given tokens without patches"
         width = min(layers, there) * patches.shape[2] // there
-        return DenseFeatures(patches[..., -width:], self.tokens.rows, self.tokens.rows)
+        return DenseFeatures(patches[..., -width:], tokens.rows, tokens.rows, images)
 
     @property
     def labels(self) -> Labels:

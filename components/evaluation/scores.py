@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from components.core.intervals import accuracy_interval, difference_interval, is_accuracy
+from components.core.intervals import accuracy_interval, difference_interval, is_accuracy, ratio_interval
 from components.core.metrics import Interval
+
+
+@dataclass(frozen=True)
+class Part:
+    """Score of a part of the test images, such as those of one class, with its 95 % interval."""
+
+    name: str
+    num_images: int
+    score: Interval
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A score of each of C classes that is a ratio of sums over test images, such as the intersection over union.
+
+    Attributes:
+        names: of the classes.
+        num_images: [C] test images that have the class.
+        parts: [T, C].
+        wholes: [T, C]; no column is all 0.
+    """
+
+    names: Sequence[str]
+    num_images: NDArray[np.int64]
+    parts: NDArray[np.int64]
+    wholes: NDArray[np.int64]
 
 
 @dataclass
 class Scores:
-    """Metrics of one model; for metrics that are means over images, `by_image` holds the values, for intervals."""
+    """What was measured of one model.
+
+    Attributes:
+        metrics: by name.
+        by_image: [T] values of the metrics that are means over test images, for intervals.
+        rows: [T] images of a metric, as indices into the set's, that are not all test images.
+        notes: choices that are no number, such as the chosen head.
+        parts: what is compared, such as "knn_top1 by light" -> its parts.
+        ratios: the same of scores by class that are ratios of sums.
+        curves: corruption -> [1 + S] accuracy by severity, first without corruption.
+        predict: metrics' prefix of a dense protocol -> function that returns the predicted maps [B, H, W] of some
+            images, for pictures.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)  # [T] each
-    notes: dict[str, str] = field(default_factory=dict)  # choices that are no number, such as the chosen head
-    rows: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # [T] images of a metric that are not all of test
+    by_image: dict[str, NDArray[np.floating]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    ratios: dict[str, Ratios] = field(default_factory=dict)
+    curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    predict: dict[str, Callable[[NDArray[np.int64]], NDArray[Any]]] = field(default_factory=dict)
 
     def add(self, metric: str, by_image: NDArray[np.floating], rows: NDArray[np.int64] | None = None) -> None:
         """Add a metric that is the mean over images.
@@ -36,10 +79,8 @@ class Scores:
 
     def update(self, other: Scores) -> None:
         """Add the metrics of another protocol on the same test images."""
-        self.metrics |= other.metrics
-        self.by_image |= other.by_image
-        self.notes |= other.notes
-        self.rows |= other.rows
+        for name in (one.name for one in fields(self)):
+            getattr(self, name).update(getattr(other, name))
 
     def intervals(self, clusters: NDArray[np.integer | np.str_] | None = None) -> dict[str, Interval]:
         """Return the 95 % intervals of the accuracies.
@@ -49,6 +90,25 @@ class Scores:
         """
         accuracies = {metric: values for metric, values in self.by_image.items() if is_accuracy(values)}
         return {metric: accuracy_interval(values, clusters) for metric, values in accuracies.items()}
+
+    def all_parts(
+        self, generator: np.random.Generator, num_resamples: int, clusters: NDArray[np.integer | np.str_] | None = None
+    ) -> dict[str, list[Part]]:
+        """Return `parts`, and those of `ratios`, whose intervals are a bootstrap's.
+
+        Args:
+            generator: draws the resamples.
+            num_resamples: of each bootstrap.
+            clusters: [T] source of each image, as for `intervals`.
+        """
+        found = dict(self.parts)
+        for what, ratios in self.ratios.items():
+            columns = zip(ratios.names, ratios.num_images.tolist(), ratios.parts.T, ratios.wholes.T, strict=True)
+            found[what] = [
+                Part(name, count, ratio_interval(parts, wholes, generator, num_resamples, clusters))
+                for name, count, parts, wholes in columns
+            ]
+        return found
 
 
 def differences(

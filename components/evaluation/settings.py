@@ -76,7 +76,7 @@ def settings_for(evalset: Evalset, config: EvaluateConfig) -> Settings:
 
 
 def scaled(preprocessing: Preprocessing, evalset: Evalset, patch_size: int | None) -> Preprocessing:
-    """Return how a model's images of a set are scaled: as it states, but the whole middle square for other tasks.
+    """Return how a model's images of a set are scaled: as it states, but the whole middle square where places count.
 
     Args:
         preprocessing: of the model.
@@ -86,7 +86,7 @@ def scaled(preprocessing: Preprocessing, evalset: Evalset, patch_size: int | Non
     asked, found = evalset.config.resolution, preprocessing
     if asked is not None and patch_size is not None:
         found = preprocessing.at(max(patch_size, asked // patch_size * patch_size))
-    whole = evalset.config.task != "classification"
+    whole = evalset.config.task not in ("classification", "video")
     return found.model_copy(update={"resize_size": found.crop_size}) if whole else found
 
 

@@ -15,7 +15,7 @@ from components.core.registered_weights import download_weights
 from components.core.storage import atomic_dir, write_bytes
 from components.data.evalsets import read_sets
 from components.evaluation.compare import ComparedModel, load_model
-from components.evaluation.comparison_report import SHOWN
+from components.evaluation.comparison_pictures import SHOWN
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.features import EvaluationImages
 from components.evaluation.measure import MeasuredSet, measure, merged
@@ -69,7 +69,7 @@ def _networks(config: EvaluateConfig, root: Path, model: str) -> list[ComparedMo
     found = [load_model(name, folder, lambda _: config.preprocessing) for name, folder in folders.items()]
     for one in found:
         size, patch = config.preprocessing.crop_size, one.encoder.patch_size
-        if patch is not None and size % patch:
+        if size % patch:
             raise DatasetError(
                 f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {one.name}"
             )

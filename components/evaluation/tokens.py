@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isqrt
@@ -29,10 +30,10 @@ from components.data.shared_memory import check_shared_memory
 from components.evaluation.encoders import Encoded, Encoder
 from components.model.config import Preprocessing
 
-VERSION = 1  # raise it whenever a change here changes the arrays
+VERSION = 2  # raise it whenever a change here changes the arrays
 BATCH_PATCHES = 2**14  # computed at once
 USUAL_PATCH = 14  # pixels; says how many images without patch tokens are computed at once
-CLS, MEAN, PATCHES = "cls.npy", "mean_patch.npy", "patches.npy"
+CLS, MEAN, PATCHES, PASS = "cls.npy", "mean_patch.npy", "patches.npy", "pass.json"
 
 
 class Images(Protocol):
@@ -52,11 +53,13 @@ class Tokens:
         mean_patch: [N, D] float32, mean patch tokens of the last layer; the feature itself without such of its width.
         patches: [N, P, L * D] float16, patch tokens of the last L layers side by side, row by row of the grid; None
             unless asked for, and of models that give none.
+        device_seconds: wall-clock time of the pass that computed them, whenever it was, summed over its devices.
     """
 
     cls: NDArray[np.float32]
     mean_patch: NDArray[np.float32]
     patches: NDArray[np.float16] | None
+    device_seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -68,6 +71,31 @@ class Tokens:
     def features(self) -> NDArray[np.float32]:
         """Class tokens of the last layer, [N, D]."""
         return self.cls[:, -1]
+
+
+def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
+    """Return the tokens of some rows, then those of another set, in memory and without patch tokens."""
+    cls, mean = (
+        np.concatenate([one[rows], two])
+        for one, two in ((first.cls, second.cls), (first.mean_patch, second.mean_patch))
+    )
+    return Tokens(cls, mean, None, first.device_seconds + second.device_seconds)
+
+
+def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
+    """Return the tokens of clips, in memory and without patch tokens.
+
+    Args:
+        frames: of all frames.
+        rows: [C, F] frames of each clip.
+        joint: concatenate the frames' tokens, [C, L, F * D]; else their mean, [C, L, D].
+    """
+
+    def combined(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        columns = (tokens[row] for row in rows.T)  # frame by frame: all at once would be F times the result
+        return np.concatenate(list(columns), axis=-1) if joint else sum(columns, np.float32(0)) / rows.shape[1]
+
+    return Tokens(combined(frames.cls), combined(frames.mean_patch), None, frames.device_seconds)
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,8 @@ def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Pat
         barrier()
     cls, mean = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (CLS, MEAN))
     kept = (folder / PATCHES).is_file()
-    return Tokens(cls, mean, np.load(folder / PATCHES, mmap_mode="r", allow_pickle=False) if kept else None)
+    patches = np.load(folder / PATCHES, mmap_mode="r", allow_pickle=False) if kept else None
+    return Tokens(cls, mean, patches, json.loads((folder / PASS).read_text())["device_seconds"])
 
 
 def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
@@ -139,14 +168,17 @@ def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
     try:
         barrier()
         arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
+        began = time.monotonic()
         _fill(encoder, request, arrays, max(1, BATCH_PATCHES // max(1, patches)))
         for array in arrays.values():
             array.flush()
         barrier()
+        device_seconds = (time.monotonic() - began) * world_size()
         if rank() == 0:
             with atomic_dir(folder) as staging:
                 for name in shapes:
                     (shared / name).rename(staging / name)
+                (staging / PASS).write_text(json.dumps({"device_seconds": device_seconds}))
     finally:
         if rank() == 0:  # a killed call's part is written over by the next
             shutil.rmtree(shared, ignore_errors=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
+from components.core.charts import BLUE, new_figure, png
 from components.core.metric_names import first_asked, is_count, is_setting
 from components.core.metrics import Interval
 from components.core.page import Cell, Picture, render
@@ -24,7 +24,6 @@ from components.registry.publish import RegistryError
 from components.registry.review import Review
 from components.registry.standing import resolve
 
-BLUE = "#2f6fab"
 BASELINES = {"random": "random weights", "descriptor": "hand-made descriptor"}
 LOAD = """import mlflow, pandas
 
@@ -209,14 +208,10 @@ def _mark(state: str) -> str:
 
 def _curves(trainings: Sequence[Training]) -> bytes:
     """The loss of each training by step, side by side, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    figure = new_figure(10, 2.8)
     for axes, training in zip(figure.subplots(1, len(trainings), squeeze=False)[0], trainings, strict=True):
         axes.plot(*zip(*training.curve, strict=True), color=BLUE)
         axes.set_title(training.stage, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

@@ -86,9 +86,13 @@ def add(
     the columns query,image,relation (easy, hard, junk), and needs no splits.
     groups.csv (image and one column each) names slices for any task.
 
-    evalset.yaml says task (classification, segmentation, depth or retrieval) and
+    Video has a folder for each clip below its class, with its frames as images.
+
+    evalset.yaml says task (classification, segmentation, depth, retrieval, video) and
     license; for segmentation classes (pixel value: name) and ignore (a value), for
-    depth depth_range (nearest and farthest meters); and where wanted metric (that
+    depth depth_range (nearest and farthest meters); for test images of the classes of
+    another set, such as ImageNet-A, train_set (its name), and mapping (label: class
+    of that set) where names differ; and where wanted metric (that
     decides), resolution (pixels a side), groups (columns of groups.csv) and clusters
     (the one of these that says which images are parts of one photograph).
 

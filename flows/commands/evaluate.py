@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from components.data.evalset import Evalset
     from components.evaluation.compare import ComparedModel, Comparison
     from components.evaluation.comparison_report import Verdict
+    from components.evaluation.scores import Part
     from components.model.config import Preprocessing, ViTConfig
     from flows.contamination import Contamination
 
@@ -44,7 +45,9 @@ class _Given:
 def evaluate(
     model: Annotated[str, typer.Argument(metavar=ANY_MODEL, help=HELP)],
     evalset: Annotated[str, typer.Option("--set", help="Name of an evaluation set; `pedigree evalset list`.")],
-    protocol: Annotated[list[str] | None, typer.Option(help="Only this one; can be repeated.")] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="Only this one; can be repeated. Default: those of one pass.")
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(metavar=ANY_MODEL, help="Another model beside it; can be repeated.")
     ] = None,
@@ -81,6 +84,7 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     from components.core.storage import write_bytes
     from components.evaluation.compare import RANDOM, baselines, compare
     from components.evaluation.comparison_report import notes, verdicts, write_page
+    from components.evaluation.cost import pass_cost
     from components.evaluation.facts import about, how_scaled
     from components.evaluation.settings import settings_for
     from components.recipe import load_recipe
@@ -88,14 +92,21 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
 
     root = Path.cwd()
     found = find_set(root, asked)
-    settings = settings_for(found, load_recipe(root, None).evaluate)
+    recipe = load_recipe(root, None)
+    settings = settings_for(found, recipe.evaluate)
     given = [_load(name, found) for name in names]
     models = [one.model for one in given]
     models += baselines(models[0], seed)
     compared = compare(found, models, protocols, settings, Layout(root).cache("tokens"), seed)
     seen = {one.model.name: contamination(one.reference, found, root) for one in given}
+    energy = recipe.pretrain.monitor.energy
+    costs = {
+        one.model.name: pass_cost(compared.tokens[one.model.name].device_seconds, one.model.encoder.device, energy)
+        for one in given
+    }
     facts = [about(found), *(how_scaled(one.model) for one in given)]
     facts += [f"{name}: {one.line()}" for name, one in seen.items()]
+    facts += [f"{name}: {one.line()}" for name, one in costs.items()]
     facts += [fact for one in given for fact in one.facts]
     if RANDOM not in compared.scores:
         facts.append(f"no random weights beside it: {names[0]} has no shape apart from its weights")
@@ -103,7 +114,9 @@ def _evaluate(names: list[str], asked: str, protocols: list[str], html: Path | N
     told = verdicts(compared, seed)
     if html is not None:
         write_bytes(html, write_page(compared, models, facts, settings, seed))
-    return Answer(_data(compared, told, seen, facts, seed), partial(_show, compared, told, facts, html))
+    data = _data(compared, told, seen, facts, seed)
+    data["costs"] = {name: dataclasses.asdict(one) for name, one in costs.items()}
+    return Answer(data, partial(_show, compared, told, facts, html))
 
 
 def find_set(root: Path, name: str) -> Evalset:
@@ -144,7 +157,7 @@ def _load(name: str, evalset: Evalset) -> _Given:
 def _data(
     found: Comparison, told: list[Verdict], seen: dict[str, Contamination], facts: list[str], seed: int
 ) -> dict[str, Any]:
-    from components.evaluation.comparison_report import interval_differences
+    from components.evaluation.comparison_report import interval_differences, parts_by_model
 
     judged = [{**dataclasses.asdict(one), "difference": _plain(dataclasses.asdict(one.difference))} for one in told]
     compared, clusters = interval_differences(found, seed), found.evalset.clusters
@@ -162,11 +175,25 @@ def _data(
             other: {metric: dataclasses.asdict(one) for metric, one in values.items()}
             for other, values in compared.items()
         },
+        "parts": {
+            name: {what: [_part(one) for one in each] for what, each in parts.items()}
+            for name, parts in parts_by_model(found, seed).items()
+        },
+        "corruptions": {
+            name: {corruption: values.tolist() for corruption, values in scores.curves.items()}
+            for name, scores in found.scores.items()
+            if scores.curves
+        },
         "verdicts": judged,
         "notes": {name: scores.notes for name, scores in found.scores.items()},
         "contamination": {name: dataclasses.asdict(one) for name, one in seen.items()},
         "facts": facts,
     }
+
+
+def _part(part: Part) -> dict[str, Any]:
+    score = _plain(dataclasses.asdict(part.score))
+    return {"name": part.name, "num_images": part.num_images, "score": score}
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

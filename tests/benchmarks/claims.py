@@ -27,6 +27,7 @@ from components.adaptation import stage as adaptation
 from components.core.config import ConfigError
 from components.core.intervals import difference_interval
 from components.core.layout import Layout
+from components.core.metric_names import lower_is_better
 from components.core.metrics import Interval
 from components.core.storage import atomic_dir, write_bytes
 from components.curation import stage as curation
@@ -39,7 +40,6 @@ from components.data.sample_sets import build_sample_sets
 from components.distillation import stage as distillation
 from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.compare import ComparedModel, Comparison, baselines, compare, load_model
-from components.evaluation.scores import lower_is_better
 from components.evaluation.settings import settings_for
 from components.model.config import Preprocessing, ViTConfig
 from components.pretraining import stage as pretraining

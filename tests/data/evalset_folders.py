@@ -96,6 +96,22 @@ def retrieval(folder: Path) -> Path:
     return write(folder, {**files, "queries.csv": rows, "evalset.yaml": config("retrieval")})
 
 
+def mapped(folder: Path) -> Path:
+    """Test images of two classes of the set `classification`, one of them under another name."""
+    files: dict[str, bytes | str] = {f"images/{name}/{n}.png": photo(50 + n + len(name))
+                                     for name in ("kitty", "dog") for n in range(2)}  # fmt: skip
+    options = {"train_set": "classification", "mapping": {"kitty": "cat"}}
+    return write(folder, {**files, "evalset.yaml": config("classification", **options)})
+
+
+def video(folder: Path) -> Path:
+    """Clips of 10, 3, 2 and 1 frames; those of ten are named so that only their numbers have the right order."""
+    clips = {"train/jump/a": 10, "train/walk/b": 3, "test/jump/c": 1, "test/walk/d": 2}
+    names = [f"{clip}/{number + 1}.png" for clip, count in clips.items() for number in range(count)]
+    files = {f"images/{name}": photo(100 + n) for n, name in enumerate(names)}
+    return write(folder, {**files, "evalset.yaml": config("video")})
+
+
 def request(folder: Path, name: str = "set", **values: object) -> EvalsetRequest:
     root = folder.parent
     places = {"evaluation": root / "evaluation", "docs_folder": root / "docs"}

@@ -21,6 +21,8 @@ from components.data.evalset_config import EvalsetConfig, EvalsetError
 from components.data.ingest import ingest
 from components.data.ingest_config import IngestRequest
 from components.data.rebuild import rebuild
+from components.evaluation.features import EvaluationImages
+from components.model.config import Preprocessing
 from tests.data import evalset_folders as folders
 from tests.data.evalset_folders import SIZE, add, config, halves, mask, npy, photo, png, request, write
 
@@ -85,6 +87,66 @@ def test_a_retrieval_set_has_queries_and_a_gallery(added: dict[str, Added]) -> N
     assert {names[i] for i in found.gallery} == {"a.png", "b.png", "c.png"}
     assert set(found.images.images["split"].to_pylist()) == {"test"}
     assert found.images.images["label"].null_count == 5
+
+
+@quick
+def test_a_video_set_has_eight_frames_of_each_clip(tmp_path: Path) -> None:
+    folder = folders.video(tmp_path / "in")
+    write(folder, {"images/train/walk/b/2.png": photo(100)})  # a frame that another clip has too
+    made = add(folder)
+    assert (made.rows, made.classes) == ({"clips": 4}, {"jump": 2, "walk": 2})
+    found = read_evalset(made.snapshot)
+    assert found.images.labels is not None
+    assert found.clips is not None
+    names = found.clips.frames.images["source_uri"].to_pylist()
+    clips = [[names[row] for row in clip] for clip in found.clips.rows]
+    tested, walked = (np.isin(np.arange(4), found.test), found.images.labels.targets == 1)
+    # The middle of each eighth: of ten frames 0.6, 1.9, 3.1, 4.4, 5.6, 6.9, 8.1 and 9.4.
+    (ten,) = (clips[row] for row in np.flatnonzero(~tested & ~walked))
+    assert ten == [f"train/jump/a/{number}.png" for number in (1, 2, 4, 5, 6, 7, 9, 10)]
+    (three,) = (clips[row] for row in np.flatnonzero(~tested & walked))
+    assert three == [f"train/{name}.png" for name in (*["walk/b/1"] * 3, *["jump/a/1"] * 2, *["walk/b/3"] * 3)]
+    assert sorted({name for row in found.test for name in clips[row]}) == sorted(found.tested["source_uri"].to_pylist())
+    assert EvaluationImages(found.images, Preprocessing().at(8))[0].shape == (8, 8, 3)
+    assert check_set(made.snapshot, tmp_path).checks
+    gone = found.clips.frames.images["image_id"][names.index("test/jump/c/1.png")].as_py()
+    left = read_evalset(rebuild(made.snapshot, [gone], "a request", tmp_path))  # the only frame of its clip
+    assert (len(left.train), len(left.test)) == (2, 1)
+
+
+@quick
+def test_a_set_without_train_images_has_those_of_another(tmp_path: Path) -> None:
+    learned = read_evalset(add(folders.classification(tmp_path / "classification"), "classification").snapshot)
+    made = add(folders.mapped(tmp_path / "mapped"), "mapped")
+    assert made.images == {"test": 4}
+    found = read_evalset(made.snapshot)
+    assert found.images.labels is not None
+    assert found.images.labels.classes == ("cat", "dog")
+    names = found.images.images["source_uri"].to_pylist()
+    assert names[:4] == [learned.images.images["source_uri"][int(row)].as_py() for row in learned.train]
+    targets = dict(zip(names[4:], found.images.labels.targets[found.test].tolist(), strict=True))
+    assert targets == {"kitty/0.png": 0, "kitty/1.png": 0, "dog/0.png": 1, "dog/1.png": 1}
+    assert EvaluationImages(found.images, Preprocessing().at(8))[7].shape == (8, 8, 3)  # from this set's shard
+    for changes, expected in (
+        ({"mapping": {}}, "classes_mapped: every class is one of classification.*; 1 of 2 wrong, .* kitty as kitty"),
+        ({"mapping": {"kitty": "lion"}}, "classes_mapped: .*for example kitty as lion"),
+        ({"mapping": {"kitty": "dog"}}, "two_classes: .*for example only dog"),
+        ({"mapping": {"kitty": "cat", "cub": "cat"}}, "mapping_used: .*1 of 2 wrong, for example cub"),
+        ({"train_set": "birds"}, "train_set_known: .*0 sets of this name in .*there are classification, mapped"),
+        ({"train_set": "mapped", "mapping": {}}, "train_set_known: .*not a classification set with train images"),
+    ):
+        options = {"train_set": "classification", "mapping": {"kitty": "cat"}, **changes}
+        folder = write(folders.mapped(tmp_path / "again"), {"evalset.yaml": config("classification", **options)})
+        with pytest.raises(EvalsetError, match=expected):
+            check_folder(request(folder))
+    folder = write(folders.mapped(tmp_path / "again"), {"images/dog/2.png": photo(0)})
+    with pytest.raises(EvalsetError, match=r"images_not_learned: .*1 of 5 wrong, for example dog/2\.png"):
+        check_folder(request(folder))
+    shutil.rmtree(folder / "images")
+    for split in ("train", "test"):
+        write(folder, {f"images/{split}/{name}/0.png": photo(len(split + name)) for name in ("kitty", "dog")})
+    with pytest.raises(EvalsetError, match=r"only_test_images: .*2 of 4 wrong, for example train/dog/0\.png"):
+        check_folder(request(folder))
 
 
 def test_equal_folders_give_equal_bytes_and_other_content_another_version(
@@ -190,6 +252,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
                 "query_images: .*q/one.png -> z.png"),
     "relation": (folders.retrieval, {"queries.csv": "query,image,relation\nq/one.png,a.png,good\n"}, "relations_known"),
     "itself": (folders.retrieval, {"queries.csv": "query,image,relation\na.png,a.png,easy\n"}, "gallery_images"),
+    "empty clip": (folders.video, {"images/test/jump/c/1.png": None}, "clips_filled: .*1 of 4 .*example test/jump/c"),
+    "frame": (folders.video, {"images/test/walk/d/2.png": png(Image.new("RGB", (6, 6)))},
+              "frame_sizes: frames of a clip have one size; 1 of 4 wrong, for example test/walk/d"),
+    "new class": (folders.video, {"images/test/run/e/1.png": photo(7)}, "classes_in_train: .*1 of 3 .*example run"),
+    "no clip": (folders.video, {"images/test/walk/5.png": photo(7)}, "frames_in_clips: .*1 of 17 .* test/walk/5.png"),
+    "clip twice": (folders.video, {"images/test/walk/d/1.png": photo(110), "images/test/walk/d/2.png": photo(111),
+                                   "images/test/walk/d/3.png": photo(112)}, "clips_in_one_split: .*test/walk/d"),
     "no query": (folders.retrieval, {"queries.csv": "query,image,relation\n"}, "queries_there"),
 }  # fmt: skip
 
@@ -241,6 +310,10 @@ def test_a_damaged_file_is_named(added: dict[str, Added], tmp_path: Path) -> Non
         ({"task": "segmentation", "classes": {0: "a", 256: "b"}}, "256"),
         ({"task": "classification", "groups": ["image"]}, "groups"),
         ({"task": "detection"}, "task"),
+        ({"task": "depth", "depth_range": [1, 2], "train_set": "a"}, "train_set"),
+        ({"task": "classification", "mapping": {"a": "b"}}, "mapping"),
+        ({"task": "video", "groups": ["a"]}, "groups"),
+        ({"task": "classification", "clip_features": "concatenated"}, "clip_features"),
         ({"task": "depth", "depth_range": [1, 2], "metric": ""}, "metric"),
         ({"task": "classification", "mertic": "x"}, "did you mean 'metric'"),
     ],

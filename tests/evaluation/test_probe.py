@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,10 @@ def test_equals_heads_trained_one_by_one_by_torch(blobs, seed):
     assert found.validation_top1 == pytest.approx(validation)
     grid = [(n, patch, rate) for n in (1, 2) for patch in (False, True) for rate in CONFIG.learning_rates]
     assert (found.head.num_layers, found.head.mean_patch, found.head.learning_rate) == grid[best]
+    two = replace(labels, predictable=np.array([0, 2]))
+    among = evaluate(features, two, CONFIG, np.random.default_rng(seed), "blobs").by_image["probe_top1"]
+    expected = np.array([0, 2])[logits[labels.test][:, [0, 2]].argmax(axis=1)]
+    np.testing.assert_array_equal(among, expected == labels.targets[labels.test])
     scores = evaluate(features, labels, CONFIG, np.random.default_rng(seed), "blobs")
     correct = logits[labels.test].argmax(axis=1) == labels.targets[labels.test]
     np.testing.assert_array_equal(scores.by_image["probe_top1"], correct)

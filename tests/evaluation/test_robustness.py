@@ -1,11 +1,7 @@
-import logging
-
 import numpy as np
 import pytest
 
 from components.core.errors import DatasetError
-from components.evaluation.protocols.mapped import MappedSet
-from components.evaluation.protocols.mapped import evaluate as evaluate_mapped
 from components.evaluation.protocols.robustness import CorruptedResults, evaluate
 
 
@@ -31,6 +27,7 @@ def test_mce_by_hand():
     assert scores.metrics["corruption_accuracy"] == pytest.approx((0.7 + 0.55) / 2)
     assert scores.by_image["corruption_accuracy"].shape == (100,)
     assert scores.notes["mce_reference"] == "random"
+    np.testing.assert_allclose(scores.curves["snow"], [0.9, 0.7, 0.4])
 
 
 def test_the_reference_itself_is_one():
@@ -68,27 +65,3 @@ def test_unlike_measurements(reference, message):
 def test_no_corruptions():
     with pytest.raises(DatasetError, match="no corruptions"):
         evaluate(results("ours", 1), results("other", 1))
-
-
-def test_a_mapped_set_by_hand(caplog):
-    classes = ("cat", "dog", "fish", "owl")
-    other = MappedSet("sketch", ["n01", "dog", "robot", "n01"], {"n01": "cat"})
-    logits = np.array([[1, 2, 9, 9], [0, 5, 9, 0], [9, 0, 0, 0], [4, 3, 9, 0]], float)
-    with caplog.at_level(logging.WARNING):
-        scores = evaluate_mapped(logits, classes, other)
-    # Of cat and dog only: dog (wrong), dog, left out, cat; the higher logit of fish does not count.
-    assert scores.by_image["mapped.sketch.top1"].tolist() == [0, 1, 1]
-    assert "1 of 4 images left out: 1 labels are no class of the head (robot)" in caplog.text
-    assert "2 of 4 classes of the head are not in this set and cannot be predicted (fish, owl)" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("labels", "mapping", "message"),
-    [
-        (["cat", "dog"], {"x": "bird"}, "names 'bird', which is no class of the head"),
-        (["cat", "robot"], {}, "1 of its labels are classes of the head; two or more"),
-    ],
-)
-def test_sets_that_cannot_be_mapped(labels, mapping, message):
-    with pytest.raises(DatasetError, match=message):
-        evaluate_mapped(np.zeros((2, 2)), ("cat", "dog"), MappedSet("a", labels, mapping))

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_knn_by_hand():
     assert knn_predictions(similarities, classes, (3,), 0.07)[3] == [0]
 
 
+def test_neighbors_are_of_predictable_classes():
+    features = np.array([[1, 0], [0.9, 0.1], [0, 1], [1, 0.05], [0.1, 1]], np.float32)
+    labels = Labels(("cat", "dog", "owl"), np.array([0, 1, 2, 1, 2]), np.arange(3), np.arange(3, 5))
+    config = KnnConfig(num_neighbors=(1,), reported=1)
+    assert evaluate_knn(features, labels, config).by_image["knn_top1"].tolist() == [0, 1]
+    among = replace(labels, predictable=np.array([1, 2]))
+    assert evaluate_knn(features, among, config).by_image["knn_top1"].tolist() == [1, 1]  # the cat is no neighbor
+
+
 def test_nearest_is_cosine_and_tells_apart_what_float32_cannot():
     gallery = np.array([[1.0, 1e-5], [1.0, 3e-5], [1.0, 2e-5]], np.float32)
     found = nearest(5 * np.array([[1.0, 0.0]], np.float32), gallery, 3)
@@ -67,6 +77,9 @@ def test_logistic_regression_equals_a_search_done_by_hand(blobs):
     assert result.c == best
     model = LogisticRegression(C=best, solver="newton-cg", tol=1e-10, max_iter=500).fit(train.astype(float), targets)
     np.testing.assert_array_equal(result.predictions, model.predict(test.astype(float)))
+    among = linear_predictions(train, targets, test, LinearConfig(c_grid=(best,)), "blobs", np.array([1, 3, 4]))
+    chosen = model.predict_proba(test.astype(float))[:, [1, 3, 4]].argmax(axis=1)
+    np.testing.assert_array_equal(among.predictions, np.array([1, 3, 4])[chosen])
 
 
 def test_too_few_images_to_hold_out(caplog):

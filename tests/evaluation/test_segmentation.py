@@ -88,6 +88,9 @@ def test_metrics_are_those_of_the_predictions(trained):
     assert scores.metrics["segmentation_miou"] == pytest.approx(iou.mean())
     assert scores.metrics["segmentation_iou.grass"] == pytest.approx(iou[1])
     assert scores.metrics["segmentation_accuracy"] == pytest.approx((truth == found).mean())
+    ratios = scores.ratios["segmentation_iou of each class"]
+    np.testing.assert_allclose(ratios.parts.sum(axis=0) / ratios.wholes.sum(axis=0), iou)
+    assert ratios.num_images.tolist() == [(masks[TEST] == number).any(axis=(1, 2)).sum() for number in range(3)]
     for row, image in enumerate(TEST):
         mask, seen = masks[image][known[row]], predicted[row][known[row]]
         expected = jaccard_score(mask, seen, average=None, labels=np.unique(mask)).mean()
@@ -150,6 +153,8 @@ def test_scales_are_averaged_as_probabilities(trained):
     found = predict(head, [features, fine], TEST, (32, 32))
     np.testing.assert_array_equal(found, probs.argmax(dim=1)[TEST].numpy())
     assert (found != predict(head, [features], TEST, (32, 32))).mean() > 0.05
+    tested = DenseFeatures(fine.tokens[TEST], 8, 8, TEST)  # without train images
+    np.testing.assert_array_equal(predict(head, [features, tested], TEST[::2], (32, 32)), found[::2])
 
 
 def test_the_learning_rate_is_chosen_on_train(trained, caplog):

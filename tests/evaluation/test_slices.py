@@ -14,16 +14,17 @@ def test_worst_group_and_gap_by_hand(caplog):
     scores = evaluate(correct, {"light": light}, CONFIG)
     assert scores.metrics == {"slices.light.worst": 0.5, "slices.light.worst_images": 4, "slices.light.gap": 0.375}
     assert scores.notes == {"slices.light.worst": "night"}
+    assert [(part.name, part.num_images) for part in scores.parts["light"]] == [("day", 8), ("dusk", 2), ("night", 4)]
     assert "1 of 15 test images have no group" in caplog.text
     assert "1 of 3 groups have fewer than 4 images and are neither worst nor best (dusk: 2)" in caplog.text
 
 
 def test_groups_have_wilson_intervals():
     groups = group_accuracies(np.array([1, 1, 0, 0, 0.0]), ["b", "b", "a", "a", "a"], "kind")
-    assert [(group.name, group.num_images, group.accuracy.mean) for group in groups] == [("a", 3, 0), ("b", 2, 1)]
+    assert [(group.name, group.num_images, group.score.mean) for group in groups] == [("a", 3, 0), ("b", 2, 1)]
     z = 1.959964
-    assert groups[0].accuracy.high == pytest.approx(z**2 / (3 + z**2))
-    assert groups[1].accuracy.low == pytest.approx(2 / (2 + z**2))
+    assert groups[0].score.high == pytest.approx(z**2 / (3 + z**2))
+    assert groups[1].score.low == pytest.approx(2 / (2 + z**2))
 
 
 def test_one_group_has_no_gap(caplog):

@@ -11,12 +11,15 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 from components.data.evaluation_set import read_evaluation_set
+from components.evaluation import tokens as module
+from components.evaluation.cost import pass_cost
 from components.evaluation.encoders import BackboneEncoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer
+from components.training.config import EnergyConfig
 from tests.evaluation.class_tokens import class_tokens
 from tests.evaluation.test_evaluation_stage import tiles, write_set
 
@@ -61,11 +64,31 @@ def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, mon
     np.testing.assert_allclose(found.mean_patch, layers[-1].patch_tokens.mean(1), atol=1e-6)
 
     monkeypatch.setattr(encoder, "encode", None)  # would raise
-    for kept, again in zip(arrays(found), arrays(find_tokens(encoder, "w1", asked, tmp_path / "cache")), strict=True):
-        assert np.array_equal(kept, again)
+    kept = find_tokens(encoder, "w1", asked, tmp_path / "cache")
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(found), arrays(kept), strict=True))
+    assert kept.device_seconds == found.device_seconds > 0  # of the pass, not of reading the cache
     with pytest.raises(TypeError):
         find_tokens(encoder, "w2", asked, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_tokens_of_clips_are_means_or_side_by_side():
+    frames = Tokens(np.arange(12, dtype=np.float32).reshape(3, 2, 2), np.array([[1.0], [3], [8]], np.float32), None)
+    rows = np.array([[0, 2], [1, 1]])
+    mean, joint = (module.of_clips(frames, rows, joint=joint) for joint in (False, True))
+    assert mean.cls.tolist() == [[[4, 5], [6, 7]], [[4, 5], [6, 7]]]  # of 0 1 2 3 and 8 9 10 11
+    assert mean.mean_patch.tolist() == [[4.5], [3]]
+    assert joint.cls.tolist() == [[[0, 1, 8, 9], [2, 3, 10, 11]], [[4, 5, 4, 5], [6, 7, 6, 7]]]
+    assert joint.features.shape == (2, 4)
+
+
+def test_the_energy_of_a_pass_is_power_by_time():
+    cost = pass_cost(1800.0, torch.device("cpu"), EnergyConfig(device_watts=400, pue=1.5, kg_co2e_per_kwh=0.5))
+    assert (cost.energy_kwh, cost.co2e_kg) == (pytest.approx(0.3), pytest.approx(0.15))  # 400 W x 0.5 h x 1.5
+    assert "0.3 kWh and 0.15 kg CO2e, not measured but estimated: 400 W for this time, PUE 1.5" in cost.line()
+    unknown = pass_cost(1800.0, torch.device("cpu"), EnergyConfig())
+    assert (unknown.energy_kwh, unknown.co2e_kg) == (None, None)
+    assert "energy not known: nothing tells the power of this device" in unknown.line()
 
 
 def _rank(rank: int, root: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -263,12 +264,15 @@ def evaluate(features: DepthFeatures, task: DepthTask, config: DepthConfig, seed
         prefix: of the metrics' names: "depth" for `lin. 1`, "depth_lin4" for `lin. 4`.
 
     Returns:
-        What `measure` returns.
+        What `measure` returns, and the head's depths in `predict`.
 
     Raises:
         DatasetError: tokens that lead to weights that are not finite.
     """
-    return measure(fit(features, task, config, seed, prefix), features, task, config, prefix)
+    head = fit(features, task, config, seed, prefix)
+    scores = measure(head, features, task, config, prefix)
+    scores.predict[prefix] = partial(predict, head, features, size=task.size)
+    return scores
 
 
 def fit(features: DepthFeatures, task: DepthTask, config: DepthConfig, seed: int, what: str) -> DepthHead:

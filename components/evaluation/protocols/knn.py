@@ -32,9 +32,10 @@ def evaluate(features: NDArray[np.floating], labels: Labels, config: KnnConfig) 
         labels: of these images.
         config: values of k, the temperature, and the few shots.
     """
-    counts = {k: min(k, len(labels.train)) for k in config.num_neighbors}
-    found = nearest(features[labels.test], features[labels.train], max(counts.values()))
-    votes = labels.targets[labels.train][found.indices]  # [T, K]
+    gallery = labels.gallery
+    counts = {k: min(k, len(gallery)) for k in config.num_neighbors}
+    found = nearest(features[labels.test], features[gallery], max(counts.values()))
+    votes = labels.targets[gallery][found.indices]  # [T, K]
     predictions = knn_predictions(found.similarities, votes, set(counts.values()), config.temperature)
     targets = labels.targets[labels.test]
     scores = Scores()
@@ -50,7 +51,7 @@ def evaluate(features: NDArray[np.floating], labels: Labels, config: KnnConfig) 
 
 def draw_shots(labels: Labels, shots: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Draw `shots` train images of each class, all of a smaller class; return their indices in the set, sorted."""
-    order = generator.permutation(labels.train)
+    order = generator.permutation(labels.gallery)
     order = order[np.argsort(labels.targets[order], kind="stable")]
     classes = labels.targets[order]
     place = np.arange(len(order)) - np.searchsorted(classes, classes)  # of an image within its class
@@ -77,7 +78,7 @@ def _few_shot(features: NDArray[np.floating], labels: Labels, config: KnnConfig,
 
 
 def _warn_of_small_classes(labels: Labels, shots: int) -> None:
-    present, counts = np.unique(labels.targets[labels.train], return_counts=True)
+    present, counts = np.unique(labels.targets[labels.gallery], return_counts=True)
     small = np.flatnonzero(counts < shots)
     if len(small):
         log.warning(

@@ -50,7 +50,7 @@ def evaluate(features: NDArray[np.floating], labels: Labels, config: LinearConfi
         name: of the features, for the progress display.
     """
     train, test = features[labels.train], features[labels.test]
-    found = linear_predictions(train, labels.targets[labels.train], test, config, name)
+    found = linear_predictions(train, labels.targets[labels.train], test, config, name, labels.predictable)
     scores = Scores()
     scores.add("linear_top1", (found.predictions == labels.targets[labels.test]).astype(np.float64))
     scores.metrics["linear_c"] = found.c
@@ -58,7 +58,12 @@ def evaluate(features: NDArray[np.floating], labels: Labels, config: LinearConfi
 
 
 def linear_predictions(
-    train: NDArray[np.floating], targets: NDArray[np.int64], test: NDArray[np.floating], config: LinearConfig, name: str
+    train: NDArray[np.floating],
+    targets: NDArray[np.int64],
+    test: NDArray[np.floating],
+    config: LinearConfig,
+    name: str,
+    predictable: NDArray[np.int64] | None = None,
 ) -> LinearResult:
     """Fit by L-BFGS with an L2 penalty; choose C on a random part of train, then refit on all of train.
 
@@ -70,6 +75,7 @@ def linear_predictions(
         test: [T, D] features.
         config: grid and solver.
         name: of the features, for the progress display.
+        predictable: classes of which the most probable is taken; None: all.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
     small = train.size * len(np.unique(targets)) < SMALL_PASS
@@ -77,8 +83,16 @@ def linear_predictions(
         # With a tolerance of 1e-12 the solver always stops at its iteration limit or at machine precision.
         warnings.simplefilter("ignore", ConvergenceWarning)
         c = _choose_c(train, targets, config, name)
-        predictions = _solver(config, c).fit(train, targets).predict(test)
+        model = _solver(config, c).fit(train, targets)
+        predictions = model.predict(test) if predictable is None else _among(model, test, predictable)
     return LinearResult(predictions, c)
+
+
+def _among(model: LogisticRegression, test: NDArray[np.float64], predictable: NDArray[np.int64]) -> NDArray[np.int64]:
+    logits = model.decision_function(test)
+    logits = np.stack([-logits, logits], axis=1) if logits.ndim == 1 else logits  # of two classes there is one column
+    columns = np.flatnonzero(np.isin(model.classes_, predictable))
+    return model.classes_[columns[logits[:, columns].argmax(axis=1)]]
 
 
 def _choose_c(train: NDArray[np.float64], targets: NDArray[np.int64], config: LinearConfig, name: str) -> float:

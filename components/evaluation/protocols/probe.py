@@ -114,7 +114,11 @@ def evaluate(
         DatasetError: fewer layers than the grid needs, features that are not finite, or too few train images.
     """
     probe = fit(features, labels, config, generator, name)
-    predictions = probe.logits(features, labels.test).argmax(axis=1)
+    logits = probe.logits(features, labels.test)
+    if labels.predictable is None:
+        predictions = logits.argmax(axis=1)
+    else:
+        predictions = labels.predictable[logits[:, labels.predictable].argmax(axis=1)]
     scores = Scores()
     scores.add("probe_top1", (predictions == labels.targets[labels.test]).astype(np.float64))
     scores.metrics["probe_validation_top1"] = probe.validation_top1

@@ -19,6 +19,7 @@ from components.evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
 
+SCALES = (1.0, 2**-0.5, 0.5)  # of `multi_scale` in DINO's utils.py
 # Which of a query's lists are positives; the others of the three are junk.
 MODES = {"easy": ("easy",), "medium": ("easy", "hard"), "hard": ("hard",)}
 _CHUNK = 256  # queries compared at once
@@ -45,12 +46,28 @@ class Query:
 
 def run(given: ProtocolInput) -> Scores:
     """Measure a model on a retrieval set; see `evaluate`."""
+    return evaluate(given.tokens.features, _queries(given), given.evalset.gallery)
+
+
+def run_multi_scale(given: ProtocolInput) -> Scores:
+    """Measure a model by the sum of its class tokens over images of several sizes (DINO's evaluation of retrieval)."""
+    everything = np.arange(len(given.tokens.features))
+    sizes = [given.scaled(scale) for scale in SCALES]
+    others = [given.tokens_at(scale, everything).features for scale in SCALES[1:]]
+    features = given.tokens.features + np.sum(others, axis=0)  # as their mean, for a cosine
+    scores = evaluate(features, _queries(given), given.evalset.gallery, "retrieval_ms")
+    scores.notes["retrieval_ms_sizes"] = f"{', '.join(str(size.crop_size) for size in sizes)} pixels"
+    return scores
+
+
+def _queries(given: ProtocolInput) -> list[Query]:
     found = given.evalset.queries
-    queries = [Query(q.index, *(tuple(rows.tolist()) for rows in (q.easy, q.hard, q.junk))) for q in found]
-    return evaluate(given.tokens.features, queries, given.evalset.gallery)
+    return [Query(q.index, *(tuple(rows.tolist()) for rows in (q.easy, q.hard, q.junk))) for q in found]
 
 
-def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: NDArray[np.int64]) -> Scores:
+def evaluate(
+    features: NDArray[np.floating], queries: Sequence[Query], gallery: NDArray[np.int64], prefix: str = "retrieval"
+) -> Scores:
     """Compute the mean average precision by cosine similarity, for each mode.
 
     A query without positives in a mode is left out of it, as in the released evaluation. `by_image` of a mode has the
@@ -61,9 +78,10 @@ def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: 
         features: [N, D] of queries and gallery.
         queries: one or more.
         gallery: rows that are ranked; a query's own row among them is ignored.
+        prefix: of the metrics' names.
 
     Returns:
-        retrieval_map_easy, _medium and _hard; a mode without any query that has positives is left out.
+        `prefix`_map_easy, _medium and _hard; a mode without any query that has positives is left out.
 
     Raises:
         DatasetError: a query whose lists overlap, name the query itself, or name a row outside the gallery.
@@ -76,14 +94,14 @@ def evaluate(features: NDArray[np.floating], queries: Sequence[Query], gallery: 
         if len(chosen) < len(queries):
             without = min(set(range(len(queries))) - set(chosen))
             log.warning(
-                "retrieval, %s: %d of %d queries without positives left out (such as the one of row %d)",
-                *(mode, len(queries) - len(chosen), len(queries), queries[without].row),
+                "%s, %s: %d of %d queries without positives left out (such as the one of row %d)",
+                *(prefix, mode, len(queries) - len(chosen), len(queries), queries[without].row),
             )
         if not chosen:
             continue
         precisions = [_query_precision(orders[number], gallery, queries[number], mode) for number in chosen]
         rows = np.array([queries[number].row for number in chosen])
-        scores.add(f"retrieval_map_{mode}", np.array(precisions), rows)
+        scores.add(f"{prefix}_map_{mode}", np.array(precisions), rows)
     return scores
 
 

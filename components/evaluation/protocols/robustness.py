@@ -47,8 +47,9 @@ def evaluate(ours: CorruptedResults, reference: CorruptedResults) -> Scores:
         reference: of another model, on the same images, corruptions and severities.
 
     Returns:
-        corruption_accuracy and corruption_accuracy.<name>, means over images and severities; mce; relative_mce. The
-        reference's name is in `notes`. An mCE that no corruption is left for is left out.
+        corruption_accuracy and corruption_accuracy.<name>, means over images and severities; mce; relative_mce; the
+        accuracy by severity in `curves`. The reference's name is in `notes`. An mCE that no corruption is left for is
+        left out.
 
     Raises:
         DatasetError: no corruptions, or other images, corruptions or severities for the reference.
@@ -59,6 +60,7 @@ def evaluate(ours: CorruptedResults, reference: CorruptedResults) -> Scores:
     scores.add("corruption_accuracy", np.mean(list(by_corruption.values()), axis=0))
     for name, values in by_corruption.items():
         scores.add(f"corruption_accuracy.{name}", values)
+        scores.curves[name] = np.array([ours.clean.mean(), *ours.corrupted[name].mean(axis=1)])
     errors, others = _added_errors(ours, 0.0), _added_errors(reference, 0.0)
     _add_ratio(scores, "mce", errors, others, reference.model)
     errors, others = (_added_errors(results, float(1 - results.clean.mean())) for results in (ours, reference))

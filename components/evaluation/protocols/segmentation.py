@@ -3,6 +3,8 @@
 BatchNorm and a linear layer on the patch tokens; its low-resolution logits are upsampled to the mask. For `lin.` the
 tokens are the last layer's; for `+ms` those of the last four layers together, and class probabilities are averaged over
 images of several sizes. The recipe of the training is dinov3's, without its augmentation: features are computed once.
+Sizes of `+ms` are the smaller three of DINOv2's five, each of whole images: it slides a window over those of 2.28 and 3
+times the size, and adds mirrored images.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -33,9 +35,11 @@ from components.evaluation.dense import (
 )
 from components.evaluation.encoders import LAYERS
 from components.evaluation.protocol_input import ProtocolInput, crop_target
-from components.evaluation.scores import Scores
+from components.evaluation.scores import Ratios, Scores
 
 log = logging.getLogger(__name__)
+
+SCALES = (1.0, 1.32, 1.73)  # `img_ratios` of DINOv2's released configurations of +ms, also 2.28 and 3
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class _Problem(DenseProblem[SegmentationHead]):
         return F.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=-1)
 
     def validation_score(self, head: SegmentationHead, images: NDArray[np.int64]) -> float:
-        matrices = confusion_matrices(head, self.scales, self.task, images, self.batch_size)
+        matrices = confusion_matrices(head, self.scales[:1], self.task, images, self.batch_size)
         return float(np.nanmean(class_iou(reduce(np.add, matrices))))
 
 
@@ -168,6 +172,15 @@ def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last four layers, at one size: `+ms` without its other sizes."""
     features, prefix = [given.dense(LAYERS)], "segmentation_lin4"
     return evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
+
+
+def run_multi_scale(given: ProtocolInput) -> Scores:
+    """Measure a model on a segmentation set by the last four layers, at several sizes of the test images (`+ms`)."""
+    features, prefix = [given.dense(LAYERS, scale) for scale in SCALES], "segmentation_ms"
+    scores = evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
+    sizes = ", ".join(str(given.scaled(scale).crop_size) for scale in SCALES)
+    scores.notes["segmentation_ms_sizes"] = f"{sizes} pixels"
+    return scores
 
 
 def _task(given: ProtocolInput) -> SegmentationTask:
@@ -188,20 +201,22 @@ def evaluate(
 
     Args:
         scales: features of all images, of one layer and size for `lin.`; for `+ms` of four layers, at each test scale.
-            The head is trained on the first scale.
+            The head is trained on the first scale, and its learning rate chosen on it.
         task: masks, splits and classes.
         config: of the training.
         seed: of the training.
         prefix: of the metrics' names: "segmentation" for `lin.`, "segmentation_ms" for `+ms`.
 
     Returns:
-        What `measure` returns.
+        What `measure` returns, and the head's masks in `predict`.
 
     Raises:
         DatasetError: tokens that lead to weights that are not finite.
     """
     head = fit(scales, task, config, seed, prefix)
-    return measure(head, scales, task, config.batch_size, prefix)
+    scores = measure(head, scales, task, config.batch_size, prefix)
+    scores.predict[prefix] = partial(predict, head, scales, size=task.size)
+    return scores
 
 
 def fit(
@@ -220,14 +235,15 @@ def measure(
         With `prefix` before each name: `_miou`, the mean over classes of the intersection over union of all test pixels
         (classes in no test mask and no prediction are left out); `_iou.<class>`; `_accuracy`, the share of correct
         pixels of all; and with values per image, so that models can be compared: `_image_miou`, over the classes in the
-        image's mask, and `_image_accuracy`.
+        image's mask, and `_image_accuracy`. `ratios` has the pixels of each image that `_iou` is made of.
     """
     total = np.zeros((len(task.classes), len(task.classes)), np.int64)
-    mious, accuracies = [], []
+    mious, accuracies, counts = [], [], []
     for matrix in confusion_matrices(head, scales, task, task.test, batch_size):
         total += matrix
         mious.append(class_iou(matrix)[matrix.any(axis=1)].mean())
         accuracies.append(matrix.trace() / matrix.sum())
+        counts.append((matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)))
     iou = class_iou(total)
     absent = [name for name, value in zip(task.classes, iou, strict=True) if np.isnan(value)]
     if absent:
@@ -241,7 +257,22 @@ def measure(
         for name, value in zip(task.classes, iou, strict=True)
         if not np.isnan(value)
     }
+    scores.ratios[f"{prefix}_iou of each class"] = _iou_ratios(np.array(counts), task.classes)
     return scores
+
+
+def _iou_ratios(counts: NDArray[np.int64], classes: Sequence[str]) -> Ratios:
+    """Return intersections and unions of each image, of the classes that are in a mask or a prediction.
+
+    Args:
+        counts: [T, 3, C] correct pixels, pixels of the mask, and pixels of the prediction.
+        classes: [C] names.
+    """
+    hits, true, predicted = counts.swapaxes(0, 1)  # [T, C] each
+    unions = true + predicted - hits
+    there = np.flatnonzero(unions.any(axis=0)).tolist()
+    names = [classes[number] for number in there]
+    return Ratios(names, (true[:, there] > 0).sum(axis=0), hits[:, there], unions[:, there])
 
 
 def predict(

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from components.core.errors import DatasetError
 from components.core.intervals import accuracy_interval, is_accuracy
-from components.core.metrics import Interval
 from components.core.text import one_line
 from components.evaluation.config import SlicesConfig
-from components.evaluation.scores import Scores
+from components.evaluation.scores import Part, Scores
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Accuracy of the images of one group, with its 95 % Wilson interval, as if they were independent."""
-
-    name: str
-    num_images: int
-    accuracy: Interval
 
 
 def evaluate(
@@ -43,14 +32,14 @@ def evaluate(
     Returns:
         `slices.<column>.worst`, its `slices.<column>.worst_images`, and `slices.<column>.gap`, the best group's
         accuracy less the worst's; the name of the worst in `notes`. A column that has fewer than two groups of
-        `min_images` is left out.
+        `min_images` is left out of these; `parts` has all groups of all columns.
 
     Raises:
         DatasetError: values other than 0 and 1, or a column of another length.
     """
     scores = Scores()
     for column, values in columns.items():
-        groups = group_accuracies(correct, values, column)
+        groups = scores.parts[column] = group_accuracies(correct, values, column)
         enough = _large_groups(groups, column, config)
         if len(enough) < 2:
             log.warning(
@@ -58,16 +47,18 @@ def evaluate(
                 *(column, len(enough), config.min_images),
             )
             continue
-        worst, best = (choose(enough, key=lambda group: group.accuracy.mean) for choose in (min, max))
-        scores.metrics[f"slices.{column}.worst"] = worst.accuracy.mean
+        worst, best = (choose(enough, key=lambda group: group.score.mean) for choose in (min, max))
+        scores.metrics[f"slices.{column}.worst"] = worst.score.mean
         scores.metrics[f"slices.{column}.worst_images"] = worst.num_images
-        scores.metrics[f"slices.{column}.gap"] = best.accuracy.mean - worst.accuracy.mean
+        scores.metrics[f"slices.{column}.gap"] = best.score.mean - worst.score.mean
         scores.notes[f"slices.{column}.worst"] = worst.name
     return scores
 
 
-def group_accuracies(correct: NDArray[np.floating], values: Sequence[str | None], column: str) -> list[Group]:
+def group_accuracies(correct: NDArray[np.floating], values: Sequence[str | None], column: str) -> list[Part]:
     """Return the accuracy of every group of a column, by name; images without a group are left out.
+
+    Intervals are Wilson's, as if images were independent.
 
     Args:
         correct: [T] of 0 and 1.
@@ -85,10 +76,10 @@ def group_accuracies(correct: NDArray[np.floating], values: Sequence[str | None]
     if missing := int((names == "").sum()):
         log.warning("slices.%s: %d of %d test images have no group and are left out", column, missing, len(names))
     groups = [(str(name), correct[names == name]) for name in np.unique(names[names != ""])]
-    return [Group(name, len(own), accuracy_interval(own)) for name, own in groups]
+    return [Part(name, len(own), accuracy_interval(own)) for name, own in groups]
 
 
-def _large_groups(groups: Sequence[Group], column: str, config: SlicesConfig) -> list[Group]:
+def _large_groups(groups: Sequence[Part], column: str, config: SlicesConfig) -> list[Part]:
     small = [group for group in groups if group.num_images < config.min_images]
     if small:
         log.warning(
