@@ -209,7 +209,7 @@ def baselines(first: ComparedModel, seed: int) -> list[ComparedModel]:
     The descriptor has the patch grid of the model, or that of usual patches where it has none.
     """
     encoder, size = first.encoder, first.preprocessing
-    descriptor = DescriptorEncoder(encoder.grid(size.crop_size))
+    descriptor = DescriptorEncoder(encoder.encode_black(size.crop_size).rows(size.crop_size))
     found = [ComparedModel(DESCRIPTOR, descriptor.shape, descriptor, size)]
     if (network := encoder.untrained(seed)) is not None:
         found.insert(0, ComparedModel(RANDOM, f"{RANDOM} {seed} {network.shape}", network, size))
