@@ -41,9 +41,11 @@ def test_loss_by_hand():
 
 
 def test_expected_depth_by_hand():
-    logits = torch.tensor([0.9, -5.0, 1.9])
-    # Weights 1, 0.1 and 2 of depths 1, 2 and 3.
-    assert expected_depth(logits, torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx((1 + 0.2 + 6) / 3.1)
+    logits = torch.tensor([[0.9, -5.0, 1.9], [-1.0, -1.0, 0.4]]).view(1, 2, 3, 1).permute(0, 2, 1, 3)  # of two places
+    found = expected_depth(logits.clone(), torch.tensor([1.0, 2.0, 3.0]))
+    assert found.shape == (1, 1, 2, 1)
+    # Weights 1, 0.1 and 2 of depths 1, 2 and 3; and 0.1, 0.1 and 0.5.
+    np.testing.assert_allclose(found.ravel(), [(1 + 0.2 + 6) / 3.1, (0.1 + 0.2 + 1.5) / 0.7], rtol=1e-6)
 
 
 def test_errors_are_scikit_learns():

@@ -137,9 +137,13 @@ class SegmentationHead(nn.Module):
         self.linear = linear_layer(dim, num_classes, generator)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return logits [B, H, W, C] of tokens [B, rows, columns, D], upsampled bilinearly to `size`."""
+        """Return logits [B, C, H, W] of tokens [B, rows, columns, D], upsampled bilinearly to `size`."""
+        return upsample(self.coarse(tokens), size)
+
+    def coarse(self, tokens: Tensor) -> Tensor:
+        """Return logits [B, C, rows, columns] of tokens [B, rows, columns, D]."""
         normalized = self.norm(tokens.flatten(0, 2)).view_as(tokens)
-        return upsample(self.linear(normalized), size)
+        return self.linear(normalized).permute(0, 3, 1, 2)
 
 
 class _Problem(DenseProblem[SegmentationHead]):
@@ -150,9 +154,13 @@ class _Problem(DenseProblem[SegmentationHead]):
         return SegmentationHead(self.scales[0].dim, len(self.task.classes), generator)
 
     def loss(self, head: SegmentationHead, images: NDArray[np.int64]) -> Tensor:
-        logits = head(self.scales[0].batch(images, self.device), self.task.size)  # [B, H, W, C]
+        coarse = head.coarse(self.scales[0].batch(images, self.device))  # [B, C, rows, columns]
         masks = self.task.masks(images, self.device)
-        return F.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=-1)
+        losses = [
+            F.cross_entropy(upsample(logits, self.task.size), mask, ignore_index=-1, reduction="sum")
+            for logits, mask in zip(coarse.split(1), masks.split(1), strict=True)
+        ]
+        return torch.stack(losses).sum() / (masks >= 0).sum()
 
     def validation_score(self, head: SegmentationHead, images: NDArray[np.int64]) -> float:
         matrices = confusion_matrices(head, self.scales, self.task, images, self.batch_size)
@@ -257,8 +265,8 @@ def _classes(
 ) -> Tensor:
     """Return the most probable class of each pixel, [B, H, W], by the mean probability over the scales."""
     device = head.linear.weight.device
-    logits = (head.eval()(features.batch(images, device), size) for features in scales)  # [B, H, W, C] each
-    return reduce(torch.add, (each.softmax(dim=-1) for each in logits)).argmax(dim=-1)
+    logits = (head.eval()(features.batch(images, device), size) for features in scales)  # [B, C, H, W] each
+    return reduce(torch.add, (each.softmax(dim=1) for each in logits)).argmax(dim=1)
 
 
 def confusion_matrices(
