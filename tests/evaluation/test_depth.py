@@ -11,8 +11,10 @@ from sklearn.metrics import mean_absolute_percentage_error, root_mean_squared_er
 from torch.nn import functional as F
 
 from components.core.errors import DatasetError
+from components.evaluation import protocol_input
 from components.evaluation.config import DepthConfig
 from components.evaluation.dense import DenseFeatures
+from components.evaluation.protocol_input import keep_targets
 from components.evaluation.protocols.depth import (
     DepthFeatures,
     depth_errors,
@@ -92,6 +94,21 @@ def test_depth_that_the_tokens_hold_is_recovered(trained):
     expected = [root_mean_squared_error(depths[i][k], p[k]) for i, p, k in zip(TEST, predicted, known, strict=True)]
     np.testing.assert_allclose(scores.by_image["depth_rmse"], expected, rtol=1e-6)
     assert scores.metrics["depth_rmse"] == pytest.approx(np.mean(expected))
+
+
+def test_a_training_decodes_each_map_once(monkeypatch):
+    depths, features = sloped()
+    read: list[int] = []
+
+    def decode(image):
+        read.append(image)
+        return depths[image]
+
+    task = depth_task(keep_targets(decode, SIZE), TRAIN, TEST, 0.001, 6)
+    fit(features, task, CONFIG.model_copy(update={"steps": 9}), 0, "depth")
+    assert sorted(read) == list(range(32))
+    monkeypatch.setattr(protocol_input, "KEPT_BYTES", 5 * 4 * SIZE**2)
+    assert keep_targets(decode, SIZE).cache_parameters() == {"maxsize": 5, "typed": False}
 
 
 def test_the_head_is_the_papers(trained):

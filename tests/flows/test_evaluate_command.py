@@ -109,6 +109,7 @@ class TwoOutputs(nn.Module):
         return output.cls_token, output.patch_tokens
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_traced_network_beside_its_weights_has_their_scores(checkout: Path):
     folder = checkout / "traced"
     folder.mkdir()

@@ -30,7 +30,7 @@ from components.evaluation.dense import (
     upsample,
 )
 from components.evaluation.encoders import LAYERS
-from components.evaluation.protocol_input import ProtocolInput, crop_target
+from components.evaluation.protocol_input import ProtocolInput, crop_target, keep_targets
 from components.evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,8 @@ def _run(given: ProtocolInput, layers: int, prefix: str) -> Scores:
 
     patches = given.dense(layers)
     cls_tokens = given.tokens.cls[:, -layers:].reshape(len(patches.tokens), -1)  # [N, L * D]
-    task = depth_task(read_depth, evalset.train, evalset.test, *evalset.config.depth_range)
+    read = keep_targets(read_depth, given.preprocessing.crop_size)
+    task = depth_task(read, evalset.train, evalset.test, *evalset.config.depth_range)
     return evaluate(DepthFeatures(patches, cls_tokens), task, given.settings.depth, given.seed, prefix)
 
 
