@@ -115,7 +115,7 @@ def compare(
     tokens = {model.name: _tokens(evalset, model, settings.loading, dense, cache) for model in models}
     if dense and tokens[models[0].name].patches is None:
         needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
-        raise ConfigError(f"{models[0].name}: gives no patch tokens, which {needed} reads; give a model that does")
+        raise ConfigError(f"{needed}: {models[0].name} gives no patch tokens to read; name a model first that does")
     scores: dict[str, Scores] = {}
     for model in models:
         found = scores[model.name] = Scores()
