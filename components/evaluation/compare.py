@@ -142,7 +142,7 @@ def compare(
     tokens = {name: given.tokens for name, given in given_to.items()}
     if dense and tokens[models[0].name].patches is None:
         needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
-        raise ConfigError(f"{models[0].name}: gives no patch tokens, which {needed} reads; give a model that does")
+        raise ConfigError(f"{needed}: {models[0].name} gives no patch tokens to read; name a model first that does")
     scores: dict[str, Scores] = {}
     for model_name, given in given_to.items():
         found = scores[model_name] = Scores()
@@ -267,7 +267,7 @@ def baselines(first: ComparedModel, seed: int) -> list[ComparedModel]:
     The descriptor has the patch grid of the model, or that of usual patches where it has none.
     """
     encoder, size = first.encoder, first.preprocessing
-    descriptor = DescriptorEncoder(encoder.grid(size.crop_size))
+    descriptor = DescriptorEncoder(encoder.encode_black(size.crop_size).rows(size.crop_size))
     found = [ComparedModel(DESCRIPTOR, descriptor.shape, descriptor, size)]
     if (network := encoder.untrained(seed)) is not None:
         found.insert(0, ComparedModel(RANDOM, f"{RANDOM} {seed} {network.shape}", network, size))

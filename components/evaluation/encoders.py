@@ -40,6 +40,10 @@ class Encoded:
         fits = self.patches and self.patches[-1].shape[2] == feature.shape[1]
         return self.patches[-1].float().mean(dim=1) if fits else feature
 
+    def rows(self, side: int) -> int:
+        """Return the rows of the patch grid of images of `side` pixels, or of usual patches where there are none."""
+        return isqrt(self.patches[-1].shape[1]) if self.patches else max(1, side // USUAL_PATCH)
+
 
 class Encoder(ABC):
     """A network in evaluation mode on its device.
@@ -69,11 +73,6 @@ class Encoder(ABC):
     def encode_black(self, side: int) -> Encoded:
         """Encode one black image, for the shapes of what comes."""
         return self.encode(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-
-    def grid(self, side: int) -> int:
-        """Return the rows of the patch grid of images of `side` pixels, or those of usual patches if it gives none."""
-        found = self.encode_black(side).patches
-        return isqrt(found[-1].shape[1]) if found else max(1, side // USUAL_PATCH)
 
     def last_patches(self, images: Tensor) -> NDArray[np.float32] | None:
         """Return the patch tokens of the last layer for images [B, S, S, 3], [B, P, D]; None if it gives none."""

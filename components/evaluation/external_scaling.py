@@ -134,8 +134,8 @@ def beside(folder: Path, name: str) -> Scaling:
     if not path.is_file():
         return Scaling(
             facts=(
-                f"{name}: nothing states how its images are scaled (no {PREPROCESSOR_FILE} beside it); an eighth of "
-                "each side is cut off, and colors have ImageNet's mean and standard deviation, as in DINOv2",
+                f"{name}: nothing states how its images are scaled (no {PREPROCESSOR_FILE} beside it); as in DINOv2, "
+                "colors have ImageNet's mean and standard deviation",
             )
         )
     stated = _valid(_Preprocessor, read_json(path), str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +23,8 @@ from components.model.config import Preprocessing
 
 NumberT = TypeVar("NumberT", np.uint8, np.float32)
 Find = Callable[[TokenRequest], Tokens]
+
+KEPT_BYTES = 2**28  # of decoded masks or depth maps
 
 
 def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArray[NumberT]:
@@ -43,6 +46,17 @@ def crop_target(target: NDArray[NumberT], preprocessing: Preprocessing) -> NDArr
         pixels = (offset + np.arange(preprocessing.crop_size) + 0.5) * side / resized
         places.append(np.clip(pixels.astype(np.int64), 0, side - 1))
     return target[np.ix_(*places)]
+
+
+def keep_targets(read: Callable[[int], NDArray[NumberT]], side: int) -> Callable[[int], NDArray[NumberT]]:
+    """Keep the latest masks or depth maps that were read, so that a training decodes each once where memory allows.
+
+    Args:
+        read: returns the map of an image.
+        side: of the maps, in pixels.
+    """
+    most_bytes = side**2 * np.dtype(np.float32).itemsize
+    return lru_cache(maxsize=max(1, KEPT_BYTES // most_bytes))(read)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from components.evaluation.encoders import Encoded, Encoder
 from components.model.config import Preprocessing
 
 VERSION = 2  # raise it whenever a change here changes the arrays
-BATCH_PATCHES = 2**14  # computed at once
-USUAL_PATCH = 14  # pixels; says how many images without patch tokens are computed at once
+BATCH_PATCHES = {"cpu": 2**12, "cuda": 2**14}  # computed at once; on a CPU the tokens of a layer fit its caches
 CLS, MEAN, PATCHES, PASS = "cls.npy", "mean_patch.npy", "patches.npy", "pass.json"
 
 
@@ -157,9 +156,9 @@ def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Pat
 def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
     """Write the arrays whole or not at all: rank 0 makes the files, each rank fills its rows."""
     side = request.preprocessing.crop_size
-    one = encoder.encode(torch.zeros(1, side, side, 3, dtype=torch.uint8))  # for the shapes
+    one = encoder.encode_black(side)
     shapes = _shapes(one, len(request.images), request.dense)
-    patches = one.patches[-1].shape[1] if one.patches else (side // USUAL_PATCH) ** 2
+    patches = one.rows(side) ** 2
     shared = folder.with_name(f"{folder.name}.part")
     if rank() == 0:
         shared.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
         barrier()
         arrays = {name: np.lib.format.open_memmap(shared / name, "r+") for name in shapes}
         began = time.monotonic()
-        _fill(encoder, request, arrays, max(1, BATCH_PATCHES // max(1, patches)))
+        _fill(encoder, request, arrays, max(1, BATCH_PATCHES[encoder.device.type] // patches))
         for array in arrays.values():
             array.flush()
         barrier()

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from components.core.errors import DatasetError
 from components.core.metric_names import LOWER_IS_BETTER, lower_is_better
+from components.evaluation import protocol_input
 from components.evaluation.config import DepthConfig
 from components.evaluation.dense import DenseFeatures
+from components.evaluation.protocol_input import keep_targets
 from components.evaluation.protocols.depth import (
     DepthFeatures,
     depth_errors,
@@ -41,9 +43,11 @@ def test_loss_by_hand():
 
 
 def test_expected_depth_by_hand():
-    logits = torch.tensor([0.9, -5.0, 1.9])
-    # Weights 1, 0.1 and 2 of depths 1, 2 and 3.
-    assert expected_depth(logits, torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx((1 + 0.2 + 6) / 3.1)
+    logits = torch.tensor([[0.9, -5.0, 1.9], [-1.0, -1.0, 0.4]]).view(1, 2, 3, 1).permute(0, 2, 1, 3)  # of two places
+    found = expected_depth(logits.clone(), torch.tensor([1.0, 2.0, 3.0]))
+    assert found.shape == (1, 1, 2, 1)
+    # Weights 1, 0.1 and 2 of depths 1, 2 and 3; and 0.1, 0.1 and 0.5.
+    np.testing.assert_allclose(found.ravel(), [(1 + 0.2 + 6) / 3.1, (0.1 + 0.2 + 1.5) / 0.7], rtol=1e-6)
 
 
 def test_errors_are_scikit_learns():
@@ -90,6 +94,21 @@ def test_depth_that_the_tokens_hold_is_recovered(trained):
     expected = [root_mean_squared_error(depths[i][k], p[k]) for i, p, k in zip(TEST, predicted, known, strict=True)]
     np.testing.assert_allclose(scores.by_image["depth_rmse"], expected, rtol=1e-6)
     assert scores.metrics["depth_rmse"] == pytest.approx(np.mean(expected))
+
+
+def test_a_training_decodes_each_map_once(monkeypatch):
+    depths, features = sloped()
+    read: list[int] = []
+
+    def decode(image):
+        read.append(image)
+        return depths[image]
+
+    task = depth_task(keep_targets(decode, SIZE), TRAIN, TEST, 0.001, 6)
+    fit(features, task, CONFIG.model_copy(update={"steps": 9}), 0, "depth")
+    assert sorted(read) == list(range(32))
+    monkeypatch.setattr(protocol_input, "KEPT_BYTES", 5 * 4 * SIZE**2)
+    assert keep_targets(decode, SIZE).cache_parameters() == {"maxsize": 5, "typed": False}
 
 
 def test_the_head_is_the_papers(trained):

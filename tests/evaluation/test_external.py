@@ -128,7 +128,7 @@ def test_a_traced_network_is_a_program_and_its_tokens_are_told(tmp_path: Path, e
     assert f"{tmp_path}/net.pt: a TorchScript file is a program, and ran with your rights" in found.facts
     assert f"{tmp_path}/net.pt: 785 tokens, taken as 1 others and 28 x 28 patch tokens" in found.facts
     assert any("nothing states how its images are scaled" in fact for fact in found.facts)
-    assert found.model.encoder.grid(32) == 4
+    assert found.model.encoder.encode_black(32).rows(32) == 4
 
 
 def test_what_is_no_such_model_is_one_line(tmp_path: Path, evalset):

@@ -132,6 +132,7 @@ class TwoOutputs(nn.Module):
         return output.cls_token, output.patch_tokens
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_traced_network_beside_its_weights_has_their_scores(checkout: Path):
     folder = checkout / "traced"
     folder.mkdir()
@@ -154,6 +155,14 @@ def test_the_traced_network_beside_its_weights_has_their_scores(checkout: Path):
     own, exported = (told["scores"][name]["depth_rmse"] for name in ("weights/one", "traced/one.pt"))
     assert exported == pytest.approx(own, rel=1e-4)
     assert "traced/one.pt, depth-lin4: reads 1 layers, not 4: the model gives no more" in told["facts"]
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    torch.jit.trace(pooled, torch.zeros(1, 3, 32, 32)).save(folder / "pooled.pt")
+    told = asked(checkout, "traced/pooled.pt", "--set", "depth", code=2)
+    assert "depth, depth-lin4: traced/pooled.pt gives no patch tokens to read; name a model first" in told
+    words = ("weights/one", "--against", "traced/pooled.pt", "--set", "depth", "--protocol", "depth", "--json")
+    told = json.loads(asked(checkout, *words))
+    assert "depth_rmse" not in told["scores"]["traced/pooled.pt"]
+    assert "traced/pooled.pt, depth: not measured: the model gives no patch tokens" in told["facts"]
     words = (path, "--set", "photographs", "--protocol", "robustness")
     assert "mCE is held against random weights of the shape of traced/one.pt" in asked(checkout, *words, code=2)
 

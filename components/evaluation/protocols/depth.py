@@ -31,7 +31,7 @@ from components.evaluation.dense import (
     upsample,
 )
 from components.evaluation.encoders import LAYERS
-from components.evaluation.protocol_input import ProtocolInput, crop_target
+from components.evaluation.protocol_input import ProtocolInput, crop_target, keep_targets
 from components.evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -175,24 +175,26 @@ class DepthHead(nn.Module):
         """Return depths [B, H, W] of tokens [B, rows, columns, D]."""
         # The paper's head upsamples the tokens. The order does not matter, for both are linear and bilinear weights
         # sum to 1, and the layer is 16 times cheaper on the tokens themselves.
-        rows, columns = tokens.shape[1:3]
-        logits = upsample(self.linear(tokens), (UPSAMPLING * rows, UPSAMPLING * columns))
-        return upsample(expected_depth(logits, self.bins)[..., None], size)[..., 0]
+        logits = self.linear(tokens).permute(0, 3, 1, 2)  # [B, bins, rows, columns]
+        between = (UPSAMPLING * tokens.shape[1], UPSAMPLING * tokens.shape[2])
+        depths = torch.cat([expected_depth(upsample(one, between), self.bins) for one in logits.split(1)])
+        return upsample(depths, size)[:, 0]
 
 
 def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
     """Return the mean of the bins, each with the weight relu(logit) + 0.1 (the "linear" normalization of AdaBins).
 
     Args:
-        logits: [..., bins].
+        logits: [B, bins, h, w]; overwritten, for it is the largest tensor of the training.
         bins: [bins] their depths.
 
     Returns:
-        [...], in the range of the bins.
+        [B, 1, h, w], in the range of the bins.
     """
-    # Sums of depths and of weights in one product, which reads the largest tensor of the training once.
-    sums = logits.relu() @ torch.stack([bins, torch.ones_like(bins)], dim=1)  # [..., 2]
-    return (sums[..., 0] + BIN_WEIGHT * bins.sum()) / (sums[..., 1] + BIN_WEIGHT * len(bins))
+    # Sums of depths and of weights in one product, which reads that tensor once.
+    sums = torch.stack([bins, torch.ones_like(bins)]) @ logits.relu_().flatten(2)  # [B, 2, h * w]
+    depths = (sums[:, :1] + BIN_WEIGHT * bins.sum()) / (sums[:, 1:] + BIN_WEIGHT * len(bins))
+    return depths.unflatten(2, logits.shape[2:])
 
 
 def sig_loss(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -249,7 +251,8 @@ def _run(given: ProtocolInput, layers: int, prefix: str) -> Scores:
 
     patches = given.dense(layers)
     cls_tokens = given.tokens.cls[:, -layers:].reshape(len(patches.tokens), -1)  # [N, L * D]
-    task = depth_task(read_depth, evalset.train, evalset.test, *evalset.config.depth_range)
+    read = keep_targets(read_depth, given.preprocessing.crop_size)
+    task = depth_task(read, evalset.train, evalset.test, *evalset.config.depth_range)
     return evaluate(DepthFeatures(patches, cls_tokens), task, given.settings.depth, given.seed, prefix)
 
 
