@@ -69,51 +69,57 @@ def clustered_interval(
     Raises:
         ValueError: fewer than two clusters, or not one for each image.
     """
-    return _ratio_interval(*_by_cluster(values, clusters), generator, num_resamples)
+    sums, sizes = _by_cluster(values, clusters)
+    count = len(sizes)
+    means: list[NDArray[np.float64]] = []
+    rows = max(1, _MAX_DRAWN // count)
+    for start in range(0, num_resamples, rows):
+        drawn = generator.integers(0, count, size=(min(rows, num_resamples - start), count))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
-def ratio_interval(
-    parts: NDArray[np.floating | np.integer],
-    wholes: NDArray[np.floating | np.integer],
+def ratio_intervals(
+    parts: NDArray[np.integer],
+    wholes: NDArray[np.integer],
     generator: np.random.Generator,
     num_resamples: int,
     clusters: NDArray[np.integer | np.str_] | None = None,
-) -> Interval:
-    """Return the sum of `parts` over that of `wholes` with its percentile bootstrap interval, as images are resampled.
+) -> list[Interval]:
+    """Return the sum of `parts` over that of `wholes` of each class, with percentile bootstrap intervals over images.
 
-    For the intersection over union of a class, which is a ratio of pixels of all images, not a mean over images. Images
-    whose whole is 0 change nothing. It is too narrow for few images, as `clustered_interval` is for few clusters.
+    For the intersection over union, which is a ratio of the pixels of all images, not a mean over images. A resample
+    without the class does not count for it. Too narrow for few images, as `clustered_interval` is for few clusters.
 
     Args:
-        parts: [T].
-        wholes: [T], 0 or more, not all 0.
-        generator: draws the resamples.
+        parts: [T, C].
+        wholes: [T, C], 0 or more; no column is all 0.
+        generator: draws the resamples, the same for all classes.
         num_resamples: samples of as many images, or clusters, as there are, with replacement.
         clusters: [T] source of each image, if images are parts of the same photographs.
 
     Returns:
-        Bounds are NaN if fewer than two images, or clusters, have a whole above 0.
+        [C]; bounds are NaN if only one image, or cluster, has a whole above 0.
     """
+    above, below = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
     if clusters is not None:
-        parts, wholes = (_by_cluster(values, clusters)[0] for values in (parts, wholes))
-    if np.count_nonzero(wholes) < 2:
-        return Interval(float(parts.sum() / wholes.sum()), float("nan"), float("nan"))
-    return _ratio_interval(parts, wholes, generator, num_resamples)
-
-
-def _ratio_interval(
-    parts: NDArray[Any], wholes: NDArray[Any], generator: np.random.Generator, num_resamples: int
-) -> Interval:
-    count = len(wholes)
+        _, members = np.unique(clusters, return_inverse=True)
+        above, below = (np.eye(members.max() + 1)[members].T @ values for values in (above, below))
+    count = len(below)
     ratios: list[NDArray[np.float64]] = []
     rows = max(1, _MAX_DRAWN // count)
     for start in range(0, num_resamples, rows):
-        drawn = generator.integers(0, count, size=(min(rows, num_resamples - start), count))
-        sums = wholes[drawn].sum(axis=1)
-        ratios.append(parts[drawn].sum(axis=1)[sums > 0] / sums[sums > 0])
+        size = min(rows, num_resamples - start)
+        times = generator.multinomial(count, np.full(count, 1 / count), size).astype(np.float64)  # [R, T] drawn
+        sums, totals = times @ above, times @ below  # [R, C]
+        ratios.append(np.divide(sums, totals, out=np.full_like(sums, np.nan), where=totals > 0))
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
-    return Interval(float(parts.sum() / wholes.sum()), float(low), float(high))
+    bounds = np.nanquantile(np.concatenate(ratios), [tail, 1 - tail], axis=0)  # [2, C]
+    bounds[:, np.count_nonzero(below, axis=0) < 2] = np.nan
+    means = above.sum(axis=0) / below.sum(axis=0)
+    return [Interval(*map(float, one)) for one in zip(means, *bounds, strict=True)]
 
 
 def difference_interval(
@@ -160,7 +166,7 @@ def _accuracy_difference(difference: NDArray[np.floating]) -> Interval:
 
 
 def _by_cluster(
-    values: NDArray[np.floating | np.integer], clusters: NDArray[np.integer | np.str_]
+    values: NDArray[np.floating], clusters: NDArray[np.integer | np.str_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the sum of the values and the number of images of each cluster."""
     if len(clusters) != len(values):

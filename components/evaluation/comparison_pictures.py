@@ -25,7 +25,7 @@ from components.evaluation.dense_pictures import (
     patch_matches,
 )
 from components.evaluation.features import EvaluationImages
-from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows
+from components.evaluation.pictures import choose_queries, draw_neighbors, neighbor_rows, retrieved_rows
 from components.evaluation.protocol_input import crop_target
 from components.model.config import Preprocessing
 
@@ -54,14 +54,8 @@ def figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> li
     made = _curves(found) + _predictions(found, models, pixels, seed)
     patches = {one.name: one.encoder.last_patches(shown) for one in models if one.preprocessing == first.preprocessing}
     made += _patch_colors(patches, shown)
-    features = found.tokens[first.name].features
-    rows = neighbor_rows(images, pixels, features, queries)
-    caption = "By cosine of the class tokens. Frame: green same class, red other."
-    made.append(("Nearest neighbors", _picture(draw_neighbors(rows), "Images and their nearest neighbors"), caption))
-    if failures := _failures(found, seed):
-        sheet = draw_neighbors(neighbor_rows(images, pixels, features, failures))
-        picture = _picture(sheet, "Images of a wrong class and their nearest neighbors")
-        made.append(("Failures", picture, "Test images of a wrong class, with their neighbors."))
+    made += _retrieved(found, pixels, seed) if found.evalset.config.task == "retrieval" else []
+    made += _neighbors(found, pixels, queries, seed) if found.evalset.config.task != "retrieval" else []
     if (tokens := patches[first.name]) is not None and len(queries) > 1:
         made.append(_matches(tokens[:2], shown[:2]))
     return made
@@ -74,6 +68,37 @@ def _patch_colors(patches: Mapping[str, NDArray[np.float32] | None], shown: torc
     picture = _picture(draw_pca(shown.numpy(), colors), "Images, and the patch features of each model as colors")
     caption = "First three principal components of the patch tokens, as colors, in each row."
     return [("Patch features", picture, caption)]
+
+
+def _neighbors(found: Comparison, pixels: EvaluationImages, queries: Sequence[int], seed: int) -> list[Figure]:
+    images, features = found.evalset.images, next(iter(found.tokens.values())).features
+    rows = neighbor_rows(images, pixels, features, queries)
+    caption = "By cosine of the class tokens. Frame: green same class, red other, gray no class."
+    made = [("Nearest neighbors", _picture(draw_neighbors(rows), "Images and their nearest neighbors"), caption)]
+    if failures := _failures(found, seed):
+        sheet = draw_neighbors(neighbor_rows(images, pixels, features, failures))
+        picture = _picture(sheet, "Images of a wrong class and their nearest neighbors")
+        made.append(("Failures", picture, "Test images of a wrong class, with their neighbors."))
+    return made
+
+
+def _retrieved(found: Comparison, pixels: EvaluationImages, seed: int) -> list[Figure]:
+    """Return what some queries find, and those that find their positives worst."""
+    evalset, features = found.evalset, next(iter(found.tokens.values())).features
+    by_image = next(iter(found.scores.values())).by_image
+    metric, values = next(one for one in by_image.items() if one[0].endswith("_map_medium"))  # all queries have it
+    asked = evalset.queries
+    worst = np.argsort(values, kind="stable")[:SHOWN]
+    drawn = np.random.default_rng(seed).permutation(len(asked))[:SHOWN]
+    frames = "Frame: green to be found, red not, gray junk."
+    made = []
+    for title, rows, caption in (
+        ("Retrieved images", drawn, f"Queries at random, by cosine of the class tokens. {frames}"),
+        ("Worst queries", worst, f"Lowest {metric} first, of {len(asked):,} queries. {frames}"),
+    ):
+        sheet = draw_neighbors(retrieved_rows(evalset, pixels, features, [asked[row] for row in rows]))
+        made.append((title, _picture(sheet, "Queries and the images nearest to them"), caption))
+    return made
 
 
 def _failures(found: Comparison, seed: int) -> list[int]:

@@ -11,23 +11,25 @@ from PIL import Image, ImageOps
 
 from components.core.knn import nearest
 from components.core.pictures import TILE, Tile, draw_sheet, fit
+from components.data.evalset import EASY, HARD, JUNK, RELATIONS, Evalset, Query
 from components.data.evaluation_set import EvaluationSet
 from components.evaluation.features import EvaluationImages
 
 FRAME = 4  # pixels
 NUM_NEIGHBORS = 6
-RIGHT, WRONG, PLAIN = "#1c8c48", "#d0342c", "#bec2c8"
+FRAMES = {True: "#1c8c48", False: "#d0342c", None: "#bec2c8"}  # of a right, a wrong and another image
 SPACE = Tile(Image.new("RGB", (TILE // 8, 1), "white"))  # between a query and its neighbors
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """A query and its nearest images with their classes; classes are None without labels."""
+    """A query and its nearest images with their names, such as classes, and whether they are right; None: neither."""
 
     query: Image.Image
-    query_class: str | None
+    name: str | None
     images: Sequence[Image.Image]
-    classes: Sequence[str | None]
+    names: Sequence[str | None]
+    right: Sequence[bool | None]
 
 
 def choose_queries(images: EvaluationSet, count: int, seed: int) -> list[int]:
@@ -59,23 +61,37 @@ def neighbor_rows(
     rows = []
     for query, row in zip(queries, found.tolist(), strict=True):
         others = [index for index in row if index != query][:NUM_NEIGHBORS]
-        rows.append(Neighbors(picture(query), name(query), [*map(picture, others)], [*map(name, others)]))
+        names = [*map(name, others)]
+        right = [None if one is None else one == name(query) for one in names]
+        rows.append(Neighbors(picture(query), name(query), [*map(picture, others)], names, right))
+    return rows
+
+
+def retrieved_rows(
+    evalset: Evalset, pixels: EvaluationImages, features: NDArray[np.floating], queries: Sequence[Query]
+) -> list[Neighbors]:
+    """Find the images of the gallery nearest to each query of a retrieval set; junk is neither right nor wrong."""
+    gallery = evalset.gallery
+    rows = []
+    for query in queries:
+        near = nearest(features[[query.index]], features[gallery], min(NUM_NEIGHBORS, len(gallery)))
+        found = gallery[near.indices[0]].tolist()
+        related = {int(row): name for name in RELATIONS for row in getattr(query, name)}
+        names = [related.get(index, "other") for index in found]
+        right = [None if name == JUNK else name in (EASY, HARD) for name in names]
+        images = [Image.fromarray(pixels[index].numpy()) for index in found]
+        rows.append(Neighbors(Image.fromarray(pixels[query.index].numpy()), None, images, names, right))
     return rows
 
 
 def draw_neighbors(rows: Sequence[Neighbors]) -> Image.Image:
-    """Draw a row for each query: the query, then its nearest images, framed green if the class matches, else red."""
+    """Draw a row for each query: the query, then its nearest images, framed green if they are right, red if wrong."""
     sheet = []
     for row in rows:
-        found = zip(row.images, row.classes, strict=True)
-        tiles = [_tile(_framed(image, _verdict(row.query_class, name)), name) for image, name in found]
-        sheet.append([_tile(fit(row.query), row.query_class), SPACE, *tiles])
+        found = zip(row.images, row.names, row.right, strict=True)
+        tiles = [_tile(_framed(image, FRAMES[right]), name) for image, name, right in found]
+        sheet.append([_tile(fit(row.query), row.name), SPACE, *tiles])
     return draw_sheet(sheet, "The query, then its nearest images in order")
-
-
-def _verdict(query_class: str | None, name: str | None) -> str:
-    """Return the color of a neighbor's frame."""
-    return PLAIN if query_class is None else RIGHT if name == query_class else WRONG
 
 
 def _framed(image: Image.Image, color: str) -> Image.Image:

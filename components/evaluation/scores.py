@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.core.intervals import accuracy_interval, difference_interval, is_accuracy, ratio_interval
+from components.core.intervals import accuracy_interval, difference_interval, is_accuracy, ratio_intervals
 from components.core.metrics import Interval
 
 
@@ -103,11 +103,8 @@ class Scores:
         """
         found = dict(self.parts)
         for what, ratios in self.ratios.items():
-            columns = zip(ratios.names, ratios.num_images.tolist(), ratios.parts.T, ratios.wholes.T, strict=True)
-            found[what] = [
-                Part(name, count, ratio_interval(parts, wholes, generator, num_resamples, clusters))
-                for name, count, parts, wholes in columns
-            ]
+            intervals = ratio_intervals(ratios.parts, ratios.wholes, generator, num_resamples, clusters)
+            found[what] = list(map(Part, ratios.names, ratios.num_images.tolist(), intervals))
         return found
 
 

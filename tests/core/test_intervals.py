@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from components.core.intervals import accuracy_interval, clustered_interval, difference_interval, ratio_interval
+from components.core.intervals import accuracy_interval, clustered_interval, difference_interval, ratio_intervals
 from components.core.metrics import bootstrap_interval
 
 RUNS = 2_000
@@ -140,26 +140,27 @@ def test_clusters_that_say_nothing(clusters, message):
         clustered_interval(np.ones(3), clusters, np.random.default_rng(0), 10)
 
 
-def test_a_ratio_of_sums_is_scipys_paired_bootstrap():
+def test_ratios_of_sums_have_scipys_paired_bootstrap():
     generator = np.random.default_rng(0)
-    wholes = generator.integers(1, 50, 60)
-    parts = generator.binomial(wholes, 0.6)
-    expected = bootstrap(
-        (parts, wholes), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, method="percentile",
-        n_resamples=4000, rng=np.random.default_rng(1),
-    ).confidence_interval  # fmt: skip
-    found = ratio_interval(parts, wholes, np.random.default_rng(2), 4000)
-    assert found.mean == pytest.approx(parts.sum() / wholes.sum())
-    assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=0.004)
+    wholes = generator.integers(1, 50, (60, 2))
+    parts = generator.binomial(wholes, [0.6, 0.1])
+    found = ratio_intervals(parts, wholes, np.random.default_rng(2), 4000)
+    for one, a, b in zip(found, parts.T, wholes.T, strict=True):
+        expected = bootstrap(
+            (a, b), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, method="percentile",
+            n_resamples=4000, rng=np.random.default_rng(1),
+        ).confidence_interval  # fmt: skip
+        assert one.mean == pytest.approx(a.sum() / b.sum())
+        assert [one.low, one.high] == pytest.approx([expected.low, expected.high], abs=0.004)
     pairs = np.arange(60) // 2
-    grouped = ratio_interval(parts, wholes, np.random.default_rng(3), 100, pairs)
-    by_hand = ratio_interval(*(v.reshape(30, 2).sum(axis=1) for v in (parts, wholes)), np.random.default_rng(3), 100)
-    assert grouped == by_hand
+    grouped = ratio_intervals(parts, wholes, np.random.default_rng(3), 100, pairs)
+    sums = (values.reshape(30, 2, 2).sum(axis=1) for values in (parts, wholes))
+    assert grouped == ratio_intervals(*sums, np.random.default_rng(3), 100)
 
 
 def test_a_ratio_of_one_image_has_no_interval():
-    found = ratio_interval(np.array([3, 0]), np.array([4, 0]), np.random.default_rng(0), 10)
-    assert found.mean == 0.75
-    assert np.isnan([found.low, found.high]).all()
-    rare = ratio_interval(np.array([3, 1, 0, 0]), np.array([4, 4, 0, 0]), np.random.default_rng(0), 200)
-    assert (rare.low, rare.mean, rare.high) == (0.25, 0.5, 0.75)  # resamples without the class do not count
+    parts, wholes = np.array([[3, 3], [0, 1], [0, 0], [0, 0]]), np.array([[4, 4], [0, 4], [0, 0], [0, 0]])
+    one, two = ratio_intervals(parts, wholes, np.random.default_rng(0), 200)
+    assert one.mean == 0.75
+    assert np.isnan([one.low, one.high]).all()
+    assert (two.low, two.mean, two.high) == (0.25, 0.5, 0.75)  # resamples without the class do not count

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 
 from components.core.errors import DatasetError
+from components.evaluation.pictures import retrieved_rows
 from components.evaluation.protocols.retrieval import Query, answerable, average_precision, evaluate
 
 
@@ -77,6 +81,15 @@ def test_queries_without_positives_are_left_out_and_counted(caplog):
 def test_collapsed_features_find_positives_last():
     scores = evaluate(np.ones((5, 2)), [Query(0, easy=(1,))], np.arange(5))
     assert scores.metrics["retrieval_map_easy"] == pytest.approx((0 + 1 / 4) / 2)
+
+
+def test_pictures_tell_what_was_to_be_found():
+    pixels = [torch.full((2, 2, 3), number, dtype=torch.uint8) for number in range(5)]
+    evalset, query = SimpleNamespace(gallery=np.arange(1, 5)), SimpleNamespace(index=0, easy=(3,), hard=(4,), junk=(1,))
+    (row,) = retrieved_rows(evalset, pixels, on_a_circle([0, 10, 30, 20, 40]), [query])
+    assert [image.getpixel((0, 0))[0] for image in (row.query, *row.images)] == [0, 1, 3, 2, 4]
+    assert row.names == ["junk", "easy", "other", "hard"]
+    assert row.right == [None, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,10 @@ def test_clips_are_measured_by_the_mean_of_their_frames(checkout: Path, tmp_path
     assert "Nearest neighbors" in page.read_text()
 
 
-def test_retrieval_by_several_sizes_is_that_of_the_mean_of_its_features(checkout: Path):
-    told = json.loads(asked(checkout, "weights/one", "--set", "retrieval", "--protocol", "retrieval-ms", "--json"))
+def test_retrieval_by_several_sizes_is_that_of_the_mean_of_its_features(checkout: Path, tmp_path: Path):
+    words = ("weights/one", "--set", "retrieval", "--protocol", "retrieval-ms", "--html", str(tmp_path / "page.html"))
+    told = json.loads(asked(checkout, *words, "--json"))
+    assert "Lowest retrieval_ms_map_medium first, of 2 queries" in (tmp_path / "page.html").read_text()
     assert told["notes"]["weights/one"] == {"retrieval_ms_sizes": "32, 24, 16 pixels"}  # 22.6 in whole patches of 8
     (folder,) = (checkout / "data/evaluation/retrieval").glob("*/manifest.parquet")
     evalset, extract = read_evalset(folder.parent), partial(class_tokens, load_backbone(checkout / "weights/one"))
