@@ -41,8 +41,8 @@ def read_named_set(root: Path, name: str) -> Evalset:
 def read_sets(root: Path) -> list[Evalset]:
     """Read every evaluation set below `root` (data/evaluation), the main one first, the others by name.
 
-    The main set is the first by name of those that measure classes, and of them one that was ingested with images to
-    train on, before one that was added as a set.
+    The main set is the first by name of those that measure classes of images with train images of their own, and of
+    them one that was ingested with images to train on, before one that was added as a set.
 
     Raises:
         DatasetError: there is none; or as for `read_named_set`.
@@ -51,5 +51,10 @@ def read_sets(root: Path) -> list[Evalset]:
     found = [read_named_set(root, name) for name in set_names(root)]
     if not found:
         raise DatasetError(f"{root}: no evaluation images; ingest an evaluation set, or `dvc pull` it")
-    main = min(found, key=lambda one: (one.images.labels is None, (one.folder / EVALSET).is_file(), one.name))
+    main = min(found, key=_order)
     return [main, *(one for one in found if one is not main)]
+
+
+def _order(one: Evalset) -> tuple[bool, bool, bool, str]:
+    special = one.learned is not None or one.clips is not None
+    return one.images.labels is None, special, (one.folder / EVALSET).is_file(), one.name

@@ -70,14 +70,14 @@ class Protocol:
         dense: reads patch tokens.
         run: what it computes.
         layers: of which it reads tokens.
-        default: measured unless others are asked for; False: it takes several passes over the images.
+        sizes: it reads images of several sizes, so it is measured only when asked for.
     """
 
     task: str
     dense: bool
     run: Callable[[ProtocolInput], Scores]
     layers: int = 1
-    default: bool = True
+    sizes: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "probe": Protocol("classification", dense=False, run=probe.run),
     "instance": Protocol(UNLABELED, dense=False, run=instance.run),
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
-    "retrieval-ms": Protocol("retrieval", dense=False, run=retrieval.run_multi_scale, default=False),
+    "retrieval-ms": Protocol("retrieval", dense=False, run=retrieval.run_multi_scale, sizes=True),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
     "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAYERS),
     "segmentation-ms": Protocol(
-        "segmentation", dense=True, run=segmentation.run_multi_scale, layers=LAYERS, default=False
+        "segmentation", dense=True, run=segmentation.run_multi_scale, layers=LAYERS, sizes=True
     ),
     "depth": Protocol("depth", dense=True, run=depth.run),
     "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers, layers=LAYERS),
@@ -147,8 +147,8 @@ def compare(
     for model_name, given in given_to.items():
         found = scores[model_name] = Scores()
         for name, protocol in chosen.items():
-            if protocol.dense and given.tokens.patches is None:
-                found.notes[name] = "not measured: the model gives no patch tokens"
+            if lacking := _lacking(protocol, given):
+                found.notes[name] = f"not measured: the model {lacking}"
                 continue
             found.update(protocol.run(given))
             if (there := given.tokens.cls.shape[1]) < protocol.layers:
@@ -160,6 +160,13 @@ def compare(
     if ROBUSTNESS in protocols:
         _add_robustness(compared, given_to)
     return compared
+
+
+def _lacking(protocol: Protocol, given: ProtocolInput) -> str:
+    """Return why a protocol does not measure a model; empty if it does."""
+    if protocol.dense and given.tokens.patches is None:
+        return "gives no patch tokens"
+    return "takes images of its own size only" if protocol.sizes and given.patch_size is None else ""
 
 
 def _add_slices(scores: Scores, given: ProtocolInput) -> None:
@@ -200,7 +207,7 @@ def _chosen(evalset: Evalset, names: Sequence[str]) -> dict[str, Protocol]:
                 f"there are {', '.join(known)}"
             )
     if not names:
-        return {name: one for name in known if (one := PROTOCOLS.get(name)) is not None and one.default}
+        return {name: one for name in known if (one := PROTOCOLS.get(name)) is not None and not one.sizes}
     return {name: PROTOCOLS[name] for name in names if name in PROTOCOLS}
 
 

@@ -51,10 +51,10 @@ class Encoder(ABC):
     Args:
         device: of the network.
         shape: its architecture as text, equal for networks that differ in their weights only.
-        patch_size: pixels, of which the sides of images are multiples.
+        patch_size: pixels, of which the sides of images are multiples; None: it takes images of its own size only.
     """
 
-    def __init__(self, device: torch.device, shape: str, patch_size: int = 1) -> None:
+    def __init__(self, device: torch.device, shape: str, patch_size: int | None = 1) -> None:
         self.device, self.shape, self.patch_size = device, shape, patch_size
 
     @property

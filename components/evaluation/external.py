@@ -39,7 +39,7 @@ class ExternalEncoder(Encoder):
 
     def __init__(self, name: str, network: Network) -> None:
         shape = f"{network.shape} {network.scaling.mean} {network.scaling.std}"
-        super().__init__(torch.device(network.device), shape, network.patch)
+        super().__init__(torch.device(network.device), shape, None if network.side else network.patch)
         self._name, self._network = name, network
 
     def outputs(self, images: Tensor) -> Sequence[Tensor]:

@@ -68,7 +68,7 @@ class ProtocolInput:
         evalset: the images, and what their task needs.
         tokens: of all images of the set, in its order.
         preprocessing: of these images.
-        patch_size: of the model; sides of images are multiples of it.
+        patch_size: of the model, of which sides of images are multiples; None: it takes images of its own size only.
         settings: of the protocols.
         seed: of their random choices.
         find: returns the tokens of images by this model, from the cache or computed.
@@ -78,7 +78,7 @@ class ProtocolInput:
     evalset: Evalset
     tokens: Tokens
     preprocessing: Preprocessing
-    patch_size: int
+    patch_size: int | None
     settings: Settings
     seed: int
     find: Find
@@ -95,7 +95,7 @@ class ProtocolInput:
 
     def scaled(self, scale: float) -> Preprocessing:
         """Return the preprocessing of the same part of an image at a multiple of its size, in whole patches."""
-        patch = self.patch_size
+        patch = self.patch_size or 1
         return self.preprocessing.at(max(patch, round(self.preprocessing.crop_size * scale / patch) * patch))
 
     def tokens_at(self, scale: float, rows: NDArray[np.int64]) -> Tokens:

@@ -69,7 +69,7 @@ def _networks(config: EvaluateConfig, root: Path, model: str) -> list[ComparedMo
     found = [load_model(name, folder, lambda _: config.preprocessing) for name, folder in folders.items()]
     for one in found:
         size, patch = config.preprocessing.crop_size, one.encoder.patch_size
-        if size % patch:
+        if size % (patch or 1):
             raise DatasetError(
                 f"evaluate.preprocessing.crop_size {size} is not a multiple of {patch}, the patch size of {one.name}"
             )

@@ -157,7 +157,7 @@ def test_who_depends_on_what_in_this_project(lists):
     assert users("components/training/loop.py") == users("components/lineage/streaming.py") == trainings
     assert users("components/curation/select.py") == {"embed", "curate"}
     assert users("components/evaluation/scores.py") == {"evaluate"}
-    assert users("components/evaluation/report.html") == {"evaluate"}  # a template is given by its path too
+    assert users("components/evaluation/comparison.html") == {"evaluate"}  # a template is given by its path too
     pages = {"embed", "curate", "evaluate", "register"}
     assert users("components/core/page.html") == users("components/core/macros.html") == pages
     assert users("components/registry/passport.html") == {"register"}
