@@ -25,7 +25,7 @@ from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConf
 from components.evaluation.features import Augmentation, EvaluationImages
 from components.evaluation.stage import run
 from components.model.config import Preprocessing, ViTConfig
-from components.model.export import WeightsError, save_weights
+from components.model.export import WeightsError, load_backbone, save_weights
 from components.model.preprocessing import center_crop
 from components.model.vit import VisionTransformer
 
@@ -152,6 +152,28 @@ def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
     same = result["minus_champion"]["linear_top1"]
     assert same["mean"] == 0.0
     assert 0 < same["high"] == -same["low"] < 0.5  # so few images do not say that two models are equal
+
+
+def test_a_student_is_beside_its_teacher_whose_tokens_are_not_computed_again(workspace):
+    write_set(workspace, tiles())
+    torch.manual_seed(2)
+    shape = ViTConfig(patch_size=8, dim=24, depth=1, num_heads=2, image_size=32)
+    folders = {name: workspace / path for name, path in CONFIG.models.items()}
+    save_weights(folders["teacher"], VisionTransformer(shape), None, {})
+    backbone = load_backbone(folders["small"])
+    save_weights(folders["small"], backbone, None, {"teacher_sha256": sha256_dir(folders["teacher"])})
+    alone = run(CONFIG, workspace, 0, "teacher")
+    assert "small" not in alone
+    cache = workspace / ".pedigree/cache/tokens"
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npy")}
+    result = run(CONFIG, workspace, 0, "small")
+    assert result["teacher"] == {key: alone[key] for key in result["teacher"]}
+    assert set(result["minus_teacher"]) == {"knn_top1", "linear_top1"}
+    after = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npy")}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 4  # class and mean tokens of the student and of its random weights
+    save_weights(folders["small"], backbone, None, {"teacher_sha256": "0" * 64})
+    assert "teacher" not in run(CONFIG, workspace, 0, "small")
 
 
 def test_no_set(workspace):
