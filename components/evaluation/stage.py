@@ -47,11 +47,12 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     layout = Layout(root)
     networks = _networks(config, root, model)
     main, *others = measure(config, read_sets(layout.evaluation), networks, layout.cache("tokens"), seed)
+    named = [f"{CHAMPION}: {config.champions[model]}"] if model in config.champions else []
     with atomic_dir(layout.report("evaluate", model)) as folder:
         (folder / "sets").mkdir()  # an output of `dvc.yaml`, also if there is one set only
         for one in others:
-            write_bytes(folder / "sets" / f"{one.evalset.name}.html", one.page())
-        write_bytes(folder / "report.html", main.page([line for one in others for line in one.verdict()]))
+            write_bytes(folder / "sets" / f"{one.evalset.name}.html", one.page(named))
+        write_bytes(folder / "report.html", main.page([*named, *(line for one in others for line in one.verdict())]))
         _write_pictures(folder, main)
         write_comparison(folder / "comparison.csv", [main, *others])
         write_deciding(folder / "deciding.csv", [main, *others])

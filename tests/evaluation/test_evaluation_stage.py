@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +123,7 @@ def test_labeled_set(workspace):
     assert values.filter(chosen)["image_id"].to_pylist() == expected
 
     first = sha256_dir(folder)
+    shutil.rmtree(workspace / ".pedigree")  # the tokens, so that they are computed again
     assert run(CONFIG, workspace, 0, "small") == result
     assert sha256_dir(folder) == first
 
@@ -148,6 +150,7 @@ def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
     config = CONFIG.model_copy(update={"champions": {"small": "models:/tiny/3"}})
     result = run(config, workspace, 0, "small")
     assert asked == [("models:/tiny/3", workspace)]
+    assert "champion: models:/tiny/3" in (workspace / "reports/evaluate/small/report.html").read_text()
     assert result["champion"]["knn_top1"] == result["knn_top1"]  # it is the same model here
     same = result["minus_champion"]["linear_top1"]
     assert same["mean"] == 0.0
