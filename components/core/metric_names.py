@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _OF_SET = re.compile(r"([a-z0-9][a-z0-9-]*)/(.+)", re.DOTALL)  # no bare metric has only such characters before a slash
+_GAP = re.compile(r"slices\.[^=]+\.gap", re.DOTALL)  # `slices.light=west.gap` is the accuracy of a group
+
 # Asked for first; of a set other than the main one, only the first of them that was measured.
 MEASURES = (
     "knn_top1",
@@ -80,4 +82,4 @@ def is_setting(name: str) -> bool:
 def lower_is_better(name: str) -> bool:
     """Return whether the lower value of a metric is the better one."""
     metric = split_name(name)[1]
-    return metric in LOWER_IS_BETTER or (metric.startswith("slices.") and metric.endswith(".gap"))
+    return metric in LOWER_IS_BETTER or bool(_GAP.fullmatch(metric))

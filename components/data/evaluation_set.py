@@ -87,7 +87,7 @@ def labeled_set(root: Path, table: pa.Table) -> EvaluationSet:
 
 
 def _of_classes(root: Path, table: pa.Table) -> pa.Table:
-    """Leave out sets of other tasks or without train images, which only `pedigree evaluate` measures."""
+    """Leave out sets of other tasks or without train images."""
     for path in sorted(root.glob(f"*/*/{EVALSET}")):
         config, shards = load_yaml(path), f"{path.parent.relative_to(root).as_posix()}/"
         task, train_set = config.get("task"), config.get("train_set")
@@ -95,7 +95,7 @@ def _of_classes(root: Path, table: pa.Table) -> pa.Table:
             others = pc.starts_with(table["shard"], shards)
             count, name = pc.sum(others).as_py() or 0, path.parent.parent.name
             what = f"heads of {train_set}" if train_set else task
-            log.info("%s: %d images for %s are measured by `pedigree evaluate` only", name, count, what)
+            log.info("%s: %d images for %s are not in the measures of classes", name, count, what)
             table = table.filter(pc.invert(others))
     return table
 

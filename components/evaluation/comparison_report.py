@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.core.knn import knn_predictions, nearest
-from components.core.metric_names import lower_is_better
+from components.core.metric_names import first_asked, lower_is_better
 from components.core.metrics import Interval
 from components.core.page import render
 from components.data.evaluation_set import Labels
@@ -126,7 +126,7 @@ def write_page(
         title=f"{models[0].name} on {found.evalset.name}",
         verdict=". ".join(one.line(models[0].name) for one in told),
         facts=facts,
-        key=key_figures(metrics, [deciding_metric(found), *metrics[models[0].name]]),
+        key=key_figures(metrics, [deciding_metric(found), *first_asked(metrics[models[0].name])]),
         models=list(metrics),
         scores=score_rows(metrics, certain),
         differences={other: difference_rows(rows) for other, rows in compared.items() if rows},

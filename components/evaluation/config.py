@@ -14,8 +14,8 @@ from components.model.config import Preprocessing
 PAPER_C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
 
 
-# Of these the first trains 52 heads; the others take passes over images of several sizes, or 75 over corrupted ones.
-LongProtocol = Literal["probe", "robustness", "retrieval-ms", "segmentation-ms"]
+# They train 52 heads, train heads on four layers at once, or take passes over several sizes or 75 corrupted images.
+LongProtocol = Literal["probe", "retrieval-ms", "segmentation-lin4", "segmentation-ms", "depth-lin4", "robustness"]
 LONG_PROTOCOLS: tuple[LongProtocol, ...] = get_args(LongProtocol)
 
 Version = Annotated[str, Field(pattern=EXACT_URI)]  # no alias: an input must not change
@@ -72,7 +72,7 @@ class EvaluateConfig(Config):
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
     instance: InstanceConfig = InstanceConfig()
-    long_protocols: tuple[LongProtocol, ...] = ()  # besides the protocols that always run
+    long_protocols: tuple[LongProtocol, ...] = ()  # of a set's task, besides those that always run
 
     @model_validator(mode="after")
     def _champions_are_of_models(self) -> Self:

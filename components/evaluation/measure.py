@@ -15,7 +15,6 @@ from components.data.evalset import Evalset
 from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.compare import ComparedModel, Comparison, baselines, compare, protocols_for
 from components.evaluation.comparison_report import (
-    Verdict,
     deciding_metric,
     interval_differences,
     notes,
@@ -52,16 +51,12 @@ class MeasuredSet:
         """The set."""
         return self.found.evalset
 
-    def verdicts(self) -> list[Verdict]:
-        """Return the model against each other one, by the set's deciding metric."""
-        return verdicts(self.found, self.seed)
-
     def verdict(self) -> list[str]:
-        """Return `verdicts` as lines that name the set."""
-        return [f"{self.evalset.name}: {one.line(self.models[0].name)}" for one in self.verdicts()]
+        """Return a line on the first model against each other one, by the metric that decides on the set."""
+        return [f"{self.evalset.name}: {one.line(self.models[0].name)}" for one in verdicts(self.found, self.seed)]
 
-    def page(self, others: Iterable[str] = ()) -> bytes:
-        """Return the page of the set; `others` are lines on other sets."""
+    def page(self, lines: Iterable[str]) -> bytes:
+        """Return the page of the set, with further lines on it."""
         networks = [model for model in self.models if model.name not in (RANDOM, DESCRIPTOR)]
         facts = [
             about(self.evalset),
@@ -69,7 +64,7 @@ class MeasuredSet:
             f"{RANDOM}: the same shape, not trained. {DESCRIPTOR}: gradient and color histograms, no network.",
             *self.settings.lines(self.found.protocols),
             *notes(self.found),
-            *others,
+            *lines,
         ]
         return write_page(self.found, self.models, facts, self.settings, self.seed)
 

@@ -312,13 +312,15 @@ def _in_worktrees(root: Path, found: Doomed) -> Iterator[Path]:
 
 
 def _in_caches(root: Path, found: Doomed, images: set[str]) -> Iterator[Path]:
-    """Yield checkpoints and results of trainings on this data, fetched blocks of shards, and cached embeddings."""
+    """Yield checkpoints and results of trainings on this data, fetched shards, and cached embeddings and tokens."""
     layout = Layout(root)
     for folder in (*layout.checkpoints().glob("[!.]*"), *layout.trained.glob("[!.]*")):
         if any(_dataset(folder / name) in found.manifests for name in CONFIGS):
             yield folder
     yield from (path for path in layout.cache("shards").glob("[!.]*") if path.is_file())
     yield from _cached_embeddings(layout.cache("embeddings"), images)
+    # Of evaluation sets; they do not name their images.
+    yield from (path for path in layout.cache("tokens").glob("[!.]*") if path.is_dir())
 
 
 def _cached_embeddings(folder: Path, images: set[str]) -> Iterator[Path]:

@@ -144,6 +144,15 @@ def _plain_state(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def read_provenance(folder: Path) -> Mapping[str, Any]:
+    """Return what a weights folder records of its origin.
+
+    Raises:
+        WeightsError: it is no weights folder.
+    """
+    return _read_description(folder).provenance
+
+
 def _read_description(folder: Path) -> _WeightsDescription:
     path = folder / CONFIG_FILE
     try:

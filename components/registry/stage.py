@@ -32,6 +32,7 @@ from components.lineage.dvc_remote import Remote
 from components.lineage.lock_file import Record
 from components.lineage.provenance import CURATED, DECISION_TAGS, WEIGHTS_FILE, Origin, Tag, collect_origin
 from components.lineage.trace_data import workspace_tree
+from components.model.export import read_provenance
 from components.registry.card import render_card
 from components.registry.config import RegisterConfig
 from components.registry.differences import Side
@@ -217,7 +218,7 @@ class _Register:
 
 def teacher_of(client: MlflowClient, root: Path, student: Path) -> tuple[str, str] | None:
     """Name and SHA-256 of the weights that taught a student, if they are not this run's `models/adapted`."""
-    trained_with = json.loads((student / "config.json").read_text())["provenance"].get("config", {})
+    trained_with = read_provenance(student).get("config", {})
     teacher = trained_with.get("teacher_weights", TEACHER)
     if not isinstance(teacher, str) or teacher == TEACHER:
         return None

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from components.evaluation.config import EvaluateConfig, InstanceConfig, KnnConf
 from components.evaluation.features import Augmentation, EvaluationImages
 from components.evaluation.stage import run
 from components.model.config import Preprocessing, ViTConfig
-from components.model.export import WeightsError, save_weights
+from components.model.export import WeightsError, load_backbone, save_weights
 from components.model.preprocessing import center_crop
 from components.model.vit import VisionTransformer
 
@@ -122,6 +123,7 @@ def test_labeled_set(workspace):
     assert values.filter(chosen)["image_id"].to_pylist() == expected
 
     first = sha256_dir(folder)
+    shutil.rmtree(workspace / ".pedigree")  # the tokens, so that they are computed again
     assert run(CONFIG, workspace, 0, "small") == result
     assert sha256_dir(folder) == first
 
@@ -148,10 +150,33 @@ def test_the_champion_is_compared_on_the_same_images(workspace, monkeypatch):
     config = CONFIG.model_copy(update={"champions": {"small": "models:/tiny/3"}})
     result = run(config, workspace, 0, "small")
     assert asked == [("models:/tiny/3", workspace)]
+    assert "champion: models:/tiny/3" in (workspace / "reports/evaluate/small/report.html").read_text()
     assert result["champion"]["knn_top1"] == result["knn_top1"]  # it is the same model here
     same = result["minus_champion"]["linear_top1"]
     assert same["mean"] == 0.0
     assert 0 < same["high"] == -same["low"] < 0.5  # so few images do not say that two models are equal
+
+
+def test_a_student_is_beside_its_teacher_whose_tokens_are_not_computed_again(workspace):
+    write_set(workspace, tiles())
+    torch.manual_seed(2)
+    shape = ViTConfig(patch_size=8, dim=24, depth=1, num_heads=2, image_size=32)
+    folders = {name: workspace / path for name, path in CONFIG.models.items()}
+    save_weights(folders["teacher"], VisionTransformer(shape), None, {})
+    backbone = load_backbone(folders["small"])
+    save_weights(folders["small"], backbone, None, {"teacher_sha256": sha256_dir(folders["teacher"])})
+    alone = run(CONFIG, workspace, 0, "teacher")
+    assert "small" not in alone
+    cache = workspace / ".pedigree/cache/tokens"
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npy")}
+    result = run(CONFIG, workspace, 0, "small")
+    assert result["teacher"] == {key: alone[key] for key in result["teacher"]}
+    assert set(result["minus_teacher"]) == {"knn_top1", "linear_top1"}
+    after = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npy")}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 4  # class and mean tokens of the student and of its random weights
+    save_weights(folders["small"], backbone, None, {"teacher_sha256": "0" * 64})
+    assert "teacher" not in run(CONFIG, workspace, 0, "small")
 
 
 def test_no_set(workspace):

@@ -12,7 +12,8 @@ def test_worst_group_and_gap_by_hand(caplog):
     light = ["day"] * 8 + ["night"] * 4 + ["dusk"] * 2 + [None]
     correct = np.array([1] * 7 + [0] + [1, 0, 0, 1] + [0, 0] + [1], float)
     scores = evaluate(correct, {"light": light}, CONFIG)
-    assert scores.metrics == {"slices.light.worst": 0.5, "slices.light.worst_images": 4, "slices.light.gap": 0.375}
+    summary = {"slices.light.worst": 0.5, "slices.light.worst_images": 4, "slices.light.gap": 0.375}
+    assert scores.metrics == {"slices.light=day": 0.875, "slices.light=night": 0.5, **summary}
     assert scores.notes == {"slices.light.worst": "night"}
     assert [(part.name, part.num_images) for part in scores.parts["light"]] == [("day", 8), ("dusk", 2), ("night", 4)]
     assert "1 of 15 test images have no group" in caplog.text
@@ -29,7 +30,7 @@ def test_groups_have_wilson_intervals():
 
 def test_one_group_has_no_gap(caplog):
     scores = evaluate(np.ones(6), {"light": ["day"] * 5 + ["night"]}, CONFIG)
-    assert not scores.metrics
+    assert scores.metrics == {"slices.light=day": 1}
     assert "1 groups of at least 4 images; two are needed" in caplog.text
 
 

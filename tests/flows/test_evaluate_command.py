@@ -278,14 +278,15 @@ def test_the_stage_measures_every_set_as_the_command_does(checkout: Path, monkey
     """Metrics of the main set keep their names; others carry their set's. Rows by image are of the same images."""
     monkeypatch.setattr(settings, "FEWEST_STEPS", 6)
     recipe = load_recipe(checkout, None).evaluate
-    config = recipe.model_copy(update={"models": {"one": "weights/one"}, "preprocessing": Preprocessing().at(32)})
+    changed = {"models": {"one": "weights/one"}, "preprocessing": Preprocessing().at(32)}
+    config = recipe.model_copy(update={**changed, "long_protocols": ("depth-lin4",)})
     result = stage.run(config, checkout, 0, "one")
     folder = checkout / "reports/evaluate/one"
     by_image = pq.read_table(folder / "by_image.parquet")
     assert not [name for name in result if "_ms_" in name], "several passes over the images, and nobody asked"
     measured = {
         "photographs": ["knn", "linear"],
-        "segmentation": [],
+        "segmentation": ["segmentation"],
         "depth": [],
         "retrieval": [],
         "clustered": ["knn"],

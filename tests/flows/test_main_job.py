@@ -49,7 +49,7 @@ SMALL = (
     "pretrain.steps=16", "pretrain.batch_size=16", "pretrain.optimizer.warmup_steps=2",
     "pretrain.checkpoint_every_steps=2", "adapt.steps=2",
     "adapt.batch_size=8", "adapt.optimizer.warmup_steps=1", "distill.steps=3", "distill.batch_size=8",
-    "distill.optimizer.warmup_steps=1", "evaluate.linear.c_grid=[1.0]", "evaluate.bootstrap_resamples=50",
+    "distill.optimizer.warmup_steps=1", "evaluate.linear.c_grid=[1.0]",
     "evaluate.instance.num_queries=50",
     # The same on every machine, whatever `auto` would take there.
     "pretrain.precision=float32", "adapt.precision=float32", "distill.precision=float32",

@@ -347,6 +347,7 @@ def test_a_purge_leaves_the_bytes_nowhere_even_if_it_is_killed(project: Path, st
     write_json(state / "checkpoints/k2/config.json", training | {"dataset_sha256": "0" * 64})
     for name in ("checkpoints/k1/diverged_step_3/rank_0.safetensors", "cache/shards/0-0", "sample/pool/8.jpg"):
         write_bytes(state / name, b"before" + image + b"after")
+    write_bytes(state / "cache/tokens/0/cls.npy", b"of evaluation images")
     write_bytes(work.root / "reports/lost.html", b"<img src='data:image/jpeg;base64," + b64encode(image) + b"'>")
     assert len(holding(project, *marks)) > 10
 
@@ -365,6 +366,7 @@ def test_a_purge_leaves_the_bytes_nowhere_even_if_it_is_killed(project: Path, st
     assert holding(project, *marks) == []
     assert list(takedowns(project)) == []
     assert not (state / "checkpoints/k1").exists()
+    assert not (state / "cache/tokens/0").exists()
     assert (state / "checkpoints/k2").exists()
     assert (work.root / "data/curated/manifest.parquet").exists()
     assert not (work.root / "data/curated/00000.tar").exists()

@@ -73,8 +73,10 @@ def test_more_error_than_the_champion_fails(metric, expected):
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.3, PASSED), (0.2, FAILED)])
 def test_a_ceiling_limits_what_is_better_lower(limit, expected):
-    gates = GatesConfig(ceilings={"roads/depth_rmse": limit}, floors={"roads/depth_delta1": 0.5})
-    scored = {**SCORED, "roads/depth_rmse": 0.25, "roads/depth_delta1": 0.5}
+    floors = {"roads/depth_delta1": 0.5, "slices.light=west.gap": 0.7}  # the second is a group's accuracy
+    gates = GatesConfig(ceilings={"roads/depth_rmse": limit, "slices.light.gap": 0.2}, floors=floors)
+    scored = {**SCORED, "roads/depth_rmse": 0.25, "slices.light.gap": 0.1, "slices.light=west.gap": 0.7}
+    scored |= {"roads/depth_delta1": 0.5}
     assert state("floors", Evidence(facts(gates=gates, evaluation=scored))) == expected
     with pytest.raises(ValueError, match=r"floors: of roads/depth_rmse lower is better; .* under ceilings"):
         GatesConfig(floors={"roads/depth_rmse": limit})

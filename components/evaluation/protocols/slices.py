@@ -30,9 +30,10 @@ def evaluate(
         config: the smallest group that can be worst or best.
 
     Returns:
-        `slices.<column>.worst`, its `slices.<column>.worst_images`, and `slices.<column>.gap`, the best group's
-        accuracy less the worst's; the name of the worst in `notes`. A column that has fewer than two groups of
-        `min_images` is left out of these; `parts` has all groups of all columns.
+        `slices.<column>=<group>`, the accuracy of each group of `min_images`; `slices.<column>.worst`, its
+        `slices.<column>.worst_images`, and `slices.<column>.gap`, the best group's accuracy less the worst's; the name
+        of the worst in `notes`. A column that has fewer than two groups of `min_images` has neither worst nor gap;
+        `parts` has all groups of all columns.
 
     Raises:
         DatasetError: values other than 0 and 1, or a column of another length.
@@ -41,6 +42,7 @@ def evaluate(
     for column, values in columns.items():
         groups = scores.parts[column] = group_accuracies(correct, values, column)
         enough = _large_groups(groups, column, config)
+        scores.metrics |= {f"slices.{column}={group.name}": group.score.mean for group in enough}
         if len(enough) < 2:
             log.warning(
                 "slices.%s: %d groups of at least %d images; two are needed to compare (slices.min_images)",
