@@ -79,6 +79,10 @@ class Encoder(ABC):
         found = self.encode(images).patches
         return found[-1].float().cpu().numpy() if found else None
 
+    def without_patches(self) -> Encoder:
+        """Return an encoder of the same class tokens without patch tokens, where these cost more time."""
+        return self
+
     @abstractmethod
     def _encode(self, images: Tensor) -> Encoded:
         """Encode images [B, S, S, 3] uint8, on the device."""
@@ -110,15 +114,21 @@ class DescriptorEncoder(Encoder):
     """Colors and edges, without a network: of the whole image, and of each patch of a grid.
 
     Args:
-        rows: of the grid.
+        rows: of the grid; None: no patches.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int | None) -> None:
         super().__init__(torch.device("cpu"), f"descriptor {VERSION} of {rows} rows")
         self._rows = rows
 
     def _encode(self, images: Tensor) -> Encoded:
         pixels = images.numpy()
         whole = torch.from_numpy(np.stack([describe(image) for image in pixels]))  # [B, 452]
+        if self._rows is None:
+            return Encoded(whole[:, None])
         patches = torch.from_numpy(np.stack([describe_patches(image, self._rows) for image in pixels]))  # [B, P, 209]
         return Encoded(whole[:, None], (patches,))
+
+    def without_patches(self) -> Encoder:
+        """Return the descriptor of whole images."""
+        return DescriptorEncoder(None)

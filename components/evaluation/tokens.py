@@ -156,6 +156,7 @@ def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Pat
 def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
     """Write the arrays whole or not at all: rank 0 makes the files, each rank fills its rows."""
     side = request.preprocessing.crop_size
+    encoder = encoder if request.dense else encoder.without_patches()
     one = encoder.encode_black(side)
     shapes = _shapes(one, len(request.images), request.dense)
     patches = one.rows(side) ** 2

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 from components.data.evaluation_set import read_evaluation_set
+from components.evaluation import encoders
 from components.evaluation import tokens as module
 from components.evaluation.cost import pass_cost
-from components.evaluation.encoders import BackboneEncoder
+from components.evaluation.encoders import BackboneEncoder, DescriptorEncoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
@@ -70,6 +71,19 @@ def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, mon
     with pytest.raises(TypeError):
         find_tokens(encoder, "w2", asked, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_patches_of_the_descriptor_cost_nothing_where_nobody_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_set(tmp_path, list(tiles())[:3])
+    encoder = DescriptorEncoder(4)
+    dense = find_tokens(encoder, "d", request(tmp_path), tmp_path / "cache")
+    assert dense.patches is not None
+    monkeypatch.setattr(encoders, "describe_patches", None)  # would raise
+    whole = find_tokens(encoder, "d", request(tmp_path, dense=False), tmp_path / "cache")
+    assert whole.patches is None
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(dense)[:2], arrays(whole), strict=True))
 
 
 def test_tokens_of_clips_are_means_or_side_by_side():
