@@ -25,6 +25,7 @@ from components.core.storage import ATTEMPTS, StorageError, s3_client, s3_errors
 
 BLOCK = 8 * 2**20  # bytes per request
 FETCHERS = 4  # prefetching threads per process
+LOCKED_SECONDS = 0.05  # until a thread takes up the next block after one that is locked
 # The client itself repeats requests that fail, but not those whose answer breaks off half-way.
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _LOCKS = 1024  # lock files, so that two processes do not fetch the same block
@@ -109,10 +110,12 @@ class RemoteShards:
 
     def _fetch_wanted(self) -> None:
         while True:
+            shard, block = self._wanted.get()
             try:
-                self._fetch_once(*self._wanted.get(), 1, wait=False)
-            except BlockingIOError:
-                continue  # another process is fetching this block
+                self._fetch_once(shard, block, 1, wait=False)
+            except BlockingIOError:  # this block, or another one whose lock has the same number, is being fetched
+                time.sleep(LOCKED_SECONDS)
+                self._wanted.put((shard, block))
             except (DatasetError, StorageError, OSError) as error:
                 logger.debug("fetching ahead: %s", error)  # the reader of the block gets the error again
 

@@ -107,7 +107,9 @@ def test_reads_are_right_and_the_cache_stays_in_its_bounds(remote, tmp_path, mon
     assert made == [("00000.tar", 1)]
 
 
-def test_what_is_asked_for_ahead_comes_while_nobody_waits(remote, tmp_path, monkeypatch):
+@pytest.mark.parametrize("locks", [1024, 1])  # 1: every block waits for every other one
+def test_what_is_asked_for_ahead_comes_while_nobody_waits(remote, tmp_path, monkeypatch, locks: int):
+    monkeypatch.setattr(remote_shards, "_LOCKS", locks)
     reader = RemoteShards(remote.addresses, tmp_path / "cache", 100 * BLOCK)
     for row in remote.rows:
         reader.fetch_ahead(row["shard"], row["offset"], row["length"])

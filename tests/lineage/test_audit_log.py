@@ -170,6 +170,25 @@ def cut(log: AuditLog, name: str, number: int) -> None:
     client.delete_object(**where, VersionId=version, BypassGovernanceRetention=True)
 
 
+def test_a_refused_put_whose_refusal_comes_twice_is_read_again(log: AuditLog, name: str, monkeypatch):
+    """Another writer was first; the answer to its entry's reading is that of the put, as SeaweedFS once gave."""
+    real, refused = log._client.get_object, [True]
+    first = log.append(Event(name, "promote", f"{name}/1", "ours"))
+
+    def get_object(**given: str):
+        if given["Key"] == key(name, 1) and refused:
+            refused.pop()
+            raise ClientError({"ResponseMetadata": {"HTTPStatusCode": 412}}, "GetObject")
+        return real(**given)
+
+    monkeypatch.setattr(log._client, "get_object", get_object)
+    assert log._put(first, {}), "it is there with these bytes"
+    assert not refused
+    refused += [True] * 3
+    with pytest.raises(StorageError, match="audit log"):
+        log._put(first, {})
+
+
 def test_an_event_signed_with_an_unknown_key_or_by_who_may_not_decide_is_named(
     three, log: AuditLog, name: str, storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
