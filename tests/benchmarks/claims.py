@@ -53,6 +53,7 @@ SEEDS = (0, 1, 2)
 CURATED, UNCURATED, STUDENTS, SCRATCH = "curated", "uncurated", "student", "from scratch"
 RESAMPLES = 1000
 KEPT_ALL = 0.9999  # cosine: what the descriptor cannot tell apart is left out even of the uncurated images
+SCORECARD = "claims.md"
 STEP_IMAGES = 4  # of a step of ViT-S/14: its time and memory
 
 
@@ -294,6 +295,20 @@ def step_cost(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads(kept.read_bytes())
 
 
+def write_scorecard(folder: Path, found: Sequence[Finding], step: Mapping[str, Mapping[str, float]]) -> None:
+    """Write table, plot and JSON, after each seed those of the seeds so far."""
+    ours, plain = step["ours"], step["plain"]
+    text = markdown(found) + (
+        f"\nA step of ViT-S/14 (float32, {STEP_IMAGES} images) takes {ours['seconds']:.1f} s and "
+        f"{ours['peak_mib']:,.0f} MiB; written plainly, as in iBOT's code, {plain['seconds']:.1f} s and "
+        f"{plain['peak_mib']:,.0f} MiB: {plain['seconds'] / ours['seconds']:.2f} times as fast, "
+        f"{ours['peak_mib'] / plain['peak_mib']:.0%} of the memory.\n"
+    )
+    draw(found, folder / "claims.png")
+    write_bytes(folder / SCORECARD, text.encode())
+    write_bytes(folder / "claims.json", json.dumps([dataclasses.asdict(one) for one in found], indent=2).encode())
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
@@ -303,20 +318,13 @@ def main(folder: Path) -> None:
     logging.disable(logging.INFO)
     recipe = load_recipe(Path(), "tiny-cpu")
     prepare(folder, recipe)
-    weights = {seed: train(recipe, folder, seed) for seed in SEEDS}
-    values = {one: [measured(recipe, folder, one, weights[seed], seed) for seed in SEEDS] for one in MEASURES}
-    found, step = findings(values), step_cost(folder)
-    ours, plain = step["ours"], step["plain"]
-    text = markdown(found) + (
-        f"\nA step of ViT-S/14 (float32, {STEP_IMAGES} images) takes {ours['seconds']:.1f} s and "
-        f"{ours['peak_mib']:,.0f} MiB; written plainly, as in iBOT's code, {plain['seconds']:.1f} s and "
-        f"{plain['peak_mib']:,.0f} MiB: {plain['seconds'] / ours['seconds']:.2f} times as fast, "
-        f"{ours['peak_mib'] / plain['peak_mib']:.0%} of the memory.\n"
-    )
-    draw(found, folder / "claims.png")
-    write_bytes(folder / "claims.md", text.encode())
-    write_bytes(folder / "claims.json", json.dumps([dataclasses.asdict(one) for one in found], indent=2).encode())
-    sys.stdout.write(text)
+    values = {one: list[Values]() for one in MEASURES}
+    for seed in SEEDS:
+        weights = train(recipe, folder, seed)
+        for one, by_seed in values.items():
+            by_seed.append(measured(recipe, folder, one, weights, seed))
+        write_scorecard(folder, findings(values), step_cost(folder))
+    sys.stdout.write((folder / SCORECARD).read_text())
 
 
 if __name__ == "__main__":
