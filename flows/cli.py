@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from components.core import torch_environment
 from components.core.errors import known, show_tracebacks, tracebacks_shown
 from flows.commands import (
     audit,
@@ -126,6 +127,7 @@ class _Plain(logging.Formatter):
 
 def main() -> None:
     """Entry point of the `pedigree` command."""
+    torch_environment.prepare()
     screen.setFormatter(_Plain())
     # Hide Prefect's messages on ends of tasks and flows, which the stages and this command report themselves, and those
     # on its run names and hooks.

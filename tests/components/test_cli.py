@@ -117,10 +117,16 @@ def test_a_server_that_does_not_answer_is_worth_another_try(folder):
     assert "Traceback" not in done.stderr
 
 
-def test_threads_that_wait_leave_their_core_to_other_stages(folder):
+STAGE_PROGRAM = "runpy.run_module('components', run_name='__main__')"
+COMMAND_PROGRAM = "importlib.import_module('flows.cli').main()"
+
+
+@pytest.mark.parametrize("program", [STAGE_PROGRAM, COMMAND_PROGRAM])
+def test_threads_that_wait_leave_their_core_to_others(folder, program: str):
     """As torch's OpenMP itself says when it starts: a thread that waits spins 0 times. What a user sets stays."""
+    code = f"import contextlib, importlib, runpy\nwith contextlib.suppress(SystemExit): {program}\nimport torch"
     for own, spins in (({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        start = [sys.executable, "-c", "import components.__main__, torch"]
+        start = [sys.executable, "-c", code, "--help"]
         env = {**os.environ, "OMP_DISPLAY_ENV": "verbose", **own}
         said = subprocess.run(start, cwd=folder, env=env, capture_output=True, text=True, check=True).stderr
         assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", said)) == {spins}
