@@ -66,7 +66,8 @@ class NamedWeights:
         if self.preprocessing is not None:
             return ""
         return (
-            f"{self.name}: nothing states how its images were scaled; as in DINOv2, an eighth of each side is cut off"
+            f"{self.name}: nothing states how its images were scaled; as in DINOv2, an eighth of each side is cut off, "
+            "unless a set asks for places in the image"
         )
 
 
