@@ -143,23 +143,27 @@ def compare(
     if dense and tokens[models[0].name].patches is None:
         needed = ", ".join(name for name, protocol in chosen.items() if protocol.dense)
         raise ConfigError(f"{needed}: {models[0].name} gives no patch tokens to read; name a model first that does")
-    scores: dict[str, Scores] = {}
-    for model_name, given in given_to.items():
-        found = scores[model_name] = Scores()
-        for name, protocol in chosen.items():
-            if lacking := _lacking(protocol, given):
-                found.notes[name] = f"not measured: the model {lacking}"
-                continue
-            found.update(protocol.run(given))
-            if (there := given.tokens.cls.shape[1]) < protocol.layers:
-                found.notes[name] = f"reads {there} layers, not {protocol.layers}: the model gives no more"
-        _add_slices(found, given)
-        features = given.tokens.features
-        found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
+    scores = {name: _measured(given, chosen) for name, given in given_to.items()}
     compared = Comparison(evalset, scores, tokens, (*chosen, *([ROBUSTNESS] if ROBUSTNESS in protocols else [])))
     if ROBUSTNESS in protocols:
         _add_robustness(compared, given_to)
     return compared
+
+
+def _measured(given: ProtocolInput, protocols: Mapping[str, Protocol]) -> Scores:
+    """Measure one model by each protocol; those that cannot measure it, or read less of it, are in the notes."""
+    found = Scores()
+    for name, protocol in protocols.items():
+        if lacking := _lacking(protocol, given):
+            found.notes[name] = f"not measured: the model {lacking}"
+            continue
+        found.update(protocol.run(given))
+        if (there := given.tokens.cls.shape[1]) < protocol.layers:
+            found.notes[name] = f"reads {there} layers, not {protocol.layers}: the model gives no more"
+    _add_slices(found, given)
+    features = given.tokens.features
+    found.metrics |= {"effective_rank": effective_rank(features), "feature_std": feature_std(features)}
+    return found
 
 
 def _lacking(protocol: Protocol, given: ProtocolInput) -> str:

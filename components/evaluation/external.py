@@ -57,7 +57,7 @@ class ExternalEncoder(Encoder):
             raise ConfigError(
                 f"{self._name}: takes no images {list(pixels.shape)}: {first_line(error)}; state the size that it "
                 "wants in preprocessor_config.json beside it, or measure it on a set of another resolution"
-            ) from None
+            ) from error
 
     def _encode(self, images: Tensor) -> Encoded:
         found = self.outputs(images)

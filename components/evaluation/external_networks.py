@@ -73,7 +73,7 @@ def _load_transformers(path: Path) -> Network:
             str(path.resolve()), output_loading_info=True, **NO_DOWNLOADS
         )
     except Exception as error:  # of any type on damaged files
-        raise _unusable(path, error) from None
+        raise _unusable(path, error) from error
     missing = sorted(told["missing_keys"])
     _refuse_missing([name for name in missing if not name.startswith("pooler.")], path)
     patch, device = getattr(model.config, "patch_size", None), _device()
@@ -142,7 +142,7 @@ def _load_timm(path: Path) -> Network:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no model.safetensors in there; save it by timm's save_for_hf") from None
     except Exception as error:  # of any type on damaged files
-        raise _unusable(path, error) from None
+        raise _unusable(path, error) from error
     _refuse_missing(missing, path)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     return Network(
@@ -180,7 +180,7 @@ def _load_onnx(path: Path) -> Network:
     try:  # of the bytes, so that the digest covers all: weights in other files are refused
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a type of its own for each way a file can be wrong
-        raise _unusable(path, error) from None
+        raise _unusable(path, error) from error
     inputs = session.get_inputs()
     batch, channels, height, width = inputs[0].shape if inputs and len(inputs[0].shape) == 4 else (0, 0, 0, 0)
     sides = {side for side in (height, width) if isinstance(side, int)}
@@ -214,7 +214,7 @@ def _load_torchscript(path: Path) -> Network:
     try:
         model = torch.jit.load(str(path), map_location=_device()).eval()
     except Exception as error:  # of any type on damaged files
-        raise _unusable(path, error) from None
+        raise _unusable(path, error) from error
 
     def run(images: Tensor) -> Sequence[Tensor]:
         found = model(images)

@@ -1,4 +1,4 @@
-"""Images of a set as a model sees them, and patch features for pictures."""
+"""Images of a set as a model sees them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,8 +15,7 @@ from components.data.evaluation_set import EvaluationSet
 from components.data.shards import ShardReader, decode_image
 from components.evaluation.config import InstanceConfig
 from components.model.config import Preprocessing
-from components.model.preprocessing import center_crop, to_input
-from components.model.vit import VisionTransformer
+from components.model.preprocessing import center_crop
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,3 @@ def augmented_view(
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         view = enhance(view).enhance(1 + generator.uniform(-config.jitter, config.jitter))
     return view
-
-
-@torch.inference_mode()
-def patch_features(backbone: VisionTransformer, images: Tensor) -> NDArray[np.float32]:
-    """Return patch tokens after the last norm, [B, P, D], for pictures."""
-    device = next(backbone.parameters()).device
-    return backbone(to_input(images.to(device).permute(0, 3, 1, 2))).patch_tokens.float().cpu().numpy()

@@ -106,6 +106,8 @@ def measure(
         settings, models = settings_for(evalset, config), _on_set(networks, evalset, config, seed)
         left_out = set(LONG_PROTOCOLS) - set(config.long_protocols)
         protocols = [name for name in protocols_for(evalset) if name not in left_out]
+        if long := [name for name in protocols_for(evalset) if name in left_out]:
+            log.info("%s: not measured by %s; evaluate.long_protocols can name them", evalset.name, ", ".join(long))
         compared = compare(evalset, models, protocols, settings, cache, seed)
         found.append(MeasuredSet(evalset.name if number else None, compared, models, settings, seed))
     return found

@@ -5,8 +5,9 @@ student by distillation and one of its shape from scratch, each pair for equally
 sample's evaluation sets beside random weights and the descriptor. A claim holds where the 95 % interval of the mean
 difference over seeds, by test images, excludes zero on the right side, and the difference of each seed is on that side.
 
-FOLDER (default: .pedigree/claims) keeps all weights and scores: a second call does what is missing. It takes about an
-hour on 2 cores. Writes claims.json, claims.md and claims.png there.
+FOLDER (default: .pedigree/claims) keeps all weights and scores: a second call does what is missing. After a change of
+code, give another one. A seed takes half an hour of one core or more (LOG.md). Writes claims.json, claims.md and
+claims.png there, after each seed those of the seeds so far.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +32,14 @@ from components.core.metrics import Interval
 from components.core.storage import atomic_dir, write_bytes
 from components.curation import stage as curation
 from components.curation.config import CurateConfig
-from components.data.evalset import Evalset, read_evalset
 from components.data.evalset_add import add_evalset
 from components.data.evalset_config import EvalsetRequest
-from components.data.manifest import MANIFEST
+from components.data.evalsets import read_named_set
 from components.data.sample_sets import build_sample_sets
 from components.distillation import stage as distillation
 from components.evaluation.baselines import DESCRIPTOR, RANDOM
-from components.evaluation.compare import ComparedModel, Comparison, baselines, compare, load_model
-from components.evaluation.settings import settings_for
+from components.evaluation.compare import Comparison, baselines, compare, load_model
+from components.evaluation.settings import scaled, settings_for
 from components.model.config import Preprocessing, ViTConfig
 from components.pretraining import stage as pretraining
 from components.pretraining.config import PretrainConfig
@@ -207,17 +206,14 @@ def measured(recipe: Recipe, folder: Path, one: Measure, weights: Mapping[str, P
 
 
 def _compared(recipe: Recipe, folder: Path, one: Measure, weights: Mapping[str, Path], seed: int) -> Comparison:
-    evalset = read_evalset(next((folder / "data" / "evaluation" / one.evalset).glob(f"*/{MANIFEST}")).parent)
-    scaling = partial(_scaled, recipe.evaluate.preprocessing, evalset)
-    models: list[ComparedModel] = [load_model(name, weights[name], scaling) for name in one.models]
+    evalset = read_named_set(folder / "data" / "evaluation", one.evalset)
+
+    def scaling(shape: ViTConfig) -> Preprocessing:
+        return scaled(recipe.evaluate.preprocessing, evalset, shape.patch_size)
+
+    models = [load_model(name, weights[name], scaling) for name in one.models]
     models += baselines(models[0], seed)
     return compare(evalset, models, [one.protocol], settings_for(evalset, recipe.evaluate), folder / "tokens", seed)
-
-
-def _scaled(preprocessing: Preprocessing, evalset: Evalset, _: ViTConfig) -> Preprocessing:
-    """As the command `evaluate`: the whole middle square where places are compared."""
-    whole = evalset.config.task != "classification"
-    return preprocessing.model_copy(update={"resize_size": preprocessing.crop_size}) if whole else preprocessing
 
 
 def findings(values: Mapping[Measure, Sequence[Values]]) -> list[Finding]:

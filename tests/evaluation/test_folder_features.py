@@ -24,7 +24,7 @@ from components.core.locks import try_lock
 from components.core.storage import sha256_file
 from components.data import sources
 from components.data.shards import decode_image
-from components.evaluation.features import patch_features
+from components.evaluation.encoders import BackboneEncoder
 from components.evaluation.folder_features import FeatureRequest, embed_folder
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import load_backbone, save_weights
@@ -86,7 +86,7 @@ def expected(weights: Path, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """As the evaluation extracts them."""
     crops = torch.from_numpy(center_crops((decode_image(file.read_bytes()) for file in files), SIZES))
     backbone = load_backbone(weights)
-    return class_tokens(backbone, crops), patch_features(backbone, crops)
+    return class_tokens(backbone, crops), BackboneEncoder(backbone).last_patches(crops)
 
 
 def test_features_are_those_of_the_evaluation(weights, photos, tmp_path):
