@@ -26,6 +26,7 @@ from components.model.export import read_provenance
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+VERDICTS = "verdicts.txt"
 
 
 def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, Any]:
@@ -48,18 +49,20 @@ def run(config: EvaluateConfig, root: Path, seed: int, model: str) -> dict[str, 
     networks = _networks(config, root, model)
     main, *others = measure(config, read_sets(layout.evaluation), networks, layout.cache("tokens"), seed)
     named = [f"{CHAMPION}: {config.champions[model]}"] if model in config.champions else []
+    further = [line for one in others for line in one.verdict()]
+    verdicts = [*main.verdict(), *further]
     with atomic_dir(layout.report("evaluate", model)) as folder:
-        (folder / "sets").mkdir()  # an output of `dvc.yaml`, also if there is one set only
+        # An output of `dvc.yaml`, also if there is one set only: DVC warns of an empty folder.
+        write_bytes(folder / "sets" / VERDICTS, "".join(f"{line}\n" for line in verdicts).encode())
         for one in others:
             write_bytes(folder / "sets" / f"{one.evalset.name}.html", one.page(named))
-        write_bytes(folder / "report.html", main.page([*named, *(line for one in others for line in one.verdict())]))
+        write_bytes(folder / "report.html", main.page([*named, *further]))
         _write_pictures(folder, main)
         write_comparison(folder / "comparison.csv", [main, *others])
         write_deciding(folder / "deciding.csv", [main, *others])
         write_by_image(folder / layout.by_image(model).name, [main, *others])
-    for one in (main, *others):
-        for line in one.verdict():
-            log.info(line)
+    for line in verdicts:
+        log.info(line)
     return merged([main, *others])
 
 

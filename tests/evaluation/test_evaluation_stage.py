@@ -100,6 +100,9 @@ def test_labeled_set(workspace):
         "report.html",
         "sets",
     ]
+    assert [path.name for path in (folder / "sets").iterdir()] == ["verdicts.txt"]  # DVC warns of an empty folder
+    told = (folder / "sets/verdicts.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in told] == ["sample", "sample"]  # against random weights and the descriptor
     rows = list(csv.DictReader((folder / "comparison.csv").open()))
     assert {row["model"] for row in rows} == {"small", "random", "descriptor"}
     assert float(next(r["value"] for r in rows if r["metric"] == "linear_top1")) == result["linear_top1"]
