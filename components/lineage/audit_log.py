@@ -96,7 +96,7 @@ class AuditLog:
     def __init__(self, bucket: str, heads: Heads | None = None) -> None:
         self.bucket = bucket
         self._place = f"audit log s3://{bucket}"
-        self._client = _client_for(tuple(os.environ.get(name) for name in CLIENT_VARIABLES))
+        self._client = _client_for(os.getpid(), *(os.environ.get(name) for name in CLIENT_VARIABLES))
         self._heads = heads or Heads(bucket, heads_folder())
         self._owner_retains: bool | None = None
 
@@ -290,21 +290,16 @@ class AuditLog:
                 )
             except ClientError as error:
                 # 409: on AWS, a concurrent conditional put of the same key.
-                if _status(error) not in {409, 412}:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {409, 412}:
                     raise
                 return self._is(key, body)
         return True
 
-    def _is(self, key: str, body: bytes, tries: int = 3) -> bool:
+    def _is(self, key: str, body: bytes) -> bool:
         try:
             return self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read() == body
         except self._client.exceptions.NoSuchKey:
             return False
-        except ClientError as error:
-            # SeaweedFS once answered this, which has no condition, as it had answered the put before it.
-            if _status(error) != 412 or tries == 1:
-                raise
-            return self._is(key, body, tries - 1)
 
     def _lock(self) -> dict[str, Any]:
         """Return the lock options of a put; none if the bucket has a default retention."""
@@ -341,10 +336,9 @@ def _warn_of_no_log() -> None:
 
 
 @lru_cache(maxsize=8)
-def _client_for(_variables: tuple[str | None, ...]) -> Any:
-    """Return a client, which takes a third of a second to make; anew when the variables differ."""
+def _client_for(_process: int, *_variables: str | None) -> Any:
+    """Return a client, which takes a third of a second to make; anew when the variables differ, and after a fork.
+
+    Two processes that share a connection read each other's answers.
+    """
     return s3_client()
-
-
-def _status(error: ClientError) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
