@@ -26,7 +26,7 @@ def test_a_claim_holds_where_images_and_all_seeds_agree() -> None:
 
 
 def test_only_claims_whose_two_models_were_measured_are_judged() -> None:
-    assert judged("knn_top1", (0.1, 0.1), DESCRIPTOR)[0][0].endswith("histograms of colors and edges")
+    assert judged("knn_top1", (0.1, 0.1), DESCRIPTOR)[0][0].endswith("histograms of colors and edges, pooled alike")
     assert judged("knn_top1", (0.1, 0.1), UNCURATED)[0][0].startswith("Curated images")
     assert len(judged("knn_top1", (0.1, 0.1), UNCURATED)) == 1
 

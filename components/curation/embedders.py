@@ -125,6 +125,7 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     import torch
 
     from components.model.export import load_backbone
+    from components.model.pooling import features
 
     backbone = load_backbone(folder)
     patch, size = backbone.config.patch_size, config.preprocessing.crop_size
@@ -134,7 +135,8 @@ def _load_model(config: ModelConfig, folder: Path) -> Embed:
     def embed(images: list[Image.Image]) -> NDArray[np.float32]:
         crops = center_crops(images, config.preprocessing)  # [B, S, S, 3]
         with _one_torch_thread(), torch.inference_mode():
-            return backbone(to_input(torch.from_numpy(crops).permute(0, 3, 1, 2))).cls_token.numpy()  # [B, D]
+            pixels = to_input(torch.from_numpy(crops).permute(0, 3, 1, 2))
+            return features(backbone, pixels, config.preprocessing).numpy()  # [B, F]
 
     return embed
 

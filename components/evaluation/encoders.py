@@ -14,10 +14,12 @@ from torch import Tensor
 
 from components.evaluation.baselines import random_network
 from components.evaluation.descriptor import VERSION, describe, describe_patches
+from components.model.config import POOLED_LAYERS, Pooling
+from components.model.pooling import pooled
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer
 
-LAYERS = 4  # last ones, which linear probes and dense protocols read (METHOD.md 6.1); of shallower networks all
+LAYERS = POOLED_LAYERS  # last ones, which linear probes and dense protocols read (METHOD.md 6.1)
 USUAL_PATCH = 14  # pixels; gives a grid where a model has none
 
 
@@ -39,6 +41,10 @@ class Encoded:
         feature = self.cls[:, -1].float()
         fits = self.patches and self.patches[-1].shape[2] == feature.shape[1]
         return self.patches[-1].float().mean(dim=1) if fits else feature
+
+    def feature(self, pooling: Pooling) -> Tensor:
+        """Return the features of the images, [B, F] float32; the class tokens of a model without patch tokens."""
+        return pooled(self.cls[:, -1], self.patches, pooling if self.patches else "cls")
 
     def rows(self, side: int) -> int:
         """Return the rows of the patch grid of images of `side` pixels, or of usual patches where there are none."""

@@ -25,4 +25,6 @@ def about(evalset: Evalset) -> str:
 def how_scaled(model: ComparedModel) -> str:
     """Return the size of a model's images; its patches may not tile what the set asks for."""
     scaling = model.preprocessing
-    return f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
+    said = f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
+    texture = "; features are class tokens and how strongly patch tokens vary (pooling cls_texture), also of baselines"
+    return said if scaling.pooling == "cls" else said + texture

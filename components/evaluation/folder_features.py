@@ -34,6 +34,7 @@ from components.data.shards import MAX_PIXELS, ImageError, decode_noted
 from components.data.sources import Entry, EntryBatch, Listing, Refusal, list_source, read_batch
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
+from components.model.pooling import pooled
 from components.model.preprocessing import center_crop, to_input
 
 VERSION = 1  # raise it whenever a change here changes a part
@@ -82,8 +83,9 @@ class FolderFeatures:
 def embed_folder(folder: str, out: Path, request: FeatureRequest) -> FolderFeatures:
     """Write the features of all images of a folder (or tar shards, or Parquet with images) to a Parquet file.
 
-    Columns: `uri` relative to the folder, `image_id`, `width`, `height`, `cls_token` [D] and, if asked for,
-    `patch_tokens` [P * D], rows of the patch grid one after another; float32, not normalized.
+    Columns: `uri` relative to the folder, `image_id`, `width`, `height`, `cls_token` [D], `feature` [F] where the
+    evaluation's is not the class token, and, if asked for, `patch_tokens` [P * D], rows of the patch grid one after
+    another; float32, not normalized.
 
     Raises:
         ConfigError: `out` exists, or `folder` is not here.
@@ -131,11 +133,13 @@ class _Model:
         self.backbone = load_backbone(request.weights).to(self.device)
         shape = self.backbone.config
         self.preprocessing = request.preprocessing(shape)
+        self.pooled = self.preprocessing.pooling != "cls"
         size = self.preprocessing.crop_size
         patches = (size // shape.patch_size) ** 2
         self.batch_size = max(BATCH_PATCHES // patches, 1)
         columns = [("uri", pa.string()), ("image_id", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
         columns += [("cls_token", pa.list_(pa.float32(), shape.dim))]
+        columns += [("feature", pa.list_(pa.float32(), self.preprocessing.feature_dim(shape)))] if self.pooled else []
         columns += [("patch_tokens", pa.list_(pa.float32(), patches * shape.dim))] if request.patch_tokens else []
         how = {
             "pedigree.preprocessing": self.preprocessing.model_dump_json(),
@@ -147,9 +151,12 @@ class _Model:
 
     @torch.inference_mode()
     def tokens(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """Class tokens [B, D] and, if asked for, patch tokens [B, P * D] of [B, S, S, 3]."""
-        output = self.backbone(to_input(torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)))
-        wanted = [output.cls_token, output.patch_tokens.flatten(1)][: 1 + self.request.patch_tokens]
+        """Class tokens [B, D], features [B, F] if they are others, and patch tokens [B, P * D] if asked for."""
+        images = to_input(torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2))
+        layers = self.backbone.last_layers(images, self.preprocessing.num_layers(self.backbone.config))
+        wanted, patches = [layers[-1].cls_token], [layer.patch_tokens for layer in layers]
+        wanted += [pooled(wanted[0], patches, self.preprocessing.pooling)] if self.pooled else []
+        wanted += [patches[-1].flatten(1)] if self.request.patch_tokens else []
         return [tokens.float().cpu().numpy() for tokens in wanted]
 
 

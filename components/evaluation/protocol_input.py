@@ -84,7 +84,7 @@ class ProtocolInput:
     find: Find
 
     def features_of(self, images: Images, what: str) -> NDArray[np.float32]:
-        """Return the class tokens [M, D] of other images of the same size, such as augmented ones.
+        """Return the features [M, F] of other images of the same size, such as augmented ones.
 
         Args:
             images: that are encoded.

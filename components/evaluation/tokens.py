@@ -28,11 +28,12 @@ from components.core.progress import progress
 from components.core.storage import atomic_dir
 from components.data.shared_memory import check_shared_memory
 from components.evaluation.encoders import Encoded, Encoder
-from components.model.config import Preprocessing
+from components.model.config import Pooling, Preprocessing
 
-VERSION = 2  # raise it whenever a change here changes the arrays
+VERSION = 3  # raise it whenever a change here changes the arrays
 BATCH_PATCHES = {"cpu": 2**12, "cuda": 2**14}  # computed at once; on a CPU the tokens of a layer fit its caches
-CLS, MEAN, PATCHES, PASS = "cls.npy", "mean_patch.npy", "patches.npy", "pass.json"
+CLS, MEAN, FEATURE, PATCHES = "cls.npy", "mean_patch.npy", "feature.npy", "patches.npy"
+PASS = "pass.json"
 
 
 class Images(Protocol):
@@ -49,7 +50,8 @@ class Tokens:
 
     Attributes:
         cls: [N, L, D] float32, class tokens of the last L layers, deepest last.
-        mean_patch: [N, D] float32, mean patch tokens of the last layer; the feature itself without such of its width.
+        mean_patch: [N, D] float32, mean patch tokens of the last layer; the class token without such of its width.
+        features: [N, F] float32, what an image is found and classified by, pooled as the preprocessing says.
         patches: [N, P, L * D] float16, patch tokens of the last L layers side by side, row by row of the grid; None
             unless asked for, and of models that give none.
         device_seconds: wall-clock time of the pass that computed them, whenever it was, summed over its devices.
@@ -57,6 +59,7 @@ class Tokens:
 
     cls: NDArray[np.float32]
     mean_patch: NDArray[np.float32]
+    features: NDArray[np.float32]
     patches: NDArray[np.float16] | None
     device_seconds: float = 0.0
 
@@ -67,18 +70,15 @@ class Tokens:
         return isqrt(self.patches.shape[1])
 
     @property
-    def features(self) -> NDArray[np.float32]:
-        """Class tokens of the last layer, [N, D]."""
-        return self.cls[:, -1]
+    def of_images(self) -> tuple[NDArray[np.float32], ...]:
+        """All but the patch tokens, in the order above."""
+        return self.cls, self.mean_patch, self.features
 
 
 def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
     """Return the tokens of some rows, then those of another set, in memory and without patch tokens."""
-    cls, mean = (
-        np.concatenate([one[rows], two])
-        for one, two in ((first.cls, second.cls), (first.mean_patch, second.mean_patch))
-    )
-    return Tokens(cls, mean, None, first.device_seconds + second.device_seconds)
+    both = (np.concatenate([a[rows], b]) for a, b in zip(first.of_images, second.of_images, strict=True))
+    return Tokens(*both, None, first.device_seconds + second.device_seconds)
 
 
 def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
@@ -94,7 +94,7 @@ def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
         columns = (tokens[row] for row in rows.T)  # frame by frame: all at once would be F times the result
         return np.concatenate(list(columns), axis=-1) if joint else sum(columns, np.float32(0)) / rows.shape[1]
 
-    return Tokens(combined(frames.cls), combined(frames.mean_patch), None, frames.device_seconds)
+    return Tokens(*map(combined, frames.of_images), None, frames.device_seconds)
 
 
 @dataclass(frozen=True)
@@ -147,18 +147,19 @@ def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Pat
         if not folder.is_dir():
             _compute(encoder, request, folder)
         barrier()
-    cls, mean = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (CLS, MEAN))
-    kept = (folder / PATCHES).is_file()
-    patches = np.load(folder / PATCHES, mmap_mode="r", allow_pickle=False) if kept else None
-    return Tokens(cls, mean, patches, json.loads((folder / PASS).read_text())["device_seconds"])
+    names = [name for name in (CLS, MEAN, FEATURE, PATCHES) if (folder / name).is_file()]
+    kept = {name: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names}
+    device_seconds = json.loads((folder / PASS).read_text())["device_seconds"]
+    return Tokens(kept[CLS], kept[MEAN], kept[FEATURE], kept.get(PATCHES), device_seconds)
 
 
 def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
     """Write the arrays whole or not at all: rank 0 makes the files, each rank fills its rows."""
     side = request.preprocessing.crop_size
-    encoder = encoder if request.dense else encoder.without_patches()
+    pooling = request.preprocessing.pooling
+    encoder = encoder if request.dense or pooling != "cls" else encoder.without_patches()
     one = encoder.encode_black(side)
-    shapes = _shapes(one, len(request.images), request.dense)
+    shapes = _shapes(one, len(request.images), request.dense, pooling)
     patches = one.rows(side) ** 2
     shared = folder.with_name(f"{folder.name}.part")
     if rank() == 0:
@@ -184,12 +185,13 @@ def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
             shutil.rmtree(shared, ignore_errors=True)
 
 
-def _shapes(one: Encoded, count: int, dense: bool) -> dict[str, tuple[tuple[int, ...], type]]:
+def _shapes(one: Encoded, count: int, dense: bool, pooling: Pooling) -> dict[str, tuple[tuple[int, ...], type]]:
     """Return shape and type of each array for `count` images, given what one image gives."""
     _, layers, dim = one.cls.shape
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
         CLS: ((count, layers, dim), np.float32),
         MEAN: ((count, one.mean_patch.shape[1]), np.float32),
+        FEATURE: ((count, one.feature(pooling).shape[1]), np.float32),
     }
     if dense and one.patches:
         width = sum(layer.shape[2] for layer in one.patches)
@@ -216,6 +218,7 @@ def _fill(encoder: Encoder, request: TokenRequest, arrays: dict[str, Any], most:
             found = encoder.encode(batch)
             arrays[CLS][places] = found.cls.float().cpu().numpy()
             arrays[MEAN][places] = found.mean_patch.cpu().numpy()
+            arrays[FEATURE][places] = found.feature(request.preprocessing.pooling).cpu().numpy()
             if PATCHES in arrays:
                 arrays[PATCHES][places] = torch.cat(found.patches, 2).half().cpu().numpy()
             done += len(batch)

@@ -42,11 +42,21 @@ class ViTConfig(Config):
         return self if self.image_size else self.model_copy(update={"image_size": global_size})
 
 
+# What a feature is made of: `cls` the class token, as in DINOv2's evaluations; `cls_texture` also how strongly the
+# patch tokens of the last layers vary over the image (`pooling.py`).
+Pooling = Literal["cls", "cls_texture"]
+POOLED_LAYERS = 4  # last ones; of shallower networks all
+
+
 class Preprocessing(Config):
-    """Resizing and cropping of an image for a backbone. Defaults: `make_classification_eval_transform` of DINOv2."""
+    """How an image becomes a feature: resized, cropped, and its tokens pooled.
+
+    Defaults: `make_classification_eval_transform` and class tokens, as in DINOv2.
+    """
 
     resize_size: int = Field(default=256, ge=1, le=16384)  # pixels of the shorter side, bicubic
     crop_size: int = Field(default=224, ge=1, le=16384)  # pixels of the center crop
+    pooling: Pooling = "cls"
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -56,7 +66,16 @@ class Preprocessing(Config):
 
     def at(self, crop_size: int) -> Preprocessing:
         """Return the same crop region at another resolution."""
-        return Preprocessing(resize_size=round(crop_size * self.resize_size / self.crop_size), crop_size=crop_size)
+        resize_size = round(crop_size * self.resize_size / self.crop_size)
+        return Preprocessing(resize_size=resize_size, crop_size=crop_size, pooling=self.pooling)
+
+    def num_layers(self, shape: ViTConfig) -> int:
+        """Return of how many last layers the pooling reads tokens."""
+        return 1 if self.pooling == "cls" else min(POOLED_LAYERS, shape.depth)
+
+    def feature_dim(self, shape: ViTConfig) -> int:
+        """Return the length of a feature."""
+        return shape.dim if self.pooling == "cls" else shape.dim * (1 + self.num_layers(shape))
 
 
 class HeadConfig(Config):

@@ -33,7 +33,7 @@ from components.core.references import CANDIDATES
 from components.core.storage import write_bytes, write_json
 from components.core.tracking import flatten_numbers, valid_key
 from components.lineage.provenance import Origin, Tag
-from components.model.config import Preprocessing
+from components.model.config import Preprocessing, ViTConfig
 from components.registry.documents.write import DOCUMENTS
 from components.registry.facts import BY_IMAGE, FACTS, FOLDER, Facts
 from components.registry.making import MAKING, Making
@@ -57,6 +57,7 @@ CODE = (
     "components/model/export.py",
     "components/model/head.py",
     "components/model/layers.py",
+    "components/model/pooling.py",
     "components/model/preprocessing.py",
     "components/model/vit.py",
 )
@@ -225,7 +226,7 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
         write_json(parts / FOLDER / FACTS, candidate.facts.model_dump(mode="json"))
         write_json(parts / FOLDER / MAKING, candidate.making.model_dump(mode="json"))
         _copy(candidate.by_image, parts / FOLDER / BY_IMAGE)
-        dim = json.loads((candidate.weights / "config.json").read_text())["backbone"]["dim"]
+        shape = ViTConfig.model_validate(json.loads((candidate.weights / "config.json").read_text())["backbone"])
         resolution = candidate.preprocessing.crop_size
         example = (pd.DataFrame({"image": [candidate.example]}), {"resolution": resolution})
         mlflow.pyfunc.save_model(
@@ -234,7 +235,7 @@ def save_model(candidate: Candidate, folder: Path, model: Model) -> None:
             model_config={"preprocessing": candidate.preprocessing.model_dump()},
             artifacts={name: str(parts / name) for name in ("weights", "card.md", PASSPORT, DOCUMENTS, FOLDER)},
             code_paths=[str(parts / "components")],
-            signature=_signature(dim, resolution),
+            signature=_signature(candidate.preprocessing.feature_dim(shape), resolution),
             input_example=example,
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
             mlflow_model=model,

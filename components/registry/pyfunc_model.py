@@ -22,6 +22,7 @@ from PIL import Image
 from components.data.shards import MAX_PIXELS, ImageError, decode_image
 from components.model.config import Preprocessing
 from components.model.export import load_backbone
+from components.model.pooling import features
 from components.model.preprocessing import center_crops, to_input
 
 MAX_GRID = 64  # patches a side of an image: 896 pixels of patches of 14
@@ -42,7 +43,7 @@ class RequestError(MlflowException, ValueError):
 
 
 class EmbeddingModel(PythonModel):
-    """Class token of the backbone after its last norm, not normalized to unit length."""
+    """Features of images as they were evaluated, not normalized to unit length."""
 
     def load_context(self, context: Any) -> None:
         """Read the weights; called once by MLflow."""
@@ -60,7 +61,7 @@ class EmbeddingModel(PythonModel):
             params: `resolution`, pixels a side of the square that is cut from the middle; as evaluated if not given.
 
         Returns:
-            float32 [n, D].
+            float32 [n, F]: class tokens after the last norm, or what `pooling` of the preprocessing makes of them.
 
         Raises:
             RequestError: a row is not an image, the resolution is no multiple of the patch size or too large, or
@@ -72,13 +73,14 @@ class EmbeddingModel(PythonModel):
         if len(rows) > (most := max(MAX_PATCHES // patches, 1)):
             at = f"in one call at resolution {preprocessing.crop_size}"
             raise RequestError(f"{len(rows)} rows: at most {most} {at}; send fewer at once")
-        parts, batch = [np.empty((0, self._backbone.config.dim), np.float32)], max(BATCH_PATCHES // patches, 1)
+        batch = max(BATCH_PATCHES // patches, 1)
+        parts = [np.empty((0, preprocessing.feature_dim(self._backbone.config)), np.float32)]
         for start in range(0, len(rows), batch):
             decoded = (_decode(row, start + i) for i, row in enumerate(rows[start : start + batch]))
             crops = torch.from_numpy(center_crops(decoded, preprocessing)).to(self._device)  # [B, S, S, 3]
             with torch.inference_mode():
                 images = crops.permute(0, 3, 1, 2)  # [B, 3, S, S]
-                parts.append(self._backbone(to_input(images)).cls_token.float().cpu().numpy())
+                parts.append(features(self._backbone, to_input(images), preprocessing).cpu().numpy())
         return np.concatenate(parts)
 
     def _resolution(self, params: dict[str, Any]) -> int:

@@ -28,7 +28,8 @@ def embed(
 ) -> Answer:
     """Write the features of all images of a folder to a Parquet file: those on which the model was evaluated.
 
-    A row an image: `uri`, `image_id`, `width`, `height`, `cls_token`, and with
+    A row an image: `uri`, `image_id`, `width`, `height`, `cls_token`, `feature`
+    where the model was not evaluated by its class tokens alone, and with
     `--patch-tokens` also `patch_tokens`; float32, not scaled to unit length.
     Files that are no image for ingest are left out, with counts and examples.
     Run it again after a crash: what was computed is kept beside the output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -28,7 +29,8 @@ from components.evaluation.encoders import BackboneEncoder
 from components.evaluation.folder_features import FeatureRequest, embed_folder
 from components.model.config import Preprocessing, ViTConfig
 from components.model.export import load_backbone, save_weights
-from components.model.preprocessing import center_crops
+from components.model.pooling import features
+from components.model.preprocessing import center_crops, to_input
 from components.model.vit import VisionTransformer
 from flows.cli import app
 from tests.evaluation.class_tokens import class_tokens
@@ -106,6 +108,19 @@ def test_features_are_those_of_the_evaluation(weights, photos, tmp_path):
     stated = table.schema.metadata
     assert (stated[b"pedigree.passport"], stated[b"pedigree.grid"]) == (b"models:/m/1", b"4")
     assert Preprocessing.model_validate_json(stated[b"pedigree.preprocessing"]) == SIZES
+
+
+def test_a_model_that_was_evaluated_by_texture_too_gives_that_feature_beside_the_class_token(weights, photos, tmp_path):
+    textured = SIZES.model_copy(update={"pooling": "cls_texture"})
+    asked = dataclasses.replace(request(weights, patch_tokens=True), preprocessing=lambda _: textured)
+    table = pq.read_table(embed_folder(str(photos), tmp_path / "features.parquet", asked).out)
+    assert table.column_names[4:] == ["cls_token", "feature", "patch_tokens"]
+    files = [photos / uri for uri in table["uri"].to_pylist()]
+    crops = torch.from_numpy(center_crops((decode_image(file.read_bytes()) for file in files), SIZES))
+    with torch.inference_mode():
+        expected = features(load_backbone(weights), to_input(crops.permute(0, 3, 1, 2)), textured)
+    np.testing.assert_allclose(np.stack(table["feature"].to_numpy()), expected, rtol=1e-4, atol=1e-5)
+    assert json.loads(table.schema.metadata[b"pedigree.preprocessing"])["pooling"] == "cls_texture"
 
 
 def test_what_is_no_image_is_left_out_and_told(weights, photos, tmp_path):
@@ -194,7 +209,7 @@ def test_command(weights, photos, tmp_path, monkeypatch):
     assert (told["images"], told["out"], told["weights"]) == (NUM_FILES, "features.parquet", "weights")
     assert "nothing states how its images were scaled" in told["notes"][0]
     stated = json.loads(pq.read_schema("features.parquet").metadata[b"pedigree.preprocessing"])
-    assert stated == {"resize_size": 56, "crop_size": 49}
+    assert stated == {"resize_size": 56, "crop_size": 49, "pooling": "cls"}
     Path("features.parquet").unlink()
     for more, said in (
         (["--resolution", "30"], "--resolution 30: must be a multiple of the patch size, 7"),

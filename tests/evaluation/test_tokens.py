@@ -18,6 +18,7 @@ from components.evaluation.encoders import BackboneEncoder, DescriptorEncoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens
 from components.model.config import Preprocessing, ViTConfig
+from components.model.pooling import features
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer
 from components.training.config import EnergyConfig
@@ -33,13 +34,13 @@ def backbone() -> VisionTransformer:
     return VisionTransformer(config).eval()
 
 
-def request(root: Path, dense: bool = True, workers: int = 0) -> TokenRequest:
-    images = EvaluationImages(read_evaluation_set(root / "data/evaluation"), SIZE)
-    return TokenRequest(images, "v1", SIZE, Loading(batch_size=7, num_workers=workers), dense)
+def request(root: Path, dense: bool = True, workers: int = 0, size: Preprocessing = SIZE) -> TokenRequest:
+    images = EvaluationImages(read_evaluation_set(root / "data/evaluation"), size)
+    return TokenRequest(images, "v1", size, Loading(batch_size=7, num_workers=workers), dense)
 
 
 def arrays(found: Tokens) -> list[np.ndarray]:
-    return [np.array(part) for part in (found.cls, found.mean_patch, found.patches) if part is not None]
+    return [np.array(part) for part in (*found.of_images, found.patches) if part is not None]
 
 
 def test_they_are_those_of_the_network_and_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -83,11 +84,29 @@ def test_patches_of_the_descriptor_cost_nothing_where_nobody_reads_them(
     monkeypatch.setattr(encoders, "describe_patches", None)  # would raise
     whole = find_tokens(encoder, "d", request(tmp_path, dense=False), tmp_path / "cache")
     assert whole.patches is None
-    assert all(np.array_equal(a, b) for a, b in zip(arrays(dense)[:2], arrays(whole), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(dense)[:3], arrays(whole), strict=True))
+
+
+def test_texture_is_pooled_of_networks_and_of_the_descriptor_alike(tmp_path: Path):
+    write_set(tmp_path, list(tiles())[:3])
+    textured, model = SIZE.model_copy(update={"pooling": "cls_texture"}), backbone()
+    plain, asked = request(tmp_path, dense=False), request(tmp_path, dense=False, size=textured)
+    pixels = torch.stack([asked.images[index] for index in range(len(asked.images))])
+    with torch.inference_mode():
+        expected = features(model, to_input(pixels.permute(0, 3, 1, 2)), textured)
+    found = find_tokens(BackboneEncoder(model), "w1", asked, tmp_path / "cache")
+    np.testing.assert_allclose(found.features, expected, atol=1e-5)
+    whole = find_tokens(BackboneEncoder(model), "w1", plain, tmp_path / "cache")
+    np.testing.assert_array_equal(whole.features, whole.cls[:, -1])
+    assert whole.patches is found.patches is None
+    descriptor = find_tokens(DescriptorEncoder(4), "d", asked, tmp_path / "cache")
+    assert descriptor.features.shape[1] == 452 + 209
+    np.testing.assert_allclose(np.linalg.norm(descriptor.features[:, 452:], axis=1), 2.5, rtol=1e-4)
 
 
 def test_tokens_of_clips_are_means_or_side_by_side():
-    frames = Tokens(np.arange(12, dtype=np.float32).reshape(3, 2, 2), np.array([[1.0], [3], [8]], np.float32), None)
+    cls = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    frames = Tokens(cls, np.array([[1.0], [3], [8]], np.float32), cls[:, -1], None)
     rows = np.array([[0, 2], [1, 1]])
     mean, joint = (module.of_clips(frames, rows, joint=joint) for joint in (False, True))
     assert mean.cls.tolist() == [[[4, 5], [6, 7]], [[4, 5], [6, 7]]]  # of 0 1 2 3 and 8 9 10 11
