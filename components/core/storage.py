@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def s3_client() -> Any:
     It uses path addressing and plain checksums, which every S3 server understands.
     """
     import boto3
+    import botocore.session
     from botocore.config import Config as ClientConfig
 
     settings = ClientConfig(
@@ -153,8 +155,19 @@ def s3_client() -> Any:
     )
     with s3_errors("S3"):
         # A new session: boto3's default session is not thread-safe and caches credentials.
-        session: Any = boto3.Session()
+        own: Any = botocore.session.get_session()
+        session: Any = boto3.Session(botocore_session=own)
+        own.register_component("data_loader", _data_loader())
         return session.client("s3", config=settings)
+
+
+@cache
+def _data_loader() -> Any:
+    """Return what reads botocore's description of S3, which is most of the time that a client takes to make."""
+    import botocore.session
+
+    own: Any = botocore.session.get_session()
+    return own.get_component("data_loader")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -48,10 +48,6 @@ MOST_WAIT_SECONDS = 0.05  # for an entry that another writer is putting
 READERS = 8  # S3 requests at once
 NO_LOCK = "ObjectLockConfigurationNotFoundError"
 RETENTION = datetime.timedelta(days=3653)  # EU AI Act, art. 18: ten years
-CLIENT_VARIABLES = (
-    "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
-    "AWS_DEFAULT_REGION",
-)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +92,7 @@ class AuditLog:
     def __init__(self, bucket: str, heads: Heads | None = None) -> None:
         self.bucket = bucket
         self._place = f"audit log s3://{bucket}"
-        self._client = _client_for(os.getpid(), *(os.environ.get(name) for name in CLIENT_VARIABLES))
+        self._client = s3_client()
         self._heads = heads or Heads(bucket, heads_folder())
         self._owner_retains: bool | None = None
 
@@ -333,12 +329,3 @@ def open_log() -> AuditLog | None:
 @cache
 def _warn_of_no_log() -> None:
     logger.warning("%s is not set: nothing is recorded in an audit log", BUCKET_VARIABLE)
-
-
-@lru_cache(maxsize=8)
-def _client_for(_process: int, *_variables: str | None) -> Any:
-    """Return a client, which takes a third of a second to make; anew when the variables differ, and after a fork.
-
-    Two processes that share a connection read each other's answers.
-    """
-    return s3_client()
