@@ -142,7 +142,6 @@ def s3_client() -> Any:
     It uses path addressing and plain checksums, which every S3 server understands.
     """
     import boto3
-    import botocore.session
     from botocore.config import Config as ClientConfig
 
     settings = ClientConfig(
@@ -155,7 +154,7 @@ def s3_client() -> Any:
     )
     with s3_errors("S3"):
         # A new session: boto3's default session is not thread-safe and caches credentials.
-        own: Any = botocore.session.get_session()
+        own = _botocore_session()
         session: Any = boto3.Session(botocore_session=own)
         own.register_component("data_loader", _data_loader())
         return session.client("s3", config=settings)
@@ -164,10 +163,14 @@ def s3_client() -> Any:
 @cache
 def _data_loader() -> Any:
     """Return what reads botocore's description of S3, which is most of the time that a client takes to make."""
+    return _botocore_session().get_component("data_loader")
+
+
+def _botocore_session() -> Any:
     import botocore.session
 
-    own: Any = botocore.session.get_session()
-    return own.get_component("data_loader")
+    sessions: Any = botocore.session  # untyped
+    return sessions.get_session()
 
 
 @contextmanager

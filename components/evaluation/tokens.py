@@ -78,7 +78,7 @@ class Tokens:
 def joined(first: Tokens, rows: NDArray[np.int64], second: Tokens) -> Tokens:
     """Return the tokens of some rows, then those of another set, in memory and without patch tokens."""
     both = (np.concatenate([a[rows], b]) for a, b in zip(first.of_images, second.of_images, strict=True))
-    return Tokens(*both, None, first.device_seconds + second.device_seconds)
+    return Tokens(*both, patches=None, device_seconds=first.device_seconds + second.device_seconds)
 
 
 def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
@@ -94,7 +94,7 @@ def of_clips(frames: Tokens, rows: NDArray[np.int64], *, joint: bool) -> Tokens:
         columns = (tokens[row] for row in rows.T)  # frame by frame: all at once would be F times the result
         return np.concatenate(list(columns), axis=-1) if joint else sum(columns, np.float32(0)) / rows.shape[1]
 
-    return Tokens(*map(combined, frames.of_images), None, frames.device_seconds)
+    return Tokens(*map(combined, frames.of_images), patches=None, device_seconds=frames.device_seconds)
 
 
 @dataclass(frozen=True)

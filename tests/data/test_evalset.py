@@ -201,6 +201,13 @@ def test_a_set_without_withdrawn_images_is_a_set(added: dict[str, Added], tmp_pa
             check_set(made, tmp_path)
 
 
+def edges(values: np.ndarray, inside: int) -> np.ndarray:
+    """Values that are left at the sides only, outside of the middle square."""
+    changed = values.copy()
+    changed[:, 2:10] = inside
+    return changed
+
+
 # What breaks a folder, and what the check says of it.
 FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], str]] = {
     "missing": (folders.segmentation, {"targets/test/1.png": None}, "targets_there: .*1 of 4 wrong, .* test/1.png"),
@@ -210,6 +217,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
     "no png": (folders.segmentation, {"targets/test/1.png": b"no"}, "target_formats"),
     "cut": (folders.segmentation, {"targets/test/1.png": mask(halves())[:-30]}, "targets_readable"),
     "ignored": (folders.segmentation, {"targets/test/1.png": mask(np.full((8, 12), 255))}, "masks_filled"),
+    "at the border": (folders.segmentation, {"targets/test/1.png": mask(edges(halves(), 255))},
+                      "masks_filled: every mask has a pixel with a class in its middle square.*1 of 4 wrong"),
     "class": (folders.segmentation,
               {"evalset.yaml": config("segmentation", classes={0: "a", 1: "b", 3: "c"}, ignore=255)},
               r"classes_in_train: every class is in a train mask; 1 of 3 wrong, for example c \(3\)"),
@@ -222,6 +231,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], dict[str, bytes | str | None], s
     "infinite": (folders.depth, {"targets/test/b.npy": npy(np.where(halves(), np.inf, -1).astype(np.float32))},
                  "depth_values: .*48 infinite, 48 negative of 96 pixels"),
     "none": (folders.depth, {"targets/test/b.npy": npy(np.zeros((8, 12), np.float32))}, "depth_filled"),
+    "far left": (folders.depth, {"targets/test/b.npy": npy(edges(np.ones((8, 12), np.float32), 0))}, "depth_filled"),
     "pickle": (folders.depth, {"targets/test/b.npy": npy(np.array([[object]]), allow_pickle=True)}, "is object"),
     "long": (folders.depth, {"targets/test/b.npy": npy(np.ones((8, 12), np.float32)) + b"x"}, "targets_readable"),
     "huge": (folders.depth, {"targets/test/b.npy": npy(np.ones((1, 1), np.float32)).replace(b"(1, 1)", b"(8, 12)")},
