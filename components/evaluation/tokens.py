@@ -150,7 +150,7 @@ def find_tokens(encoder: Encoder, digest: str, request: TokenRequest, cache: Pat
     names = [name for name in (CLS, MEAN, FEATURE, PATCHES) if (folder / name).is_file()]
     kept = {name: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names}
     device_seconds = json.loads((folder / PASS).read_text())["device_seconds"]
-    return Tokens(kept[CLS], kept[MEAN], kept[FEATURE], kept.get(PATCHES), device_seconds)
+    return Tokens(kept[CLS], kept[MEAN], kept.get(FEATURE, kept[CLS][:, -1]), kept.get(PATCHES), device_seconds)
 
 
 def _compute(encoder: Encoder, request: TokenRequest, folder: Path) -> None:
@@ -191,8 +191,9 @@ def _shapes(one: Encoded, count: int, dense: bool, pooling: Pooling) -> dict[str
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
         CLS: ((count, layers, dim), np.float32),
         MEAN: ((count, one.mean_patch.shape[1]), np.float32),
-        FEATURE: ((count, one.feature(pooling).shape[1]), np.float32),
     }
+    if pooling != "cls":
+        shapes[FEATURE] = ((count, one.feature(pooling).shape[1]), np.float32)
     if dense and one.patches:
         width = sum(layer.shape[2] for layer in one.patches)
         shapes[PATCHES] = ((count, one.patches[-1].shape[1], width), np.float16)
@@ -218,7 +219,8 @@ def _fill(encoder: Encoder, request: TokenRequest, arrays: dict[str, Any], most:
             found = encoder.encode(batch)
             arrays[CLS][places] = found.cls.float().cpu().numpy()
             arrays[MEAN][places] = found.mean_patch.cpu().numpy()
-            arrays[FEATURE][places] = found.feature(request.preprocessing.pooling).cpu().numpy()
+            if FEATURE in arrays:
+                arrays[FEATURE][places] = found.feature(request.preprocessing.pooling).cpu().numpy()
             if PATCHES in arrays:
                 arrays[PATCHES][places] = torch.cat(found.patches, 2).half().cpu().numpy()
             done += len(batch)
