@@ -1,4 +1,4 @@
-"""Pictures that are no photographs, with palettes and transparency: 150 of Debian's openclipart-png, in the public domain.
+"""Pictures that are no photographs, with palettes and transparency: 150 of openclipart-png, in the public domain.
 
 `openclipart.tar.xz` has 30 of each of five classes, made smaller; `python -m tests.benchmarks.openclipart` has all.
 """
