@@ -73,7 +73,7 @@ def _patch_colors(patches: Mapping[str, NDArray[np.float32] | None], shown: torc
 def _neighbors(found: Comparison, pixels: EvaluationImages, queries: Sequence[int], seed: int) -> list[Figure]:
     images, features = found.evalset.images, next(iter(found.tokens.values())).features
     rows = neighbor_rows(images, pixels, features, queries)
-    caption = "By cosine of the class tokens. Frame: green same class, red other, gray no class."
+    caption = "By cosine of the features. Frame: green same class, red other, gray no class."
     made = [("Nearest neighbors", _picture(draw_neighbors(rows), "Images and their nearest neighbors"), caption)]
     if failures := _failures(found, seed):
         sheet = draw_neighbors(neighbor_rows(images, pixels, features, failures))
@@ -93,7 +93,7 @@ def _retrieved(found: Comparison, pixels: EvaluationImages, seed: int) -> list[F
     frames = "Frame: green to be found, red not, gray junk."
     made = []
     for title, rows, caption in (
-        ("Retrieved images", drawn, f"Queries at random, by cosine of the class tokens. {frames}"),
+        ("Retrieved images", drawn, f"Queries at random, by cosine of the features. {frames}"),
         ("Worst queries", worst, f"Lowest {metric} first, of {len(asked):,} queries. {frames}"),
     ):
         sheet = draw_neighbors(retrieved_rows(evalset, pixels, features, [asked[row] for row in rows]))

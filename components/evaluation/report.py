@@ -9,8 +9,8 @@ from components.core.metrics import Interval
 from components.core.page import Cell
 
 MEANINGS = {
-    "knn_top1": "accuracy of the weighted vote of the nearest train images (cosine of class tokens)",
-    "linear_top1": "accuracy of logistic regression on frozen class tokens; C chosen on a part of train",
+    "knn_top1": "accuracy of the weighted vote of the nearest train images (cosine of features)",
+    "linear_top1": "accuracy of logistic regression on frozen features; C chosen on a part of train",
     "instance_recall_at_1": "share of augmented views whose nearest image is the one they were made from",
     "instance_map": "mean average precision of the same retrieval",
     "effective_rank": "directions that the features use (exp of the entropy of singular values)",

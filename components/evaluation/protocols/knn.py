@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification of class tokens (dinov2/eval/knn.py)."""
+"""Weighted k-nearest-neighbor classification of features (dinov2/eval/knn.py)."""
 
 from __future__ import annotations
 

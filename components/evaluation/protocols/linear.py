@@ -1,4 +1,4 @@
-"""Logistic regression on frozen class tokens (dinov2/eval/log_regression.py)."""
+"""Logistic regression on frozen features (dinov2/eval/log_regression.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instance retrieval by class tokens: mean average precision of the easy, medium and hard setups.
+"""Instance retrieval by features: mean average precision of the easy, medium and hard setups.
 
 The setups and the average precision of revisited Oxford and Paris (Radenovic et al. 2018, arXiv:1803.11285, sec. 3.3;
 `compute_map` of its released evaluation). DINOv2 (sec. 7.3) names no feature; class tokens are DINOv3's (App. D.8).
@@ -50,7 +50,7 @@ def run(given: ProtocolInput) -> Scores:
 
 
 def run_multi_scale(given: ProtocolInput) -> Scores:
-    """Measure a model by the sum of its class tokens over images of several sizes (DINO's evaluation of retrieval)."""
+    """Measure a model by the sum of its features over images of several sizes (DINO's evaluation of retrieval)."""
     everything = np.arange(len(given.tokens.features))
     sizes = [given.scaled(scale) for scale in SCALES]
     others = [given.tokens_at(scale, everything).features for scale in SCALES[1:]]
