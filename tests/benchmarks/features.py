@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from components.evaluation.tokens import Loading, TokenRequest, find_tokens
 from components.model.config import Preprocessing, ViTConfig
 from components.model.vit import VisionTransformer
 
-IMAGES, BATCH = 1000, 64
+IMAGES, BATCH = 8000, 64
+SIDES = (112, 224)  # pixels of the squares that are cut from photographs, at least and below
 SCALING = Preprocessing(resize_size=112, crop_size=98)
 SHAPE = ViTConfig(patch_size=14, dim=192, depth=6, num_heads=3, image_size=98, layer_scale_init=1.0)
 
@@ -46,14 +47,24 @@ class Plain(Dataset[torch.Tensor]):
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def sides(folder: Path, files: list[bytes]) -> tuple[Side, Side]:
-    """Return both sides for `IMAGES` square JPEGs; each call of ours begins with an empty cache."""
+def squares(photographs: list[Image.Image]) -> Iterator[bytes]:
+    """Cut `IMAGES` different squares at random places of photographs, as JPEGs."""
+    generator = np.random.default_rng(0)
+    for number in range(IMAGES):
+        photo, side = photographs[number % len(photographs)], int(generator.integers(*SIDES))
+        left, top = (int(generator.integers(length - side)) for length in photo.size)
+        buffer = io.BytesIO()
+        photo.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=90)
+        yield buffer.getvalue()
+
+
+def sides(folder: Path, photographs: list[Image.Image]) -> tuple[Side, Side]:
+    """Return both sides for `IMAGES` different images; each call of ours begins with an empty cache."""
     torch.manual_seed(0)
     backbone = VisionTransformer(SHAPE).eval()
-    chosen = [files[number % len(files)] for number in range(IMAGES)]
     rows, paths = [], []
     with ShardWriter(folder / "set", 2**30) as writer:
-        for number, content in enumerate(chosen):
+        for number, content in enumerate(squares(photographs)):
             name = f"{number:064x}"
             rows.append(dict(zip(("shard", "offset", "length"), writer.add(name, "jpg", content), strict=True)))
             paths.append(folder / f"{name}.jpg")

@@ -29,11 +29,11 @@ def missed(name: str, num_images: int, median_side: int, *settings: str, gpu: bo
 
 def test_what_the_default_recipe_would_miss_of_a_hundred_thousand_photographs():
     assert missed("tiny-cpu", 100_000, 1_080) == [
-        "it trains on crops of 48 pixels, not 96",
+        "it trains on crops of 24 pixels, not 96",
         "it keeps at most 2,000 images (curate.target_images)",
         "its pretraining draws 11,200 images, not 640,000",
     ]
-    assert missed("tiny-cpu", 100_000, 1_080, gpu=True)[0] == "it trains on crops of 48 pixels, not 224"
+    assert missed("tiny-cpu", 100_000, 1_080, gpu=True)[0] == "it trains on crops of 24 pixels, not 224"
 
 
 def test_what_fits_is_not_spoken_of():
@@ -70,7 +70,7 @@ def test_the_proposal_and_its_command(checkout, monkeypatch, caplog, gpu, hardwa
     advise(checkout, recipe("tiny-cpu"), choose(checkout, ["cats", "dogs"]), COMMAND)
     told = caplog.messages
     facts = f"100 images, shorter side 640 pixels in the median, {hardware}"
-    assert told[0].startswith(f"this recipe does not fit the run ({facts}): it trains on crops of 48 pixels")
+    assert told[0].startswith(f"this recipe does not fit the run ({facts}): it trains on crops of 24 pixels")
     assert told[1].endswith(f"fits better: pedigree run --images '/my photos' --recipe {name}")
     assert ["continue-dinov2" in line for line in told] == [False, False, *([True] if gpu else [])]
 

@@ -139,7 +139,8 @@ def test_disks_without_room(checkout, monkeypatch, caplog):
 def test_loaders_that_shared_memory_cannot_hold(checkout, monkeypatch):
     room = {shared_memory.SHARED_MEMORY: DISK(0, 0, 7 * 2**20)}
     monkeypatch.setattr(shutil, "disk_usage", lambda where: room.get(where, DISK(0, 0, 2**40)))
-    told = faults(checkout, recipe("pretrain.stream.num_workers=6", "evaluate.num_workers=9"))
+    larger = ("pretrain.crops.global_size=48", "pretrain.crops.local_size=24")
+    told = faults(checkout, recipe("pretrain.stream.num_workers=6", "evaluate.num_workers=9", *larger))
     assert [line.partition(": set ")[2].partition(",")[0] for line in told] == [
         "evaluate.num_workers=4", "pretrain.stream.num_workers=5",
     ]  # fmt: skip

@@ -56,7 +56,8 @@ def slurm_environment(folder: Path) -> dict[str, str]:
 def test_slurm_trains_on_two_ranks_and_queues_again_when_told_to_go(workspace, pretrain_values, tmp_path_factory):  # noqa: F811
     recipe = load_yaml(RECIPES / "tiny-cpu.yaml")
     recipe["pretrain"] = pretrain_values(steps=5_000, checkpoint_every_steps=5, sharding="fsdp")
-    recipe["adapt"]["crops"] |= {"global_size": 48, "local_size": 24}  # multiples of its patch size, 8
+    for stage in ("adapt", "distill"):
+        recipe[stage]["crops"] |= {"global_size": 48, "local_size": 24}  # multiples of its patch size, 8
     recipe["distill"]["students"]["small"]["backbone"]["patch_size"] = 8
     recipe["evaluate"]["preprocessing"]["crop_size"] = 48
     (workspace / "params.yaml").write_text(yaml.safe_dump(recipe))
