@@ -28,7 +28,7 @@ class DescriptorConfig(Config):
 
 
 class ModelConfig(Config):
-    """Class tokens of a Pedigree model."""
+    """Features of a Pedigree model: class tokens, or as `preprocessing.pooling` says."""
 
     kind: Literal["model"] = "model"
     weights: str  # a weights folder, or models:/NAME@alias

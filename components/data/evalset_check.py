@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +43,6 @@ ValueT = TypeVar("ValueT", np.uint8, np.float32)
 
 pc: Any = pyarrow.compute  # created at import, invisible to pyright
 OF = "evaluation set"  # what is examined, in Data Docs
-MIDDLE = "its middle square, which is what is measured"
 FORMATS = {
     "segmentation": "masks are PNG, gray with 8 bits or with a palette",
     "depth": "depth is 16-bit PNG in millimeters or float32 npy in meters",
@@ -222,12 +221,17 @@ def _check_targets(folder: Path, config: EvalsetConfig, table: pa.Table, finding
     if config.task == "segmentation":
         allowed = "masks hold the pixel values of `classes` and `ignore` only"
         findings.require("mask_values", allowed, found.wrong, rows)
-        findings.require("masks_filled", f"every mask has a pixel with a class in {MIDDLE}", found.empty, rows)
+        findings.require(
+            "masks_filled",
+            "every mask has a pixel with a class, of test images in the middle square",
+            found.empty,
+            rows,
+        )
         unseen = [f"{name} ({value})" for value, name in config.classes.items() if value not in found.train]
         findings.require("classes_in_train", "every class is in a train mask", unseen, len(config.classes))
     else:
         findings.require("depth_values", "depth is 0 (none) or positive and finite", found.wrong, rows)
-        filled = f"every image has a pixel within depth_range in {MIDDLE}"
+        filled = "every image has a pixel within depth_range, a test image in its middle square"
         findings.require("depth_filled", filled, found.empty, rows)
 
 
@@ -236,10 +240,10 @@ def _look_at_mask(kind: str, data: bytes, row: dict[str, str], config: EvalsetCo
     values = set(np.unique(mask).tolist())
     if strange := sorted(values - set(config.classes) - {config.ignore}):
         found.wrong.append(f"{row['source_uri']}: {', '.join(map(str, strange))}")
-    if not np.isin(_middle(mask), list(config.classes)).any():
+    if not np.isin(_counted(mask, row), list(config.classes)).any():
         found.empty.append(row["source_uri"])
     if row["split"] == TRAIN:
-        found.train |= values
+        found.train |= set(np.unique(_middle(mask)).tolist())
 
 
 def _look_at_depth(kind: str, data: bytes, row: dict[str, str], config: EvalsetConfig, found: _Targets) -> None:
@@ -252,12 +256,17 @@ def _look_at_depth(kind: str, data: bytes, row: dict[str, str], config: EvalsetC
     if any(bad.values()):
         listed = ", ".join(f"{count} {name}" for name, count in bad.items() if count)
         found.wrong.append(f"{row['source_uri']}: {listed} of {depth.size} pixels")
-    if not in_range(_middle(depth), config).any():
+    if not in_range(_counted(depth, row), config).any():
         found.empty.append(row["source_uri"])
 
 
+def _counted(target: NDArray[ValueT], row: Mapping[str, Any]) -> NDArray[ValueT]:
+    """Return where a target [H, W] must have a value: a train image without one in the middle square is left out."""
+    return target if row["split"] == TRAIN else _middle(target)
+
+
 def _middle(target: NDArray[ValueT]) -> NDArray[ValueT]:
-    """Return the middle square of a target [H, W], which is what is measured."""
+    """Return the middle square of a target [H, W], of which the crop is made."""
     top, left = ((side - min(target.shape)) // 2 for side in target.shape)
     return target[top : top + min(target.shape), left : left + min(target.shape)]
 

@@ -52,7 +52,8 @@ def figures(found: Comparison, models: Sequence[ComparedModel], seed: int) -> li
     queries = choose_queries(images, SHOWN, seed)
     shown = torch.stack([pixels[index] for index in queries])
     made = _curves(found) + _predictions(found, models, pixels, seed)
-    patches = {one.name: one.encoder.last_patches(shown) for one in models if one.preprocessing == first.preprocessing}
+    alike = [one for one in models if one.preprocessing.sizes == first.preprocessing.sizes]
+    patches = {one.name: one.encoder.last_patches(shown) for one in alike}
     made += _patch_colors(patches, shown)
     made += _retrieved(found, pixels, seed) if found.evalset.config.task == "retrieval" else []
     made += _neighbors(found, pixels, queries, seed) if found.evalset.config.task != "retrieval" else []

@@ -129,9 +129,9 @@ def load_external(given: str, kind: Kind, evalset: Evalset) -> External:
 def _looked_at(encoder: ExternalEncoder, name: str, side: int) -> list[str]:
     """Return lines on what the network gives for a black image."""
     found = encoder.encode_black(side)
-    facts = [f"{name}: its last layer is all that is read"]
+    facts = [f"{name}: its last layer is all that is read, and its features are class tokens"]
     if not found.patches:
-        facts[0] += ", and it gives no patch tokens: segmentation and depth are not measured"
+        facts[0] += "; it gives no patch tokens: segmentation and depth are not measured"
     with torch.inference_mode():
         first = encoder.outputs(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=encoder.device))[0]
     if first.ndim == 3 and found.patches:

@@ -81,7 +81,6 @@ class _Own(_Stated):
 
     resize_size: int
     crop_size: int
-    pooling: str = "cls"
     mean: Mean = IMAGENET_MEAN
     std: Std = IMAGENET_STD
 
@@ -113,9 +112,7 @@ def of_own_export(text: str, origin: str) -> Scaling:
         raise ConfigError(f"{origin}: pedigree.preprocessing is no JSON object; export the model again")
     stated = _valid(_Own, values, f"{origin}, pedigree.preprocessing")
     sizes = {"resize_size": stated.resize_size, "crop_size": stated.crop_size}
-    told = f"{origin}: evaluated with pooling {stated.pooling}; of an export only the class tokens are read"
-    facts = () if stated.pooling == "cls" else (told,)
-    return Scaling(_valid(Preprocessing, sizes, f"{origin}, pedigree.preprocessing"), stated.mean, stated.std, facts)
+    return Scaling(_valid(Preprocessing, sizes, f"{origin}, pedigree.preprocessing"), stated.mean, stated.std)
 
 
 def of_timm(values: dict[str, Any], origin: str) -> Scaling:

@@ -96,7 +96,7 @@ def _write_pictures(folder: Path, main: MeasuredSet) -> None:
     pixels = EvaluationImages(images, first.preprocessing)
     queries = choose_queries(images, SHOWN, main.seed)
     shown = torch.stack([pixels[index] for index in queries])
-    alike = [model for model in main.models if model.preprocessing == first.preprocessing]
+    alike = [model for model in main.models if model.preprocessing.sizes == first.preprocessing.sizes]
     patches = {model.name: model.encoder.last_patches(shown) for model in alike}
     colors = {name: pca_colors(tokens) for name, tokens in patches.items() if tokens is not None}
     write_bytes(folder / "pca.jpg", jpeg(draw_pca(shown.numpy(), colors)))

@@ -64,6 +64,11 @@ class Preprocessing(Config):
             raise ValueError(f"crop_size {self.crop_size} is larger than resize_size {self.resize_size}")
         return self
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Sizes of resize and crop: images of equal sizes are the same pixels."""
+        return self.resize_size, self.crop_size
+
     def at(self, crop_size: int) -> Preprocessing:
         """Return the same crop region at another resolution."""
         resize_size = round(crop_size * self.resize_size / self.crop_size)

@@ -30,7 +30,8 @@ def pooled(cls_token: Tensor, patches: Sequence[Tensor], pooling: Pooling) -> Te
     """
     if pooling == "cls":
         return cls_token.float()
-    textures = [functional.normalize(texture(tokens), dim=1) for tokens in patches]
+    # An image without any texture has none: what is left of rounding is not made longer.
+    textures = [functional.normalize(texture(tokens), dim=1, eps=FLOOR) for tokens in patches]
     scale = TEXTURE_LENGTH / len(textures) ** 0.5
     return torch.cat([functional.normalize(cls_token.float(), dim=1), *(scale * one for one in textures)], dim=1)
 

@@ -67,7 +67,7 @@ class NamedWeights:
             return ""
         return (
             f"{self.name}: nothing states how its images were scaled; as in DINOv2, an eighth of each side is cut off, "
-            "unless a set asks for places in the image"
+            "unless a set asks for places in the image, and features are class tokens"
         )
 
 

@@ -148,7 +148,7 @@ def test_the_traced_network_beside_its_weights_has_their_scores(checkout: Path):
     assert exported["knn_top1"] == own["knn_top1"]
     assert exported["effective_rank"] == pytest.approx(own["effective_rank"], rel=1e-4)
     assert "no random weights beside it: traced/one.pt has no shape apart from its weights" in told["facts"]
-    assert "traced/one.pt: its last layer is all that is read" in told["facts"]
+    assert "traced/one.pt: its last layer is all that is read, and its features are class tokens" in told["facts"]
     assert told["contamination"]["traced/one.pt"]["unknown"] == "no registry knows these weights"
     words = ("weights/one", "--against", path, "--set", "depth", "--protocol", "depth", "--protocol", "depth-lin4")
     told = json.loads(asked(checkout, *words, "--json"))

@@ -22,6 +22,13 @@ def test_texture_by_hand():
     assert torch.equal(flat, torch.zeros(1, 3))
 
 
+def test_rounding_of_an_image_without_texture_is_not_made_longer():
+    tokens = torch.ones(1, 30, 8) + 1e-6 * torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0))
+    found = pooled(torch.ones(1, 8), [tokens], "cls_texture")
+    np.testing.assert_allclose(found[0, :8].norm(), 1, rtol=1e-5)
+    assert found[0, 8:].norm() < 2
+
+
 def test_another_contrast_and_another_color_of_light_leave_it():
     tokens = 5 * torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
     changed = 0.4 * tokens + torch.arange(8.0)

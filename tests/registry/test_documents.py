@@ -141,6 +141,7 @@ def test_cyclonedx_passes_the_schema_of_1_7_with_its_model_card(graph: Graph):
     model = bom["metadata"]["component"]
     assert model["hashes"] == [{"alg": "SHA-256", "content": "3" * 64}]
     assert {"type": "knn_top1", "value": "0.804"} in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert model["modelCard"]["modelParameters"]["outputs"] == [{"format": "float32 vector of 32"}]
     licenses = next(part for part in bom["components"] if part["name"] == "data/curated")["licenses"]
     assert licenses == [{"expression": "CC0-1.0"}, {"license": {"name": "as agreed by letter"}}]
     model["modelCard"]["modelParameters"]["approach"]["type"] = "by magic"
