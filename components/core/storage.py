@@ -162,7 +162,7 @@ def s3_client() -> Any:
 
 @cache
 def _data_loader() -> Any:
-    """Return what reads botocore's description of S3, which is most of the time that a client takes to make."""
+    """Return the loader of service descriptions that all clients share: to read that of S3 takes most of their time."""
     return _botocore_session().get_component("data_loader")
 
 

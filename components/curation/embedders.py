@@ -66,7 +66,7 @@ def resolve(config: EmbedderConfig, root: Path, key: str = "embed.embedder") -> 
     location = _locate(config, root, key)
     definition: dict[str, Any] = config.model_dump(exclude={"path", "weights"})  # the bytes count, not their path
     if isinstance(config, ModelConfig) and config.preprocessing.pooling == "cls":
-        del definition["preprocessing"]["pooling"]  # as before there was another
+        del definition["preprocessing"]["pooling"]  # digests stay those of before this option
     definition |= {"version": VERSION, "descriptor_version": descriptor.VERSION if location is None else None}
     if location is not None:
         files = [location / name for name in WEIGHTS_FILES] if location.is_dir() else [location]

@@ -221,12 +221,8 @@ def _check_targets(folder: Path, config: EvalsetConfig, table: pa.Table, finding
     if config.task == "segmentation":
         allowed = "masks hold the pixel values of `classes` and `ignore` only"
         findings.require("mask_values", allowed, found.wrong, rows)
-        findings.require(
-            "masks_filled",
-            "every mask has a pixel with a class, of test images in the middle square",
-            found.empty,
-            rows,
-        )
+        filled = "every mask has a pixel with a class, of test images in the middle square"
+        findings.require("masks_filled", filled, found.empty, rows)
         unseen = [f"{name} ({value})" for value, name in config.classes.items() if value not in found.train]
         findings.require("classes_in_train", "every class is in a train mask", unseen, len(config.classes))
     else:
@@ -261,7 +257,10 @@ def _look_at_depth(kind: str, data: bytes, row: dict[str, str], config: EvalsetC
 
 
 def _counted(target: NDArray[ValueT], row: Mapping[str, Any]) -> NDArray[ValueT]:
-    """Return where a target [H, W] must have a value: a train image without one in the middle square is left out."""
+    """Return the part of a target [H, W] that must hold a value, of a test image the middle square.
+
+    Protocols leave out train images without a value there, with a warning.
+    """
     return target if row["split"] == TRAIN else _middle(target)
 
 

@@ -20,7 +20,7 @@ from components.core.storage import sha256_file
 from components.data.evalset import Evalset
 from components.evaluation.baselines import DESCRIPTOR, RANDOM
 from components.evaluation.corrupted import CorruptedImages, corrupted_results
-from components.evaluation.encoders import LAYERS, BackboneEncoder, DescriptorEncoder, Encoder
+from components.evaluation.encoders import BackboneEncoder, DescriptorEncoder, Encoder
 from components.evaluation.features import EvaluationImages
 from components.evaluation.protocol_input import Find, ProtocolInput
 from components.evaluation.protocols import (
@@ -37,7 +37,7 @@ from components.evaluation.protocols import (
 from components.evaluation.scores import Scores
 from components.evaluation.settings import Settings
 from components.evaluation.tokens import Loading, TokenRequest, Tokens, find_tokens, joined, of_clips
-from components.model.config import Preprocessing, ViTConfig
+from components.model.config import LAST_LAYERS, Preprocessing, ViTConfig
 from components.model.export import BACKBONE_FILE, load_backbone
 
 ROBUSTNESS = "robustness"
@@ -98,12 +98,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "retrieval": Protocol("retrieval", dense=False, run=retrieval.run),
     "retrieval-ms": Protocol("retrieval", dense=False, run=retrieval.run_multi_scale, sizes=True),
     "segmentation": Protocol("segmentation", dense=True, run=segmentation.run),
-    "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAYERS),
+    "segmentation-lin4": Protocol("segmentation", dense=True, run=segmentation.run_four_layers, layers=LAST_LAYERS),
     "segmentation-ms": Protocol(
-        "segmentation", dense=True, run=segmentation.run_multi_scale, layers=LAYERS, sizes=True
+        "segmentation", dense=True, run=segmentation.run_multi_scale, layers=LAST_LAYERS, sizes=True
     ),
     "depth": Protocol("depth", dense=True, run=depth.run),
-    "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers, layers=LAYERS),
+    "depth-lin4": Protocol("depth", dense=True, run=depth.run_four_layers, layers=LAST_LAYERS),
 }
 
 

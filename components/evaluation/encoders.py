@@ -14,12 +14,11 @@ from torch import Tensor
 
 from components.evaluation.baselines import random_network
 from components.evaluation.descriptor import VERSION, describe, describe_patches
-from components.model.config import POOLED_LAYERS, Pooling
+from components.model.config import LAST_LAYERS, Pooling
 from components.model.pooling import pooled
 from components.model.preprocessing import to_input
 from components.model.vit import VisionTransformer
 
-LAYERS = POOLED_LAYERS  # last ones, which linear probes and dense protocols read (METHOD.md 6.1)
 USUAL_PATCH = 14  # pixels; gives a grid where a model has none
 
 
@@ -105,7 +104,7 @@ class BackboneEncoder(Encoder):
     def __init__(self, backbone: VisionTransformer) -> None:
         shape = backbone.config
         super().__init__(next(backbone.parameters()).device, shape.model_dump_json(), shape.patch_size)
-        self._backbone, self._layers = backbone, min(LAYERS, shape.depth)
+        self._backbone, self._layers = backbone, min(LAST_LAYERS, shape.depth)
 
     def _encode(self, images: Tensor) -> Encoded:
         outputs = self._backbone.last_layers(to_input(images.permute(0, 3, 1, 2)), self._layers)

@@ -26,5 +26,4 @@ def how_scaled(model: ComparedModel) -> str:
     """Return the size of a model's images; its patches may not tile what the set asks for."""
     scaling = model.preprocessing
     said = f"{model.name}: shorter side {scaling.resize_size} pixels, crop {scaling.crop_size}"
-    texture = "; features are class tokens and how strongly patch tokens vary (pooling cls_texture)"
-    return said if scaling.pooling == "cls" else said + texture
+    return said if scaling.pooling == "cls" else f"{said}; features are {scaling.pooled} (pooling {scaling.pooling})"

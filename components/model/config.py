@@ -45,7 +45,7 @@ class ViTConfig(Config):
 # What a feature is made of: `cls` the class token, as in DINOv2's evaluations; `cls_texture` also how strongly the
 # patch tokens of the last layers vary over the image (`pooling.py`).
 Pooling = Literal["cls", "cls_texture"]
-POOLED_LAYERS = 4  # last ones; of shallower networks all
+LAST_LAYERS = 4  # of which evaluations read tokens (dinov2/eval/linear.py); of shallower networks all
 
 
 class Preprocessing(Config):
@@ -74,9 +74,14 @@ class Preprocessing(Config):
         resize_size = round(crop_size * self.resize_size / self.crop_size)
         return Preprocessing(resize_size=resize_size, crop_size=crop_size, pooling=self.pooling)
 
+    @property
+    def pooled(self) -> str:
+        """The parts of a feature, in words."""
+        return "class tokens" if self.pooling == "cls" else "class tokens and how strongly patch tokens vary"
+
     def num_layers(self, shape: ViTConfig) -> int:
         """Return of how many last layers the pooling reads tokens."""
-        return 1 if self.pooling == "cls" else min(POOLED_LAYERS, shape.depth)
+        return 1 if self.pooling == "cls" else min(LAST_LAYERS, shape.depth)
 
     def feature_dim(self, shape: ViTConfig) -> int:
         """Return the length of a feature."""

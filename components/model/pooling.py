@@ -1,4 +1,4 @@
-"""The feature of an image from its tokens: the class token, or beside it how strongly its patch tokens vary.
+"""Pool the tokens of an image into its feature: the class token, or also the texture of the patch tokens.
 
 Evaluation, embedders, `pedigree embed` and the registered model share it, so that a served model gives the evaluated
 features.
@@ -30,18 +30,18 @@ def pooled(cls_token: Tensor, patches: Sequence[Tensor], pooling: Pooling) -> Te
     """
     if pooling == "cls":
         return cls_token.float()
-    # An image without any texture has none: what is left of rounding is not made longer.
+    # Below FLOOR a texture is rounding error of an image without any; its length stays small.
     textures = [functional.normalize(texture(tokens), dim=1, eps=FLOOR) for tokens in patches]
     scale = TEXTURE_LENGTH / len(textures) ** 0.5
     return torch.cat([functional.normalize(cls_token.float(), dim=1), *(scale * one for one in textures)], dim=1)
 
 
 def texture(patches: Tensor) -> Tensor:
-    """Return how strongly each channel varies over an image, beside the others, [B, E].
+    """Return the logarithm of each channel's standard deviation over the patches, minus the mean of channels, [B, E].
 
-    These are logarithms of the standard deviations minus their mean: what scales all channels alike, as another
-    contrast does, drops out, and so does what all patches share, as the color of the light. Standard deviations of a
-    network's channels as a description of style: Huang and Belongie 2017 (arXiv:1703.06868).
+    A factor that all channels share drops out, and so does an offset that all patches share. Huang and Belongie 2017
+    (arXiv:1703.06868) describe the style of an image by standard deviations of channels; components/LOG.md has what
+    these features gain where the light changes.
 
     Args:
         patches: [B, P, E].

@@ -8,7 +8,6 @@ from components.core.metric_names import first_asked
 from components.core.metrics import Interval
 from components.core.model_files import SIGNATURE
 from components.core.references import CANDIDATES
-from components.model.config import ViTConfig
 from components.registry.making import Making
 from components.registry.review import Review
 
@@ -67,19 +66,18 @@ def standing(found: Review) -> str:
     else:
         told = f"It is {'the champion, ' if found.reigns else ''}shown beside the champion{' before' * found.reigns}"
     why = f", but not compared: {found.beside.incomparable}" if found.beside.incomparable else ""
-    return f"{told}, {found.beside.version}{why}."
+    how = f" (evaluated with {found.beside.otherwise})" if found.beside.otherwise else ""
+    return f"{told}, {found.beside.version}{how}{why}."
 
 
 def use(making: Making) -> str:
     """What goes into the model and what comes out."""
     backbone, size = making.backbone, making.preprocessing
-    length = size.feature_dim(ViTConfig.model_validate(backbone))
-    what = "class tokens" if size.pooling == "cls" else "class tokens and how strongly their patch tokens vary"
     shape = f"dim {backbone['dim']}, depth {backbone['depth']}, patch {backbone['patch_size']}"
     return (
         f"Vision transformer ({shape}, {backbone['num_registers']} registers). Takes encoded images (column `image`, "
-        f"bytes, or their base64 text over HTTP; transparency is laid over white, as in training), gives their {what}, "
-        f"float32 [n, {length}]; scale these to unit length before taking "
+        f"bytes, or their base64 text over HTTP; transparency is laid over white, as in training), gives their "
+        f"{size.pooled}, float32 [n, {making.feature_dim}]; scale these to unit length before taking "
         f"cosines. It scales the shorter side of an image to {size.resize_size} pixels and takes the {size.crop_size} "
         "pixel square in the middle, as the evaluation did; the parameter `resolution` sets another square, a "
         f"multiple of {backbone['patch_size']}, of the same part of the image."

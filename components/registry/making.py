@@ -21,7 +21,7 @@ from components.core.tracking import flatten
 from components.lineage.code import STAGE as CODE_STAGE
 from components.lineage.lock_file import Record, upstream
 from components.lineage.provenance import CURATED, Origin
-from components.model.config import Preprocessing
+from components.model.config import Preprocessing, ViTConfig
 from components.training.loss_table import LOSSES, read_rows
 
 MAKING = "making.json"  # in the folder of the facts
@@ -78,6 +78,11 @@ class Making(Config):
     curation: Curation
     sources: tuple[tuple[str, str, int], ...]
     shards: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of a feature."""
+        return self.preprocessing.feature_dim(ViTConfig.model_validate(self.backbone))
 
     @property
     def num_images(self) -> int:

@@ -57,6 +57,7 @@ class Beside:
         differences: the version minus it on the same test images, by metric; None: they cannot be compared.
         incomparable: why not.
         unmatched: metrics that were measured of the version and not of it.
+        otherwise: how its features differ, such as `pooling cls, not cls_texture`; empty where they do not.
     """
 
     version: str
@@ -64,6 +65,7 @@ class Beside:
     differences: Mapping[str, Interval] | None
     incomparable: str = ""
     unmatched: Sequence[str] = ()
+    otherwise: str = ""
 
 
 @dataclass(frozen=True)
@@ -274,17 +276,27 @@ def _beside(record: _Record, other: str | None) -> Beside | None:
         return None
     if record.facts.champion == f"models:/{other}":
         theirs, scores = record.of(CHAMPION), record.facts.metrics(CHAMPION)  # as an evaluation calls it
+        otherwise = ""
     else:
         found = _read(other)
         if found is None:
             return Beside(other, {}, None, f"{other} was registered without its results by image; run again")
         theirs, scores = found.own(), found.facts.metrics()
+        otherwise = _otherwise(record.making, found.making)
     mine, others = metrics_in(record.own()), metrics_in(theirs)
     if missing := [metric for metric in others if metric not in mine]:
         return Beside(other, scores, None, f"{', '.join(missing)} was measured of {other} only; run again")
     differences = paired_differences(record.own(), theirs)
     why = "" if differences else "the two were scored on different images; run again"
-    return Beside(other, scores, differences, why, [metric for metric in mine if metric not in others])
+    unmatched = [metric for metric in mine if metric not in others]
+    return Beside(other, scores, differences, why, unmatched, otherwise)
+
+
+def _otherwise(mine: Making | None, theirs: Making | None) -> str:
+    if mine is None or theirs is None:
+        return ""
+    ours, others = mine.preprocessing.model_dump(), theirs.preprocessing.model_dump()
+    return ", ".join(f"{key} {value}, not {ours[key]}" for key, value in others.items() if value != ours[key])
 
 
 def _read(version: str) -> _Record | None:

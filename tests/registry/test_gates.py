@@ -10,13 +10,14 @@ import pytest
 
 from components.core.intervals import accuracy_interval, difference_interval
 from components.core.metrics import Interval
+from components.registry.card import standing
 from components.registry.config import GatesConfig
 from components.registry.facts import RESAMPLES, Facts, own_intervals, paired_differences
 from components.registry.gates import FAILED, GATES, PASSED, PENDING, Evidence, Gate, failed, judge, verdict
 from components.registry.promote import _check_gates
 from components.registry.publish import RegistryError
 from components.registry.review import _beside, _Record
-from tests.registry.made_up import review
+from tests.registry.made_up import making, review
 
 ABOVE, BELOW, UNCLEAR = Interval(0.1, 0.05, 0.15), Interval(-0.1, -0.15, -0.05), Interval(-0.02, -0.06, 0.02)
 
@@ -116,6 +117,21 @@ def test_metrics_that_one_evaluation_alone_has(champion, told):
     assert beside.incomparable.startswith(told)
     assert bool(beside.differences) == (not told)
     assert list(beside.unmatched) == ([] if told else ["robust"])
+
+
+def test_a_version_whose_features_were_pooled_otherwise_is_named_as_such(monkeypatch):
+    table = pa.table({"image_id": ["a"], "model": ["teacher"], "metric": ["knn"], "value": [1.0]})
+    textured = making().preprocessing.model_copy(update={"pooling": "cls_texture"})
+    records = [
+        _Record(facts(), table, made) for made in (making(), making().model_copy(update={"preprocessing": textured}))
+    ]
+    monkeypatch.setattr("components.registry.review._read", lambda version: records[0])
+    said = [_beside(record, "tiny/2") for record in records]
+    assert [one and one.otherwise for one in said] == ["", "pooling cls, not cls_texture"]
+    shown = standing(review(beside="tiny/2"))
+    assert standing(dataclasses.replace(review(beside="tiny/2"), beside=said[1])) == (
+        shown.replace("tiny/2.", "tiny/2 (evaluated with pooling cls, not cls_texture).")
+    )
 
 
 def test_a_champion_that_cannot_be_compared_is_told():

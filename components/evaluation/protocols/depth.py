@@ -30,9 +30,9 @@ from components.evaluation.dense import (
     to_device,
     upsample,
 )
-from components.evaluation.encoders import LAYERS
 from components.evaluation.protocol_input import ProtocolInput, crop_target, keep_targets
 from components.evaluation.scores import Scores
+from components.model.config import LAST_LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def run(given: ProtocolInput) -> Scores:
 
 def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a depth set by the last four layers (`lin. 4`, whose layers are spread over the network)."""
-    return _run(given, LAYERS, "depth_lin4")
+    return _run(given, LAST_LAYERS, "depth_lin4")
 
 
 def _run(given: ProtocolInput, layers: int, prefix: str) -> Scores:

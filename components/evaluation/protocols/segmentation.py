@@ -33,9 +33,9 @@ from components.evaluation.dense import (
     linear_layer,
     upsample,
 )
-from components.evaluation.encoders import LAYERS
 from components.evaluation.protocol_input import ProtocolInput, crop_target, keep_targets
 from components.evaluation.scores import Ratios, Scores
+from components.model.config import LAST_LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -178,13 +178,13 @@ def run(given: ProtocolInput) -> Scores:
 
 def run_four_layers(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last four layers, at one size: `+ms` without its other sizes."""
-    features, prefix = [given.dense(LAYERS)], "segmentation_lin4"
+    features, prefix = [given.dense(LAST_LAYERS)], "segmentation_lin4"
     return evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
 
 
 def run_multi_scale(given: ProtocolInput) -> Scores:
     """Measure a model on a segmentation set by the last four layers, at several sizes of the test images (`+ms`)."""
-    features, prefix = [given.dense(LAYERS, scale) for scale in SCALES], "segmentation_ms"
+    features, prefix = [given.dense(LAST_LAYERS, scale) for scale in SCALES], "segmentation_ms"
     scores = evaluate(features, _task(given), given.settings.segmentation, given.seed, prefix)
     sizes = ", ".join(str(given.scaled(scale).crop_size) for scale in SCALES)
     scores.notes["segmentation_ms_sizes"] = f"{sizes} pixels"

@@ -7,7 +7,6 @@ from typing import Any
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-from components.model.config import ViTConfig
 from components.registry.documents.graph import PREFIX, Data, Graph
 from components.registry.making import Training
 
@@ -62,7 +61,6 @@ def _model(graph: Graph) -> dict[str, Any]:
 def _card(graph: Graph) -> dict[str, Any]:
     making, metrics = graph.making, graph.facts.metrics()
     shape = making.backbone
-    length = making.preprocessing.feature_dim(ViTConfig.model_validate(shape))
     return {
         "modelParameters": {
             "approach": {"type": "self-supervised"},
@@ -71,7 +69,7 @@ def _card(graph: Graph) -> dict[str, Any]:
             "modelArchitecture": f"dim {shape['dim']}, depth {shape['depth']}, patch {shape['patch_size']}",
             "datasets": [{"ref": graph.curated.path}],
             "inputs": [{"format": f"image, {making.preprocessing.crop_size} pixels a side"}],
-            "outputs": [{"format": f"float32 vector of {length}"}],
+            "outputs": [{"format": f"float32 vector of {making.feature_dim}"}],
         },
         "quantitativeAnalysis": {
             "performanceMetrics": [{"type": name, "value": f"{value:.6g}"} for name, value in sorted(metrics.items())]
