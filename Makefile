@@ -25,7 +25,7 @@ bench: $(READY)
 	$(BIN)/pytest -m slow
 	$(BIN)/python -m tests.benchmarks
 
-claims: $(READY)  ## the scorecard: trains for some hours, a second call does what is missing
+claims: $(READY)  ## the scorecard: 75 minutes of one core, a second call does what is missing
 	$(BIN)/python -m tests.benchmarks.claims
 
 clean:  ## stops the services and removes what can be made again; .pedigree (S3, registry, audit log) stays

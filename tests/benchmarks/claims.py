@@ -7,7 +7,7 @@ is. A claim holds where the 95 % interval of the mean difference over seeds, by 
 side, and the difference of each seed is on that side.
 
 FOLDER (default: .pedigree/claims) keeps all weights and scores: a second call does what is missing. After a change of
-code, give another one. A seed takes half an hour of one core or more (LOG.md). Writes claims.json, claims.md and
+code, give another one. A seed takes about 25 minutes of one core (LOG.md). Writes claims.json, claims.md and
 claims.png there, after each seed those of the seeds so far.
 """
 
@@ -251,12 +251,12 @@ TOLD = {True: "holds", False: "**the opposite holds**", None: "**not shown**"}
 def markdown(found: Sequence[Finding]) -> str:
     """Return the scorecard as a table of Markdown."""
     lines = ["| claim | on | ours | other | difference (95 %) | of each seed | |", "|---|---|---|---|---|---|---|"]
-    for one in found:
+    for one, before in zip(found, [None, *found], strict=False):
+        claim = one.claim if before is None or before.claim != one.claim else ""
         bounds = f"{one.difference.mean:+.3f} ({one.difference.low:+.3f} to {one.difference.high:+.3f})"
         seeds = ", ".join(f"{value:+.3f}" for value in one.seeds)
         lines.append(
-            f"| {one.claim} | {one.measure} | {one.ours:.3f} | {one.other:.3f} | {bounds} | {seeds} | "
-            f"{TOLD[one.holds]} |"
+            f"| {claim} | {one.measure} | {one.ours:.3f} | {one.other:.3f} | {bounds} | {seeds} | {TOLD[one.holds]} |"
         )
     return "\n".join(lines) + "\n"
 

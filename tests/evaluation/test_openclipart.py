@@ -49,6 +49,15 @@ def evalset(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Evalset
     return read_evalset(made.snapshot)
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    shape = ViTConfig(patch_size=6, dim=24, depth=2, num_heads=2, image_size=60, layer_scale_init=1.0)
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    save_weights(folder, VisionTransformer(shape), None, {})
+    return str(folder)
+
+
 def test_copies_and_rests_are_left_out_and_told(pictures: Path, capsys: pytest.CaptureFixture[str]):
     with Image.open(next(pictures.rglob("*.png"))) as image:
         assert (image.mode, "transparency" in image.info) == ("P", True)
@@ -57,21 +66,16 @@ def test_copies_and_rests_are_left_out_and_told(pictures: Path, capsys: pytest.C
     assert "left out: {'copies': 2, 'too large': 0}" in capsys.readouterr().out
 
 
-def test_the_table(evalset: Evalset, tmp_path: Path):
-    torch.manual_seed(0)
-    shape = ViTConfig(patch_size=6, dim=24, depth=2, num_heads=2, image_size=60, layer_scale_init=1.0)
-    save_weights(tmp_path / "model", VisionTransformer(shape), None, {})
-    lines = openclipart.table(evalset, [str(tmp_path / "model")], CONFIG, tmp_path / "tokens").splitlines()
+def test_the_table(evalset: Evalset, weights: str, tmp_path: Path):
+    lines = openclipart.table(evalset, [weights], CONFIG, tmp_path / "tokens").splitlines()
     assert lines[0].startswith("| model | knn_top1 | linear_top1 | probe_top1 | knn_top1_1shot |")
-    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {tmp_path / 'model'}", "| random", "| descriptor"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {weights}", "| random", "| descriptor"]
 
 
-def test_neighbors_are_those_of_scikit_learn(evalset: Evalset, tmp_path: Path):
+def test_neighbors_are_those_of_scikit_learn(evalset: Evalset, weights: str, tmp_path: Path):
     """The weighted vote of both: softmax of cosines by temperature, among ten neighbors."""
     config = CONFIG.model_copy(update={"knn": KnnConfig(num_neighbors=(10,), reported=10)})
-    shape = ViTConfig(patch_size=6, dim=24, depth=2, num_heads=2, image_size=60, layer_scale_init=1.0)
-    save_weights(tmp_path / "model", VisionTransformer(shape), None, {})
-    model = openclipart.load(str(tmp_path / "model"), evalset, config.preprocessing)
+    model = openclipart.load(weights, evalset, config.preprocessing)
     models = [model, *openclipart.baselines(model, 0)]
     found = compare(evalset, models, ("knn",), settings_for(evalset, config), tmp_path / "tokens", 0)
     labels = evalset.images.labels
